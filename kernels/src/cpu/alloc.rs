@@ -1,0 +1,303 @@
+//! The caching allocator: 64-byte aligned blocks that are kept and reused, so that a training step asks the system
+//! for nothing (and so takes no page faults) after the first.
+//!
+//! Every block comes from the system zeroed. A recycled block holds stale but initialised bytes, so a slice over it is
+//! always sound for types that allow every bit pattern.
+
+use std::alloc::Layout;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+/// Alignment of every block: a cache line, and a full AVX-512 vector.
+pub const ALIGN: usize = 64;
+
+/// Blocks of at least this size are mapped on their own and backed by huge pages where the system grants them.
+const LARGE: usize = 2 << 20;
+
+/// Sizes are rounded up to four steps per power of two: at most a fifth of a block is slack.
+const STEPS_LOG2: u32 = 2;
+const CLASSES: usize = (usize::BITS as usize) << STEPS_LOG2;
+
+static FREE: [Mutex<Vec<Block>>; CLASSES] = [const { Mutex::new(Vec::new()) }; CLASSES];
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+static SYSTEM_ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// What the allocator holds, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemoryStats {
+    /// Taken from the system and not given back: in use, or cached for reuse.
+    pub held: usize,
+    /// In live buffers (rounded up to the block's size).
+    pub in_use: usize,
+    /// The most that was ever in use since the last [`reset_peak`].
+    pub peak: usize,
+    /// How many blocks were asked from the system so far.
+    pub system_allocations: usize,
+}
+
+/// The current statistics.
+pub fn memory_stats() -> MemoryStats {
+    MemoryStats {
+        held: HELD.load(Relaxed),
+        in_use: IN_USE.load(Relaxed),
+        peak: PEAK.load(Relaxed),
+        system_allocations: SYSTEM_ALLOCATIONS.load(Relaxed),
+    }
+}
+
+/// Makes the current use the new peak.
+pub fn reset_peak() {
+    PEAK.store(IN_USE.load(Relaxed), Relaxed);
+}
+
+/// Gives every cached block back to the system.
+pub fn empty_cache() {
+    for class in &FREE {
+        let blocks = std::mem::take(&mut *class.lock().unwrap_or_else(PoisonError::into_inner));
+        for block in blocks {
+            block.release();
+        }
+    }
+}
+
+/// The system refused memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutOfMemory {
+    /// Bytes asked for.
+    pub requested: usize,
+    /// Bytes in live buffers at that time.
+    pub in_use: usize,
+}
+
+impl fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "out of memory: {} bytes were asked for while {} are in use", self.requested, self.in_use)
+    }
+}
+
+impl std::error::Error for OutOfMemory {}
+
+struct Block {
+    ptr: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: a block is owned memory; nothing about it belongs to a thread.
+unsafe impl Send for Block {}
+
+impl Block {
+    fn layout(size: usize) -> Option<Layout> {
+        Layout::from_size_align(size, ALIGN).ok()
+    }
+
+    fn from_system(size: usize) -> Option<Self> {
+        let layout = Self::layout(size)?;
+        let ptr = if size >= LARGE {
+            map_large(size)?
+        } else {
+            // SAFETY: the size is not zero (classes start at ALIGN).
+            NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?
+        };
+        HELD.fetch_add(size, Relaxed);
+        SYSTEM_ALLOCATIONS.fetch_add(1, Relaxed);
+        Some(Block { ptr, size })
+    }
+
+    fn release(self) {
+        HELD.fetch_sub(self.size, Relaxed);
+        if self.size >= LARGE {
+            unmap_large(self.ptr, self.size);
+        } else if let Some(layout) = Self::layout(self.size) {
+            // SAFETY: the block came from `alloc_zeroed` with this very layout.
+            unsafe { std::alloc::dealloc(self.ptr.as_ptr(), layout) }
+        }
+    }
+}
+
+#[cfg(unix)]
+fn map_large(size: usize) -> Option<NonNull<u8>> {
+    // SAFETY: an anonymous private mapping at an address of the system's choice touches no existing memory.
+    let ptr = unsafe {
+        libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+    };
+    if ptr == libc::MAP_FAILED {
+        return None;
+    }
+    #[cfg(target_os = "linux")]
+    // SAFETY: the range was mapped above; the advice changes no contents, and its failure is harmless.
+    unsafe {
+        libc::madvise(ptr, size, libc::MADV_HUGEPAGE);
+    }
+    NonNull::new(ptr.cast())
+}
+
+#[cfg(unix)]
+fn unmap_large(ptr: NonNull<u8>, size: usize) {
+    // SAFETY: the range was mapped by `map_large` and its only owner gives it up.
+    unsafe {
+        libc::munmap(ptr.as_ptr().cast(), size);
+    }
+}
+
+#[cfg(not(unix))]
+fn map_large(size: usize) -> Option<NonNull<u8>> {
+    // SAFETY: the size is not zero.
+    NonNull::new(unsafe { std::alloc::alloc_zeroed(Block::layout(size)?) })
+}
+
+#[cfg(not(unix))]
+fn unmap_large(ptr: NonNull<u8>, size: usize) {
+    if let Some(layout) = Block::layout(size) {
+        // SAFETY: the block came from `alloc_zeroed` with this very layout.
+        unsafe { std::alloc::dealloc(ptr.as_ptr(), layout) }
+    }
+}
+
+/// The size class of a request: its index and its block size.
+fn class_of(bytes: usize) -> Option<(usize, usize)> {
+    let bytes = bytes.max(ALIGN);
+    // The step is a quarter of the power of two at or below `bytes`, but at least a cache line.
+    let quarter = |size: usize| (1usize << (usize::BITS - 1 - size.leading_zeros())) >> STEPS_LOG2;
+    let step = quarter(bytes).max(ALIGN);
+    let size = bytes.checked_add(step - 1)? / step * step;
+    let log2 = usize::BITS - 1 - size.leading_zeros();
+    let index = ((log2 as usize) << STEPS_LOG2) + (size - (1usize << log2)) / quarter(size);
+    (size <= isize::MAX as usize).then_some((index, size))
+}
+
+/// Owned, aligned, initialised bytes. Dropping it puts the memory into the cache.
+pub struct Buffer {
+    block: Option<Block>,
+    len: usize,
+}
+
+// SAFETY: shared access only reads plain bytes; writing takes `&mut`.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// `len` bytes of unspecified, initialised content.
+    pub fn new(len: usize) -> Result<Self, OutOfMemory> {
+        let out_of_memory = || OutOfMemory { requested: len, in_use: IN_USE.load(Relaxed) };
+        if len == 0 {
+            return Ok(Self { block: None, len });
+        }
+        let (index, size) = class_of(len).ok_or_else(out_of_memory)?;
+        let cached = FREE[index].lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let block = match cached.or_else(|| Block::from_system(size)) {
+            Some(block) => block,
+            None => {
+                empty_cache();
+                Block::from_system(size).ok_or_else(out_of_memory)?
+            }
+        };
+        let in_use = IN_USE.fetch_add(block.size, Relaxed) + block.size;
+        PEAK.fetch_max(in_use, Relaxed);
+        Ok(Self { block: Some(block), len })
+    }
+
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> Result<Self, OutOfMemory> {
+        let mut buffer = Self::new(len)?;
+        buffer.as_bytes_mut().fill(0);
+        Ok(buffer)
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn ptr(&self) -> *mut u8 {
+        self.block.as_ref().map_or(std::ptr::without_provenance_mut(ALIGN), |b| b.ptr.as_ptr())
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `len` initialised bytes are owned by this buffer.
+        unsafe { std::slice::from_raw_parts(self.ptr(), self.len) }
+    }
+
+    /// The bytes, to write.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` makes the access unique.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr(), self.len) }
+    }
+
+    /// The bytes as elements; a remainder shorter than an element is left out.
+    pub fn as_slice<T: crate::element::Element>(&self) -> &[T] {
+        // SAFETY: the memory is initialised and 64-byte aligned, and every bit pattern is a valid `Element`.
+        unsafe { std::slice::from_raw_parts(self.ptr().cast(), self.len / size_of::<T>()) }
+    }
+
+    /// The bytes as elements, to write.
+    pub fn as_slice_mut<T: crate::element::Element>(&mut self) -> &mut [T] {
+        // SAFETY: as above, and `&mut self` makes the access unique.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr().cast(), self.len / size_of::<T>()) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            IN_USE.fetch_sub(block.size, Relaxed);
+            if let Some((index, _)) = class_of(block.size) {
+                FREE[index].lock().unwrap_or_else(PoisonError::into_inner).push(block);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffer").field("len", &self.len).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_class_holds_its_requests_and_wastes_at_most_a_quarter() {
+        for bytes in (1..5000).chain([1 << 20, (1 << 20) + 1, 3_000_000, 5 << 30]) {
+            let (index, size) = class_of(bytes).unwrap();
+            assert!(size >= bytes && size % ALIGN == 0, "{bytes}");
+            assert!(bytes < 512 || size <= bytes + bytes / 4, "{bytes} in a block of {size}");
+            assert_eq!(class_of(size).unwrap().1, size, "{bytes}: a block's own size must stay as large as its class");
+            let (next_index, next_size) = class_of(size).unwrap();
+            assert!(next_index == index && next_size == size, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn memory_is_reused_and_counted() {
+        // A size that no other test uses.
+        let len = 7 << 20;
+        let first = Buffer::zeroed(len).unwrap();
+        assert!(first.as_bytes().iter().all(|&b| b == 0));
+        assert_eq!(first.as_slice::<f32>().len(), len / 4);
+        let address = first.as_bytes().as_ptr();
+        assert_eq!(address as usize % ALIGN, 0);
+        let before = memory_stats();
+        assert!(before.in_use >= len && before.peak >= before.in_use && before.held >= before.in_use);
+        drop(first);
+        let second = Buffer::new(len).unwrap();
+        assert_eq!(second.as_bytes().as_ptr(), address);
+    }
+
+    #[test]
+    fn absurd_requests_are_errors() {
+        assert!(Buffer::new(usize::MAX).is_err());
+        assert!(Buffer::new(isize::MAX as usize - 100).is_err());
+        assert_eq!(Buffer::new(0).unwrap().as_slice::<f64>(), &[] as &[f64]);
+    }
+}

@@ -1,0 +1,138 @@
+//! Which instructions this machine has: detected once, forced lower by `KILN_ISA=scalar|avx2|avx512|neon`.
+//!
+//! A kernel is written once over [`Simd`](super::simd::Simd) and handed to [`dispatch`], which instantiates it
+//! under the right `#[target_feature]` and passes the token that proves that the instructions exist.
+
+use super::simd::{Scalar, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
+use std::sync::OnceLock;
+
+/// An instruction-set level.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Isa {
+    /// Portable code, one lane.
+    Scalar,
+    /// ARM's 128-bit vectors.
+    Neon,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The name that `KILN_ISA` understands.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine can run the level.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The levels that this machine can run, lowest first.
+    pub fn available() -> impl Iterator<Item = Isa> {
+        [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available())
+    }
+}
+
+fn choose(forced: Option<&str>) -> Result<Isa, String> {
+    let best = Isa::available().last().unwrap_or(Isa::Scalar);
+    let Some(name) = forced else { return Ok(best) };
+    let all = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512];
+    match all.into_iter().find(|isa| isa.name() == name) {
+        Some(isa) if isa.is_available() => Ok(isa),
+        Some(_) => Err(format!("KILN_ISA={name}: this machine has no {name}; its best level is {}", best.name())),
+        None => Err(format!("KILN_ISA={name}: expected scalar, neon, avx2 or avx512")),
+    }
+}
+
+/// The level that every kernel of this process uses.
+///
+/// # Panics
+/// At the first call, if `KILN_ISA` names a level that does not exist or that this machine lacks: falling back in silence
+/// would let a test run claim a level that it never touched.
+#[inline]
+pub fn isa() -> Isa {
+    static LEVEL: OnceLock<Isa> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let forced = std::env::var("KILN_ISA").ok();
+        choose(forced.as_deref()).unwrap_or_else(|message| panic!("{message}"))
+    })
+}
+
+/// A computation written once over any instruction set. `with_simd` must be `#[inline(always)]`, as must all that it
+/// calls in its hot loops, so that it is compiled with the features of [`dispatch`]'s shims.
+pub trait WithSimd {
+    /// What the computation returns.
+    type Output;
+    /// Runs with the instructions that `simd` stands for.
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `work` at the level of [`isa`]. Costs a few nanoseconds: call it once per task, not per tile.
+#[inline]
+pub fn dispatch<W: WithSimd>(work: W) -> W::Output {
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            if let Some(token) = Avx512::detect() {
+                // SAFETY: the token exists, so the machine has these features.
+                return unsafe { with_avx512(token, work) };
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            if let Some(token) = Avx2::detect() {
+                // SAFETY: the token exists, so the machine has these features.
+                return unsafe { with_avx2(token, work) };
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => return work.with_simd(super::simd::Neon::new()),
+        _ => {}
+    }
+    work.with_simd(Scalar)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+fn with_avx512<W: WithSimd>(token: Avx512, work: W) -> W::Output {
+    work.with_simd(token)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+fn with_avx2<W: WithSimd>(token: Avx2, work: W) -> W::Output {
+    work.with_simd(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_that_is_missing_or_unknown_is_an_error() {
+        assert!(choose(Some("sse9")).unwrap_err().contains("expected scalar"));
+        let missing = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
+        assert!(choose(Some(missing)).unwrap_err().contains("best level"));
+        assert_eq!(choose(Some("scalar")), Ok(Isa::Scalar));
+    }
+}

@@ -1,0 +1,6 @@
+//! Kernels for the host: SIMD by hand, threads from the current rayon pool.
+
+pub mod alloc;
+pub mod isa;
+pub mod parallel;
+pub mod simd;

@@ -1,0 +1,55 @@
+//! Work shared among the threads of the current rayon pool, so that a caller's `ThreadPool::install` decides how many.
+//!
+//! How work is cut may depend on shapes and dtypes only, never on the number of threads: then no result does either.
+
+use rayon::prelude::*;
+
+/// Below this estimate of serial time, in nanoseconds, handing work to another thread costs more than it saves
+/// (a rayon join wakes a sleeping worker in 5 to 20 µs).
+pub const MIN_PARALLEL_NS: usize = 30_000;
+
+/// Number of threads that the current pool offers.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Calls `f(i)` for each `i < count`: on the pool if all calls together are estimated at [`MIN_PARALLEL_NS`] or more, in order otherwise.
+pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync + Send) {
+    if count < 2 || estimated_ns < MIN_PARALLEL_NS || threads() == 1 {
+        (0..count).for_each(f);
+    } else {
+        (0..count).into_par_iter().with_max_len(1).for_each(f);
+    }
+}
+
+/// Cuts `out` into chunks of `chunk` elements (the last may be shorter) and calls `f(index, chunk)` for each, as [`for_each`] does.
+pub fn for_each_chunk<T: Send>(out: &mut [T], chunk: usize, estimated_ns: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
+    let chunk = chunk.max(1);
+    if out.len() <= chunk || estimated_ns < MIN_PARALLEL_NS || threads() == 1 {
+        out.chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i, c));
+    } else {
+        out.par_chunks_mut(chunk).enumerate().with_max_len(1).for_each(|(i, c)| f(i, c));
+    }
+}
+
+/// A pointer that may cross threads. The kernel that makes one must give each task its own, disjoint part of the memory.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedMut<T>(*mut T);
+
+// SAFETY: the pointer itself is plain data; each use is an `unsafe` block that must show that the parts are disjoint.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    /// Shares the memory of `slice`, which stays borrowed by the caller for as long as tasks run.
+    pub fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    /// The address of the first element.
+    #[inline(always)]
+    pub fn get(self) -> *mut T {
+        self.0
+    }
+}

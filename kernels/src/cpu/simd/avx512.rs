@@ -1,0 +1,256 @@
+//! AVX-512 (F, BW, DQ, VL): sixteen lanes.
+//!
+//! Every `unsafe` here calls an intrinsic of one of the features that [`Avx512::detect`] checked; a vector exists only
+//! if a token did, so the instruction exists.
+
+use super::{F32s, I32s, Masks, Simd};
+use std::arch::x86_64::*;
+use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
+
+/// Token: the machine has AVX-512 F, BW, DQ, VL, and AVX2, FMA, F16C with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512(());
+
+/// Sixteen f32.
+#[derive(Clone, Copy, Debug)]
+pub struct F32x16(__m512);
+/// Sixteen i32.
+#[derive(Clone, Copy, Debug)]
+pub struct I32x16(__m512i);
+/// Sixteen truth values.
+#[derive(Clone, Copy, Debug)]
+pub struct Mask16(__mmask16);
+
+impl Avx512 {
+    /// The token, if the machine and the operating system support the level.
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && super::Avx2::detect().is_some())
+        .then_some(Avx512(()))
+    }
+}
+
+/// Evaluates an intrinsic whose feature the token or vector at hand proves.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: see the module's head: the token proves the feature, and no memory is touched.
+        unsafe { $e }
+    };
+}
+
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    debug_assert!(count <= 16);
+    ((1u32 << count) - 1) as __mmask16
+}
+
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F32 = F32x16;
+    type I32 = I32x16;
+    type Mask = Mask16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> F32x16 {
+        F32x16(op!(_mm512_set1_ps(x)))
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> I32x16 {
+        I32x16(op!(_mm512_set1_epi32(x)))
+    }
+    #[inline(always)]
+    unsafe fn load(self, src: *const f32) -> F32x16 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        F32x16(unsafe { _mm512_loadu_ps(src) })
+    }
+    #[inline(always)]
+    unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x16 {
+        // SAFETY: the token proves the feature; masked lanes are not read.
+        F32x16(unsafe { _mm512_maskz_loadu_ps(first(count), src) })
+    }
+}
+
+macro_rules! operators {
+    ($t:ident: $($trait:ident $f:ident $i:ident),*) => { $(
+        impl $trait for $t {
+            type Output = $t;
+            #[inline(always)] fn $f(self, other: $t) -> $t { $t(op!($i(self.0, other.0))) }
+        }
+    )* };
+}
+operators!(F32x16: Add add _mm512_add_ps, Sub sub _mm512_sub_ps, Mul mul _mm512_mul_ps, Div div _mm512_div_ps);
+operators!(I32x16: Add add _mm512_add_epi32, Sub sub _mm512_sub_epi32, BitAnd bitand _mm512_and_si512, BitOr bitor _mm512_or_si512, BitXor bitxor _mm512_xor_si512);
+
+impl Neg for F32x16 {
+    type Output = Self;
+    #[inline(always)]
+    fn neg(self) -> Self {
+        F32x16(op!(_mm512_xor_ps(self.0, _mm512_set1_ps(-0.0))))
+    }
+}
+impl BitAnd for Mask16 {
+    type Output = Self;
+    #[inline(always)]
+    fn bitand(self, other: Self) -> Self {
+        Mask16(self.0 & other.0)
+    }
+}
+impl BitOr for Mask16 {
+    type Output = Self;
+    #[inline(always)]
+    fn bitor(self, other: Self) -> Self {
+        Mask16(self.0 | other.0)
+    }
+}
+impl Not for Mask16 {
+    type Output = Self;
+    #[inline(always)]
+    fn not(self) -> Self {
+        Mask16(!self.0)
+    }
+}
+
+impl F32s for F32x16 {
+    type I32 = I32x16;
+    type Mask = Mask16;
+
+    #[inline(always)]
+    fn splat_like(self, x: f32) -> Self {
+        F32x16(op!(_mm512_set1_ps(x)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, dst: *mut f32) {
+        // SAFETY: the vector proves the feature, the caller the memory.
+        unsafe { _mm512_storeu_ps(dst, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(self, dst: *mut f32, count: usize) {
+        // SAFETY: the vector proves the feature; masked lanes are not written.
+        unsafe { _mm512_mask_storeu_ps(dst, first(count), self.0) }
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        F32x16(op!(_mm512_fmadd_ps(self.0, b.0, c.0)))
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        F32x16(op!(_mm512_min_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        F32x16(op!(_mm512_max_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        F32x16(op!(_mm512_abs_ps(self.0)))
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        F32x16(op!(_mm512_sqrt_ps(self.0)))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        F32x16(op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)))
+    }
+    #[inline(always)]
+    fn floor(self) -> Self {
+        F32x16(op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(self.0)))
+    }
+    #[inline(always)]
+    fn ceil(self) -> Self {
+        F32x16(op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(self.0)))
+    }
+    #[inline(always)]
+    fn lt(self, other: Self) -> Mask16 {
+        Mask16(op!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn le(self, other: Self) -> Mask16 {
+        Mask16(op!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn eq(self, other: Self) -> Mask16 {
+        Mask16(op!(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn or_else(self, mask: Mask16, other: Self) -> Self {
+        F32x16(op!(_mm512_mask_blend_ps(mask.0, other.0, self.0)))
+    }
+    #[inline(always)]
+    fn to_bits(self) -> I32x16 {
+        I32x16(op!(_mm512_castps_si512(self.0)))
+    }
+    #[inline(always)]
+    fn to_i32(self) -> I32x16 {
+        I32x16(op!(_mm512_cvtps_epi32(self.0)))
+    }
+    #[inline(always)]
+    fn reduce_sum(self) -> f32 {
+        op!(_mm512_reduce_add_ps(self.0))
+    }
+    #[inline(always)]
+    fn reduce_max(self) -> f32 {
+        op!(_mm512_reduce_max_ps(self.0))
+    }
+    #[inline(always)]
+    fn reduce_min(self) -> f32 {
+        op!(_mm512_reduce_min_ps(self.0))
+    }
+}
+
+impl I32s for I32x16 {
+    type F32 = F32x16;
+    type Mask = Mask16;
+
+    #[inline(always)]
+    fn splat_like(self, x: i32) -> Self {
+        I32x16(op!(_mm512_set1_epi32(x)))
+    }
+    #[inline(always)]
+    fn shl<const N: u32>(self) -> Self {
+        I32x16(op!(_mm512_slli_epi32::<N>(self.0)))
+    }
+    #[inline(always)]
+    fn shr<const N: u32>(self) -> Self {
+        I32x16(op!(_mm512_srai_epi32::<N>(self.0)))
+    }
+    #[inline(always)]
+    fn shr_logical<const N: u32>(self) -> Self {
+        I32x16(op!(_mm512_srli_epi32::<N>(self.0)))
+    }
+    #[inline(always)]
+    fn eq(self, other: Self) -> Mask16 {
+        Mask16(op!(_mm512_cmpeq_epi32_mask(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn gt(self, other: Self) -> Mask16 {
+        Mask16(op!(_mm512_cmpgt_epi32_mask(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn from_bits(self) -> F32x16 {
+        F32x16(op!(_mm512_castsi512_ps(self.0)))
+    }
+    #[inline(always)]
+    fn to_f32(self) -> F32x16 {
+        F32x16(op!(_mm512_cvtepi32_ps(self.0)))
+    }
+    #[inline(always)]
+    fn or_else(self, mask: Mask16, other: Self) -> Self {
+        I32x16(op!(_mm512_mask_blend_epi32(mask.0, other.0, self.0)))
+    }
+}
+
+impl Masks for Mask16 {
+    #[inline(always)]
+    fn any(self) -> bool {
+        self.0 != 0
+    }
+    #[inline(always)]
+    fn to_bits(self) -> u32 {
+        self.0 as u32
+    }
+}

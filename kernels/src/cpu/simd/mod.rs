@@ -1,0 +1,190 @@
+//! One narrow vector interface over every instruction set. Algorithms are written once against [`Simd`];
+//! this folder holds nothing but thin wrappers of single instructions.
+//!
+//! A value of a [`Simd`] type is a token: it exists only if the machine has the instructions. Vectors are made by
+//! a token, so holding one proves the same, and their methods are safe.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
+pub use scalar::Scalar;
+
+use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
+
+/// An instruction set: makes vectors.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// Lanes of a vector of f32.
+    const LANES: usize;
+    /// A vector of f32.
+    type F32: F32s<I32 = Self::I32, Mask = Self::Mask>;
+    /// A vector of i32 with as many lanes.
+    type I32: I32s<F32 = Self::F32, Mask = Self::Mask>;
+    /// A truth value a lane.
+    type Mask: Masks;
+
+    /// `x` in every lane.
+    fn splat(self, x: f32) -> Self::F32;
+    /// `x` in every lane.
+    fn splat_i32(self, x: i32) -> Self::I32;
+    /// Reads `LANES` values from an address of any alignment.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` values.
+    unsafe fn load(self, src: *const f32) -> Self::F32;
+    /// Reads `count < LANES` values; the other lanes are zero.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `count` values, and `count <= LANES`.
+    unsafe fn load_partial(self, src: *const f32, count: usize) -> Self::F32;
+
+    /// The first `LANES` values of `src`.
+    #[inline(always)]
+    fn load_slice(self, src: &[f32]) -> Self::F32 {
+        assert!(src.len() >= Self::LANES);
+        // SAFETY: the length was checked.
+        unsafe { self.load(src.as_ptr()) }
+    }
+
+    /// All of `src` (at most `LANES` values); the other lanes are zero.
+    #[inline(always)]
+    fn load_slice_partial(self, src: &[f32]) -> Self::F32 {
+        assert!(src.len() <= Self::LANES);
+        // SAFETY: the length was checked.
+        unsafe { self.load_partial(src.as_ptr(), src.len()) }
+    }
+
+    /// Zero in every lane.
+    #[inline(always)]
+    fn zero(self) -> Self::F32 {
+        self.splat(0.0)
+    }
+}
+
+/// A vector of f32.
+pub trait F32s:
+    Copy + Send + Sync + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self> + Neg<Output = Self>
+{
+    /// The integer vector of the same width.
+    type I32: I32s<F32 = Self, Mask = Self::Mask>;
+    /// The mask of the same width.
+    type Mask: Masks;
+
+    /// `x` in every lane (the token is implied by `self`).
+    fn splat_like(self, x: f32) -> Self;
+    /// Writes all lanes.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `LANES` values.
+    unsafe fn store(self, dst: *mut f32);
+    /// Writes the first `count <= LANES` lanes.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `count` values, and `count <= LANES`.
+    unsafe fn store_partial(self, dst: *mut f32, count: usize);
+    /// `self * b + c`, rounded once.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The smaller lane; `other` where either is NaN (the hardware's rule).
+    fn min(self, other: Self) -> Self;
+    /// The larger lane; `other` where either is NaN (the hardware's rule).
+    fn max(self, other: Self) -> Self;
+    /// Clears the sign.
+    fn abs(self) -> Self;
+    /// Square root, correctly rounded.
+    fn sqrt(self) -> Self;
+    /// Rounds to the nearest integer, ties to even.
+    fn round(self) -> Self;
+    /// Rounds down.
+    fn floor(self) -> Self;
+    /// Rounds up.
+    fn ceil(self) -> Self;
+    /// `self < other`; false for NaN.
+    fn lt(self, other: Self) -> Self::Mask;
+    /// `self <= other`; false for NaN.
+    fn le(self, other: Self) -> Self::Mask;
+    /// `self == other`; false for NaN.
+    fn eq(self, other: Self) -> Self::Mask;
+    /// `self > other`; false for NaN.
+    #[inline(always)]
+    fn gt(self, other: Self) -> Self::Mask {
+        other.lt(self)
+    }
+    /// `self >= other`; false for NaN.
+    #[inline(always)]
+    fn ge(self, other: Self) -> Self::Mask {
+        other.le(self)
+    }
+    /// True where a lane is NaN.
+    #[inline(always)]
+    fn is_nan(self) -> Self::Mask {
+        !self.eq(self)
+    }
+    /// `self` where `mask`, else `other`.
+    fn or_else(self, mask: Self::Mask, other: Self) -> Self;
+    /// The bit patterns.
+    fn to_bits(self) -> Self::I32;
+    /// Converts to integers, rounding to nearest even; out of range gives `i32::MIN` or saturates.
+    fn to_i32(self) -> Self::I32;
+    /// The sum of all lanes, in an order fixed by the instruction set.
+    fn reduce_sum(self) -> f32;
+    /// The largest lane; NaN lanes may be lost.
+    fn reduce_max(self) -> f32;
+    /// The smallest lane; NaN lanes may be lost.
+    fn reduce_min(self) -> f32;
+
+    /// Writes all lanes to the front of `dst`.
+    #[inline(always)]
+    fn store_slice(self, dst: &mut [f32], lanes: usize) {
+        assert!(dst.len() >= lanes);
+        // SAFETY: the length was checked; `lanes` is at most LANES by the caller's contract, and store_partial clamps.
+        unsafe { self.store_partial(dst.as_mut_ptr(), lanes) }
+    }
+}
+
+/// A vector of i32; arithmetic wraps.
+pub trait I32s: Copy + Add<Output = Self> + Sub<Output = Self> + BitAnd<Output = Self> + BitOr<Output = Self> + BitXor<Output = Self> {
+    /// The float vector of the same width.
+    type F32: F32s;
+    /// The mask of the same width.
+    type Mask: Masks;
+
+    /// `x` in every lane.
+    fn splat_like(self, x: i32) -> Self;
+    /// Shifts left by a constant.
+    fn shl<const N: u32>(self) -> Self;
+    /// Shifts right by a constant, keeping the sign.
+    fn shr<const N: u32>(self) -> Self;
+    /// Shifts right by a constant, filling with zeros.
+    fn shr_logical<const N: u32>(self) -> Self;
+    /// `self == other`.
+    fn eq(self, other: Self) -> Self::Mask;
+    /// `self > other`, signed.
+    fn gt(self, other: Self) -> Self::Mask;
+    /// Reinterprets the bits as floats.
+    fn from_bits(self) -> Self::F32;
+    /// Converts to floats, rounding to nearest even.
+    fn to_f32(self) -> Self::F32;
+    /// `self` where `mask`, else `other`.
+    fn or_else(self, mask: Self::Mask, other: Self) -> Self;
+}
+
+/// A truth value a lane.
+pub trait Masks: Copy + BitAnd<Output = Self> + BitOr<Output = Self> + Not<Output = Self> {
+    /// Whether any lane is true.
+    fn any(self) -> bool;
+    /// Bit `i` is lane `i`.
+    fn to_bits(self) -> u32;
+}
+
+#[cfg(test)]
+mod tests;

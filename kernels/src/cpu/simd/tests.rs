@@ -1,0 +1,56 @@
+//! Every level against plain f32 arithmetic, lane by lane.
+
+use super::*;
+use crate::cpu::isa::{WithSimd, dispatch};
+
+struct LanesAgree;
+
+impl WithSimd for LanesAgree {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let a: Vec<f32> = (0..S::LANES).map(|i| i as f32 * 1.75 - 9.5).collect();
+        let b: Vec<f32> = (0..S::LANES).map(|i| 3.25 - i as f32 * 0.5).collect();
+        let (x, y) = (s.load_slice(&a), s.load_slice(&b));
+        let check = |v: S::F32, f: fn(f32, f32) -> f32| {
+            let mut out = vec![0f32; S::LANES];
+            v.store_slice(&mut out, S::LANES);
+            for i in 0..S::LANES {
+                assert_eq!(out[i].to_bits(), f(a[i], b[i]).to_bits(), "lane {i}");
+            }
+        };
+        check(x + y, |a, b| a + b);
+        check(x / y, |a, b| a / b);
+        check(-x, |a, _| -a);
+        check(x.mul_add(y, x), |a, b| a.mul_add(b, a));
+        check(x.min(y), f32::min);
+        check(x.max(y), f32::max);
+        check(x.abs().sqrt(), |a, _| a.abs().sqrt());
+        check(x.round(), |a, _| a.round_ties_even());
+        check(x.floor(), |a, _| a.floor());
+        check(x.ceil(), |a, _| a.ceil());
+        check(x.or_else(x.lt(y), y), |a, b| if a < b { a } else { b });
+        check(x.or_else(x.ge(y), y), |a, b| if a >= b { a } else { b });
+        check(x.to_i32().to_f32(), |a, _| a.round_ties_even());
+        check(x.to_bits().shr_logical::<9>().shl::<9>().from_bits(), |a, _| f32::from_bits(a.to_bits() >> 9 << 9));
+        check((x.to_bits() & s.splat_i32(i32::MAX)).from_bits(), |a, _| a.abs());
+        assert_eq!(x.reduce_max(), a.iter().copied().fold(f32::MIN, f32::max));
+        assert_eq!(x.reduce_min(), a.iter().copied().fold(f32::MAX, f32::min));
+        assert_eq!(x.reduce_sum(), a.iter().sum::<f32>());
+        assert!((x.lt(y) & !x.lt(y)).to_bits() == 0 && (x.eq(x) | x.is_nan()).any());
+        for count in 0..S::LANES {
+            let part = s.load_slice_partial(&a[..count]);
+            let mut out = vec![-7f32; S::LANES];
+            part.store_slice(&mut out, count);
+            assert_eq!(out[..count], a[..count]);
+            assert!(out[count..].iter().all(|&v| v == -7.0));
+            assert_eq!(part.reduce_sum(), a[..count].iter().sum::<f32>());
+        }
+    }
+}
+
+#[test]
+fn lanes_agree_with_plain_arithmetic() {
+    dispatch(LanesAgree);
+}
