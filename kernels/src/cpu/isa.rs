@@ -3,9 +3,9 @@
 //! A kernel is written once over [`Simd`](super::simd::Simd) and handed to [`dispatch`], which instantiates it
 //! under the right `#[target_feature]` and passes the token that proves that the instructions exist.
 
-use super::simd::{Scalar, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
+use super::simd::{Scalar, Simd};
 use std::sync::OnceLock;
 
 /// An instruction-set level.

@@ -152,7 +152,9 @@ pub trait F32s:
 }
 
 /// A vector of i32; arithmetic wraps.
-pub trait I32s: Copy + Add<Output = Self> + Sub<Output = Self> + BitAnd<Output = Self> + BitOr<Output = Self> + BitXor<Output = Self> {
+pub trait I32s:
+    Copy + Add<Output = Self> + Sub<Output = Self> + BitAnd<Output = Self> + BitOr<Output = Self> + BitXor<Output = Self>
+{
     /// The float vector of the same width.
     type F32: F32s;
     /// The mask of the same width.
