@@ -6,4 +6,5 @@
 
 pub mod cpu;
 pub mod element;
+pub mod iter;
 pub mod view;
