@@ -1,0 +1,434 @@
+//! The innermost loops of every f32 matrix product: a tile of C is kept in registers while k runs.
+//!
+//! Two forms, each compiled once per instruction set and number of rows and kept in a table ([`MicroKernels::get`]):
+//! the batch-reduce form ([`Tile`]: products, convolutions) and the outer-product form ([`OuterTile`]: weight gradients).
+//! Nothing here packs, blocks or threads.
+//!
+//! Tile sizes. A tile of `rows × NV` vectors needs `rows · NV` accumulators, NV vectors of B and one broadcast of A:
+//! 12×2 + 3 of the 32 registers of AVX-512, 6×2 + 3 of the 16 of AVX2. Both have more independent chains than
+//! latency × throughput of the FMA (4 × 2 on current cores), and load 14 (8) vectors for 24 (12) FMAs.
+//! There is a kernel for each number of rows, so that M can be cut into tiles of nearly equal height
+//! ([`MicroKernels::row_tiles`]) and no row is computed in vain; a tile that is one vector wide or less takes the narrow kernels.
+
+use crate::cpu::isa::{Isa, isa};
+use crate::cpu::simd::{F32s, Scalar, Simd};
+
+/// The most rows that a tile has at any level: the size of a caller's array of row pointers.
+pub const MAX_MR: usize = 12;
+
+/// The widest tile at any level, in columns.
+pub const MAX_NR: usize = 32;
+
+/// What the tile's sum is added to.
+#[derive(Clone, Copy, Debug)]
+pub enum Init {
+    /// Nothing: C is written.
+    Zero,
+    /// C itself: C is read and written.
+    C,
+    /// A value per column, the same for every row; `cols` values are read.
+    Bias(*const f32),
+}
+
+/// Where a tile goes: `C[r][j] = init[r][j] + alpha · sum[r][j]` for `r < rows`, `j < cols`.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// One address per row of the tile: of its `cols` contiguous values.
+    pub c: *const *mut f32,
+    /// Columns that are written: 1 to NR.
+    pub cols: usize,
+    /// Factor of the sum.
+    pub alpha: f32,
+    /// What is added to it.
+    pub init: Init,
+}
+
+/// The batch-reduce form: `sum[r][j] = Σ_s Σ_{k < kc} A_s[r][k] · B_s[k][j]`, accumulated in registers over all segments,
+/// in the order of s, then k, with one fused multiply-add a term.
+///
+/// A plain product is one segment; a convolution is one segment per kernel tap, whose row pointers are the gathered pixels
+/// (pixels in the padding point to `kc` zeros).
+#[derive(Clone, Copy, Debug)]
+pub struct Tile {
+    /// Number of segments; with 0 the sum is zero.
+    pub segments: usize,
+    /// Terms of each segment.
+    pub kc: usize,
+    /// `segments × rows` addresses: `A_s[r][k]` lies at `a[s · rows + r] + k · a_stride`.
+    pub a: *const *const f32,
+    /// Distance in elements between neighbouring k of A: 1 for row-major A, the panel's height for packed A.
+    pub a_stride: usize,
+    /// `segments` addresses: `B_s[k][j]` lies at `b[s] + k · b_stride + j`.
+    pub b: *const *const f32,
+    /// Distance in elements between neighbouring k of B: the panel's width for packed B, the row stride of unpacked B.
+    pub b_stride: usize,
+    /// Where the result goes.
+    pub out: Output,
+}
+
+/// The outer-product form: `sum[r][j] = Σ_{k < len} a[k][r] · b[k][j]`, in the order of k, with one fused multiply-add a term.
+///
+/// In a weight gradient k runs over pixels, A is the input's channels and B the output gradient's.
+#[derive(Clone, Copy, Debug)]
+pub struct OuterTile {
+    /// Number of terms.
+    pub len: usize,
+    /// `len` addresses, each of `rows` contiguous values of A.
+    pub a: *const *const f32,
+    /// `len` addresses, each of a panel's width ([`MicroKernels::panel_width`]) of contiguous values of B.
+    pub b: *const *const f32,
+    /// Where the result goes.
+    pub out: Output,
+}
+
+type TileFn = unsafe fn(&Tile);
+type OuterFn = unsafe fn(&OuterTile);
+
+/// The micro-kernels of one instruction set.
+#[derive(Debug)]
+pub struct MicroKernels {
+    /// Most rows of a tile.
+    pub mr: usize,
+    /// Most columns of a tile.
+    pub nr: usize,
+    /// Lanes of a vector: the width of a narrow tile.
+    pub lanes: usize,
+    /// Indexed by rows - 1: NR columns, then one vector of columns.
+    wide: &'static [TileFn],
+    narrow: &'static [TileFn],
+    outer_wide: &'static [OuterFn],
+    outer_narrow: &'static [OuterFn],
+}
+
+impl MicroKernels {
+    /// The kernels of this process's level.
+    pub fn get() -> &'static Self {
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::KERNELS,
+            _ => &scalar::KERNELS,
+        }
+    }
+
+    /// How many values of B a tile of `cols` columns reads at each k: one vector, or NR. A packed panel has this width
+    /// (padded with anything finite), and unpacked B must be readable this far.
+    #[inline]
+    pub fn panel_width(&self, cols: usize) -> usize {
+        if cols <= self.lanes { self.lanes } else { self.nr }
+    }
+
+    /// Cuts `rows` into the fewest tiles of at most MR, of nearly equal height: tile `i` starts at row `tiles.start(i)`.
+    #[inline]
+    pub fn row_tiles(&self, rows: usize) -> RowTiles {
+        RowTiles { rows, count: rows.div_ceil(self.mr) }
+    }
+
+    /// Computes a batch-reduce tile of `rows` rows.
+    ///
+    /// # Panics
+    /// If `rows` is not in `1..=mr` or `tile.out.cols` is not in `1..=nr`.
+    ///
+    /// # Safety
+    /// With `w = panel_width(cols)`: `tile.a` must be readable for `segments · rows` addresses, `tile.b` for `segments`, `tile.out.c` for `rows`;
+    /// for each segment and `k < kc`, each row's A value must be readable, and `w` values of B;
+    /// each row's `cols` values of C must be writable, disjoint from one another and from all that is read, readable and initialised
+    /// for [`Init::C`]; the bias must be readable for `cols` values.
+    #[inline]
+    pub unsafe fn tile(&self, rows: usize, tile: &Tile) {
+        assert!(tile.out.cols >= 1 && tile.out.cols <= self.nr);
+        let kernels = if tile.out.cols <= self.lanes { self.narrow } else { self.wide };
+        // SAFETY: `get` returns a table of a level that `isa` found; the memory is the caller's word.
+        unsafe { kernels[rows - 1](tile) }
+    }
+
+    /// Computes an outer-product tile of `rows` rows.
+    ///
+    /// # Panics
+    /// If `rows` is not in `1..=mr` or `tile.out.cols` is not in `1..=nr`.
+    ///
+    /// # Safety
+    /// `tile.a` and `tile.b` must be readable for `len` addresses, each of `rows` readable values of A or `panel_width(cols)` readable
+    /// values of B; `tile.out` as for [`tile`](Self::tile).
+    #[inline]
+    pub unsafe fn outer(&self, rows: usize, tile: &OuterTile) {
+        assert!(tile.out.cols >= 1 && tile.out.cols <= self.nr);
+        let kernels = if tile.out.cols <= self.lanes { self.outer_narrow } else { self.outer_wide };
+        // SAFETY: `get` returns a table of a level that `isa` found; the memory is the caller's word.
+        unsafe { kernels[rows - 1](tile) }
+    }
+}
+
+/// Rows cut into tiles of nearly equal height.
+#[derive(Clone, Copy, Debug)]
+pub struct RowTiles {
+    rows: usize,
+    /// Number of tiles.
+    pub count: usize,
+}
+
+impl RowTiles {
+    /// The first row of tile `i`; the number of rows for `i == count`.
+    #[inline]
+    pub fn start(&self, i: usize) -> usize {
+        // The first `rows % count` tiles are one row higher.
+        let (height, higher) = (self.rows / self.count, self.rows % self.count);
+        i * height + i.min(higher)
+    }
+
+    /// The number of rows of tile `i < count`.
+    #[inline]
+    pub fn height(&self, i: usize) -> usize {
+        self.rows / self.count + usize::from(i < self.rows % self.count)
+    }
+}
+
+/// # Safety
+/// As for [`MicroKernels::tile`] with `R` rows and a panel of `NV` vectors.
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const NV: usize>(s: S, t: &Tile) {
+    let mut acc = [[s.zero(); NV]; R];
+    for segment in 0..t.segments {
+        // SAFETY: `a` holds `segments · R` addresses and `b` holds `segments`.
+        let (a, mut b) = unsafe { (t.a.add(segment * R).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
+        let mut at = 0;
+        for _ in 0..t.kc {
+            // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc; the
+            // addresses are advanced without a claim to be in bounds, as the last step leaves the operands.
+            unsafe {
+                let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
+                for (row, sums) in a.iter().zip(&mut acc) {
+                    let x = s.splat(row.wrapping_add(at).read());
+                    for (sum, &y) in sums.iter_mut().zip(&bv) {
+                        *sum = x.mul_add(y, *sum);
+                    }
+                }
+            }
+            at += t.a_stride;
+            b = b.wrapping_add(t.b_stride);
+        }
+    }
+    // SAFETY: `out` is the caller's word.
+    unsafe { store(s, &acc, &t.out) }
+}
+
+/// # Safety
+/// As for [`MicroKernels::outer`] with `R` rows and a panel of `NV` vectors.
+#[inline(always)]
+unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile) {
+    let mut acc = [[s.zero(); NV]; R];
+    for k in 0..t.len {
+        // SAFETY: the caller vouches for `len` addresses of R values of A and NV vectors of B.
+        unsafe {
+            let (a, b) = (t.a.add(k).read(), t.b.add(k).read());
+            let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
+            for (r, sums) in acc.iter_mut().enumerate() {
+                let x = s.splat(a.add(r).read());
+                for (sum, &y) in sums.iter_mut().zip(&bv) {
+                    *sum = x.mul_add(y, *sum);
+                }
+            }
+        }
+    }
+    // SAFETY: `out` is the caller's word.
+    unsafe { store(s, &acc, &t.out) }
+}
+
+/// # Safety
+/// As for the output of [`MicroKernels::tile`].
+#[inline(always)]
+unsafe fn store<S: Simd, const R: usize, const NV: usize>(s: S, acc: &[[S::F32; NV]; R], out: &Output) {
+    let alpha = s.splat(out.alpha);
+    for (r, sums) in acc.iter().enumerate() {
+        // SAFETY: there are R row addresses.
+        let row = unsafe { out.c.add(r).read() };
+        for (v, &sum) in sums.iter().enumerate() {
+            let first = v * S::LANES;
+            if first + S::LANES <= out.cols {
+                // SAFETY: the row has `cols` values, and so has the bias.
+                unsafe {
+                    let init = match out.init {
+                        Init::Zero => s.zero(),
+                        Init::C => s.load(row.add(first)),
+                        Init::Bias(bias) => s.load(bias.add(first)),
+                    };
+                    sum.mul_add(alpha, init).store(row.add(first));
+                }
+            } else if first < out.cols {
+                let count = out.cols - first;
+                // SAFETY: `count` values are left of the row and of the bias.
+                unsafe {
+                    let init = match out.init {
+                        Init::Zero => s.zero(),
+                        Init::C => s.load_partial(row.add(first), count),
+                        Init::Bias(bias) => s.load_partial(bias.add(first), count),
+                    };
+                    sum.mul_add(alpha, init).store_partial(row.add(first), count);
+                }
+            }
+        }
+    }
+}
+
+/// Instantiates the kernels of a level: `$token` makes its token (only the table of an available level is ever handed out),
+/// `$nv` vectors make NR.
+macro_rules! level {
+    ($name:ident, $simd:ty, $token:expr, $nv:literal, [$($rows:literal)*] $(, #[$feature:meta])?) => {
+        mod $name {
+            use super::*;
+
+            $(#[$feature])?
+            unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
+                // SAFETY: the caller's word.
+                unsafe { super::tile::<$simd, R, NV>($token, t) }
+            }
+
+            $(#[$feature])?
+            unsafe fn outer<const R: usize, const NV: usize>(t: &OuterTile) {
+                // SAFETY: the caller's word.
+                unsafe { super::outer::<$simd, R, NV>($token, t) }
+            }
+
+            pub static KERNELS: MicroKernels = MicroKernels {
+                mr: [$($rows),*].len(),
+                nr: $nv * <$simd as Simd>::LANES,
+                lanes: <$simd as Simd>::LANES,
+                wide: &[$(tile::<$rows, $nv>),*],
+                narrow: &[$(tile::<$rows, 1>),*],
+                outer_wide: &[$(outer::<$rows, $nv>),*],
+                outer_narrow: &[$(outer::<$rows, 1>),*],
+            };
+        }
+    };
+}
+
+level!(scalar, Scalar, Scalar, 4, [1 2 3 4]);
+#[cfg(target_arch = "x86_64")]
+level!(avx2, crate::cpu::simd::Avx2, token(crate::cpu::simd::Avx2::detect()), 2, [1 2 3 4 5 6],
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
+#[cfg(target_arch = "x86_64")]
+level!(avx512, crate::cpu::simd::Avx512, token(crate::cpu::simd::Avx512::detect()), 2, [1 2 3 4 5 6 7 8 9 10 11 12],
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
+#[cfg(target_arch = "aarch64")]
+level!(neon, crate::cpu::simd::Neon, crate::cpu::simd::Neon::new(), 2, [1 2 3 4 5 6 7 8]);
+
+/// The token of a level whose table was handed out, so that detection succeeded before (the check costs a nanosecond).
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn token<T>(detected: Option<T>) -> T {
+    match detected {
+        Some(token) => token,
+        None => unreachable!("the table of a missing level is never handed out"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(seed: &mut u64) -> f32 {
+        *seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (*seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Checks C against f64, and that nothing beyond the tile was touched.
+    fn check(c: &[f32], before: &[f32], stride: usize, rows: usize, cols: usize, expected: impl Fn(usize, usize) -> f64) {
+        for (at, (&got, &old)) in c.iter().zip(before).enumerate() {
+            let (r, j) = (at / stride, at % stride);
+            if r < rows && j < cols {
+                let e = expected(r, j);
+                assert!((got as f64 - e).abs() <= 1e-5 * (1.0 + e.abs()), "{rows}x{cols}: C[{r}][{j}] = {got}, not {e}");
+            } else {
+                assert_eq!(got, old, "{rows}x{cols}: wrote beyond the tile at {r}, {j}");
+            }
+        }
+    }
+
+    fn init_value(init: Init, old: f32, bias: f32) -> f64 {
+        match init {
+            Init::Zero => 0.0,
+            Init::C => old as f64,
+            Init::Bias(_) => bias as f64,
+        }
+    }
+
+    #[test]
+    fn batch_reduce_tiles_match_f64() {
+        let kernels = MicroKernels::get();
+        let mut seed = 1;
+        let (b_stride, c_stride) = (kernels.nr + 3, kernels.nr + 5);
+        for rows in 1..=kernels.mr {
+            for cols in 1..=kernels.nr {
+                let kc = [0, 1, 2, 7, 40][(rows + cols) % 5];
+                let segments = (rows * 3 + cols) % 4;
+                let a_stride = [1, 12, 5][cols % 3];
+                let a: Vec<f32> = (0..segments * rows * (kc * a_stride + 1)).map(|_| random(&mut seed)).collect();
+                let b: Vec<f32> = (0..segments * kc * b_stride).map(|_| random(&mut seed)).collect();
+                let bias: Vec<f32> = (0..cols).map(|_| random(&mut seed)).collect();
+                let a_rows: Vec<&[f32]> = (0..segments * rows).map(|i| &a[i * (kc * a_stride + 1)..]).collect();
+                let a_ptrs: Vec<*const f32> = a_rows.iter().map(|r| r.as_ptr()).collect();
+                let b_ptrs: Vec<*const f32> = (0..segments).map(|i| b[i * kc * b_stride..].as_ptr()).collect();
+                for (alpha, init) in [(1.0, Init::Zero), (0.5, Init::C), (1.0, Init::Bias(bias.as_ptr()))] {
+                    let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
+                    let mut c = before.clone();
+                    let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
+                    let out = Output { c: c_ptrs.as_ptr(), cols, alpha, init };
+                    let tile = Tile { segments, kc, a: a_ptrs.as_ptr(), a_stride, b: b_ptrs.as_ptr(), b_stride, out };
+                    // SAFETY: the vectors above have these sizes; a row of B is wider than a panel.
+                    unsafe { kernels.tile(rows, &tile) };
+                    check(&c, &before, c_stride, rows, cols, |r, j| {
+                        let term = |s: usize, k: usize| a_rows[s * rows + r][k * a_stride] as f64 * b[(s * kc + k) * b_stride + j] as f64;
+                        let sum: f64 = (0..segments).flat_map(|s| (0..kc).map(move |k| (s, k))).map(|(s, k)| term(s, k)).sum();
+                        init_value(init, before[r * c_stride + j], bias[j]) + alpha as f64 * sum
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn outer_product_tiles_match_f64() {
+        let kernels = MicroKernels::get();
+        let mut seed = 2;
+        let c_stride = kernels.nr + 5;
+        for rows in 1..=kernels.mr {
+            for cols in 1..=kernels.nr {
+                let len = [0, 1, 33][(rows + cols) % 3];
+                let a: Vec<Vec<f32>> = (0..len).map(|_| (0..rows).map(|_| random(&mut seed)).collect()).collect();
+                let b: Vec<Vec<f32>> = (0..len).map(|_| (0..kernels.panel_width(cols)).map(|_| random(&mut seed)).collect()).collect();
+                let a_ptrs: Vec<*const f32> = a.iter().map(|v| v.as_ptr()).collect();
+                let b_ptrs: Vec<*const f32> = b.iter().map(|v| v.as_ptr()).collect();
+                for init in [Init::Zero, Init::C] {
+                    let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
+                    let mut c = before.clone();
+                    let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
+                    let out = Output { c: c_ptrs.as_ptr(), cols, alpha: 1.0, init };
+                    // SAFETY: the vectors above have these sizes.
+                    unsafe { kernels.outer(rows, &OuterTile { len, a: a_ptrs.as_ptr(), b: b_ptrs.as_ptr(), out }) };
+                    check(&c, &before, c_stride, rows, cols, |r, j| {
+                        let sum: f64 = (0..len).map(|k| a[k][r] as f64 * b[k][j] as f64).sum();
+                        init_value(init, before[r * c_stride + j], 0.0) + sum
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn row_tiles_cover_all_rows_evenly() {
+        let kernels = MicroKernels::get();
+        for rows in 0..100 {
+            let tiles = kernels.row_tiles(rows);
+            let mut next = 0;
+            for i in 0..tiles.count {
+                assert_eq!(tiles.start(i), next);
+                assert!((1..=kernels.mr).contains(&tiles.height(i)));
+                next += tiles.height(i);
+            }
+            assert_eq!(next, rows);
+        }
+    }
+}

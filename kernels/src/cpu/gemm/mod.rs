@@ -1,0 +1,3 @@
+//! Matrix products: micro-kernels, packing, blocking.
+
+pub mod micro;
