@@ -55,6 +55,11 @@ impl<const N: usize> Walk<N> {
         Self { outer, run_len, inner_strides, offsets, runs }
     }
 
+    /// The merged dimensions, outermost first, the run last: extent, and each operand's stride.
+    pub fn dimensions(&self) -> Vec<(usize, [usize; N])> {
+        self.outer.iter().copied().chain([(self.run_len, self.inner_strides)]).collect()
+    }
+
     /// Elements of a run.
     #[inline]
     pub fn run_len(&self) -> usize {

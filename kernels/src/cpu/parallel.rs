@@ -52,4 +52,9 @@ impl<T> SharedMut<T> {
     pub fn get(self) -> *mut T {
         self.0
     }
+
+    /// The same address for elements of another type.
+    pub fn cast<U>(self) -> SharedMut<U> {
+        SharedMut(self.0.cast())
+    }
 }

@@ -77,6 +77,31 @@ impl Simd for Avx2 {
         // SAFETY: the token proves the feature; masked lanes are not read.
         F32x8(unsafe { _mm256_maskload_ps(src, first(count)) })
     }
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // Row `i` beside row `i + 4`, half a row each: two rounds of interleaving then stay inside 128-bit lanes.
+        // SAFETY: the token proves the features, the caller the memory.
+        unsafe {
+            for half in 0..2 {
+                let row = |i: usize| {
+                    let low = _mm_loadu_ps(src.add(i * src_stride + 4 * half));
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), _mm_loadu_ps(src.add((i + 4) * src_stride + 4 * half)))
+                };
+                let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+                let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                let columns = [
+                    _mm256_shuffle_ps::<0x44>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0xEE>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm256_shuffle_ps::<0xEE>(ab_high, cd_high),
+                ];
+                for (j, column) in columns.into_iter().enumerate() {
+                    _mm256_storeu_ps(dst.add((4 * half + j) * dst_stride), column);
+                }
+            }
+        }
+    }
 }
 
 macro_rules! operators {

@@ -72,6 +72,35 @@ impl Simd for Avx512 {
         // SAFETY: the token proves the feature; masked lanes are not read.
         F32x16(unsafe { _mm512_maskz_loadu_ps(first(count), src) })
     }
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // 4×4 transpositions inside the 128-bit lanes (rows 4q..4q+4 give quad q), then a 4×4 transposition of lanes.
+        // SAFETY: the token proves the features, the caller the memory.
+        unsafe {
+            let row = |i: usize| _mm512_loadu_ps(src.add(i * src_stride));
+            let quad = |q: usize| {
+                let (a, b, c, d) = (row(4 * q), row(4 * q + 1), row(4 * q + 2), row(4 * q + 3));
+                let (ab_low, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (cd_low, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                [
+                    _mm512_shuffle_ps::<0x44>(ab_low, cd_low),
+                    _mm512_shuffle_ps::<0xEE>(ab_low, cd_low),
+                    _mm512_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm512_shuffle_ps::<0xEE>(ab_high, cd_high),
+                ]
+            };
+            // Lane k of column j of quad q is column 4k + j of rows 4q..4q+4.
+            let [q0, q1, q2, q3] = [quad(0), quad(1), quad(2), quad(3)];
+            for (j, (((a, b), c), d)) in q0.into_iter().zip(q1).zip(q2).zip(q3).enumerate() {
+                let (even_ab, even_cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                let (odd_ab, odd_cd) = (_mm512_shuffle_f32x4::<0xDD>(a, b), _mm512_shuffle_f32x4::<0xDD>(c, d));
+                _mm512_storeu_ps(dst.add(j * dst_stride), _mm512_shuffle_f32x4::<0x88>(even_ab, even_cd));
+                _mm512_storeu_ps(dst.add((4 + j) * dst_stride), _mm512_shuffle_f32x4::<0x88>(odd_ab, odd_cd));
+                _mm512_storeu_ps(dst.add((8 + j) * dst_stride), _mm512_shuffle_f32x4::<0xDD>(even_ab, even_cd));
+                _mm512_storeu_ps(dst.add((12 + j) * dst_stride), _mm512_shuffle_f32x4::<0xDD>(odd_ab, odd_cd));
+            }
+        }
+    }
 }
 
 macro_rules! operators {

@@ -48,6 +48,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `src` must be valid for reading `count` values, and `count <= LANES`.
     unsafe fn load_partial(self, src: *const f32, count: usize) -> Self::F32;
 
+    /// Transposes `LANES` rows of `LANES` values; the rows of `src` begin `src_stride` values apart, those of `dst` `dst_stride`.
+    ///
+    /// # Safety
+    /// All rows of `src` must be readable, all rows of `dst` writable, and the two must not overlap.
+    #[inline(always)]
+    unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: the caller's contract.
+                unsafe { *dst.add(j * dst_stride + i) = *src.add(i * src_stride + j) };
+            }
+        }
+    }
+
     /// The first `LANES` values of `src`.
     #[inline(always)]
     fn load_slice(self, src: &[f32]) -> Self::F32 {
@@ -173,6 +187,7 @@ pub trait I32s:
     /// `self > other`, signed.
     fn gt(self, other: Self) -> Self::Mask;
     /// Reinterprets the bits as floats.
+    #[allow(clippy::wrong_self_convention)]
     fn from_bits(self) -> Self::F32;
     /// Converts to floats, rounding to nearest even.
     fn to_f32(self) -> Self::F32;

@@ -39,6 +39,12 @@ impl WithSimd for LanesAgree {
         assert_eq!(x.reduce_min(), a.iter().copied().fold(f32::MAX, f32::min));
         assert_eq!(x.reduce_sum(), a.iter().sum::<f32>());
         assert!((x.lt(y) & !x.lt(y)).to_bits() == 0 && (x.eq(x) | x.is_nan()).any());
+        let (n, stride) = (S::LANES, S::LANES + 3);
+        let matrix: Vec<f32> = (0..n * stride).map(|i| i as f32).collect();
+        let mut transposed = vec![0f32; n * stride];
+        // SAFETY: both hold LANES rows of LANES + 3 values.
+        unsafe { s.transpose(matrix.as_ptr(), stride, transposed.as_mut_ptr(), stride) };
+        assert!((0..n * n).all(|k| transposed[k / n * stride + k % n] == matrix[k % n * stride + k / n]));
         for count in 0..S::LANES {
             let part = s.load_slice_partial(&a[..count]);
             let mut out = vec![-7f32; S::LANES];
