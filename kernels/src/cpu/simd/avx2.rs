@@ -3,7 +3,7 @@
 //! Every `unsafe` here calls an intrinsic of one of the features that [`Avx2::detect`] checked; a vector exists only
 //! if a token did, so the instruction exists.
 
-use super::{F32s, I32s, Masks, Simd};
+use super::{F32s, I32s, Masks, Simd, Unaligned};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
@@ -50,7 +50,7 @@ fn first(count: usize) -> __m256i {
     static WINDOW: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
     debug_assert!(count <= 8);
     // SAFETY: `8 - count` is in 0..=8, so the eight values read lie inside the window.
-    unsafe { _mm256_loadu_si256(WINDOW.as_ptr().add(8 - count.min(8)).cast()) }
+    unsafe { WINDOW.as_ptr().add(8 - count.min(8)).cast::<Unaligned<_>>().read().0 }
 }
 
 impl Simd for Avx2 {
@@ -70,7 +70,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load(self, src: *const f32) -> F32x8 {
         // SAFETY: the token proves the feature, the caller the memory.
-        F32x8(unsafe { _mm256_loadu_ps(src) })
+        F32x8(unsafe { src.cast::<Unaligned<_>>().read().0 })
     }
     #[inline(always)]
     unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x8 {
@@ -153,7 +153,7 @@ impl F32s for F32x8 {
     #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the vector proves the feature, the caller the memory.
-        unsafe { _mm256_storeu_ps(dst, self.0) }
+        unsafe { dst.cast::<Unaligned<_>>().write(Unaligned(self.0)) }
     }
     #[inline(always)]
     unsafe fn store_partial(self, dst: *mut f32, count: usize) {

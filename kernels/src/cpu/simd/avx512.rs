@@ -3,7 +3,7 @@
 //! Every `unsafe` here calls an intrinsic of one of the features that [`Avx512::detect`] checked; a vector exists only
 //! if a token did, so the instruction exists.
 
-use super::{F32s, I32s, Masks, Simd};
+use super::{F32s, I32s, Masks, Simd, Unaligned};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
@@ -65,7 +65,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load(self, src: *const f32) -> F32x16 {
         // SAFETY: the token proves the feature, the caller the memory.
-        F32x16(unsafe { _mm512_loadu_ps(src) })
+        F32x16(unsafe { src.cast::<Unaligned<_>>().read().0 })
     }
     #[inline(always)]
     unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x16 {
@@ -154,7 +154,7 @@ impl F32s for F32x16 {
     #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the vector proves the feature, the caller the memory.
-        unsafe { _mm512_storeu_ps(dst, self.0) }
+        unsafe { dst.cast::<Unaligned<_>>().write(Unaligned(self.0)) }
     }
     #[inline(always)]
     unsafe fn store_partial(self, dst: *mut f32, count: usize) {

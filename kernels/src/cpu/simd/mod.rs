@@ -22,6 +22,14 @@ pub use scalar::Scalar;
 
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
+/// A vector at an address of any alignment.
+///
+/// Reading one by `ptr::read` is a single instruction even under debug assertions, which the dev profile has on; the `loadu` and
+/// `storeu` intrinsics go through `read_unaligned`, whose checks then cost a dozen instructions and a trip through the stack.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned<T>(T);
+
 /// An instruction set: makes vectors.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.

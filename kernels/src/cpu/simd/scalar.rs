@@ -1,6 +1,6 @@
 //! The portable level: vectors of one lane.
 
-use super::{F32s, I32s, Masks, Simd};
+use super::{F32s, I32s, Masks, Simd, Unaligned};
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
 /// Token of the portable level; always there.
@@ -34,12 +34,12 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn load(self, src: *const f32) -> F32x1 {
         // SAFETY: the caller guarantees that `src` is readable.
-        F32x1(unsafe { src.read_unaligned() })
+        F32x1(unsafe { src.cast::<Unaligned<_>>().read().0 })
     }
     #[inline(always)]
     unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x1 {
         // SAFETY: read only if the caller vouches for one value.
-        F32x1(if count == 0 { 0.0 } else { unsafe { src.read_unaligned() } })
+        F32x1(if count == 0 { 0.0 } else { unsafe { src.cast::<Unaligned<_>>().read().0 } })
     }
 }
 
@@ -82,13 +82,13 @@ impl F32s for F32x1 {
     #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the caller guarantees that `dst` is writable.
-        unsafe { dst.write_unaligned(self.0) }
+        unsafe { dst.cast::<Unaligned<_>>().write(Unaligned(self.0)) }
     }
     #[inline(always)]
     unsafe fn store_partial(self, dst: *mut f32, count: usize) {
         if count > 0 {
             // SAFETY: the caller guarantees that one value is writable.
-            unsafe { dst.write_unaligned(self.0) }
+            unsafe { dst.cast::<Unaligned<_>>().write(Unaligned(self.0)) }
         }
     }
     #[inline(always)]
