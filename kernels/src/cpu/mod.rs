@@ -5,4 +5,7 @@ pub mod copy;
 pub mod gemm;
 pub mod isa;
 pub mod parallel;
+pub mod pool;
+pub mod resample;
 pub mod simd;
+pub mod upsample;

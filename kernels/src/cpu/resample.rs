@@ -1,0 +1,212 @@
+//! Linear maps of images that factor over the spatial axes: average pooling, nearest and linear upsampling, and the
+//! transposes (gradients) of them all are one kernel over three [`AxisMap`]s. Images are channels-last: `[n][d][h][w][c]`.
+
+use super::isa::{WithSimd, dispatch};
+use super::parallel;
+use super::simd::Simd;
+use crate::element::Float;
+use num_traits::Float as Num;
+
+/// f32 and f64: the floats that spatial kernels compute in directly (halves are widened to f32 by the caller).
+pub trait Real: Float<Compute = Self> + Num {}
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// One input of an output, with its factor.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Tap {
+    /// Position on the input's axis.
+    pub index: usize,
+    /// Factor.
+    pub weight: f64,
+}
+
+/// A sparse matrix along one axis: `out[o] = (Σ weight · x[index]) / divisor(o)` over the taps of row `o`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct AxisMap {
+    inputs: usize,
+    starts: Vec<usize>,
+    taps: Vec<Tap>,
+    divisors: Vec<f64>,
+}
+
+impl AxisMap {
+    /// A map from `inputs` positions, one `(taps, divisor)` an output.
+    ///
+    /// # Panics
+    /// If a tap's index is not below `inputs`: kernels trust it.
+    pub fn new<R: IntoIterator<Item = Tap>>(inputs: usize, rows: impl IntoIterator<Item = (R, f64)>) -> Self {
+        let mut map = Self { inputs, starts: vec![0], taps: Vec::new(), divisors: Vec::new() };
+        for (taps, divisor) in rows {
+            map.taps.extend(taps);
+            map.starts.push(map.taps.len());
+            map.divisors.push(divisor);
+        }
+        assert!(map.taps.iter().all(|t| t.index < inputs), "a tap outside of the axis");
+        map
+    }
+
+    /// The identity of an axis of one position, for the axes that 1-D and 2-D images lack.
+    pub fn unit() -> Self {
+        Self::new(1, [([Tap { index: 0, weight: 1.0 }], 1.0)])
+    }
+
+    /// Extent of the input's axis.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Extent of the output's axis.
+    pub fn outputs(&self) -> usize {
+        self.divisors.len()
+    }
+
+    /// The taps of output `o`, by rising index if they were given so.
+    #[inline(always)]
+    pub fn row(&self, o: usize) -> &[Tap] {
+        &self.taps[self.starts[o]..self.starts[o + 1]]
+    }
+
+    /// The transposed matrix, divisors folded into its weights: the map of the gradient.
+    pub fn transpose(&self) -> Self {
+        let mut starts = vec![0; self.inputs + 1];
+        for tap in &self.taps {
+            starts[tap.index + 1] += 1;
+        }
+        for i in 0..self.inputs {
+            starts[i + 1] += starts[i];
+        }
+        let mut next = starts.clone();
+        let mut taps = vec![Tap { index: 0, weight: 0.0 }; self.taps.len()];
+        for o in 0..self.outputs() {
+            for tap in self.row(o) {
+                taps[next[tap.index]] = Tap { index: o, weight: tap.weight / self.divisors[o] };
+                next[tap.index] += 1;
+            }
+        }
+        Self { inputs: self.outputs(), starts, taps, divisors: vec![1.0; self.inputs] }
+    }
+}
+
+/// Elements of one image of `c` channels over three axes.
+fn image_len(extents: [usize; 3], c: usize) -> usize {
+    extents[0] * extents[1] * extents[2] * c
+}
+
+/// Output rows (all of the last axis) that make a task of about 16 Ki elements, so that a task outlasts its hand-over.
+pub(super) fn rows_per_task(row_len: usize) -> usize {
+    (16384 / row_len.max(1)).max(1)
+}
+
+/// Applies one map an axis to `n` images of `c` channels: `x` is `[n][d][h][w][c]`, so is `out`, which is fully written.
+pub fn resample<T: Real>(maps: &[AxisMap; 3], n: usize, c: usize, x: &[T], out: &mut [T]) {
+    let inputs = maps.each_ref().map(AxisMap::inputs);
+    let outputs = maps.each_ref().map(AxisMap::outputs);
+    assert_eq!(x.len(), n * image_len(inputs, c));
+    assert_eq!(out.len(), n * image_len(outputs, c));
+    if out.is_empty() {
+        return;
+    }
+    let row_len = outputs[2] * c;
+    let rows = rows_per_task(row_len);
+    let taps_per_output: usize = maps.iter().map(|m| m.taps.len().div_ceil(m.outputs())).product();
+    // An L1-resident multiply-add of 8 elements takes about a nanosecond.
+    let ns = out.len() * taps_per_output.max(1) / 8;
+    parallel::for_each_chunk(out, rows * row_len, ns, |i, out| dispatch(Rows { maps, c, x, out, first: i * rows }));
+}
+
+struct Rows<'a, T> {
+    maps: &'a [AxisMap; 3],
+    c: usize,
+    x: &'a [T],
+    out: &'a mut [T],
+    /// Index of the first output row, counted over images, depths and heights.
+    first: usize,
+}
+
+impl<T: Real> WithSimd for Rows<'_, T> {
+    type Output = ();
+
+    /// Plain loops over fixed-size channel blocks: the compiler vectorises them with the features of the level.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let [md, mh, mw] = self.maps;
+        let mut taps: Vec<(usize, T)> = Vec::new();
+        for (row, out) in self.out.chunks_mut(mw.outputs() * self.c).enumerate() {
+            let row = self.first + row;
+            let (image, od, oh) = (row / (mh.outputs() * md.outputs()), row / mh.outputs() % md.outputs(), row % mh.outputs());
+            for (ow, out) in out.chunks_mut(self.c).enumerate() {
+                taps.clear();
+                for d in md.row(od) {
+                    for h in mh.row(oh) {
+                        let line = ((image * md.inputs + d.index) * mh.inputs + h.index) * mw.inputs;
+                        let weight = d.weight * h.weight;
+                        taps.extend(mw.row(ow).iter().map(|w| ((line + w.index) * self.c, T::from_f64(weight * w.weight))));
+                    }
+                }
+                let divisor = T::from_f64(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
+                pixel(self.x, &taps, divisor, out);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn pixel<T: Real>(x: &[T], taps: &[(usize, T)], divisor: T, out: &mut [T]) {
+    if let [(offset, weight)] = *taps
+        && weight == T::one()
+        && divisor == T::one()
+    {
+        return out.copy_from_slice(&x[offset..offset + out.len()]);
+    }
+    let mut at = 0;
+    while at + 64 <= out.len() {
+        channels::<T, 64>(x, taps, divisor, at, out);
+        at += 64;
+    }
+    while at + 16 <= out.len() {
+        channels::<T, 16>(x, taps, divisor, at, out);
+        at += 16;
+    }
+    while at < out.len() {
+        channels::<T, 1>(x, taps, divisor, at, out);
+        at += 1;
+    }
+}
+
+/// `W` channels of one output pixel, summed in registers.
+#[inline(always)]
+fn channels<T: Real, const W: usize>(x: &[T], taps: &[(usize, T)], divisor: T, at: usize, out: &mut [T]) {
+    let mut sum = [T::zero(); W];
+    for &(offset, weight) in taps {
+        let x = &x[offset + at..offset + at + W];
+        for i in 0..W {
+            sum[i] = sum[i] + weight * x[i];
+        }
+    }
+    for (out, sum) in out[at..at + W].iter_mut().zip(sum) {
+        *out = sum / divisor;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_transpose_is_the_adjoint() {
+        let row = |taps: &[(usize, f64)], divisor| (taps.iter().map(|&(index, weight)| Tap { index, weight }).collect::<Vec<_>>(), divisor);
+        let m = AxisMap::new(3, [row(&[(0, 1.0), (2, 0.5)], 2.0), row(&[], 1.0), row(&[(1, 3.0)], 1.0), row(&[(1, 1.0), (2, -1.0)], 4.0)]);
+        let maps = [AxisMap::unit(), m.clone(), m];
+        let adjoint = maps.each_ref().map(AxisMap::transpose);
+        for c in [1, 3, 17, 83] {
+            let x: Vec<f64> = (0..2 * 9 * c).map(|i| (i * 7 % 11) as f64 - 5.0).collect();
+            let y: Vec<f64> = (0..2 * 16 * c).map(|i| (i * 5 % 13) as f64 - 6.0).collect();
+            let (mut forward, mut back) = (vec![9.0; y.len()], vec![9.0; x.len()]);
+            resample(&maps, 2, c, &x, &mut forward);
+            resample(&adjoint, 2, c, &y, &mut back);
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            assert!((dot(&forward, &y) - dot(&x, &back)).abs() < 1e-9);
+        }
+    }
+}
