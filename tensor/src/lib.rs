@@ -1,1 +1,31 @@
-//! stub
+//! Kiln's [`Tensor`], and every operation with its derivative rule beside it.
+//!
+//! Below: `kiln-kernels`, which knows slices and views only. Above: `kiln-autograd`, which walks the graph that the
+//! operations here record.
+
+#[macro_use]
+mod dtype;
+mod creation;
+mod device;
+mod display;
+mod error;
+pub mod generator;
+pub mod graph;
+mod layout;
+pub mod ops;
+mod shape;
+mod storage;
+mod tensor;
+
+pub use creation::TensorOptions;
+pub use device::Device;
+pub use dtype::{DType, Scalar, WithDType};
+pub use error::{Error, ErrorKind, Result};
+pub use generator::{Generator, manual_seed};
+pub use layout::Layout;
+pub use shape::{Dims, IntoShape, MAX_RANK, ReshapeDims, Shape, broadcast_shapes};
+pub use tensor::Tensor;
+
+pub use half::{bf16, f16};
+pub use kiln_kernels::cpu::alloc::{MemoryStats, empty_cache, memory_stats, reset_peak};
+pub use kiln_kernels::element::Bool;

@@ -1,0 +1,175 @@
+//! The engine's promises: no gradient lost, memory given back, no recursion, the same numbers when run again.
+
+use kiln_autograd::{
+    GradOptions, TensorExt, anomaly_mode, checkpoint, grad, grad_with, gradcheck, gradgradcheck, hessian, hvp, jacobian, jvp, no_grad, vjp,
+};
+use kiln_tensor::{DType, Generator, Result, Tensor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+fn leaf(values: &[f64]) -> Tensor {
+    Tensor::from_slice(values, values.len()).unwrap().requires_grad_().unwrap()
+}
+
+fn values(t: &Tensor) -> Vec<f64> {
+    t.to_vec().unwrap()
+}
+
+#[test]
+fn backward_accumulates_into_leaves() -> Result<()> {
+    let x = leaf(&[1., 2., 3.]);
+    for _ in 0..2 {
+        x.mul(&x)?.sum(())?.backward()?;
+    }
+    assert_eq!(values(&x.grad().unwrap()), [4., 8., 12.]);
+    x.zero_grad();
+    assert!(x.grad().is_none());
+    Ok(())
+}
+
+#[test]
+fn a_broadcast_operand_gets_the_sum() -> Result<()> {
+    let (x, b) = (Tensor::ones([2, 3], DType::F64)?.requires_grad_()?, leaf(&[1., 2., 3.]));
+    x.mul(&b)?.add(&b)?.sum(())?.backward()?;
+    assert_eq!(values(&b.grad().unwrap()), [4., 4., 4.]);
+    assert_eq!(x.grad().unwrap().dims(), [2, 3]);
+    Ok(())
+}
+
+#[test]
+fn grad_reaches_intermediate_tensors_and_touches_no_leaf() -> Result<()> {
+    let x = leaf(&[1., 2.]);
+    let y = x.exp()?;
+    let z = y.mul(&y)?.sum(())?;
+    let g = grad_with(&[&z], &[None], &[&y, &x], GradOptions { retain_graph: true, ..Default::default() })?;
+    assert_eq!(values(&g[0]), [2. * 1f64.exp(), 2. * 2f64.exp()]);
+    assert!((values(&g[1])[0] - 2. * 2f64.exp()).abs() < 1e-12);
+    assert!(x.grad().is_none());
+    let unused = leaf(&[5.]);
+    assert_eq!(values(&grad(&z, &[&unused])?[0]), [0.]);
+    Ok(())
+}
+
+#[test]
+fn derivatives_of_derivatives() -> Result<()> {
+    let x = leaf(&[0.3, -0.7]);
+    let f = |xs: &[Tensor]| xs[0].mul(&xs[0])?.exp()?.mul(&xs[0]);
+    gradcheck(f, &[x.detach()])?;
+    gradgradcheck(f, &[x.detach()])?;
+    // f(x) = Σ x³: the Hessian is diag(6x).
+    let cube = |x: &Tensor| x.mul(x)?.mul(x)?.sum(());
+    assert_eq!(values(&hessian(cube, &leaf(&[1., 2.]).detach())?), [6., 0., 0., 12.]);
+    let (y, product) = hvp(cube, &leaf(&[1., 2.]).detach(), &leaf(&[1., 10.]).detach())?;
+    assert_eq!((values(&y), values(&product)), (vec![9.], vec![6., 120.]));
+    Ok(())
+}
+
+#[test]
+fn products_with_the_jacobian() -> Result<()> {
+    let (x, w) = (leaf(&[1., 2.]).detach(), leaf(&[3., 4.]).detach());
+    let f = |xs: &[Tensor]| xs[0].mul(&xs[0])?.mul(&xs[1]);
+    let (y, products) = vjp(f, &[&x, &w], &leaf(&[1., 1.]).detach())?;
+    assert_eq!((values(&y), values(&products[0]), values(&products[1])), (vec![3., 16.], vec![6., 16.], vec![1., 4.]));
+    let (_, tangent) = jvp(f, &[&x, &w], &[&leaf(&[1., 0.]).detach(), &leaf(&[0., 1.]).detach()])?;
+    assert_eq!(values(&tangent), [6., 4.]);
+    let matrix = jacobian(|x| x.mul(x), &x)?;
+    assert_eq!((matrix.dims(), values(&matrix)), (&[2usize, 2][..], vec![2., 0., 0., 4.]));
+    Ok(())
+}
+
+#[test]
+fn misuse_is_named() -> Result<()> {
+    let x = leaf(&[1., 2.]);
+    assert!(x.exp()?.backward().unwrap_err().to_string().contains("only a scalar"));
+    assert!(x.detach().sum(())?.backward().unwrap_err().to_string().contains("not tracked"));
+    let y = x.mul(&x)?.sum(())?;
+    y.backward()?;
+    assert!(y.backward().unwrap_err().to_string().contains("retain_graph"));
+    assert!(Tensor::ones([2], DType::I64)?.requires_grad_().is_err());
+    assert!(no_grad(|| x.exp())?.backward().is_err());
+    Ok(())
+}
+
+#[test]
+fn hooks_see_and_replace_complete_gradients() -> Result<()> {
+    let x = leaf(&[1., 2.]);
+    let y = x.mul(&x)?;
+    let calls = Arc::new(AtomicUsize::new(0));
+    let seen = calls.clone();
+    y.register_hook(move |g| {
+        seen.fetch_add(1, Relaxed);
+        Ok(Some(g.add(g)?))
+    })?;
+    y.add(&y)?.sum(())?.backward()?;
+    assert_eq!(calls.load(Relaxed), 1);
+    assert_eq!(values(&x.grad().unwrap()), [8., 16.]);
+    Ok(())
+}
+
+#[test]
+fn a_long_chain_is_walked_and_dropped_without_recursion() -> Result<()> {
+    std::thread::Builder::new()
+        .stack_size(256 << 10)
+        .spawn(|| -> Result<()> {
+            for walked in [false, true] {
+                let x = leaf(&[1.]);
+                let mut y = x.mul(&x)?;
+                for _ in 0..100_000 {
+                    y = y.add(&x)?.mul(&leaf(&[1.]))?;
+                }
+                if walked {
+                    y.sum(())?.backward()?;
+                    assert_eq!(values(&x.grad().unwrap()), [100_002.]);
+                }
+                drop(y);
+            }
+            Ok(())
+        })
+        .unwrap()
+        .join()
+        .unwrap()
+}
+
+#[test]
+fn checkpoint_gives_the_same_gradients_to_inputs_and_captures() -> Result<()> {
+    let (x, w) = (leaf(&[0.1, 0.2]), leaf(&[0.3, 0.4]));
+    let outer = x.mul(&x)?;
+    let plain = outer.mul(&w)?.exp()?.mul(&x)?.sum(())?;
+    let expected = grad(&plain, &[&x, &w])?;
+    let (outer, x2, w2) = (x.mul(&x)?, x.clone(), w.clone());
+    let captured = outer.clone();
+    let y = checkpoint(move |xs| captured.mul(&w2)?.exp()?.mul(&xs[0]), &[&x2])?;
+    let g = grad(&y.sum(())?, &[&x, &w])?;
+    for (g, e) in g.iter().zip(&expected) {
+        assert_eq!(values(g), values(e));
+    }
+    // A second derivative through a checkpoint.
+    let f = |xs: &[Tensor]| checkpoint(|xs| xs[0].mul(&xs[0])?.exp(), &[&xs[0]]);
+    gradcheck(f, &[x.detach()])?;
+    gradgradcheck(f, &[x.detach()])
+}
+
+#[test]
+fn checkpoint_draws_the_same_random_numbers() -> Result<()> {
+    let g = Generator::new(1);
+    let x = leaf(&[1., 2.]);
+    let inner = g.clone();
+    let noise = move |xs: &[Tensor]| xs[0].mul(&Tensor::scalar(inner.reserve(1).offset as f64, DType::F64)?);
+    g.reserve(41);
+    let y = checkpoint(noise, &[&x])?;
+    g.reserve(100);
+    assert_eq!(values(&y), [41., 82.]);
+    y.sum(())?.backward()?;
+    assert_eq!(values(&x.grad().unwrap()), [41., 41.]);
+    assert_eq!(g.state().offset, 142);
+    Ok(())
+}
+
+#[test]
+fn anomalies_are_reported_with_their_operation() -> Result<()> {
+    let x = leaf(&[1000.]);
+    assert!(x.exp().is_ok());
+    let error = anomaly_mode(true, || x.exp()).unwrap_err().to_string();
+    assert!(error.starts_with("exp: anomaly: the result of shape [1] holds inf; all inputs were finite"), "{error}");
+    Ok(())
+}

@@ -1,0 +1,29 @@
+//! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
+
+mod movement;
+mod pointwise;
+mod reduce;
+
+use crate::harness::Case;
+
+/// Public functions of the rooms that need no case, each with the reason.
+pub const EXCUSED: &[(&str, &str)] = &[
+    ("stack", "lands with the movement room"),
+    ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),
+];
+
+/// Every case.
+pub fn all() -> Vec<Case> {
+    [movement::cases(), pointwise::cases(), reduce::cases()].into_iter().flatten().collect()
+}
+
+/// One test a room, so that they run side by side and a failure names its room.
+macro_rules! rooms {
+    ($($room:ident),*) => { $(
+        #[test]
+        fn $room() {
+            $room::cases().iter().for_each(Case::run);
+        }
+    )* };
+}
+rooms!(movement, pointwise, reduce);

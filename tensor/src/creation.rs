@@ -1,0 +1,203 @@
+//! Tensors from values: constants, ranges, vectors.
+
+use crate::{DType, Device, Error, IntoShape, Layout, Result, Scalar, Shape, Tensor, WithDType};
+use kiln_kernels::element::Element;
+
+/// Dtype and device of a new tensor: `DType::F64`, `(DType::F16, device)`, a device (then f32), or `()` for f32 on the CPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TensorOptions {
+    /// The dtype.
+    pub dtype: DType,
+    /// The device.
+    pub device: Device,
+}
+
+impl Default for TensorOptions {
+    fn default() -> Self {
+        Self { dtype: DType::F32, device: Device::Cpu }
+    }
+}
+
+impl From<()> for TensorOptions {
+    fn from((): ()) -> Self {
+        Self::default()
+    }
+}
+impl From<DType> for TensorOptions {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, ..Self::default() }
+    }
+}
+impl From<Device> for TensorOptions {
+    fn from(device: Device) -> Self {
+        Self { device, ..Self::default() }
+    }
+}
+impl From<(DType, Device)> for TensorOptions {
+    fn from((dtype, device): (DType, Device)) -> Self {
+        Self { dtype, device }
+    }
+}
+impl From<&Tensor> for TensorOptions {
+    /// Those of another tensor.
+    fn from(like: &Tensor) -> Self {
+        Self { dtype: like.dtype(), device: like.device() }
+    }
+}
+
+impl Tensor {
+    /// A tensor of `shape` with every element `value` (rounded to the dtype).
+    pub fn full(shape: impl IntoShape, value: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        let shape = shape.into_shape()?;
+        for_any!(options.into().dtype, T => Tensor::build::<T>(&shape, |out| {
+            out.fill(<T as Element>::from_f64(value));
+            Ok(())
+        }))
+    }
+
+    /// Zeros of `shape`.
+    pub fn zeros(shape: impl IntoShape, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        Self::full(shape, 0.0, options)
+    }
+
+    /// Ones of `shape`.
+    pub fn ones(shape: impl IntoShape, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        Self::full(shape, 1.0, options)
+    }
+
+    /// Zeros of this tensor's shape, dtype and device, untracked.
+    pub fn zeros_like(&self) -> Result<Tensor> {
+        self.full_like(0.0)
+    }
+
+    /// Ones of this tensor's shape, dtype and device, untracked.
+    pub fn ones_like(&self) -> Result<Tensor> {
+        self.full_like(1.0)
+    }
+
+    /// `value` in this tensor's shape, memory order, dtype and device, untracked.
+    pub fn full_like(&self, value: f64) -> Result<Tensor> {
+        for_any!(self.dtype(), T => Tensor::build_with_layout::<T>(self.layout().dense_like(), |out| {
+            out.fill(<T as Element>::from_f64(value));
+            Ok(())
+        }))
+    }
+
+    /// A scalar tensor (no dimensions).
+    pub fn scalar(value: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        Self::full((), value, options)
+    }
+
+    /// The values of `data` in row-major order.
+    ///
+    /// ```
+    /// # use kiln_tensor::{Tensor, Result};
+    /// # fn main() -> Result<()> {
+    /// let x = Tensor::from_vec(vec![1f32, 2., 3., 4., 5., 6.], [2, 3])?;
+    /// assert_eq!(x.dims(), [2, 3]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_vec<S: Scalar>(data: Vec<S>, shape: impl IntoShape) -> Result<Tensor> {
+        Self::from_slice(&data, shape)
+    }
+
+    /// The values of `data` in row-major order.
+    pub fn from_slice<S: Scalar>(data: &[S], shape: impl IntoShape) -> Result<Tensor> {
+        let shape = shape.into_shape()?;
+        if data.len() != shape.numel() {
+            return Err(Error::shape("from_vec", format!("{} values do not fill shape {shape} of {} elements", data.len(), shape.numel())));
+        }
+        Tensor::build::<S::Stored>(&shape, |out| {
+            for (o, &x) in out.iter_mut().zip(data) {
+                *o = x.to_stored();
+            }
+            Ok(())
+        })
+    }
+
+    /// `values` (in row-major order) in this tensor's shape, with the strides of this tensor: a repeated element takes the
+    /// last value that falls on it. For checks that need odd memory layouts.
+    pub fn with_values<S: Scalar>(&self, values: &[S]) -> Result<Tensor> {
+        let stored: Vec<S::Stored> = values.iter().map(|v| v.to_stored()).collect();
+        self.with_stored_values(&stored)
+    }
+
+    fn with_stored_values<T: WithDType>(&self, values: &[T]) -> Result<Tensor> {
+        if values.len() != self.numel() {
+            return Err(Error::shape("with_values", format!("{} values for shape {}", values.len(), self.shape())));
+        }
+        let last: usize = self.dims().iter().zip(self.layout().strides()).map(|(&d, &s)| d.saturating_sub(1) * s).sum();
+        let extent = self.layout().offset() + last + 1;
+        let base = Tensor::build::<T>(&Shape::new(&[extent])?, |out| {
+            out.fill(T::default());
+            let mut index = vec![0; self.rank()];
+            for &value in values {
+                let at: usize = index.iter().zip(self.layout().strides()).map(|(i, s)| i * s).sum();
+                out[self.layout().offset() + at] = value;
+                for d in (0..index.len()).rev() {
+                    index[d] += 1;
+                    if index[d] < self.dims()[d] {
+                        break;
+                    }
+                    index[d] = 0;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(base.with_layout(*self.layout()))
+    }
+
+    /// The same values as every second element of a larger block, at an offset: for checks that need odd memory layouts.
+    pub fn with_gaps(&self) -> Result<Tensor> {
+        let twice: Vec<usize> = self.dims().iter().map(|&d| 2 * d + 1).collect();
+        let mut layout = Layout::contiguous(Shape::new(&twice)?);
+        for (d, &n) in self.dims().iter().enumerate() {
+            layout = layout.slice(d, 1, n, 2);
+        }
+        for_any!(self.dtype(), T => {
+            let values = self.detach().contiguous()?;
+            let base = Tensor::build::<T>(&Shape::new(&twice)?, |out| {
+                out.fill(T::default());
+                Ok(())
+            })?;
+            base.with_layout(layout).with_stored_values(values.as_slice::<T>()?)
+        })
+    }
+
+    /// `start, start + step, …` while before `end`.
+    pub fn arange(start: f64, end: f64, step: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        let count = ((end - start) / step).ceil();
+        if step == 0.0 || !count.is_finite() || count >= isize::MAX as f64 {
+            return Err(Error::argument("arange", format!("cannot step from {start} to {end} by {step}")));
+        }
+        let shape = Shape::new(&[count.max(0.0) as usize])?;
+        for_any!(options.into().dtype, T => Tensor::build::<T>(&shape, |out| {
+            for (i, o) in out.iter_mut().enumerate() {
+                *o = <T as Element>::from_f64(start + i as f64 * step);
+            }
+            Ok(())
+        }))
+    }
+
+    /// `count` values from `start` to `end`, both included, evenly spaced.
+    pub fn linspace(start: f64, end: f64, count: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        let step = if count > 1 { (end - start) / (count - 1) as f64 } else { 0.0 };
+        for_any!(options.into().dtype, T => Tensor::build::<T>(&Shape::new(&[count])?, |out| {
+            for (i, o) in out.iter_mut().enumerate() {
+                // From the nearer end, so that both ends are exact.
+                let x = if i < count / 2 { start + i as f64 * step } else { end - (count - 1 - i) as f64 * step };
+                *o = <T as Element>::from_f64(if count == 1 { start } else { x });
+            }
+            Ok(())
+        }))
+    }
+
+    /// The identity matrix of `n` rows.
+    pub fn eye(n: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        for_any!(options.into().dtype, T => Tensor::build::<T>(&Shape::new(&[n, n])?, |out| {
+            out.fill(T::default());
+            out.iter_mut().step_by(n + 1).for_each(|o| *o = <T as Element>::from_f64(1.0));
+            Ok(())
+        }))
+    }
+}

@@ -1,0 +1,10 @@
+//! Every operation, a room a family.
+//!
+//! An operation is: checks and the shape rule, the forward pass (a call of a kernel), and an [`Op`](crate::graph::Op) whose
+//! `vjp` is written in differentiable Tensor operations. What it saves is only what the rule reads, and only where a parent
+//! is tracked ([`Needs::save_for`](crate::graph::Needs::save_for)). A rule returns gradients in the broadcast shape; the
+//! engine sums them down to each input's.
+
+pub mod movement;
+pub mod pointwise;
+pub mod reduce;

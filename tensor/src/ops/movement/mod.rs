@@ -1,0 +1,3 @@
+//! Operations that move elements, or only relabel them.
+
+mod view;

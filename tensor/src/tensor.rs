@@ -1,0 +1,275 @@
+//! The tensor: bytes, a layout, a dtype, and where it comes from in the recorded graph.
+
+use crate::graph::{Hook, Leaf, Source};
+use crate::storage::Storage;
+use crate::{DType, Device, Error, ErrorKind, Layout, Result, Scalar, Shape, WithDType};
+use kiln_kernels::view::StridedView;
+use std::sync::Arc;
+
+/// An n-dimensional array. Cheap to clone (clones share the data) and immutable to its holder; views share the data too.
+///
+/// A tensor is *tracked* if it was marked with [`requires_grad_`](Tensor::requires_grad_) or computed from one that was:
+/// gradients flow to it.
+#[derive(Clone)]
+pub struct Tensor(Arc<Inner>);
+
+struct Inner {
+    storage: Storage,
+    layout: Layout,
+    dtype: DType,
+    source: Option<Source>,
+}
+
+impl Tensor {
+    pub(crate) fn from_storage(storage: Storage, layout: Layout, dtype: DType) -> Self {
+        Self(Arc::new(Inner { storage, layout, dtype, source: None }))
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.0.storage
+    }
+
+    /// A tensor over the same data with another layout, untracked: the caller records the operation.
+    pub(crate) fn with_layout(&self, layout: Layout) -> Self {
+        Self::from_storage(self.0.storage.clone(), layout, self.0.dtype)
+    }
+
+    pub(crate) fn with_source(&self, source: Option<Source>) -> Self {
+        Self(Arc::new(Inner { storage: self.0.storage.clone(), layout: self.0.layout, dtype: self.0.dtype, source }))
+    }
+
+    /// A new row-major tensor of `shape` whose elements `fill` writes (all of them; they are stale before).
+    pub fn build<T: WithDType>(shape: &Shape, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
+        Self::build_with_layout(Layout::contiguous(*shape), fill)
+    }
+
+    /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes in the order of memory.
+    pub fn build_with_layout<T: WithDType>(layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
+        debug_assert!(layout.is_dense() && layout.offset() == 0);
+        let bytes = layout.numel().checked_mul(size_of::<T>());
+        let bytes = bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {} overflow", layout.shape(), T::DTYPE)))?;
+        let mut buffer = Storage::buffer(bytes)?;
+        fill(buffer.as_slice_mut())?;
+        Ok(Self::from_storage(Storage::from_buffer(buffer), layout, T::DTYPE))
+    }
+
+    /// Extents of the dimensions.
+    pub fn shape(&self) -> &Shape {
+        self.0.layout.shape()
+    }
+
+    /// The extents as a slice.
+    pub fn dims(&self) -> &[usize] {
+        self.0.layout.shape().dims()
+    }
+
+    /// The extent of one dimension; negative ones count from the end.
+    pub fn dim(&self, dim: isize) -> Result<usize> {
+        Ok(self.shape()[self.shape().dim("dim", dim)?])
+    }
+
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.shape().rank()
+    }
+
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape().numel()
+    }
+
+    /// The extents of a tensor of exactly `N` dimensions, e.g. `let [b, c, h, w] = x.dims_n("conv2d")?`.
+    pub fn dims_n<const N: usize>(&self, op: &str) -> Result<[usize; N]> {
+        self.dims().try_into().map_err(|_| Error::shape(op, format!("expected {N} dimensions, got shape {}", self.shape())))
+    }
+
+    /// The dtype of the elements.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
+    }
+
+    /// The device that holds the data.
+    pub fn device(&self) -> Device {
+        self.0.storage.device()
+    }
+
+    /// How the elements lie in memory.
+    pub fn layout(&self) -> &Layout {
+        &self.0.layout
+    }
+
+    /// Whether the elements lie in row-major order without gaps.
+    pub fn is_contiguous(&self) -> bool {
+        self.0.layout.is_contiguous()
+    }
+
+    /// Whether both tensors are views of the same memory.
+    pub fn shares_storage(&self, other: &Tensor) -> bool {
+        self.0.storage.ptr_eq(&other.0.storage)
+    }
+
+    /// Address of the memory block, to see whether two results share one; never to be read through.
+    pub fn storage_address(&self) -> usize {
+        self.0.storage.get().as_bytes().as_ptr() as usize
+    }
+
+    fn expect_dtype<T: WithDType>(&self, op: &str) -> Result<()> {
+        if T::DTYPE == self.dtype() {
+            return Ok(());
+        }
+        let message = format!("the tensor is {}, {} was asked for; convert with .to_dtype(..)", self.dtype(), T::DTYPE);
+        Err(Error::new(ErrorKind::DType, op, message))
+    }
+
+    /// The elements as a strided view, for kernels.
+    pub fn view_of<T: WithDType>(&self) -> Result<StridedView<'_, T>> {
+        self.expect_dtype::<T>("view_of")?;
+        let (layout, data) = (&self.0.layout, self.0.storage.get().as_slice::<T>());
+        StridedView::new(data, layout.offset(), layout.shape().dims(), layout.strides())
+            .ok_or_else(|| Error::shape("view_of", format!("layout {layout:?} leaves its storage of {} elements", data.len())))
+    }
+
+    /// The elements of a row-major tensor as a slice: an error if it is not contiguous.
+    pub fn as_slice<T: WithDType>(&self) -> Result<&[T]> {
+        let view = self.view_of::<T>()?;
+        view.as_contiguous()
+            .ok_or_else(|| Error::shape("as_slice", format!("the tensor of shape {} is not contiguous; call .contiguous()", self.shape())))
+    }
+
+    /// The elements of a dense tensor in the order of memory (see [`Layout::is_dense`]): an error if it has gaps or repeats.
+    pub fn as_dense_slice<T: WithDType>(&self) -> Result<&[T]> {
+        let view = self.view_of::<T>()?;
+        if !self.0.layout.is_dense() {
+            return Err(Error::shape("as_dense_slice", format!("the tensor of shape {} is not dense", self.shape())));
+        }
+        Ok(&view.data()[view.offset().min(view.data().len())..][..self.numel()])
+    }
+
+    /// The elements of a row-major tensor, to write. If the data is shared with another tensor or held by a live graph, this
+    /// tensor moves to a copy first, so no other holder ever sees a change. A leaf stays the same leaf.
+    pub fn as_slice_mut<T: WithDType>(&mut self) -> Result<&mut [T]> {
+        self.expect_dtype::<T>("as_slice_mut")?;
+        let unique = Arc::get_mut(&mut self.0).is_some_and(|i| i.storage.get_mut().is_some() && i.layout.is_contiguous());
+        if !unique {
+            let copy = self.detach().copy()?;
+            *self = copy.with_source(self.0.source.clone());
+            // `copy` shares the new storage until it is dropped here.
+        }
+        let numel = self.numel();
+        let inner = Arc::get_mut(&mut self.0).ok_or_else(|| Error::graph("as_slice_mut", "the tensor is shared"))?;
+        let offset = inner.layout.offset();
+        let buffer = inner.storage.get_mut().ok_or_else(|| Error::graph("as_slice_mut", "the storage is shared"))?;
+        Ok(&mut buffer.as_slice_mut::<T>()[offset..offset + numel])
+    }
+
+    /// The memory of a dense, untracked tensor that nobody else holds, in the order of memory, to reuse for a result of the
+    /// same size: `None` if the tensor is tracked or shared.
+    pub fn donate<T: WithDType>(&mut self) -> Option<&mut [T]> {
+        if T::DTYPE != self.0.dtype || self.0.source.is_some() || !self.0.layout.is_dense() {
+            return None;
+        }
+        let numel = self.numel();
+        let inner = Arc::get_mut(&mut self.0)?;
+        let offset = inner.layout.offset();
+        let data = inner.storage.get_mut()?.as_slice_mut::<T>();
+        data.get_mut(offset..offset + numel)
+    }
+
+    /// The elements in row-major order. `T` must match the dtype (`bool` for [`DType::Bool`]).
+    pub fn to_vec<T: Scalar>(&self) -> Result<Vec<T>> {
+        self.expect_dtype::<T::Stored>("to_vec")?;
+        let dense = self.detach().contiguous()?;
+        Ok(dense.as_slice::<T::Stored>()?.iter().map(|&x| T::from_stored(x)).collect())
+    }
+
+    /// The only element.
+    pub fn item<T: Scalar>(&self) -> Result<T> {
+        self.expect_dtype::<T::Stored>("item")?;
+        if self.numel() != 1 {
+            return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
+        }
+        let view = self.view_of::<T::Stored>()?;
+        Ok(T::from_stored(view.data()[view.offset()]))
+    }
+
+    /// The only element, whatever the dtype, as f64.
+    pub fn item_f64(&self) -> Result<f64> {
+        use kiln_kernels::element::Element;
+        for_any!(self.dtype(), T => {
+            if self.numel() != 1 {
+                return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
+            }
+            let view = self.view_of::<T>()?;
+            Ok(view.data()[view.offset()].to_f64())
+        })
+    }
+
+    /// Whether gradients flow to this tensor.
+    pub fn is_tracked(&self) -> bool {
+        self.0.source.is_some()
+    }
+
+    /// Whether this is a leaf: tracked, and not the result of an operation.
+    pub fn is_leaf(&self) -> bool {
+        matches!(self.0.source, Some(Source::Leaf(_)))
+    }
+
+    /// Where the tensor comes from in the graph, if it is tracked.
+    pub fn source(&self) -> Option<&Source> {
+        self.0.source.as_ref()
+    }
+
+    /// The leaf, if this is one.
+    pub fn leaf(&self) -> Option<&Arc<Leaf>> {
+        match &self.0.source {
+            Some(Source::Leaf(leaf)) => Some(leaf),
+            _ => None,
+        }
+    }
+
+    /// The same data as a new leaf of the graph: `backward` will leave its gradient in [`grad`](Tensor::grad).
+    pub fn requires_grad_(&self) -> Result<Tensor> {
+        if !self.dtype().is_float() {
+            let message = format!("only float tensors carry gradients, this one is {}", self.dtype());
+            return Err(Error::new(ErrorKind::DType, "requires_grad_", message));
+        }
+        Ok(self.with_source(Some(Source::Leaf(Arc::new(Leaf::new())))))
+    }
+
+    /// The same data, untracked.
+    pub fn detach(&self) -> Tensor {
+        if self.is_tracked() { self.with_source(None) } else { self.clone() }
+    }
+
+    /// The gradient that `backward` accumulated in this leaf.
+    pub fn grad(&self) -> Option<Tensor> {
+        self.leaf().and_then(|leaf| leaf.grad())
+    }
+
+    /// Forgets the accumulated gradient.
+    pub fn zero_grad(&self) {
+        if let Some(leaf) = self.leaf() {
+            leaf.set_grad(None);
+        }
+    }
+
+    /// Calls `hook` with the complete gradient of this tensor in each backward pass; what it returns replaces the gradient.
+    pub fn register_hook(&self, hook: impl Fn(&Tensor) -> Result<Option<Tensor>> + Send + Sync + 'static) -> Result<()> {
+        let source = self.source().ok_or_else(|| Error::graph("register_hook", "the tensor is not tracked"))?;
+        let hook: Hook = Arc::new(hook);
+        source.add_hook(hook);
+        Ok(())
+    }
+
+    /// An error unless both have one dtype and one device.
+    pub(crate) fn expect_same(&self, op: &str, other: &Tensor) -> Result<()> {
+        if self.dtype() != other.dtype() {
+            return Err(Error::dtype_mismatch(op, self.dtype(), other.dtype()));
+        }
+        if self.device() != other.device() {
+            let message = format!("operands are on {} and {}", self.device(), other.device());
+            return Err(Error::new(ErrorKind::Device, op, message));
+        }
+        Ok(())
+    }
+}
