@@ -1,6 +1,7 @@
 //! Kernels for the host: SIMD by hand, threads from the current rayon pool.
 
 pub mod alloc;
+pub mod conv;
 pub mod copy;
 pub mod gemm;
 pub mod isa;
