@@ -1,0 +1,211 @@
+//! The f32 product: which path a shape takes, and the path of small and middling ones.
+//!
+//! The plain algorithm is five loops around a micro-kernel: over K in steps of [`KC`], over panels of B, over row tiles of A.
+//! The code differs from it in these points:
+//!
+//! 1. A panel of B (KC × NR: 32 KiB at AVX-512) is used for all row tiles before the next, so it stays in L1 or near; the row tiles of A
+//!    stream from L2.
+//! 2. Large products pack both factors once, in parallel (`shared`); tasks then only compute.
+//!    Smaller ones are cut into tasks that pack what they need themselves ([`Block`]): a little is packed twice, and no thread waits.
+//! 3. A factor is not packed where that costs more than it saves: A if it meets few panels, B if it meets few row tiles.
+//! 4. K is split at multiples of KC only, and C collects the parts in order.
+
+use super::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, RowTiles, Tile};
+use super::pack::{Strip, pack};
+use super::{Gemm, GemmElement, Item, Out, dot, shared};
+use crate::cpu::alloc::{Buffer, OutOfMemory};
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::parallel::{SharedMut, for_each};
+use crate::cpu::simd::Simd;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Terms that a tile sums in registers before it goes to C: measured best of 192, 256, 384 and 512 on Zen 4.
+pub(super) const KC: usize = 256;
+
+/// Row tiles that a task of the small path covers at most: A's packed block (480 × KC) is half of a 1 MiB L2.
+const MAX_BLOCK_ROWS: usize = 480;
+
+/// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.
+pub(super) const FLOP_PER_NS: usize = 64;
+
+/// A task of the small path has at least this many multiply-adds (about 10 µs), as long as the shape allows.
+const TASK_MACS: usize = 1 << 19;
+
+/// The most tasks that a product is cut into.
+const MAX_TASKS: usize = 64;
+
+impl GemmElement for f32 {
+    fn gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
+        if dot::try_gemm(gemm, out, row_stride) {
+            return Ok(());
+        }
+        let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
+        let c = SharedMut::new(out);
+        // Packing once pays from 256³ on if both factors are used often enough.
+        if m >= 192 && n >= 192 && m * n * k >= 1 << 24 {
+            (0..gemm.batch()).try_for_each(|i| shared::gemm(gemm, i, c, row_stride))
+        } else {
+            small(gemm, c, row_stride)
+        }
+    }
+}
+
+/// How C's tiles begin: the first block of K sees the caller's wish, the others add.
+pub(super) fn init_of(gemm: &Gemm<f32>, first_k: bool, col: usize) -> Init {
+    match gemm.bias {
+        _ if !first_k || gemm.accumulate => Init::C,
+        // A tile begins at a column below N, the bias' length.
+        Some(bias) => Init::Bias(bias[col..].as_ptr()),
+        None => Init::Zero,
+    }
+}
+
+/// Row pointers of a tile of C.
+pub(super) fn c_rows(out: Out<f32>, row: usize, col: usize) -> [*mut f32; MAX_MR] {
+    std::array::from_fn(|r| out.at(row + r, col))
+}
+
+/// Cuts a batch of products into tasks of nearly equal work, by shape alone.
+struct Grid {
+    row_blocks: usize,
+    col_blocks: usize,
+    rows: RowTiles,
+    panels: usize,
+    nr: usize,
+    n: usize,
+}
+
+impl Grid {
+    fn new(kernels: &MicroKernels, m: usize, n: usize, k: usize, tasks: usize) -> Self {
+        let (rows, panels) = (kernels.row_tiles(m), n.div_ceil(kernels.nr));
+        let (mut row_blocks, mut col_blocks) = (m.div_ceil(MAX_BLOCK_ROWS), 1);
+        let wanted = (m * n * k / TASK_MACS).min(tasks);
+        while row_blocks * col_blocks < wanted {
+            // Square blocks pack least; a block of rows is worth more than its height, for B is packed once for each.
+            let (height, width) = (m / row_blocks, n / col_blocks);
+            if width >= height && col_blocks < panels {
+                col_blocks = (2 * col_blocks).min(panels);
+            } else if row_blocks < rows.count {
+                row_blocks = (2 * row_blocks).min(rows.count);
+            } else if col_blocks < panels {
+                col_blocks = (2 * col_blocks).min(panels);
+            } else {
+                break;
+            }
+        }
+        Self { row_blocks, col_blocks, rows, panels, nr: kernels.nr, n }
+    }
+
+    fn count(&self) -> usize {
+        self.row_blocks * self.col_blocks
+    }
+
+    /// The row tiles and the columns of a task.
+    fn task(&self, i: usize) -> (Range<usize>, Range<usize>) {
+        let (row, col) = (i % self.row_blocks, i / self.row_blocks);
+        let cut = |parts: usize, total: usize, i: usize| i * total / parts;
+        let tiles = cut(self.row_blocks, self.rows.count, row)..cut(self.row_blocks, self.rows.count, row + 1);
+        let start = cut(self.col_blocks, self.panels, col) * self.nr;
+        let end = (cut(self.col_blocks, self.panels, col + 1) * self.nr).min(self.n);
+        (tiles, start..end)
+    }
+}
+
+/// Products whose tasks pack for themselves.
+fn small(gemm: &Gemm<f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+    let (batch, m, n, k) = (gemm.batch(), gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
+    let grid = Grid::new(MicroKernels::get(), m, n, k, MAX_TASKS.div_ceil(batch));
+    let total = batch * grid.count();
+    // Tiny items go to a thread by the dozen.
+    let group = (TASK_MACS * grid.count() / (m * n * k).max(1)).clamp(1, total.div_ceil(MAX_TASKS).max(1));
+    let failure = OnceLock::new();
+    for_each(total.div_ceil(group), 2 * batch * m * n * k / FLOP_PER_NS, |task| {
+        for i in task * group..total.min((task + 1) * group) {
+            let (item, part) = (i / grid.count(), i % grid.count());
+            let (tiles, cols) = grid.task(part);
+            let out = Out { c: c.get().wrapping_add(item * m * row_stride), row_stride };
+            if let Err(error) = dispatch(Block { gemm, item: gemm.item(item), rows: grid.rows, tiles, cols, out }) {
+                failure.get_or_init(|| error);
+            }
+        }
+    });
+    failure.get().map_or(Ok(()), |&error| Err(error))
+}
+
+/// One task: some row tiles and some columns of one C, over all of K.
+struct Block<'a> {
+    gemm: &'a Gemm<'a, f32>,
+    item: Item<f32>,
+    rows: RowTiles,
+    tiles: Range<usize>,
+    cols: Range<usize>,
+    out: Out<f32>,
+}
+
+impl Block<'_> {
+    /// Rows that are read in place must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
+    fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
+        let a = self.item.a;
+        let few_panels = self.cols.len() <= 4 * kernels.nr || self.item.k <= 32;
+        few_panels && if a.col_stride == 1 { a.row_stride % 512 != 0 } else { a.row_stride == 1 && a.col_stride % 512 != 0 }
+    }
+}
+
+impl WithSimd for Block<'_> {
+    type Output = Result<(), OutOfMemory>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let kernels = MicroKernels::get();
+        let Item { a, b, k, .. } = self.item;
+        let (first_row, end_row) = (self.rows.start(self.tiles.start), self.rows.start(self.tiles.end));
+        let a_in_place = self.reads_a_in_place(kernels);
+        let mut a_packed = Buffer::new(if a_in_place { 0 } else { (end_row - first_row) * k.min(KC) * size_of::<f32>() })?;
+        let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
+        let mut panel = MaybeUninit::<[f32; KC * MAX_NR]>::uninit();
+        let b_in_place = b.col_stride == 1 && self.tiles.len() <= 2;
+        for k0 in (0..k).step_by(KC) {
+            let kc = KC.min(k - k0);
+            if !a_in_place {
+                for tile in self.tiles.clone() {
+                    let (row, lanes) = (self.rows.start(tile), self.rows.height(tile));
+                    let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: kc, k_stride: a.col_stride };
+                    // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
+                    unsafe { pack(s, strip, lanes, a_packed.add((row - first_row) * kc)) };
+                }
+            }
+            for col in self.cols.clone().step_by(kernels.nr) {
+                let cols = kernels.nr.min(self.cols.end - col);
+                let width = kernels.panel_width(cols);
+                // A tile reads whole vectors, so only full panels can be read in place.
+                let (b_data, b_stride) = if b_in_place && cols == width {
+                    (b.at(k0, col), b.row_stride)
+                } else {
+                    let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: kc, k_stride: b.row_stride };
+                    let panel = panel.as_mut_ptr().cast::<f32>();
+                    // SAFETY: the strip lies inside B; the panel holds KC × NR values.
+                    unsafe { pack(s, strip, width, panel) };
+                    (panel.cast_const(), width)
+                };
+                for tile in self.tiles.clone() {
+                    let (row, height) = (self.rows.start(tile), self.rows.height(tile));
+                    let (a_rows, a_stride) = if a_in_place {
+                        (std::array::from_fn(|r| a.at(row + r, k0)), a.col_stride)
+                    } else {
+                        let first = a_packed.wrapping_add((row - first_row) * kc).cast_const();
+                        (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
+                    };
+                    let c = c_rows(self.out, row, col);
+                    let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, k0 == 0, col) };
+                    let tile = Tile { segments: 1, kc, a: a_rows.as_ptr(), a_stride, b: &b_data, b_stride, out };
+                    // SAFETY: the first `height` row pointers address rows of A and C inside their matrices, B is a full panel,
+                    // and the tiles of all tasks are disjoint.
+                    unsafe { kernels.tile(height, &tile) };
+                }
+            }
+        }
+        Ok(())
+    }
+}

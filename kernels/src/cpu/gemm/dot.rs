@@ -1,0 +1,240 @@
+//! Products with one or few rows or columns, where each value of the large factor is used a few times only: nothing is packed, and the large
+//! factor streams past at the speed of memory.
+//!
+//! Two forms, by which direction of the large factor (L lanes × K) is contiguous: dot products ([`Dots`], K contiguous in both factors), and
+//! sums of scaled rows ([`Axpys`], one row times a factor whose lanes are contiguous).
+
+use super::blocked::FLOP_PER_NS;
+use super::{Gemm, Item, Matrix};
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::parallel::{SharedMut, for_each};
+use crate::cpu::simd::{F32s, Simd};
+use std::ops::Range;
+
+/// Up to so many rows of the small factor, dot products beat packing: measured on 16×768×3072 and 32×768×3072.
+const MAX_DOT_ROWS: usize = 16;
+
+/// Below this K a dot product is mostly the sum over its lanes.
+const MIN_DOT_K: usize = 64;
+
+/// Multiply-adds of a task: about 10 µs.
+const TASK_MACS: usize = 1 << 18;
+
+/// Columns of an [`Axpys`] task: its accumulators fill 4 KiB of L1, and each row that it reads is a page.
+const AXPY_LANES: usize = 1024;
+
+/// Computes the product if it has one of the two forms.
+pub(super) fn try_gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> bool {
+    let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
+    let wide = m <= n;
+    let (rows, lanes) = if wide { (m, n) } else { (n, m) };
+    let contiguous = |stride: usize, extent: usize| stride == 1 || extent == 1;
+    let k_contiguous = contiguous(gemm.a.col_stride(), k) && contiguous(gemm.b.row_stride(), k);
+    let lanes_contiguous = if wide { contiguous(gemm.b.col_stride(), n) } else { contiguous(gemm.a.row_stride(), m) && row_stride == 1 };
+    let c = SharedMut::new(out);
+    let form = if rows <= MAX_DOT_ROWS && k_contiguous && k >= MIN_DOT_K {
+        Form::Dots
+    } else if rows == 1 && lanes_contiguous {
+        Form::Axpys
+    } else {
+        return false;
+    };
+    let chunk = match form {
+        Form::Dots => (TASK_MACS / (rows * k)).next_multiple_of(4).max(4),
+        Form::Axpys => AXPY_LANES.min((TASK_MACS / k).next_multiple_of(64)).max(64),
+    };
+    let chunks = lanes.div_ceil(chunk);
+    for_each(gemm.batch() * chunks, 2 * gemm.batch() * m * n * k / FLOP_PER_NS, |task| {
+        let (i, part) = (task / chunks, task % chunks);
+        let lanes = part * chunk..lanes.min((part + 1) * chunk);
+        let job = Job::new(gemm, gemm.item(i), wide, lanes, c.get().wrapping_add(i * m * row_stride), row_stride);
+        match form {
+            Form::Dots => dispatch(Dots(job)),
+            Form::Axpys => dispatch(Axpys(job)),
+        }
+    });
+    true
+}
+
+#[derive(Clone, Copy)]
+enum Form {
+    Dots,
+    Axpys,
+}
+
+/// Some lanes of one product: `out[r][l] = init + alpha · Σ_k small[r][k] · large[l][k]`.
+struct Job<'a> {
+    gemm: &'a Gemm<'a, f32>,
+    /// `rows × k`.
+    small: Matrix<f32>,
+    rows: usize,
+    /// `lanes × k`.
+    large: Matrix<f32>,
+    lanes: Range<usize>,
+    k: usize,
+    out: *mut f32,
+    row_stride: usize,
+    lane_stride: usize,
+    /// Whether lanes are the columns of C.
+    wide: bool,
+}
+
+impl<'a> Job<'a> {
+    fn new(gemm: &'a Gemm<'a, f32>, item: Item<f32>, wide: bool, lanes: Range<usize>, out: *mut f32, row_stride: usize) -> Self {
+        let Item { m, n, k, a, b } = item;
+        if wide {
+            Self { gemm, small: a, rows: m, large: b.t(), lanes, k, out, row_stride, lane_stride: 1, wide }
+        } else {
+            Self { gemm, small: b.t(), rows: n, large: a, lanes, k, out, row_stride: 1, lane_stride: row_stride, wide }
+        }
+    }
+
+    /// Adds the initial value to a finished sum and stores it.
+    ///
+    /// # Safety
+    /// The element must lie in C, and belong to this task.
+    #[inline(always)]
+    unsafe fn finish(&self, row: usize, lane: usize, sum: f32) {
+        let at = self.out.wrapping_add(row * self.row_stride + lane * self.lane_stride);
+        let value = self.gemm.alpha as f32 * sum;
+        // SAFETY: the caller's contract.
+        unsafe {
+            *at = match self.gemm.bias {
+                Some(bias) => value + bias[if self.wide { lane } else { row }],
+                None if self.gemm.accumulate => *at + value,
+                None => value,
+            }
+        }
+    }
+}
+
+/// Dot products of rows that are contiguous in both factors.
+struct Dots<'a>(Job<'a>);
+
+impl WithSimd for Dots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Range { start, end } = self.0.lanes;
+        let full = start + (end - start) / 4 * 4;
+        for lane in (start..full).step_by(4) {
+            self.rows::<S, 4>(s, lane);
+        }
+        for lane in full..end {
+            self.rows::<S, 1>(s, lane);
+        }
+    }
+}
+
+impl Dots<'_> {
+    /// All rows with `L` lanes; the order of a sum does not depend on the tile that it is in.
+    #[inline(always)]
+    fn rows<S: Simd, const L: usize>(&self, s: S, lane: usize) {
+        let (four, two) = (self.0.rows / 4 * 4, self.0.rows / 2 * 2);
+        for row in (0..four).step_by(4) {
+            self.tile::<S, 4, L>(s, row, lane);
+        }
+        for row in (four..two).step_by(2) {
+            self.tile::<S, 2, L>(s, row, lane);
+        }
+        for row in two..self.0.rows {
+            self.tile::<S, 1, L>(s, row, lane);
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const L: usize>(&self, s: S, row: usize, lane: usize) {
+        let job = &self.0;
+        let small: [*const f32; R] = std::array::from_fn(|r| job.small.at(row + r, 0));
+        let large: [*const f32; L] = std::array::from_fn(|l| job.large.at(lane + l, 0));
+        let mut acc = [[s.zero(); L]; R];
+        let mut add = |load: &dyn Fn(*const f32) -> S::F32, k: usize| {
+            let x: [S::F32; R] = std::array::from_fn(|r| load(small[r].wrapping_add(k)));
+            for (l, &large) in large.iter().enumerate() {
+                let y = load(large.wrapping_add(k));
+                for (sums, &x) in acc.iter_mut().zip(&x) {
+                    sums[l] = x.mul_add(y, sums[l]);
+                }
+            }
+        };
+        let full = job.k / S::LANES * S::LANES;
+        for k in (0..full).step_by(S::LANES) {
+            // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
+            add(&|at| unsafe { s.load(at) }, k);
+        }
+        if full < job.k {
+            // SAFETY: as above, with the rest of K.
+            add(&|at| unsafe { s.load_partial(at, job.k - full) }, full);
+        }
+        for (r, sums) in acc.iter().enumerate() {
+            for (l, sum) in sums.iter().enumerate() {
+                // SAFETY: the element is in this task's part of C.
+                unsafe { job.finish(row + r, lane + l, sum.reduce_sum()) };
+            }
+        }
+    }
+}
+
+/// One row times a factor whose lanes are contiguous.
+struct Axpys<'a>(Job<'a>);
+
+impl WithSimd for Axpys<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        /// Rows that are added before the accumulators go back to L1.
+        const ROWS: usize = 8;
+        let job = &self.0;
+        let width = job.lanes.len();
+        let mut sums = [0f32; AXPY_LANES];
+        let mut k = 0;
+        while k < job.k {
+            let rows = ROWS.min(job.k - k);
+            let mut x = [s.zero(); ROWS];
+            let mut from = [job.large.at(job.lanes.start, k); ROWS];
+            for r in 0..rows {
+                // SAFETY: element k + r of the one row, which lies inside its factor.
+                x[r] = s.splat(unsafe { job.small.at(0, k + r).read() });
+                from[r] = job.large.at(job.lanes.start, k + r);
+            }
+            let mut lane = 0;
+            while lane + S::LANES <= width {
+                // SAFETY: a full vector of the task's lanes is left, in the row of L1 and in each row of the factor.
+                unsafe {
+                    let at = sums.as_mut_ptr().add(lane);
+                    let mut sum = s.load(at);
+                    if rows == ROWS {
+                        for (x, from) in x.iter().zip(&from) {
+                            sum = x.mul_add(s.load(from.add(lane)), sum);
+                        }
+                    } else {
+                        for (x, from) in x.iter().zip(&from).take(rows) {
+                            sum = x.mul_add(s.load(from.add(lane)), sum);
+                        }
+                    }
+                    sum.store(at);
+                }
+                lane += S::LANES;
+            }
+            if lane < width {
+                let count = width - lane;
+                // SAFETY: as above, with what is left of the lanes.
+                unsafe {
+                    let at = sums.as_mut_ptr().add(lane);
+                    let mut sum = s.load_partial(at, count);
+                    for (x, from) in x.iter().zip(&from).take(rows) {
+                        sum = x.mul_add(s.load_partial(from.add(lane), count), sum);
+                    }
+                    sum.store_partial(at, count);
+                }
+            }
+            k += rows;
+        }
+        for (i, &sum) in sums[..width].iter().enumerate() {
+            // SAFETY: the element is in this task's part of C.
+            unsafe { job.finish(0, job.lanes.start + i, sum) };
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Every path against a plain product in f64: shapes, strides, batches, thread counts.
+
+use super::*;
+use crate::element::Float;
+use half::{bf16, f16};
+
+/// Uniform in ±`scale`, as far as the type has such values.
+fn values<T: Element>(len: usize, seed: u64, scale: f64) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9E3779B97F4A7C15) | 1;
+    let next = |state: &mut u64| {
+        *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (*state >> 33) as f64 / (1u64 << 31) as f64 * 2.0 - 1.0
+    };
+    (0..len).map(|_| T::from_f64(next(&mut state) * scale)).collect()
+}
+
+/// How a factor lies in memory.
+#[derive(Clone, Copy, Debug)]
+enum Layout {
+    RowMajor,
+    /// Rows with a gap between them.
+    Padded,
+    Transposed,
+    /// Neither direction is contiguous.
+    Spread,
+    /// One row or column repeated.
+    Broadcast,
+}
+
+const LAYOUTS: [Layout; 5] = [Layout::RowMajor, Layout::Padded, Layout::Transposed, Layout::Spread, Layout::Broadcast];
+
+impl Layout {
+    fn strides(self, rows: usize, cols: usize) -> (usize, usize) {
+        match self {
+            Layout::RowMajor => (cols, 1),
+            Layout::Padded => (cols + 3, 1),
+            Layout::Transposed => (1, rows),
+            Layout::Spread => (2 * cols + 1, 2),
+            Layout::Broadcast => (0, 1),
+        }
+    }
+}
+
+struct Case {
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Layout,
+    b: Layout,
+    batch: usize,
+    /// Whether all items share B.
+    shared_b: bool,
+    alpha: f64,
+    bias: bool,
+    accumulate: bool,
+    /// Columns of C beyond N.
+    gap: usize,
+}
+
+impl Case {
+    fn plain(m: usize, n: usize, k: usize, a: Layout, b: Layout) -> Self {
+        Self { m, n, k, a, b, batch: 1, shared_b: false, alpha: 1.0, bias: false, accumulate: false, gap: 0 }
+    }
+
+    /// Computes the case and compares every element, those of the gaps too. Returns C.
+    fn check<T: GemmElement>(&self, scale: f64, tolerance: f64) -> Vec<T> {
+        let &Case { m, n, k, batch, .. } = self;
+        let ((a_row, a_col), (b_row, b_col)) = (self.a.strides(m, k), self.b.strides(k, n));
+        let reach = |rows: usize, cols: usize, rs: usize, cs: usize| {
+            if rows * cols == 0 { 0 } else { (rows - 1) * rs + (cols - 1) * cs + 1 }
+        };
+        let (a_len, b_len) = (reach(m, k, a_row, a_col), reach(k, n, b_row, b_col));
+        let a_offsets: Vec<usize> = (0..batch).map(|i| i * a_len).collect();
+        let b_offsets: Vec<usize> = (0..batch).map(|i| if self.shared_b { 0 } else { i * b_len }).collect();
+        let (a, b): (Vec<T>, Vec<T>) = (values(a_len * batch, 1, scale), values(b_len * batch, 2, scale));
+        let bias: Vec<T> = values(n, 3, scale);
+        let row_stride = n + self.gap;
+        let before: Vec<T> = values(batch * m * row_stride, 4, scale);
+        let mut c = before.clone();
+        let gemm = Gemm {
+            alpha: self.alpha,
+            bias: self.bias.then_some(&bias[..]),
+            accumulate: self.accumulate,
+            ..Gemm::batched(
+                MatView::new(&a, m, k, a_row, a_col).unwrap(),
+                &a_offsets,
+                MatView::new(&b, k, n, b_row, b_col).unwrap(),
+                &b_offsets,
+            )
+        };
+        gemm.run(&mut c, row_stride).unwrap();
+        for item in 0..batch {
+            for i in 0..m {
+                for j in 0..row_stride {
+                    let at = (item * m + i) * row_stride + j;
+                    if j >= n {
+                        assert_eq!(c[at], before[at], "wrote between rows");
+                        continue;
+                    }
+                    let term = |p: usize| {
+                        let x = a[a_offsets[item] + i * a_row + p * a_col].to_f64();
+                        (x * b[b_offsets[item] + p * b_row + j * b_col].to_f64(), x)
+                    };
+                    let (sum, size) = (0..k).map(term).fold((0.0, 0.0), |(s, t): (f64, f64), (x, _)| (s + x, t + x.abs()));
+                    let init = if self.bias { bias[j].to_f64() } else { 0.0 } + if self.accumulate { before[at].to_f64() } else { 0.0 };
+                    let expected = init + self.alpha * sum;
+                    let error = (c[at].to_f64() - expected).abs();
+                    assert!(
+                        error <= tolerance * (size + init.abs() + expected.abs()),
+                        "{m}x{n}x{k} {:?} {:?} batch {batch}: C[{item}][{i}][{j}] = {}, not {expected}",
+                        self.a,
+                        self.b,
+                        c[at].to_f64()
+                    );
+                }
+            }
+        }
+        c
+    }
+}
+
+/// Rounding of sums of products in f32: well below K · 2⁻²⁴ of the sum of magnitudes.
+const F32: f64 = 1e-6;
+
+#[test]
+fn all_layouts_and_odd_shapes() {
+    let shapes = [
+        (1, 1, 1),
+        (1, 7, 5),
+        (5, 1, 100),
+        (1, 100, 33),
+        (100, 1, 65),
+        (1, 1100, 70),
+        (2, 33, 64),
+        (3, 17, 257),
+        (4, 4, 4),
+        (13, 31, 8),
+        (12, 32, 64),
+        (16, 48, 80),
+        (25, 65, 31),
+        (49, 64, 300),
+        (37, 130, 513),
+        (130, 37, 129),
+    ];
+    for (m, n, k) in shapes {
+        for a in LAYOUTS {
+            for b in LAYOUTS {
+                Case::plain(m, n, k, a, b).check::<f32>(1.0, F32);
+            }
+        }
+    }
+}
+
+#[test]
+fn small_shapes_exhaustively() {
+    for m in 1..=14 {
+        for n in [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 50] {
+            for k in [1, 2, 3, 17] {
+                Case::plain(m, n, k, Layout::RowMajor, Layout::RowMajor).check::<f32>(1.0, F32);
+                Case::plain(m, n, k, Layout::Transposed, Layout::Transposed).check::<f32>(1.0, F32);
+            }
+        }
+    }
+}
+
+#[test]
+fn large_shapes_take_the_shared_path() {
+    for (m, n, k) in [(256, 256, 256), (193, 1000, 100), (700, 200, 300), (200, 201, 2100)] {
+        for (a, b) in [(Layout::RowMajor, Layout::RowMajor), (Layout::Transposed, Layout::Padded), (Layout::Spread, Layout::Transposed)] {
+            Case::plain(m, n, k, a, b).check::<f32>(1.0, F32);
+        }
+    }
+    let case = Case { alpha: 0.5, bias: true, gap: 5, ..Case::plain(300, 257, 270, Layout::RowMajor, Layout::RowMajor) };
+    case.check::<f32>(1.0, F32);
+    Case { bias: false, accumulate: true, batch: 2, ..case }.check::<f32>(1.0, F32);
+}
+
+#[test]
+fn batches_biases_and_accumulation() {
+    for (m, n, k) in [(1, 40, 70), (70, 1, 70), (3, 5, 7), (20, 40, 300), (1, 40, 3), (64, 64, 64)] {
+        for (shared_b, a) in [(false, Layout::RowMajor), (true, Layout::RowMajor), (true, Layout::Transposed)] {
+            for b in [Layout::RowMajor, Layout::Transposed] {
+                let case = Case { batch: 3, shared_b, alpha: -0.5, ..Case::plain(m, n, k, a, b) };
+                case.check::<f32>(1.0, F32);
+                Case { bias: true, gap: 2, ..case }.check::<f32>(1.0, F32);
+                Case { accumulate: true, gap: 2, ..case }.check::<f32>(1.0, F32);
+            }
+        }
+    }
+    Case { batch: 300, ..Case::plain(4, 4, 4, Layout::RowMajor, Layout::RowMajor) }.check::<f32>(1.0, F32);
+}
+
+#[test]
+fn every_element_type() {
+    for (m, n, k) in [(1, 1, 1), (1, 50, 70), (7, 33, 9), (70, 140, 300)] {
+        for (a, b) in [(Layout::RowMajor, Layout::Transposed), (Layout::Spread, Layout::RowMajor), (Layout::Broadcast, Layout::Padded)] {
+            let case = Case { batch: 2, gap: 1, ..Case::plain(m, n, k, a, b) };
+            for case in [Case { bias: true, ..case }, Case { bias: false, accumulate: true, ..case }] {
+                case.check::<f64>(1.0, 1e-14);
+                case.check::<f16>(1.0, 1e-3);
+                case.check::<bf16>(1.0, 8e-3);
+                case.check::<i32>(100.0, 0.0);
+                case.check::<i64>(1e6, 0.0);
+                case.check::<u8>(1.99, 0.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn half_precision_rounds_once() {
+    // 2049 is between two f16: a running sum in f16 would stay at 2048.
+    let (ones, n) = (vec![f16::ONE; 4096], 3);
+    let mut c = vec![f16::ZERO; n];
+    let b = vec![f16::ONE; 4096 * n];
+    Gemm::new(MatView::row_major(&ones, 1, 4096).unwrap(), MatView::row_major(&b, 4096, n).unwrap()).run(&mut c, n).unwrap();
+    assert!(c.iter().all(|x| x.widen() == 4096.0));
+}
+
+#[test]
+fn integers_wrap_around() {
+    let (a, b) = ([i32::MAX, 2], [2, i32::MAX]);
+    let mut c = [0];
+    Gemm::new(MatView::row_major(&a, 1, 2).unwrap(), MatView::row_major(&b, 2, 1).unwrap()).run(&mut c, 1).unwrap();
+    assert_eq!(c[0], i32::MAX.wrapping_mul(2).wrapping_mul(2));
+}
+
+#[test]
+fn empty_sums_are_the_initial_value() {
+    for (bias, accumulate) in [(false, false), (true, false), (false, true)] {
+        for (m, n, k) in [(3, 4, 0), (0, 4, 2), (3, 0, 2)] {
+            Case { bias, accumulate, batch: 2, gap: 1, ..Case::plain(m, n, k, Layout::RowMajor, Layout::RowMajor) }.check::<f32>(1.0, 0.0);
+        }
+    }
+}
+
+#[test]
+fn infinities_and_nan_reach_their_elements_only() {
+    for (m, n, k) in [(5, 7, 70), (40, 50, 60), (1, 100, 80)] {
+        let mut a: Vec<f32> = values(m * k, 1, 1.0);
+        let b: Vec<f32> = values::<f32>(k * n, 2, 1.0).iter().map(|x| x.abs() + 0.1).collect();
+        a[3] = f32::INFINITY;
+        if m > 1 {
+            a[k] = f32::NAN;
+        }
+        let mut c = vec![0f32; m * n];
+        Gemm::new(MatView::row_major(&a, m, k).unwrap(), MatView::row_major(&b, k, n).unwrap()).run(&mut c, n).unwrap();
+        for (i, x) in c.iter().enumerate() {
+            match i / n {
+                0 => assert_eq!(*x, f32::INFINITY),
+                1 => assert!(x.is_nan()),
+                _ => assert!(x.is_finite()),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_bits_for_any_number_of_threads() {
+    let pools: Vec<_> = [1, 2, 7].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).into();
+    let shapes = [(300, 400, 500), (1, 3000, 700), (3000, 1, 700), (16, 700, 768), (100, 200, 300), (2000, 40, 70)];
+    for (m, n, k) in shapes {
+        for b in [Layout::RowMajor, Layout::Transposed] {
+            let case = Case { batch: 2, ..Case::plain(m, n, k, Layout::RowMajor, b) };
+            let results: Vec<Vec<u32>> =
+                pools.iter().map(|pool| pool.install(|| case.check::<f32>(1.0, F32)).iter().map(|x| x.to_bits()).collect()).collect();
+            assert!(results[0] == results[1] && results[0] == results[2], "{m}x{n}x{k}");
+        }
+    }
+    let case = Case::plain(150, 300, 200, Layout::RowMajor, Layout::RowMajor);
+    let bits = |pool: &rayon::ThreadPool| pool.install(|| case.check::<f64>(1.0, 1e-14)).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert!(bits(&pools[0]) == bits(&pools[1]) && bits(&pools[0]) == bits(&pools[2]));
+}
