@@ -149,7 +149,8 @@ impl Block<'_> {
     fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
         let a = self.item.a;
         let few_panels = self.cols.len() <= 4 * kernels.nr || self.item.k <= 32;
-        few_panels && if a.col_stride == 1 { a.row_stride % 512 != 0 } else { a.row_stride == 1 && a.col_stride % 512 != 0 }
+        let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
+        few_panels && contiguous && !stride.is_multiple_of(512)
     }
 }
 

@@ -149,29 +149,34 @@ impl Dots<'_> {
         let small: [*const f32; R] = std::array::from_fn(|r| job.small.at(row + r, 0));
         let large: [*const f32; L] = std::array::from_fn(|l| job.large.at(lane + l, 0));
         let mut acc = [[s.zero(); L]; R];
-        let mut add = |load: &dyn Fn(*const f32) -> S::F32, k: usize| {
-            let x: [S::F32; R] = std::array::from_fn(|r| load(small[r].wrapping_add(k)));
-            for (l, &large) in large.iter().enumerate() {
-                let y = load(large.wrapping_add(k));
-                for (sums, &x) in acc.iter_mut().zip(&x) {
-                    sums[l] = x.mul_add(y, sums[l]);
-                }
-            }
-        };
         let full = job.k / S::LANES * S::LANES;
         for k in (0..full).step_by(S::LANES) {
             // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
-            add(&|at| unsafe { s.load(at) }, k);
+            let (x, y) = unsafe { (small.map(|row| s.load(row.add(k))), large.map(|row| s.load(row.add(k)))) };
+            add_products(&mut acc, &x, &y);
         }
         if full < job.k {
+            let count = job.k - full;
             // SAFETY: as above, with the rest of K.
-            add(&|at| unsafe { s.load_partial(at, job.k - full) }, full);
+            let (x, y) =
+                unsafe { (small.map(|row| s.load_partial(row.add(full), count)), large.map(|row| s.load_partial(row.add(full), count))) };
+            add_products(&mut acc, &x, &y);
         }
         for (r, sums) in acc.iter().enumerate() {
             for (l, sum) in sums.iter().enumerate() {
                 // SAFETY: the element is in this task's part of C.
                 unsafe { job.finish(row + r, lane + l, sum.reduce_sum()) };
             }
+        }
+    }
+}
+
+/// Adds the product of each pair.
+#[inline(always)]
+fn add_products<V: F32s, const R: usize, const L: usize>(acc: &mut [[V; L]; R], x: &[V; R], y: &[V; L]) {
+    for (sums, &x) in acc.iter_mut().zip(x) {
+        for (sum, &y) in sums.iter_mut().zip(y) {
+            *sum = x.mul_add(y, *sum);
         }
     }
 }
