@@ -251,6 +251,17 @@ impl I32s for I32x8 {
         I32x8(op!(_mm256_srl_epi32(self.0, _mm_cvtsi32_si128(N as i32))))
     }
     #[inline(always)]
+    fn widening_mul(self, by: u32) -> (Self, Self) {
+        op!({
+            let by = _mm256_set1_epi32(by as i32);
+            let even = _mm256_mul_epu32(self.0, by);
+            let odd = _mm256_mul_epu32(_mm256_srli_epi64::<32>(self.0), by);
+            let high = _mm256_blend_epi32::<0xAA>(_mm256_srli_epi64::<32>(even), odd);
+            let low = _mm256_blend_epi32::<0xAA>(even, _mm256_slli_epi64::<32>(odd));
+            (I32x8(high), I32x8(low))
+        })
+    }
+    #[inline(always)]
     fn eq(self, other: Self) -> Mask8 {
         Mask8(op!(_mm256_castsi256_ps(_mm256_cmpeq_epi32(self.0, other.0))))
     }

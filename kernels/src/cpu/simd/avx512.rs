@@ -252,6 +252,17 @@ impl I32s for I32x16 {
         I32x16(op!(_mm512_srli_epi32::<N>(self.0)))
     }
     #[inline(always)]
+    fn widening_mul(self, by: u32) -> (Self, Self) {
+        op!({
+            let by = _mm512_set1_epi32(by as i32);
+            let even = _mm512_mul_epu32(self.0, by);
+            let odd = _mm512_mul_epu32(_mm512_srli_epi64::<32>(self.0), by);
+            let high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64::<32>(even), odd);
+            let low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64::<32>(odd));
+            (I32x16(high), I32x16(low))
+        })
+    }
+    #[inline(always)]
     fn eq(self, other: Self) -> Mask16 {
         Mask16(op!(_mm512_cmpeq_epi32_mask(self.0, other.0)))
     }

@@ -190,6 +190,8 @@ pub trait I32s:
     fn shr<const N: u32>(self) -> Self;
     /// Shifts right by a constant, filling with zeros.
     fn shr_logical<const N: u32>(self) -> Self;
+    /// The high and low halves of the 64-bit products with `by`; lanes and factor are taken as unsigned.
+    fn widening_mul(self, by: u32) -> (Self, Self);
     /// `self == other`.
     fn eq(self, other: Self) -> Self::Mask;
     /// `self > other`, signed.

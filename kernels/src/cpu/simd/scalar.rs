@@ -184,6 +184,11 @@ impl I32s for I32x1 {
         I32x1((self.0 as u32 >> N) as i32)
     }
     #[inline(always)]
+    fn widening_mul(self, by: u32) -> (Self, Self) {
+        let product = self.0 as u32 as u64 * by as u64;
+        (I32x1((product >> 32) as i32), I32x1(product as i32))
+    }
+    #[inline(always)]
     fn eq(self, other: Self) -> Mask1 {
         Mask1(self.0 == other.0)
     }
