@@ -5,6 +5,7 @@ pub mod conv;
 pub mod copy;
 pub mod gemm;
 pub mod isa;
+pub mod math;
 pub mod optim;
 pub mod parallel;
 pub mod pool;

@@ -218,6 +218,10 @@ impl F32s for F32x16 {
         I32x16(op!(_mm512_cvtps_epi32(self.0)))
     }
     #[inline(always)]
+    fn scale(self, n: Self) -> Self {
+        F32x16(op!(_mm512_scalef_ps(self.0, n.0)))
+    }
+    #[inline(always)]
     fn reduce_sum(self) -> f32 {
         op!(_mm512_reduce_add_ps(self.0))
     }

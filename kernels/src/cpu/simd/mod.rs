@@ -157,6 +157,15 @@ pub trait F32s:
     fn to_bits(self) -> Self::I32;
     /// Converts to integers, rounding to nearest even; out of range gives `i32::MIN` or saturates.
     fn to_i32(self) -> Self::I32;
+    /// `self · 2ⁿ` rounded once, for integral n in [−252, 254]; denormal results are kept.
+    #[inline(always)]
+    fn scale(self, n: Self) -> Self {
+        // Two factors, because 2ⁿ itself may be out of range. The first product is exact, unless it overflows.
+        let n = n.to_i32();
+        let half = n.shr::<1>();
+        let bias = n.splat_like(127);
+        self * (half + bias).shl::<23>().from_bits() * (n - half + bias).shl::<23>().from_bits()
+    }
     /// The sum of all lanes, in an order fixed by the instruction set.
     fn reduce_sum(self) -> f32;
     /// The largest lane; NaN lanes may be lost.
