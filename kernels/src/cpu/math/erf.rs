@@ -28,7 +28,8 @@ fn normal_tail<S: Simd>(s: S, t: S::F32) -> S::F32 {
     let n = log2.round();
     let r = log2 - n;
     // 2^r for |r| ≤ ½, error 3.0e-9.
-    let p = polynomial(s, r, [0.6931472, 0.24022648, 0.0555036, 0.009618506, 0.0013390806, 0.00015326463]).mul_add(r, s.splat(1.0));
+    let p = polynomial(s, r, [std::f32::consts::LN_2, 0.24022648, 0.0555036, 0.009618506, 0.0013390806, 0.00015326463])
+        .mul_add(r, s.splat(1.0));
     // n lies in [−27, −1], so the scale is a normal number.
     let scale = (n.to_i32() + s.splat_i32(127)).shl::<23>().from_bits();
     s.zero().or_else(t.gt(s.splat(END)), p * scale)

@@ -132,7 +132,7 @@ pub fn gelu_tanh_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
 }
 
 /// 2·√(2/π).
-const LINEAR: f32 = 1.595_769_1;
+const LINEAR: f32 = 1.595_769_2;
 /// 2·√(2/π)·0.044715.
 const CUBIC: f32 = 0.071_354_81;
 

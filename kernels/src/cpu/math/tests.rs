@@ -37,7 +37,7 @@ fn ulps(got: f32, exact: f64) -> f64 {
     if got.is_infinite() && exact.abs() < f32::MAX as f64 * (1.0 - 2f64.powi(-23)) || nearest.is_infinite() && got.abs() < f32::MAX {
         return f64::INFINITY;
     }
-    let exponent = (exact.abs().log2().floor()).max(-126.0).min(127.0);
+    let exponent = exact.abs().log2().floor().clamp(-126.0, 127.0);
     (got as f64 - exact).abs() / 2f64.powi(exponent as i32 - 23)
 }
 

@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn large_arguments_are_reduced_exactly() {
-        for x in [1.0f32, 1.5, 3.1415927, 65537.0, 1e6, 1.6777216e7, 1e10, 1.234e20, 3.4e38, f32::MAX, 2f32.powi(100)] {
+        for x in [1.0f32, 1.5, 3.25, 65537.0, 1e6, 1.6777216e7, 1e10, 1.234e20, 3.4e38, f32::MAX, 2f32.powi(100)] {
             let (n, r) = reduce_any(x);
             assert!(r.abs() <= std::f64::consts::FRAC_PI_4 + 1e-12, "{x}: {r}");
             let sin = [r.sin(), r.cos(), -r.sin(), -r.cos()][n as usize];
