@@ -1,1 +1,3 @@
-//! stub
+//! Kiln's models: layers, optimisers, data and the model families.
+
+pub mod data;

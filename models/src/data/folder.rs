@@ -1,0 +1,202 @@
+//! Image folders: one subfolder a class, PNG or JPEG files in it, decoded as batches ask for them.
+
+use super::dataset::{Dataset, check_indices};
+use super::error::{DataError, Result};
+use super::images::{ImageBatch, Scale};
+use super::rng::Rng;
+use image::imageops::FilterType;
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use std::fs;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+/// Files that are larger are refused.
+const MAX_FILE: u64 = 256 << 20;
+/// A decoded image that takes more bytes is refused.
+const MAX_DECODED: u64 = 512 << 20;
+/// How much larger than its file a decoded image may be: what PNG's deflate can reach. A JPEG's
+/// blocks are checked apart.
+const MAX_RATIO: u64 = 1032;
+/// What a decoder may use beyond the image itself.
+const WORKSPACE: u64 = 1 << 20;
+
+/// How an image folder is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FolderOptions {
+    /// Height and width: each image is scaled until it covers them and cropped about its centre.
+    /// Without it all images of a batch must have one size.
+    pub size: Option<(usize, usize)>,
+    /// 1 for grey, 3 for red, green and blue.
+    pub channels: usize,
+    /// The range of the pixels in batches.
+    pub scale: Scale,
+}
+
+impl Default for FolderOptions {
+    /// Three channels in [0, 1], every image in its own size.
+    fn default() -> Self {
+        Self { size: None, channels: 3, scale: Scale::Unit }
+    }
+}
+
+/// A folder with a subfolder of images for each class.
+#[derive(Clone, Debug)]
+pub struct ImageFolder {
+    files: Vec<(PathBuf, i64)>,
+    classes: Vec<String>,
+    options: FolderOptions,
+}
+
+impl ImageFolder {
+    /// Lists the PNG and JPEG files (by extension, in any case) of each subfolder of `root`. Classes and files are numbered
+    /// in the order of their names. No image is opened yet.
+    ///
+    /// # Errors
+    /// If a folder cannot be read, there is no image at all, or an option makes no sense.
+    pub fn open(root: impl AsRef<Path>, options: FolderOptions) -> Result<Self> {
+        let root = root.as_ref();
+        if !matches!(options.channels, 1 | 3) || options.size.is_some_and(|(h, w)| h == 0 || w == 0 || h.max(w) > 1 << 14) {
+            return Err(DataError::Argument(format!("an image folder has 1 or 3 channels and sides of 1 to 16384, not {options:?}")));
+        }
+        let mut classes = Vec::new();
+        let mut files = Vec::new();
+        for folder in list(root)?.into_iter().filter(|path| path.is_dir()) {
+            let images: Vec<PathBuf> = list(&folder)?.into_iter().filter(|path| is_image(path)).collect();
+            files.extend(images.into_iter().map(|path| (path, classes.len() as i64)));
+            classes.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        }
+        if files.is_empty() {
+            return Err(DataError::format(root, "subfolders", "there is no PNG or JPEG file in them; expected CLASS/IMAGE.png"));
+        }
+        Ok(Self { files, classes, options })
+    }
+
+    /// The classes' names, by number.
+    pub fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    /// The images' files and class numbers.
+    pub fn files(&self) -> &[(PathBuf, i64)] {
+        &self.files
+    }
+}
+
+impl Dataset for ImageFolder {
+    type Batch = ImageBatch;
+
+    fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    fn batch(&self, indices: &[usize], _rng: &mut Rng) -> Result<ImageBatch> {
+        check_indices(indices, self.files.len())?;
+        let mut batch = ImageBatch { images: vec![], shape: [0, self.options.channels, 0, 0], labels: vec![] };
+        for &index in indices {
+            let (path, label) = &self.files[index];
+            let image = fit(read_image(path)?, self.options.size);
+            let (height, width) = (image.height() as usize, image.width() as usize);
+            let [count, _, first_height, first_width] = batch.shape;
+            if count > 0 && (height, width) != (first_height, first_width) {
+                let problem = format!("{height}×{width} in a batch of {first_height}×{first_width}; set FolderOptions::size");
+                return Err(DataError::format(path, "size", problem));
+            }
+            append(&mut batch.images, image, self.options);
+            batch.shape = [count + 1, self.options.channels, height, width];
+            batch.labels.push(*label);
+        }
+        Ok(batch)
+    }
+}
+
+/// What is in a folder, in the order of names.
+fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect());
+    let mut entries: Vec<PathBuf> = entries.map_err(|e| DataError::io("list", folder, e))?;
+    entries.sort();
+    Ok(entries)
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+    matches!(extension.as_deref(), Some("png" | "jpg" | "jpeg")) && path.is_file()
+}
+
+/// Reads and decodes an image file.
+fn read_image(path: &Path) -> Result<DynamicImage> {
+    let size = fs::metadata(path).map_err(|e| DataError::io("open", path, e))?.len();
+    if size > MAX_FILE {
+        return Err(DataError::format(path, "size", format!("the file has {size} bytes, more than the {MAX_FILE} allowed")));
+    }
+    let bytes = fs::read(path).map_err(|e| DataError::io("read", path, e))?;
+    decode(&bytes, path)
+}
+
+/// Decodes PNG or JPEG, whichever the first bytes say, and allocates no more than such a file can fill.
+fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
+    let wrong = |e: image::ImageError| DataError::format(path, "image", e.to_string());
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| DataError::io("read", path, e))?;
+    let jpeg = reader.format() == Some(ImageFormat::Jpeg);
+    let mut decoder = reader.into_decoder().map_err(wrong)?;
+    let (width, height) = decoder.dimensions();
+    // A JPEG spends at least a bit on a block. The decoder's buffers for a row of them take as much as eight rows of pixels'
+    // blocks, however low the image is.
+    let blocks = if jpeg { u64::from(width.div_ceil(8)) * u64::from(height.div_ceil(8).max(8)) } else { 0 };
+    let most = (bytes.len() as u64).saturating_mul(MAX_RATIO).min(MAX_DECODED);
+    if decoder.total_bytes() > most || blocks > 8 * bytes.len() as u64 {
+        let problem = format!("{width}×{height} pixels cannot be in a file of {} bytes, or take more than {MAX_DECODED}", bytes.len());
+        return Err(DataError::format(path, "header", problem));
+    }
+    let mut limits = Limits::no_limits();
+    limits.max_alloc = Some(most + WORKSPACE);
+    decoder.set_limits(limits).map_err(wrong)?;
+    DynamicImage::from_decoder(decoder).map_err(wrong)
+}
+
+/// Scales an image until it covers `size` and crops it about its centre.
+fn fit(image: DynamicImage, size: Option<(usize, usize)>) -> DynamicImage {
+    match size {
+        Some((height, width)) if (image.height() as usize, image.width() as usize) != (height, width) => {
+            image.resize_to_fill(width as u32, height as u32, FilterType::Triangle)
+        }
+        _ => image,
+    }
+}
+
+/// Appends an image in the order channel, row, column.
+fn append(images: &mut Vec<f32>, image: DynamicImage, options: FolderOptions) {
+    let pixels = if options.channels == 1 { image.into_luma8().into_raw() } else { image.into_rgb8().into_raw() };
+    for channel in 0..options.channels {
+        images.extend(pixels.iter().skip(channel).step_by(options.channels).map(|&p| options.scale.apply(p)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{Rgb, RgbImage};
+
+    #[test]
+    fn reads_classes_scales_and_says_what_is_wrong() {
+        let root = std::env::temp_dir().join(format!("kiln-folder-{}", std::process::id()));
+        for (class, name, colour, size) in [("cat", "a.png", 255, 4), ("cat", "b.PNG", 51, 4), ("dog", "a.jpg", 102, 8)] {
+            fs::create_dir_all(root.join(class)).unwrap();
+            RgbImage::from_pixel(size, size, Rgb([colour, 0, colour])).save(root.join(class).join(name)).unwrap();
+        }
+        fs::write(root.join("cat/readme.txt"), "no image").unwrap();
+        let plain = ImageFolder::open(&root, FolderOptions::default()).unwrap();
+        assert_eq!((plain.classes(), plain.len()), (&["cat".to_owned(), "dog".to_owned()][..], 3));
+        let batch = plain.batch(&[1, 0], &mut Rng::new(0)).unwrap();
+        assert_eq!((batch.shape, batch.labels), ([2, 3, 4, 4], vec![0, 0]));
+        assert_eq!([batch.images[0], batch.images[16], batch.images[32], batch.images[48]], [0.2, 0.0, 0.2, 1.0]);
+        let error = plain.batch(&[0, 2], &mut Rng::new(0)).unwrap_err().to_string();
+        assert!(error.contains("8×8 in a batch of 4×4"), "{error}");
+        let sized = ImageFolder::open(&root, FolderOptions { size: Some((4, 6)), channels: 1, scale: Scale::Signed }).unwrap();
+        assert_eq!(sized.batch(&[0, 1, 2], &mut Rng::new(0)).unwrap().shape, [3, 1, 4, 6]);
+        fs::write(root.join("dog/a.jpg"), b"\xff\xd8\xff broken").unwrap();
+        assert!(sized.batch(&[2], &mut Rng::new(0)).unwrap_err().to_string().contains("a.jpg: image:"));
+        fs::remove_dir_all(&root).unwrap();
+        assert!(ImageFolder::open(&root, FolderOptions::default()).is_err());
+        assert!(ImageFolder::open(&root, FolderOptions { channels: 2, ..Default::default() }).is_err());
+    }
+}

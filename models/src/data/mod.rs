@@ -1,0 +1,26 @@
+//! Data: readers of files (IDX, image folders, CSV), the MNIST family with a built-in generator of
+//! handwritten digits, and the loader that shuffles, batches and prefetches. No layer or model lives here.
+//!
+//! Every reader treats its file as hostile: it checks what a header claims against what the file can
+//! hold before memory is allocated for it, and says which file and which field are wrong.
+
+mod csv;
+mod dataset;
+pub mod digits;
+mod download;
+mod error;
+mod folder;
+pub mod idx;
+mod images;
+mod loader;
+mod mnist;
+mod rng;
+
+pub use csv::{CsvOptions, CsvTable, Label, read_csv};
+pub use dataset::{Dataset, Subset};
+pub use error::{DataError, Result};
+pub use folder::{FolderOptions, ImageFolder};
+pub use images::{ImageBatch, ImageSet, Scale};
+pub use loader::{Loader, LoaderOptions, LoaderState};
+pub use mnist::{FashionMnist, Mnist, Origin, Source, Split};
+pub use rng::Rng;
