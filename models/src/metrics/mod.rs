@@ -1,0 +1,7 @@
+//! Figures that say how good a generator is.
+
+mod frechet;
+mod judge;
+
+pub use frechet::{FeatureStatistics, frechet_distance};
+pub use judge::{DigitJudge, Verdict};
