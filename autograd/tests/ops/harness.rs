@@ -16,6 +16,8 @@ pub enum DTypes {
     Numbers,
     /// All eight (bool: non-zero).
     All,
+    /// i64, i32, u8 only (values truncated; forward only).
+    Integers,
 }
 
 /// An operation, sample inputs, and what is expected of it.
@@ -169,6 +171,7 @@ impl Case {
         let mut dtypes = vec![DType::F64, DType::F32, DType::F16, DType::BF16];
         match self.dtypes {
             DTypes::Floats => {}
+            DTypes::Integers => dtypes = vec![DType::I64, DType::I32, DType::U8],
             DTypes::Numbers => dtypes.extend([DType::I64, DType::I32, DType::U8]),
             DTypes::All => dtypes.extend([DType::I64, DType::I32, DType::U8, DType::Bool]),
         }

@@ -8,3 +8,4 @@
 pub mod movement;
 pub mod pointwise;
 pub mod reduce;
+mod stand_in;

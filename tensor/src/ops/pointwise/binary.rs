@@ -1,17 +1,51 @@
-//! Functions of two tensors that broadcast together.
+//! Functions of two tensors that broadcast together. Both must have the same dtype.
 
+use super::kernel::zip;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Result, Tensor, broadcast_shapes};
-use kiln_kernels::element::Element;
+use crate::{Error, ErrorKind, Result, Tensor};
 
-struct Add;
+/// One side's gradient, from the saved operands and the incoming gradient.
+type Side = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 
-impl Op for Add {
+/// A rule that reads both operands.
+struct FromOperands {
+    name: &'static str,
+    a: Tensor,
+    b: Tensor,
+    rules: [Side; 2],
+}
+
+impl Op for FromOperands {
     fn name(&self) -> &'static str {
-        "add"
+        self.name
     }
-    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some(grad.clone()), Some(grad.clone())])
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let side = |i: usize| ctx.needs(i).then(|| self.rules[i](&self.a, &self.b, grad)).transpose();
+        Ok(vec![side(0)?, side(1)?])
+    }
+}
+
+fn record_operands(name: &'static str, out: Tensor, a: &Tensor, b: &Tensor, rules: [Side; 2]) -> Result<Tensor> {
+    record(name, out, &[a, b], |_| FromOperands { name, a: a.clone(), b: b.clone(), rules })
+}
+
+/// a + b or a − b: nothing is saved.
+struct Sum {
+    name: &'static str,
+    negate: bool,
+}
+
+impl Op for Sum {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let second = match (ctx.needs(1), self.negate) {
+            (false, _) => None,
+            (true, false) => Some(grad.clone()),
+            (true, true) => Some(grad.neg()?),
+        };
+        Ok(vec![Some(grad.clone()), second])
     }
 }
 
@@ -31,31 +65,89 @@ impl Op for Mul {
     }
 }
 
-fn zip(a: &Tensor, b: &Tensor, op: &'static str, f: fn(f64, f64) -> f64) -> Result<Tensor> {
-    a.expect_same(op, b)?;
-    let shape = broadcast_shapes(op, a.shape(), b.shape())?;
-    for_number!(a.dtype(), op, T => {
-        let (a, b) = (a.detach().expand(shape)?.contiguous()?, b.detach().expand(shape)?.contiguous()?);
-        let (a, b) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-        Tensor::build::<T>(&shape, |out| {
-            for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-                *o = <T as Element>::from_f64(f(a.to_f64(), b.to_f64()));
-            }
-            Ok(())
-        })
-    })
+/// The gradient of a maximum or minimum: to the operand that was chosen, halved where they tie.
+fn chosen(own: &Tensor, other: &Tensor, grad: &Tensor, wins: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let (own, other) = (own.detach(), other.detach());
+    let ties = own.eq(&other)?.where_cond(&grad.mul_scalar(0.5)?, &grad.mul_scalar(0.0)?)?;
+    wins(&own, &other)?.where_cond(grad, &ties)
+}
+
+/// An error if an integer divisor holds a zero.
+fn refuse_zero_divisor(op: &'static str, b: &Tensor) -> Result<()> {
+    if b.dtype().is_int() && b.eq_scalar(0.0)?.to_vec::<bool>()?.contains(&true) {
+        return Err(Error::new(ErrorKind::Argument, op, format!("an integer divisor of shape {} holds a zero", b.shape())));
+    }
+    Ok(())
 }
 
 impl Tensor {
-    /// a + b.
+    /// a + b. Every numeric dtype; integers wrap.
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
         let out = zip(self, other, "add", |a, b| a + b)?;
-        record("add", out, &[self, other], |_| Add)
+        record("add", out, &[self, other], |_| Sum { name: "add", negate: false })
     }
 
-    /// a · b, element by element.
+    /// a − b. Every numeric dtype; integers wrap.
+    pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
+        let out = zip(self, other, "sub", |a, b| a - b)?;
+        record("sub", out, &[self, other], |_| Sum { name: "sub", negate: true })
+    }
+
+    /// a · b, element by element. Every numeric dtype; integers wrap.
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
         let out = zip(self, other, "mul", |a, b| a * b)?;
         record("mul", out, &[self, other], |needs| Mul { a: needs.save_for(1, self), b: needs.save_for(0, other) })
+    }
+
+    /// a / b. Integers round towards zero; a zero divisor is an error for them.
+    pub fn div(&self, other: &Tensor) -> Result<Tensor> {
+        refuse_zero_divisor("div", other)?;
+        let out = zip(self, other, "div", |a, b| a / b)?;
+        record_operands("div", out, self, other, [|_, b, g| g.div(b), |a, b, g| g.div(b)?.mul(&a.div(b)?)?.neg()])
+    }
+
+    /// a − b·⌊a/b⌋: the remainder with the sign of the divisor. A zero divisor is an error for integers.
+    pub fn rem(&self, other: &Tensor) -> Result<Tensor> {
+        refuse_zero_divisor("rem", other)?;
+        let out = zip(self, other, "rem", |a, b| a - b * (a / b).floor())?;
+        record_operands("rem", out, self, other, [|_, _, g| Ok(g.clone()), |a, b, g| g.mul(&a.div(b)?.floor()?)?.neg()])
+    }
+
+    /// a^b.
+    ///
+    /// The derivative with respect to a is 0 where b is 0; that with respect to b is 0 where a is 0 and b is not negative.
+    pub fn pow(&self, other: &Tensor) -> Result<Tensor> {
+        let out = zip(self, other, "pow", f64::powf)?;
+        let base: Side = |a, b, g| g.mul(b)?.mul(&a.pow(&b.add_scalar(-1.0)?)?)?.masked_fill(&b.eq_scalar(0.0)?, 0.0);
+        let exponent: Side = |a, b, g| {
+            let zero = a.eq_scalar(0.0)?.logical_and(&b.ge_scalar(0.0)?)?;
+            g.mul(&a.pow(b)?)?.mul(&a.log()?)?.masked_fill(&zero, 0.0)
+        };
+        record_operands("pow", out, self, other, [base, exponent])
+    }
+
+    /// The larger element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
+    pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
+        let out = zip(self, other, "maximum", |a, b| if a.is_nan() || a > b { a } else { b })?;
+        record_operands("maximum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
+    }
+
+    /// The smaller element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
+    pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
+        let out = zip(self, other, "minimum", |a, b| if a.is_nan() || a < b { a } else { b })?;
+        record_operands("minimum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
+    }
+
+    /// The angle of the point (x, y) = (other, self), in (−π, π].
+    pub fn atan2(&self, other: &Tensor) -> Result<Tensor> {
+        let out = zip(self, other, "atan2", f64::atan2)?;
+        let y: Side = |y, x, g| g.mul(x)?.div(&x.square()?.add(&y.square()?)?);
+        let x: Side = |y, x, g| g.mul(y)?.div(&x.square()?.add(&y.square()?)?)?.neg();
+        record_operands("atan2", out, self, other, [y, x])
+    }
+
+    /// a + weight·(b − a): a at weight 0, b at weight 1.
+    pub fn lerp(&self, end: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        self.add(&end.sub(self)?.mul(weight)?)
     }
 }

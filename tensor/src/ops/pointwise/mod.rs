@@ -1,4 +1,11 @@
 //! Functions of one element, or of one element of each operand.
 
+mod activation;
 mod binary;
+mod cast;
+mod compare;
+mod kernel;
+mod operators;
+mod scalar;
+mod select;
 mod unary;

@@ -1,66 +1,94 @@
-//! Functions of one tensor.
+//! Elementary functions of one tensor. Float dtypes, unless the text says more; f16 and bf16 compute in f32 and round once.
 
-use crate::graph::{Ctx, Grads, Op, record};
+use super::kernel::{map, map_number, record_flat, record_input, record_linear, record_output};
 use crate::{Result, Tensor};
-use kiln_kernels::element::Element;
-
-/// e^x; the derivative is the output.
-struct Exp {
-    output: Tensor,
-}
-
-impl Op for Exp {
-    fn name(&self) -> &'static str {
-        "exp"
-    }
-    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some(grad.mul(&ctx.output(&self.output))?)])
-    }
-}
-
-fn map(x: &Tensor, op: &'static str, f: fn(f64) -> f64) -> Result<Tensor> {
-    for_float!(x.dtype(), op, T => {
-        let x = x.detach().contiguous()?;
-        let x = x.as_slice::<T>()?;
-        Tensor::build::<T>(&crate::Shape::new(&[x.len()])?, |out| {
-            for (o, &x) in out.iter_mut().zip(x) {
-                *o = <T as Element>::from_f64(f(x.to_f64()));
-            }
-            Ok(())
-        })
-    })?
-    .reshape(x.shape())
-}
+use kiln_kernels::cpu::math::double;
+use std::f64::consts::PI;
 
 impl Tensor {
-    /// e^x, element by element.
+    /// −x. Every numeric dtype; integers wrap.
+    pub fn neg(&self) -> Result<Tensor> {
+        record_linear("neg", map_number(self, "neg", |x| -x)?, self, |g| g.neg())
+    }
+
+    /// |x|, with derivative sign(x), so 0 at 0. Every numeric dtype.
+    pub fn abs(&self) -> Result<Tensor> {
+        record_input("abs", map_number(self, "abs", f64::abs)?, self, |x, g| g.mul(&x.sign()?))
+    }
+
+    /// −1, 0 or 1; NaN for NaN. Its derivative is 0. Every numeric dtype.
+    pub fn sign(&self) -> Result<Tensor> {
+        record_flat("sign", map_number(self, "sign", |x| if x == 0.0 || x.is_nan() { x } else { x.signum() })?, self)
+    }
+
+    /// e^x.
     pub fn exp(&self) -> Result<Tensor> {
-        let out = map(self, "exp", f64::exp)?;
-        let saved = out.clone();
-        record("exp", out, &[self], |_| Exp { output: saved })
+        record_output("exp", map(self, "exp", f64::exp)?, self, |y, g| g.mul(y))
     }
-}
 
-impl Tensor {
-    /// Temporary.
-    pub fn to_dtype(&self, dtype: crate::DType) -> Result<Tensor> {
-        for_any!(self.dtype(), T => {
-            let x = self.detach().contiguous()?;
-            let x = x.as_slice::<T>()?;
-            for_any!(dtype, U => Tensor::build::<U>(self.shape(), |out| {
-                for (o, &x) in out.iter_mut().zip(x) {
-                    *o = <U as Element>::from_f64(x.to_f64());
-                }
-                Ok(())
-            }))
-        })
+    /// e^x − 1, accurate near 0.
+    pub fn expm1(&self) -> Result<Tensor> {
+        record_output("expm1", map(self, "expm1", f64::exp_m1)?, self, |y, g| g.mul(&y.add_scalar(1.0)?))
     }
-    /// Temporary.
-    pub fn stack(xs: &[&Tensor], _dim: isize) -> Result<Tensor> {
-        let mut v = vec![];
-        for x in xs {
-            v.extend(x.to_vec::<f64>()?);
-        }
-        Tensor::from_vec(v, [&[xs.len()], xs[0].dims()].concat())
+
+    /// The natural logarithm; −∞ at 0, NaN below.
+    pub fn log(&self) -> Result<Tensor> {
+        record_input("log", map(self, "log", f64::ln)?, self, |x, g| g.div(x))
+    }
+
+    /// ln(1 + x), accurate near 0.
+    pub fn log1p(&self) -> Result<Tensor> {
+        record_input("log1p", map(self, "log1p", f64::ln_1p)?, self, |x, g| g.div(&x.add_scalar(1.0)?))
+    }
+
+    /// √x; NaN below 0.
+    pub fn sqrt(&self) -> Result<Tensor> {
+        record_output("sqrt", map(self, "sqrt", f64::sqrt)?, self, |y, g| g.div(&y.mul_scalar(2.0)?))
+    }
+
+    /// 1/√x.
+    pub fn rsqrt(&self) -> Result<Tensor> {
+        record_output("rsqrt", map(self, "rsqrt", |x| 1.0 / x.sqrt())?, self, |y, g| g.mul(&y.square()?.mul(y)?)?.mul_scalar(-0.5))
+    }
+
+    /// 1/x.
+    pub fn recip(&self) -> Result<Tensor> {
+        record_output("recip", map(self, "recip", |x| 1.0 / x)?, self, |y, g| g.mul(&y.square()?)?.neg())
+    }
+
+    /// x². Every numeric dtype.
+    pub fn square(&self) -> Result<Tensor> {
+        record_input("square", map_number(self, "square", |x| x * x)?, self, |x, g| g.mul(x)?.mul_scalar(2.0))
+    }
+
+    /// sin x, x in radians.
+    pub fn sin(&self) -> Result<Tensor> {
+        record_input("sin", map(self, "sin", f64::sin)?, self, |x, g| g.mul(&x.cos()?))
+    }
+
+    /// cos x, x in radians.
+    pub fn cos(&self) -> Result<Tensor> {
+        record_input("cos", map(self, "cos", f64::cos)?, self, |x, g| g.mul(&x.sin()?)?.neg())
+    }
+
+    /// The error function 2/√π ∫₀ˣ e^(−t²) dt.
+    pub fn erf(&self) -> Result<Tensor> {
+        let rule = |x: &Tensor, g: &Tensor| g.mul(&x.square()?.neg()?.exp()?)?.mul_scalar(2.0 / PI.sqrt());
+        record_input("erf", map(self, "erf", double::erf)?, self, rule)
+    }
+
+    /// The largest integer not above x. Its derivative is 0.
+    pub fn floor(&self) -> Result<Tensor> {
+        record_flat("floor", map(self, "floor", f64::floor)?, self)
+    }
+
+    /// The smallest integer not below x. Its derivative is 0.
+    pub fn ceil(&self) -> Result<Tensor> {
+        record_flat("ceil", map(self, "ceil", f64::ceil)?, self)
+    }
+
+    /// The nearest integer, halves to even. Its derivative is 0.
+    pub fn round(&self) -> Result<Tensor> {
+        record_flat("round", map(self, "round", f64::round_ties_even)?, self)
     }
 }
