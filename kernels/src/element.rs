@@ -5,7 +5,7 @@ use half::{bf16, f16};
 /// A boolean as it is stored: one byte, 0 or 1.
 ///
 /// Rust's `bool` has invalid bit patterns, and recycled memory holds any bytes; a transparent `u8` is sound for both.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Debug)]
 #[repr(transparent)]
 pub struct Bool(pub u8);
 

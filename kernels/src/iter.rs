@@ -100,6 +100,18 @@ impl<const N: usize> Walk<N> {
         moved(self.offsets_of_run(i / self.run_len), self.inner_strides, i % self.run_len)
     }
 
+    /// Whether operand `k` takes the same elements in every run.
+    pub fn repeats(&self, k: usize) -> bool {
+        self.outer.iter().all(|(_, strides)| strides[k] == 0)
+    }
+
+    /// The stretches from element `start` on, to be taken piece by piece.
+    #[inline]
+    pub fn stretches(&self, start: usize) -> Stretches<'_, N> {
+        let run_len = self.run_len.max(1);
+        Stretches { cursor: Cursor::new(self, start / run_len), skip: start % run_len }
+    }
+
     /// Calls `f(offsets)` for each run of the range, in order.
     #[inline]
     pub fn for_each_run(&self, runs: Range<usize>, mut f: impl FnMut([usize; N])) {
@@ -113,19 +125,39 @@ impl<const N: usize> Walk<N> {
     /// Calls `f(offsets, len)` for each stretch of a run that lies in the range of elements, in order. The range's ends may cut runs.
     #[inline]
     pub fn for_each_stretch(&self, elements: Range<usize>, mut f: impl FnMut([usize; N], usize)) {
-        if elements.is_empty() {
+        let mut left = elements.len();
+        if left == 0 {
             return;
         }
-        let mut cursor = Cursor::new(self, elements.start / self.run_len);
-        let mut skip = elements.start % self.run_len;
-        let mut left = elements.len();
+        let mut stretches = self.stretches(elements.start);
         while left > 0 {
-            let len = left.min(self.run_len - skip);
-            f(moved(cursor.at, self.inner_strides, skip), len);
+            let (at, len) = stretches.next(left);
+            f(at, len);
             left -= len;
-            skip = 0;
-            cursor.next();
         }
+    }
+}
+
+/// A place in a walk.
+#[derive(Clone, Debug)]
+pub struct Stretches<'a, const N: usize> {
+    cursor: Cursor<'a, N>,
+    skip: usize,
+}
+
+impl<const N: usize> Stretches<'_, N> {
+    /// The next stretch, of at most `max > 0` elements: offsets and length. The caller stops at the walk's end.
+    #[inline]
+    pub fn next(&mut self, max: usize) -> ([usize; N], usize) {
+        let walk = self.cursor.walk;
+        let at = moved(self.cursor.at, walk.inner_strides, self.skip);
+        let len = max.min(walk.run_len - self.skip);
+        self.skip += len;
+        if self.skip == walk.run_len {
+            self.skip = 0;
+            self.cursor.next();
+        }
+        (at, len)
     }
 }
 
@@ -145,6 +177,7 @@ fn dimensions<const N: usize>(shape: &[usize], strides: [&[usize]; N]) -> Vec<(u
 }
 
 /// An odometer over the outer dimensions.
+#[derive(Clone, Debug)]
 struct Cursor<'a, const N: usize> {
     walk: &'a Walk<N>,
     index: Vec<usize>,

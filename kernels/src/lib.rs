@@ -7,4 +7,5 @@
 pub mod cpu;
 pub mod element;
 pub mod iter;
+pub mod pointwise;
 pub mod view;

@@ -1,6 +1,7 @@
 //! Kernels for the host: SIMD by hand, threads from the current rayon pool.
 
 pub mod alloc;
+pub mod cast;
 pub mod conv;
 pub mod copy;
 pub mod gemm;
@@ -8,6 +9,7 @@ pub mod isa;
 pub mod math;
 pub mod optim;
 pub mod parallel;
+pub mod pointwise;
 pub mod pool;
 pub mod random;
 pub mod resample;

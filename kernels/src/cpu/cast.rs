@@ -1,0 +1,185 @@
+//! Conversions between element types: the numbers themselves, and f16 and bf16 to and from the f32 that they compute in.
+//! Floats to integers truncate and saturate (NaN gives 0), integers to narrower ones wrap, everything but 0 is true.
+
+use super::isa::{WithSimd, dispatch};
+use super::simd::Simd;
+use crate::element::{Bool, Element};
+use crate::pointwise::Compute;
+use half::{bf16, f16};
+
+/// An element type as it is stored, and how its elements become those that arithmetic is done in.
+pub trait Stored: Element {
+    /// What arithmetic is done in.
+    type Compute: Compute;
+    /// Whether the two differ.
+    const CONVERTS: bool;
+    /// Widens `len` elements.
+    ///
+    /// # Safety
+    /// The pointers must be valid for `len` elements and not overlap.
+    unsafe fn widen(from: *const Self, to: *mut Self::Compute, len: usize);
+    /// Rounds `len` elements to nearest even.
+    ///
+    /// # Safety
+    /// The pointers must be valid for `len` elements and not overlap.
+    unsafe fn narrow(from: *const Self::Compute, to: *mut Self, len: usize);
+}
+
+macro_rules! stored_as_computed {
+    ($($t:ty),*) => { $(
+        impl Stored for $t {
+            type Compute = $t;
+            const CONVERTS: bool = false;
+            #[inline(always)]
+            unsafe fn widen(from: *const $t, to: *mut $t, len: usize) {
+                // SAFETY: the caller's.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+            }
+            #[inline(always)]
+            unsafe fn narrow(from: *const $t, to: *mut $t, len: usize) {
+                // SAFETY: the caller's.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+            }
+        }
+    )* };
+}
+stored_as_computed!(f32, f64, i64, i32, u8, Bool);
+
+/// A plain loop that the compiler turns into vectors of the level's width.
+struct Each<A, B, F>(*const A, *mut B, usize, F);
+
+impl<A: Copy, B, F: Fn(A) -> B> WithSimd for Each<A, B, F> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for i in 0..self.2 {
+            // SAFETY: `i < len`; whoever made the struct vouches for both pointers.
+            unsafe { *self.1.add(i) = (self.3)(*self.0.add(i)) }
+        }
+    }
+}
+
+macro_rules! stored_as_half {
+    ($t:ty, $widen:ident, $narrow:ident) => {
+        impl Stored for $t {
+            type Compute = f32;
+            const CONVERTS: bool = true;
+            unsafe fn widen(from: *const $t, to: *mut f32, len: usize) {
+                dispatch(Each(
+                    from.cast::<u16>(),
+                    to,
+                    len,
+                    #[inline(always)]
+                    |x| $widen(x),
+                ))
+            }
+            unsafe fn narrow(from: *const f32, to: *mut $t, len: usize) {
+                dispatch(Each(
+                    from,
+                    to.cast::<u16>(),
+                    len,
+                    #[inline(always)]
+                    |x| $narrow(x),
+                ))
+            }
+        }
+    };
+}
+stored_as_half!(f16, f16_to_f32, f32_to_f16);
+stored_as_half!(bf16, bf16_to_f32, f32_to_bf16);
+
+#[inline(always)]
+fn bf16_to_f32(x: u16) -> f32 {
+    f32::from_bits((x as u32) << 16)
+}
+
+#[inline(always)]
+fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // Rounding could carry a NaN into the sign: keep it, quiet.
+    (if x.is_nan() { bits >> 16 | 0x40 } else { rounded }) as u16
+}
+
+#[inline(always)]
+fn f16_to_f32(x: u16) -> f32 {
+    let magnitude = (x & 0x7fff) as u32;
+    // The exponents' biases differ by 112; the product also normalises denormals.
+    let scaled = (f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23)).to_bits();
+    let special = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(scaled | special | ((x & 0x8000) as u32) << 16)
+}
+
+#[inline(always)]
+fn f32_to_f16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let magnitude = bits & 0x7fff_ffff;
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Adding ½ puts the last bit of an f16 denormal at the last bit of the sum, which rounds it.
+    let denormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let finite = if magnitude < 0x3880_0000 { denormal } else { normal };
+    // 65520 is the first that rounds to ∞.
+    let limited = if magnitude >= 0x477f_f000 { 0x7c00 } else { finite };
+    let result = if magnitude > 0x7f80_0000 { 0x7e00 } else { limited };
+    (result | bits >> 16 & 0x8000) as u16
+}
+
+/// A conversion between two types that arithmetic is done in.
+pub trait Convert<B> {
+    /// The converted value.
+    fn convert(self) -> B;
+}
+
+macro_rules! conversions {
+    ($($a:ty),*; $b:tt) => { $( conversions!(@ $a, $b); )* };
+    (@ $a:ty, [$($b:ty),*]) => {
+        $( impl Convert<$b> for $a { #[inline(always)] fn convert(self) -> $b { self as $b } } )*
+        impl Convert<Bool> for $a { #[inline(always)] fn convert(self) -> Bool { (self != 0 as $a).into() } }
+        impl Convert<$a> for Bool { #[inline(always)] fn convert(self) -> $a { self.get() as u8 as $a } }
+    };
+}
+conversions!(f32, f64, i64, i32, u8; [f32, f64, i64, i32, u8]);
+
+impl Convert<Bool> for Bool {
+    #[inline(always)]
+    fn convert(self) -> Bool {
+        self.get().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn widened<T: Stored<Compute = f32>>(x: &[T]) -> Vec<f32> {
+        let mut out = vec![0.0; x.len()];
+        // SAFETY: both slices have that length.
+        unsafe { T::widen(x.as_ptr(), out.as_mut_ptr(), x.len()) };
+        out
+    }
+
+    fn narrowed<T: Stored<Compute = f32>>(x: &[f32]) -> Vec<T> {
+        let mut out = vec![T::default(); x.len()];
+        // SAFETY: both slices have that length.
+        unsafe { T::narrow(x.as_ptr(), out.as_mut_ptr(), x.len()) };
+        out
+    }
+
+    #[test]
+    fn halves_convert_as_the_half_crate_does() {
+        let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for (x, y) in all.iter().zip(widened(&all)) {
+            assert!(y.to_bits() == x.to_f32().to_bits() || y.is_nan() && x.is_nan(), "{x:?}");
+        }
+        let all: Vec<bf16> = (0..=u16::MAX).map(bf16::from_bits).collect();
+        for (x, y) in all.iter().zip(widened(&all)) {
+            assert!(y.to_bits() == x.to_f32().to_bits() || y.is_nan() && x.is_nan(), "{x:?}");
+        }
+        let floats: Vec<f32> =
+            (0..=u32::MAX / 1021).map(|i| f32::from_bits(i * 1021)).chain([65519.99, 65520.0, 5.96e-8, 2.98e-8, 2.99e-8]).collect();
+        for ((x, h), b) in floats.iter().zip(narrowed::<f16>(&floats)).zip(narrowed::<bf16>(&floats)) {
+            assert!(h.to_bits() == f16::from_f32(*x).to_bits() || h.is_nan() && x.is_nan(), "{x:e}: {h:?}");
+            assert!(b.to_bits() == bf16::from_f32(*x).to_bits() || b.is_nan() && x.is_nan(), "{x:e}: {b:?}");
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The table of pointwise functions: a row a function, with its SIMD expression, its f64 expression and its CUDA expression side by
+//! side. [`unary`], [`binary`] and [`backward`] hold the rows; `cpu::pointwise` runs them over strided memory.
+
+pub mod backward;
+pub mod binary;
+pub mod relation;
+pub mod unary;
+
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::simd::{F32s, Simd};
+use crate::element::Element;
+
+/// Numbers that a function takes beside its operands (a slope, a bound); unused ones are 0.
+pub type Params = [f64; 2];
+
+/// A function of one element of each of `N` operands.
+pub trait Pointwise<const N: usize>: 'static {
+    /// The name, as PyTorch spells it.
+    const NAME: &'static str;
+    /// The CUDA expression of floats named as in the row; `p` holds the parameters.
+    const CUDA: &'static str;
+    /// Nanoseconds an element takes in f32 on one core with AVX-512, as far as decisions about threads need it.
+    const NS: f32;
+    /// The function of vectors.
+    fn simd<S: Simd>(s: S, x: [S::F32; N], p: [S::F32; 2]) -> S::F32;
+    /// The function of f64.
+    fn double(x: [f64; N], p: Params) -> f64;
+}
+
+/// A pointwise function that integers have too. Arithmetic wraps; nothing panics.
+pub trait PointwiseInt<const N: usize>: Pointwise<N> {
+    /// The function of integers.
+    fn int<I: Int>(x: [I; N], p: [I; 2]) -> I;
+}
+
+/// A function over contiguous elements: reads `len` elements of each input, writes as many. The output may be one of the inputs.
+///
+/// # Safety
+/// All pointers must be valid for `len` elements; an input may equal the output but not overlap it otherwise.
+pub type Tile<T, const N: usize> = unsafe fn(inputs: [*const T; N], out: *mut T, len: usize, params: Params);
+
+/// A row of the table, as data: what runs a function without being compiled for it.
+#[derive(Debug)]
+pub struct Row<const N: usize> {
+    /// See [`Pointwise::NAME`].
+    pub name: &'static str,
+    /// See [`Pointwise::CUDA`].
+    pub cuda: &'static str,
+    /// See [`Pointwise::NS`].
+    pub ns: f32,
+    f32: Tile<f32, N>,
+    f64: Tile<f64, N>,
+    int: Option<IntTiles<N>>,
+}
+
+#[derive(Debug)]
+struct IntTiles<const N: usize> {
+    i64: Tile<i64, N>,
+    i32: Tile<i32, N>,
+    u8: Tile<u8, N>,
+}
+
+impl<const N: usize> Row<N> {
+    /// The row of a function of floats.
+    pub const fn of<P: Pointwise<N>>() -> Self {
+        Row { name: P::NAME, cuda: P::CUDA, ns: P::NS, f32: simd_tile::<P, N>, f64: double_tile::<P, N>, int: None }
+    }
+
+    /// The row of a function of floats and integers.
+    pub const fn with_int<P: PointwiseInt<N>>() -> Self {
+        let int = IntTiles { i64: int_tile::<P, i64, N>, i32: int_tile::<P, i32, N>, u8: int_tile::<P, u8, N> };
+        Row { int: Some(int), ..Self::of::<P>() }
+    }
+
+    /// The function over contiguous elements of `C`, if it is defined for them.
+    pub fn tile<C: Compute>(&self) -> Option<Tile<C, N>> {
+        C::tile(self)
+    }
+}
+
+/// A type that arithmetic is done in: f32 (for f16 and bf16 too), f64 and the integers; [`Bool`](crate::element::Bool) is only compared.
+pub trait Compute: Element + PartialOrd {
+    /// The row's function for this type.
+    fn tile<const N: usize>(row: &Row<N>) -> Option<Tile<Self, N>>;
+    /// The relation's test for this type.
+    fn relation(row: &relation::RelationRow) -> relation::RelationTile<Self>;
+}
+
+macro_rules! compute {
+    ($($t:ty: |$row:ident| $tile:expr, $relation:ident;)*) => { $(
+        impl Compute for $t {
+            fn tile<const N: usize>($row: &Row<N>) -> Option<Tile<Self, N>> { $tile }
+            fn relation(row: &relation::RelationRow) -> relation::RelationTile<Self> { row.$relation }
+        }
+    )* };
+}
+compute! {
+    f32: |row| Some(row.f32), f32;
+    f64: |row| Some(row.f64), f64;
+    i64: |row| row.int.as_ref().map(|t| t.i64), i64;
+    i32: |row| row.int.as_ref().map(|t| t.i32), i32;
+    u8: |row| row.int.as_ref().map(|t| t.u8), u8;
+    crate::element::Bool: |_row| None, bool;
+}
+
+/// The integer types. `div` and `rem` are those of the floored division; by zero they give 0.
+#[allow(missing_docs)]
+pub trait Int: Compute + Ord {
+    const ZERO: Self;
+    const ONE: Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    fn rem(self, other: Self) -> Self;
+    fn neg(self) -> Self;
+    /// `self^other`; for a negative exponent 0, unless the base is 1 or −1.
+    fn pow(self, other: Self) -> Self;
+}
+
+macro_rules! int {
+    ($($t:ty),*) => { $(
+        impl Int for $t {
+            const ZERO: Self = 0;
+            const ONE: Self = 1;
+            #[inline(always)] fn add(self, other: Self) -> Self { self.wrapping_add(other) }
+            #[inline(always)] fn sub(self, other: Self) -> Self { self.wrapping_sub(other) }
+            #[inline(always)] fn mul(self, other: Self) -> Self { self.wrapping_mul(other) }
+            #[inline(always)] fn div(self, other: Self) -> Self {
+                if other == 0 { return 0; }
+                let q = self.wrapping_div(other);
+                if <$t as Int>::mul(q, other) != self && (self < 0) != (other < 0) { q.wrapping_sub(1) } else { q }
+            }
+            #[inline(always)] fn rem(self, other: Self) -> Self {
+                if other == 0 { return 0; }
+                let r = self.wrapping_rem(other);
+                if r != 0 && (r < 0) != (other < 0) { r + other } else { r }
+            }
+            #[inline(always)] fn neg(self) -> Self { self.wrapping_neg() }
+            fn pow(self, other: Self) -> Self {
+                if other < 0 {
+                    // 1/x rounded toward zero, times an odd power's sign.
+                    return match self { 1 => 1, x if x == <$t as Int>::neg(1) => if other % 2 == 0 { 1 } else { x }, _ => 0 };
+                }
+                let (mut base, mut exponent, mut result) = (self, other, 1 as $t);
+                while exponent > 0 {
+                    if exponent % 2 == 1 { result = result.wrapping_mul(base); }
+                    base = base.wrapping_mul(base);
+                    exponent /= 2;
+                }
+                result
+            }
+        }
+    )* };
+}
+#[allow(unused_comparisons)] // u8 is never negative.
+mod ints {
+    use super::Int;
+    int!(i64, i32, u8);
+}
+
+struct SimdTile<P, const N: usize> {
+    inputs: [*const f32; N],
+    out: *mut f32,
+    len: usize,
+    params: Params,
+    function: std::marker::PhantomData<P>,
+}
+
+impl<P: Pointwise<N>, const N: usize> WithSimd for SimdTile<P, N> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let p = self.params.map(|p| s.splat(p as f32));
+        let whole = self.len / S::LANES * S::LANES;
+        let mut i = 0;
+        while i < whole {
+            // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
+            unsafe { P::simd(s, self.inputs.map(|x| s.load(x.add(i))), p).store(self.out.add(i)) }
+            i += S::LANES;
+        }
+        let rest = self.len - whole;
+        if rest > 0 {
+            // SAFETY: `whole + rest == len`.
+            unsafe { P::simd(s, self.inputs.map(|x| s.load_partial(x.add(whole), rest)), p).store_partial(self.out.add(whole), rest) }
+        }
+    }
+}
+
+/// # Safety
+/// See [`Tile`].
+unsafe fn simd_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f32; N], out: *mut f32, len: usize, params: Params) {
+    dispatch(SimdTile::<P, N> { inputs, out, len, params, function: std::marker::PhantomData });
+}
+
+/// # Safety
+/// See [`Tile`].
+unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f64; N], out: *mut f64, len: usize, params: Params) {
+    for i in 0..len {
+        // SAFETY: `i < len`, and the caller vouches for `len` elements.
+        unsafe { *out.add(i) = P::double(inputs.map(|x| *x.add(i)), params) }
+    }
+}
+
+/// # Safety
+/// See [`Tile`].
+unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [*const I; N], out: *mut I, len: usize, params: Params) {
+    let params = params.map(I::from_f64);
+    for i in 0..len {
+        // SAFETY: `i < len`, and the caller vouches for `len` elements.
+        unsafe { *out.add(i) = P::int(inputs.map(|x| *x.add(i)), params) }
+    }
+}
+
+/// Instantiates rows: each becomes a type that implements [`Pointwise`] and has its [`Row`] as `ROW`; `$all` lists them.
+macro_rules! rows {
+    ($all:ident, $n:literal; $(
+        $(#[$doc:meta])* $name:ident ($op:literal, $ns:literal) |$s:ident, $x:pat_param, $p:ident| $cuda:literal => $simd:expr; f64: $double:expr $(; int: $int:expr)?,
+    )*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Copy, Debug)]
+            pub struct $name;
+            impl $crate::pointwise::Pointwise<$n> for $name {
+                const NAME: &'static str = $op;
+                const CUDA: &'static str = $cuda;
+                const NS: f32 = $ns;
+                #[inline(always)]
+                fn simd<S: Simd>($s: S, $x: [S::F32; $n], $p: [S::F32; 2]) -> S::F32 { let (_, _) = ($s, $p); $simd }
+                #[inline(always)]
+                fn double($x: [f64; $n], $p: $crate::pointwise::Params) -> f64 { let _ = $p; $double }
+            }
+            $(impl $crate::pointwise::PointwiseInt<$n> for $name {
+                #[inline(always)]
+                fn int<I: $crate::pointwise::Int>($x: [I; $n], $p: [I; 2]) -> I { let _ = $p; $int }
+            })?
+            impl $name {
+                /// The row of the table.
+                pub const ROW: &'static $crate::pointwise::Row<$n> = &rows!(@row $n $name $($int)?);
+            }
+        )*
+        /// Every row of this file.
+        pub const $all: &[&$crate::pointwise::Row<$n>] = &[$($name::ROW),*];
+    };
+    (@row $n:literal $name:ident) => { $crate::pointwise::Row::<$n>::of::<$name>() };
+    (@row $n:literal $name:ident $int:expr) => { $crate::pointwise::Row::<$n>::with_int::<$name>() };
+}
+use rows;
+
+/// 1 where the mask is true, else 0.
+#[inline(always)]
+fn indicator<S: Simd>(s: S, mask: S::Mask) -> S::F32 {
+    s.splat(1.0).or_else(mask, s.zero())
+}
