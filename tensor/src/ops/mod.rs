@@ -7,5 +7,6 @@
 
 pub mod movement;
 pub mod pointwise;
+pub mod product;
 pub mod reduce;
 mod stand_in;

@@ -2,6 +2,7 @@
 
 mod movement;
 mod pointwise;
+mod product;
 mod reduce;
 
 use crate::harness::Case;
@@ -14,7 +15,7 @@ pub const EXCUSED: &[(&str, &str)] = &[
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [movement::cases(), pointwise::cases(), reduce::cases()].into_iter().flatten().collect()
+    [movement::cases(), pointwise::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.
@@ -26,4 +27,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(movement, pointwise, reduce);
+rooms!(movement, pointwise, product, reduce);

@@ -21,10 +21,10 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Terms that a tile sums in registers before it goes to C: measured best of 192, 256, 384 and 512 on Zen 4.
-pub(super) const KC: usize = 256;
+/// Terms that a tile sums in registers before it goes to C: measured best of 96, 128, 192, 256 and 384 on Zen 4.
+pub(super) const KC: usize = 384;
 
-/// Row tiles that a task of the small path covers at most: A's packed block (480 × KC) is half of a 1 MiB L2.
+/// Row tiles that a task of the small path covers at most: A's packed block (480 × KC, 720 KiB) fits a 1 MiB L2.
 const MAX_BLOCK_ROWS: usize = 480;
 
 /// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.

@@ -1,0 +1,72 @@
+//! Matrix products.
+
+use crate::harness::{Case, DTypes, case};
+use crate::reference::Array;
+
+/// `[.., m, k]` times `[.., k, n]`, broadcasting the leading dimensions.
+fn matmul(a: &Array, b: &Array) -> Array {
+    let (a_lead, b_lead) = (a.shape.len() - 2, b.shape.len() - 2);
+    let (k, n) = (b.shape[b_lead], b.shape[b_lead + 1]);
+    let lead = Array::new(&a.shape[..a_lead], vec![0.0; a.shape[..a_lead].iter().product()])
+        .zip(&Array::new(&b.shape[..b_lead], vec![0.0; b.shape[..b_lead].iter().product()]), |_, _| 0.0)
+        .shape;
+    Array::from_fn(&[&lead[..], &[a.shape[a_lead], n]].concat(), |i| {
+        let (lead, at) = i.split_at(i.len() - 2);
+        (0..k).map(|p| a.at_broadcast(&[lead, &[at[0], p]].concat()) * b.at_broadcast(&[lead, &[p, at[1]]].concat())).sum()
+    })
+}
+
+fn linear(x: &[Array]) -> Array {
+    let k = x[1].shape[1];
+    let rows = x[0].data.len().checked_div(k).unwrap_or(0);
+    let y = matmul(&x[0].reshape(&[rows, k]), &x[1].permute(&[1, 0]));
+    let y = if x.len() > 2 { y.zip(&x[2], |y, b| y + b) } else { y };
+    y.reshape(&[&x[0].shape[..x[0].shape.len() - 1], &[x[1].shape[0]]].concat())
+}
+
+pub fn cases() -> Vec<Case> {
+    let column = |v: &Array| v.reshape(&[v.shape[0], 1]);
+    let row = |v: &Array| v.reshape(&[1, v.shape[0]]);
+    vec![
+        case("matmul", |x| x[0].matmul(&x[1]), |x| matmul(&x[0], &x[1]))
+            .dtypes(DTypes::Numbers)
+            .sample(&[&[2, 3], &[3, 4]])
+            .sample(&[&[1, 5], &[5, 1]])
+            .sample(&[&[0, 3], &[3, 2]])
+            .sample(&[&[2, 2, 3], &[2, 3, 2]])
+            .sample(&[&[2, 2, 3], &[3, 2]])
+            .sample(&[&[2, 1, 2, 3], &[3, 3, 1]])
+            .sample(&[&[1, 2, 2], &[3, 2, 2]])
+            .large(&[&[3, 200, 300], &[300, 150]]),
+        case("matmul", |x| x[0].matmul(&x[1]), |x| matmul(&x[0], &x[1]))
+            .label("larger than a tile")
+            .sample(&[&[14, 35], &[35, 33]])
+            .large(&[&[2, 300, 256], &[2, 256, 270]]),
+        case("matmul", |x| x[0].matmul(&x[1]), move |x| matmul(&x[0], &column(&x[1])).fold(&[x[0].shape.len() - 1], |v| v[0]))
+            .label("by a vector")
+            .also(&["mv"])
+            .sample(&[&[2, 3], &[3]])
+            .sample(&[&[2, 2, 3], &[3]])
+            .large(&[&[3000, 700], &[700]]),
+        case("matmul", |x| x[0].matmul(&x[1]), move |x| matmul(&row(&x[0]), &x[1]).fold(&[x[1].shape.len() - 2], |v| v[0]))
+            .label("of a vector")
+            .sample(&[&[3], &[3, 2]])
+            .sample(&[&[3], &[2, 3, 2]])
+            .large(&[&[700], &[700, 3000]]),
+        case("mv", |x| x[0].mv(&x[1]), move |x| matmul(&x[0], &column(&x[1])).fold(&[1], |v| v[0])).sample(&[&[2, 3], &[3]]),
+        case("bmm", |x| x[0].bmm(&x[1]), |x| matmul(&x[0], &x[1])).sample(&[&[2, 2, 3], &[2, 3, 4]]).large(&[&[9, 70, 64], &[9, 64, 70]]),
+        case("dot", |x| x[0].dot(&x[1]), |x| Array::scalar(x[0].zip(&x[1], |a, b| a * b).sum()))
+            .dtypes(DTypes::Numbers)
+            .sample(&[&[5], &[5]])
+            .sample(&[&[0], &[0]]),
+        case("outer", |x| x[0].outer(&x[1]), move |x| column(&x[0]).zip(&x[1], |a, b| a * b)).dtypes(DTypes::Numbers).sample(&[&[2], &[3]]),
+        case("linear", |x| x[0].linear(&x[1], x.get(2)), linear)
+            .dtypes(DTypes::Numbers)
+            .sample(&[&[2, 3], &[4, 3], &[4]])
+            .sample(&[&[2, 1, 3], &[2, 3], &[2]])
+            .sample(&[&[3], &[2, 3], &[2]])
+            .sample(&[&[2, 3], &[4, 3]])
+            .sample(&[&[0, 3], &[4, 3], &[4]])
+            .large(&[&[64, 784], &[512, 784], &[512]]),
+    ]
+}

@@ -1,0 +1,245 @@
+//! Matrix products: matmul, linear, and the vector products that are one of them.
+//!
+//! Factors of any strides go to the kernel as they are: a transposed or broadcast factor is never copied, so neither are
+//! the transposes in the gradients.
+
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::{Error, Result, Shape, Tensor, WithDType, broadcast_shapes};
+use kiln_kernels::cpu::gemm::{Gemm, GemmElement};
+use kiln_kernels::view::MatView;
+
+/// dA = dC · Bᵀ and dB = Aᵀ · dC. Each factor is saved only if the other one is tracked.
+struct MatMul {
+    a: Option<Tensor>,
+    b: Option<Tensor>,
+}
+
+impl Op for MatMul {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let a = self.b.as_ref().filter(|_| ctx.needs(0)).map(|b| grad.matmul(&b.transpose(-2, -1)?));
+        let b = self.a.as_ref().filter(|_| ctx.needs(1)).map(|a| a.transpose(-2, -1)?.matmul(grad));
+        Ok(vec![a.transpose()?, b.transpose()?])
+    }
+}
+
+/// y = x · Wᵀ + bias over rows x: dx = dy · W, dW = dyᵀ · x, d bias = the sum of the rows of dy.
+struct Linear {
+    x: Option<Tensor>,
+    weight: Option<Tensor>,
+    has_bias: bool,
+}
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let x = self.weight.as_ref().filter(|_| ctx.needs(0)).map(|weight| grad.matmul(weight));
+        let weight = self.x.as_ref().filter(|_| ctx.needs(1)).map(|x| grad.t()?.matmul(x));
+        let mut grads = vec![x.transpose()?, weight.transpose()?];
+        if self.has_bias {
+            grads.push(ctx.needs(2).then(|| grad.sum(0)).transpose()?);
+        }
+        Ok(grads)
+    }
+}
+
+/// Where each item of a batch begins: the offsets of a broadcast layout's leading dimensions, in row-major order.
+fn batch_offsets(batch: &[usize], strides: &[usize]) -> Vec<usize> {
+    let mut offsets = vec![0];
+    for (&extent, &stride) in batch.iter().zip(strides) {
+        offsets = offsets.iter().flat_map(|&o| (0..extent).map(move |i| o + i * stride)).collect();
+    }
+    offsets
+}
+
+/// A factor as the kernel takes it: the matrix of its last two dimensions, and where each item of `batch` begins.
+fn factor<'a, T: WithDType>(x: &'a Tensor, batch: &[usize]) -> Result<(MatView<'a, T>, Vec<usize>)> {
+    let matrix = &x.dims()[x.rank() - 2..];
+    let shape = Shape::new(&[batch, matrix].concat())?;
+    let layout = x.layout().broadcast_to("matmul", &shape)?;
+    let (batch_strides, strides) = layout.strides().split_at(batch.len());
+    let data = x.view_of::<T>()?.data().get(layout.offset()..).unwrap_or(&[]);
+    let view = MatView::new(data, matrix[0], matrix[1], strides[0], strides[1]);
+    let view = view.ok_or_else(|| Error::shape("matmul", format!("layout {layout:?} leaves its storage")))?;
+    Ok((view, batch_offsets(batch, batch_strides)))
+}
+
+/// `a · b (+ bias)` of checked factors of at least two dimensions, whose leading dimensions broadcast; not recorded.
+fn product(op: &str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let lead = |x: &Tensor| Shape::new(&x.dims()[..x.rank() - 2]);
+    let batch = broadcast_shapes(op, &lead(a)?, &lead(b)?)?;
+    let (m, n) = (a.dims()[a.rank() - 2], b.dims()[b.rank() - 1]);
+    let shape = Shape::new(&[&batch[..], &[m, n]].concat())?;
+    let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
+    for_number!(a.dtype(), op, T => run::<T>(a, b, bias.as_ref(), &batch, &shape))
+}
+
+fn run<T: WithDType + GemmElement>(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
+    let ((a, a_offsets), (b, b_offsets)) = (factor::<T>(a, batch)?, factor::<T>(b, batch)?);
+    let bias = bias.map(|bias| bias.as_slice::<T>()).transpose()?;
+    let n = b.cols();
+    Tensor::build::<T>(shape, |out| Ok(Gemm { bias, ..Gemm::batched(a, &a_offsets, b, &b_offsets) }.run(out, n)?))
+}
+
+/// The error for inner extents that differ, with the usual remedy if it would help.
+fn inner_mismatch(op: &str, a: &Tensor, b: &Tensor) -> Error {
+    let (a_dims, b_dims) = (a.dims(), b.dims());
+    let (Some(&k), Some(&last)) = (a_dims.last(), b_dims.last()) else {
+        return Error::shape(op, "the operands must have at least one dimension; multiply by a scalar with .mul(..)");
+    };
+    let hint = match (b_dims.len(), k == last) {
+        (2, true) => "; did you mean .t()?",
+        (3.., true) => "; did you mean .transpose(-2, -1)?",
+        _ => "",
+    };
+    let which = if b_dims.len() == 1 { "the extent" } else { "the second to last" };
+    Error::shape(op, format!("last dimension of {} must equal {which} of {}{hint}", a.shape(), b.shape()))
+}
+
+impl Tensor {
+    /// The matrix product, by PyTorch's rules for shapes:
+    ///
+    /// - `[.., m, k]` times `[.., k, n]` is `[.., m, n]`; the leading dimensions broadcast;
+    /// - a vector `[k]` on the left is a row, on the right a column, which the result lacks again: two vectors give a scalar.
+    ///
+    /// Defined for all dtypes but bool. f16 and bf16 sum in f32 and round once; integers wrap around.
+    ///
+    /// ```
+    /// # use kiln_tensor::{Tensor, Result};
+    /// # fn main() -> Result<()> {
+    /// let a = Tensor::from_vec(vec![1f32, 2., 3., 4.], [2, 2])?;
+    /// assert_eq!(a.matmul(&a.t()?)?.to_vec::<f32>()?, [5., 11., 11., 25.]);
+    /// # Ok(()) }
+    /// ```
+    pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
+        self.expect_same("matmul", other)?;
+        let (a_rank, b_rank) = (self.rank(), other.rank());
+        let inner = if b_rank > 0 { other.dims()[b_rank.saturating_sub(2)] } else { 0 };
+        if a_rank == 0 || b_rank == 0 || self.dims()[a_rank - 1] != inner {
+            return Err(inner_mismatch("matmul", self, other));
+        }
+        if a_rank == 1 {
+            return self.unsqueeze(0)?.matmul(other)?.squeeze(if b_rank == 1 { 0 } else { -2 });
+        }
+        if b_rank == 1 {
+            return self.matmul(&other.unsqueeze(-1)?)?.squeeze(-1);
+        }
+        if a_rank > 2 && b_rank == 2 {
+            // One tall matrix: its gradient for the right factor sums over the batch inside the product.
+            let (rows, k) = (self.numel().checked_div(inner).unwrap_or(0), inner);
+            let shape = [&self.dims()[..a_rank - 1], &other.dims()[1..]].concat();
+            if k > 0 {
+                return self.reshape([rows, k])?.matmul(other)?.reshape(shape);
+            }
+        }
+        let out = product("matmul", &self.detach(), &other.detach(), None)?;
+        record("matmul", out, &[self, other], |needs| MatMul { a: needs.save_for(1, self), b: needs.save_for(0, other) })
+    }
+
+    /// The affine map of a layer: `x · weightᵀ + bias` for x `[.., in]`, weight `[out, in]`, bias `[out]`; the result is `[.., out]`.
+    pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        self.expect_same("linear", weight)?;
+        let [out, k] = weight.dims_n::<2>("linear")?;
+        if self.dims().last() != Some(&k) {
+            let hint = if self.dims().last() == Some(&out) { "; a weight is [out, in]: did you mean .t()?" } else { "" };
+            let message = format!("last dimension of {} must equal the last of the weight {}{hint}", self.shape(), weight.shape());
+            return Err(Error::shape("linear", message));
+        }
+        if let Some(bias) = bias {
+            self.expect_same("linear", bias)?;
+            if bias.dims() != [out] {
+                return Err(Error::shape(
+                    "linear",
+                    format!("the bias {} must be as long as the weight {} has rows", bias.shape(), weight.shape()),
+                ));
+            }
+        }
+        let lead = &self.dims()[..self.rank() - 1];
+        let x = self.reshape([lead.iter().product(), k])?;
+        let y = product("linear", &x.detach(), &weight.detach().t()?, bias)?;
+        let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
+        let y = record("linear", y, &inputs, |needs| Linear {
+            x: needs.save_for(1, &x),
+            weight: needs.save_for(0, weight),
+            has_bias: bias.is_some(),
+        })?;
+        y.reshape([lead, &[out]].concat())
+    }
+
+    /// The product of each pair of matrices: `[b, m, k]` times `[b, k, n]` is `[b, m, n]`; nothing broadcasts.
+    pub fn bmm(&self, other: &Tensor) -> Result<Tensor> {
+        let ([b, ..], [b2, ..]) = (self.dims_n::<3>("bmm")?, other.dims_n::<3>("bmm")?);
+        if b != b2 {
+            return Err(Error::shape("bmm", format!("batches of {} and {} differ; matmul broadcasts", self.shape(), other.shape())));
+        }
+        self.matmul(other)
+    }
+
+    /// A matrix `[m, k]` times a vector `[k]`.
+    pub fn mv(&self, vector: &Tensor) -> Result<Tensor> {
+        self.dims_n::<2>("mv")?;
+        vector.dims_n::<1>("mv")?;
+        self.matmul(vector)
+    }
+
+    /// The inner product of two vectors of one length: a scalar.
+    pub fn dot(&self, other: &Tensor) -> Result<Tensor> {
+        self.dims_n::<1>("dot")?;
+        other.dims_n::<1>("dot")?;
+        self.matmul(other)
+    }
+
+    /// The outer product of two vectors: `[m]` and `[n]` give `[m, n]`, every product of an element of each.
+    pub fn outer(&self, other: &Tensor) -> Result<Tensor> {
+        self.dims_n::<1>("outer")?;
+        other.dims_n::<1>("outer")?;
+        self.unsqueeze(-1)?.matmul(&other.unsqueeze(0)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32).unwrap();
+        let message = |r: Result<Tensor>| r.unwrap_err().to_string();
+        assert_eq!(
+            message(zeros(&[32, 784]).matmul(&zeros(&[512, 784]))),
+            "matmul: last dimension of [32, 784] must equal the second to last of [512, 784]; did you mean .t()?"
+        );
+        assert!(message(zeros(&[2, 3]).matmul(&zeros(&[4]))).ends_with("last dimension of [2, 3] must equal the extent of [4]"));
+        assert!(message(zeros(&[2, 3, 4]).matmul(&zeros(&[3, 4, 5]))).contains("do not broadcast"));
+        assert!(message(zeros(&[]).matmul(&zeros(&[4]))).contains("at least one dimension"));
+        assert!(message(zeros(&[2, 5]).linear(&zeros(&[5, 3]), None)).contains("a weight is [out, in]"));
+        assert!(message(zeros(&[2, 5]).linear(&zeros(&[3, 5]), Some(&zeros(&[5])))).contains("bias"));
+        assert!(zeros(&[]).linear(&zeros(&[3, 5]), None).is_err());
+        assert!(zeros(&[2, 2, 2]).bmm(&zeros(&[3, 2, 2])).is_err());
+        assert!(zeros(&[2, 2]).matmul(&Tensor::zeros([2, 2], DType::F64).unwrap()).is_err());
+        let bools = Tensor::zeros([2, 2], DType::Bool).unwrap();
+        assert!(message(bools.matmul(&bools)).contains("not defined for bool"));
+    }
+
+    #[test]
+    fn empty_extents_give_empty_or_zero_results() {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32).unwrap();
+        for (a, b, c) in [
+            (&[2, 0][..], &[0, 3][..], &[2, 3][..]),
+            (&[0, 4], &[4, 3], &[0, 3]),
+            (&[5, 2, 0], &[0, 3], &[5, 2, 3]),
+            (&[0, 2, 4], &[4, 3], &[0, 2, 3]),
+            (&[0], &[0], &[]),
+        ] {
+            let out = zeros(a).matmul(&zeros(b)).unwrap();
+            assert_eq!(out.dims(), c);
+            assert!(out.to_vec::<f32>().unwrap().iter().all(|&x| x == 0.0));
+        }
+        assert_eq!(zeros(&[2, 0]).linear(&zeros(&[3, 0]), Some(&zeros(&[3]))).unwrap().dims(), [2, 3]);
+    }
+}
