@@ -1,0 +1,496 @@
+//! What reductions, softmax and the norms compute in: three lane types (f32 by SIMD, f64 and i64 by plain arrays that the
+//! compiler vectorises), to which every element type widens, and sweeps over slices of them in packs with a shorter last one.
+
+use super::math;
+use super::simd::{F32s, Simd};
+use crate::element::{Bool, Element};
+use half::{bf16, f16};
+
+/// Lanes of the widest pack (AVX-512).
+pub(crate) const MAX_LANES: usize = 16;
+
+/// Elements whose sum is kept in single lanes before it is added to the wide total: one L1-sized tile.
+pub(crate) const SUM_TILE: usize = 4096;
+
+/// A type that kernels compute in.
+pub trait Lane: Element + PartialOrd + std::ops::Add<Output = Self> + std::ops::Sub<Output = Self> {
+    /// Accumulates many of them.
+    type Wide: Wide;
+    /// Some of them at once.
+    type Pack<S: Simd>: Pack<Self>;
+    /// The least value.
+    const LEAST: Self;
+    /// The greatest value.
+    const GREATEST: Self;
+    /// One.
+    const ONE: Self;
+    /// How many a pack holds.
+    fn lanes<S: Simd>() -> usize;
+    /// `x` in every lane.
+    fn splat<S: Simd>(s: S, x: Self) -> Self::Pack<S>;
+    /// The first lanes of `src`, which must be long enough.
+    fn load<S: Simd>(s: S, src: &[Self]) -> Self::Pack<S>;
+    /// The first `count` lanes of `src`; the others are zero.
+    fn load_part<S: Simd>(s: S, src: &[Self], count: usize) -> Self::Pack<S>;
+    /// Widens to the accumulator, exactly.
+    fn wide(self) -> Self::Wide;
+    /// Whether it is not a number.
+    fn is_nan(self) -> bool;
+    /// `|self|^p`.
+    fn abs_pow(self, p: f64) -> Self;
+}
+
+/// What lanes are summed in: f64 or (wrapping) i64.
+pub trait Wide: Element + PartialOrd {
+    /// Sum.
+    fn plus(self, other: Self) -> Self;
+    /// Product.
+    fn times(self, other: Self) -> Self;
+}
+
+/// A lane of a floating-point type.
+pub trait FloatLane: Lane<Wide = f64> + num_traits::Float + num_traits::NumAssign {
+    /// The nearest value to an f64.
+    fn round_from(x: f64) -> Self;
+    /// e to the power of each lane.
+    fn exp_pack<S: Simd>(s: S, x: Self::Pack<S>) -> Self::Pack<S>;
+}
+
+/// Several lanes.
+pub trait Pack<L>: Copy {
+    /// Sum (integers wrap).
+    fn add(self, other: Self) -> Self;
+    /// Difference.
+    fn sub(self, other: Self) -> Self;
+    /// Product.
+    fn mul(self, other: Self) -> Self;
+    /// `self * b + c`.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The larger; NaN if either is.
+    fn max(self, other: Self) -> Self;
+    /// The smaller; NaN if either is.
+    fn min(self, other: Self) -> Self;
+    /// Absolute value.
+    fn abs(self) -> Self;
+    /// 1 where a lane is not zero (NaN is not), else 0.
+    fn nonzero(self) -> Self;
+    /// Writes the first `count` lanes.
+    fn store(self, dst: &mut [L], count: usize);
+}
+
+/// The f32 pack of an instruction set.
+#[derive(Clone, Copy)]
+pub struct F32Pack<S: Simd>(pub S::F32);
+
+impl<S: Simd> Pack<f32> for F32Pack<S> {
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(self.0 - other.0)
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Self(self.0 * other.0)
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        Self(self.0.mul_add(b.0, c.0))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // The hardware's rule hands on a NaN of the second operand; one of the first is put back.
+        Self(self.0.or_else(self.0.is_nan(), self.0.max(other.0)))
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Self(self.0.or_else(self.0.is_nan(), self.0.min(other.0)))
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Self(self.0.abs())
+    }
+    #[inline(always)]
+    fn nonzero(self) -> Self {
+        let zero = self.0.splat_like(0.0);
+        Self(zero.or_else(self.0.eq(zero), self.0.splat_like(1.0)))
+    }
+    #[inline(always)]
+    fn store(self, dst: &mut [f32], count: usize) {
+        if count == S::LANES {
+            assert!(dst.len() >= S::LANES);
+            // SAFETY: the length was checked.
+            unsafe { self.0.store(dst.as_mut_ptr()) }
+        } else {
+            assert!(count < S::LANES && dst.len() >= count);
+            // SAFETY: the length was checked.
+            unsafe { self.0.store_partial(dst.as_mut_ptr(), count) }
+        }
+    }
+}
+
+/// Lanes of a pack of f64 or i64: one AVX-512 register.
+const WIDE_LANES: usize = 8;
+
+/// Eight lanes as an array.
+#[derive(Clone, Copy)]
+pub struct Lanes<L>([L; WIDE_LANES]);
+
+macro_rules! array_pack {
+    ($t:ty, $add:expr, $sub:expr, $mul:expr, $fma:expr, $nan:expr, $abs:expr) => {
+        impl Pack<$t> for Lanes<$t> {
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                let f: fn($t, $t) -> $t = $add;
+                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+            }
+            #[inline(always)]
+            fn sub(self, other: Self) -> Self {
+                let f: fn($t, $t) -> $t = $sub;
+                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+            }
+            #[inline(always)]
+            fn mul(self, other: Self) -> Self {
+                let f: fn($t, $t) -> $t = $mul;
+                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+            }
+            #[inline(always)]
+            fn mul_add(self, b: Self, c: Self) -> Self {
+                let f: fn($t, $t, $t) -> $t = $fma;
+                Lanes(std::array::from_fn(|i| f(self.0[i], b.0[i], c.0[i])))
+            }
+            #[inline(always)]
+            fn max(self, other: Self) -> Self {
+                let nan: fn($t) -> bool = $nan;
+                Lanes(std::array::from_fn(|i| if nan(self.0[i]) || self.0[i] > other.0[i] { self.0[i] } else { other.0[i] }))
+            }
+            #[inline(always)]
+            fn min(self, other: Self) -> Self {
+                let nan: fn($t) -> bool = $nan;
+                Lanes(std::array::from_fn(|i| if nan(self.0[i]) || self.0[i] < other.0[i] { self.0[i] } else { other.0[i] }))
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                let f: fn($t) -> $t = $abs;
+                Lanes(self.0.map(f))
+            }
+            #[inline(always)]
+            fn nonzero(self) -> Self {
+                Lanes(self.0.map(|x| (x != 0 as $t) as u8 as $t))
+            }
+            #[inline(always)]
+            fn store(self, dst: &mut [$t], count: usize) {
+                dst[..count].copy_from_slice(&self.0[..count]);
+            }
+        }
+    };
+}
+// A fused f64 product would be a library call at the scalar level, so f64 rounds twice everywhere.
+array_pack!(f64, |a, b| a + b, |a, b| a - b, |a, b| a * b, |a, b, c| a * b + c, |a| a.is_nan(), f64::abs);
+array_pack!(
+    i64,
+    i64::wrapping_add,
+    i64::wrapping_sub,
+    i64::wrapping_mul,
+    |a, b, c| a.wrapping_mul(b).wrapping_add(c),
+    |_| false,
+    i64::wrapping_abs
+);
+
+impl Lane for f32 {
+    type Wide = f64;
+    type Pack<S: Simd> = F32Pack<S>;
+    const LEAST: Self = f32::NEG_INFINITY;
+    const GREATEST: Self = f32::INFINITY;
+    const ONE: Self = 1.0;
+
+    #[inline(always)]
+    fn lanes<S: Simd>() -> usize {
+        S::LANES
+    }
+    #[inline(always)]
+    fn splat<S: Simd>(s: S, x: Self) -> F32Pack<S> {
+        F32Pack(s.splat(x))
+    }
+    #[inline(always)]
+    fn load<S: Simd>(s: S, src: &[Self]) -> F32Pack<S> {
+        F32Pack(s.load_slice(src))
+    }
+    #[inline(always)]
+    fn load_part<S: Simd>(s: S, src: &[Self], count: usize) -> F32Pack<S> {
+        F32Pack(s.load_slice_partial(&src[..count]))
+    }
+    #[inline(always)]
+    fn wide(self) -> f64 {
+        self as f64
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f32::is_nan(self)
+    }
+    #[inline(always)]
+    fn abs_pow(self, p: f64) -> Self {
+        (self.abs() as f64).powf(p) as f32
+    }
+}
+
+impl FloatLane for f32 {
+    #[inline(always)]
+    fn round_from(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn exp_pack<S: Simd>(s: S, x: F32Pack<S>) -> F32Pack<S> {
+        F32Pack(math::exp(s, x.0))
+    }
+}
+
+macro_rules! array_lane {
+    ($t:ty, $least:expr, $greatest:expr, $nan:expr, $pow:expr) => {
+        impl Lane for $t {
+            type Wide = $t;
+            type Pack<S: Simd> = Lanes<$t>;
+            const LEAST: Self = $least;
+            const GREATEST: Self = $greatest;
+            const ONE: Self = 1 as $t;
+
+            #[inline(always)]
+            fn lanes<S: Simd>() -> usize {
+                WIDE_LANES
+            }
+            #[inline(always)]
+            fn splat<S: Simd>(_: S, x: Self) -> Lanes<$t> {
+                Lanes([x; WIDE_LANES])
+            }
+            #[inline(always)]
+            fn load<S: Simd>(_: S, src: &[Self]) -> Lanes<$t> {
+                let src = &src[..WIDE_LANES];
+                Lanes(std::array::from_fn(|i| src[i]))
+            }
+            #[inline(always)]
+            fn load_part<S: Simd>(_: S, src: &[Self], count: usize) -> Lanes<$t> {
+                let mut lanes = [0 as $t; WIDE_LANES];
+                lanes[..count].copy_from_slice(&src[..count]);
+                Lanes(lanes)
+            }
+            #[inline(always)]
+            fn wide(self) -> $t {
+                self
+            }
+            #[inline(always)]
+            fn is_nan(self) -> bool {
+                let f: fn($t) -> bool = $nan;
+                f(self)
+            }
+            #[inline(always)]
+            fn abs_pow(self, p: f64) -> Self {
+                let f: fn($t, f64) -> $t = $pow;
+                f(self, p)
+            }
+        }
+    };
+}
+array_lane!(f64, f64::NEG_INFINITY, f64::INFINITY, f64::is_nan, |x, p| x.abs().powf(p));
+array_lane!(i64, i64::MIN, i64::MAX, |_| false, |x, p| (x as f64).abs().powf(p) as i64);
+
+impl FloatLane for f64 {
+    #[inline(always)]
+    fn round_from(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn exp_pack<S: Simd>(_: S, x: Lanes<f64>) -> Lanes<f64> {
+        Lanes(x.0.map(f64::exp))
+    }
+}
+
+impl Wide for f64 {
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        self + other
+    }
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        self * other
+    }
+}
+
+impl Wide for i64 {
+    #[inline(always)]
+    fn plus(self, other: Self) -> Self {
+        self.wrapping_add(other)
+    }
+    #[inline(always)]
+    fn times(self, other: Self) -> Self {
+        self.wrapping_mul(other)
+    }
+}
+
+/// An element that widens to a lane.
+pub trait Numeric: Element {
+    /// What it is computed in.
+    type Lane: Lane;
+    /// The type of its sums and products: itself for floats, i64 for the others.
+    type Total: Element;
+    /// Widens, exactly.
+    fn to_lane(self) -> Self::Lane;
+    /// Narrows a value of this type's range; floats round to nearest even.
+    fn from_lane(x: Self::Lane) -> Self;
+    /// Rounds a total.
+    fn total(x: <Self::Lane as Lane>::Wide) -> Self::Total;
+    /// The same slice, if elements are lanes.
+    fn lanes(src: &[Self]) -> Option<&[Self::Lane]>;
+    /// The same slice, if elements are lanes.
+    fn lanes_mut(dst: &mut [Self]) -> Option<&mut [Self::Lane]>;
+}
+
+macro_rules! native {
+    ($($t:ty),*) => { $(
+        impl Numeric for $t {
+            type Lane = $t;
+            type Total = $t;
+            #[inline(always)] fn to_lane(self) -> $t { self }
+            #[inline(always)] fn from_lane(x: $t) -> Self { x }
+            #[inline(always)] fn total(x: <$t as Lane>::Wide) -> $t { x as $t }
+            #[inline(always)] fn lanes(src: &[Self]) -> Option<&[$t]> { Some(src) }
+            #[inline(always)] fn lanes_mut(dst: &mut [Self]) -> Option<&mut [$t]> { Some(dst) }
+        }
+    )* };
+}
+native!(f32, f64, i64);
+
+macro_rules! widened {
+    ($($t:ty: $lane:ty, $total:ty, $to:expr, $from:expr, $sum:expr);*) => { $(
+        impl Numeric for $t {
+            type Lane = $lane;
+            type Total = $total;
+            #[inline(always)] fn to_lane(self) -> $lane { let f: fn($t) -> $lane = $to; f(self) }
+            #[inline(always)] fn from_lane(x: $lane) -> Self { let f: fn($lane) -> $t = $from; f(x) }
+            #[inline(always)] fn total(x: <$lane as Lane>::Wide) -> $total { let f: fn(<$lane as Lane>::Wide) -> $total = $sum; f(x) }
+            #[inline(always)] fn lanes(_: &[Self]) -> Option<&[$lane]> { None }
+            #[inline(always)] fn lanes_mut(_: &mut [Self]) -> Option<&mut [$lane]> { None }
+        }
+    )* };
+}
+widened!(
+    f16: f32, f16, f16::to_f32, f16::from_f32, f16::from_f64;
+    bf16: f32, bf16, bf16::to_f32, bf16::from_f32, bf16::from_f64;
+    i32: i64, i64, |x| x as i64, |x| x as i32, |x| x;
+    u8: i64, i64, |x| x as i64, |x| x as u8, |x| x;
+    Bool: i64, i64, |x| x.get() as i64, |x| Bool((x != 0) as u8), |x| x
+);
+
+/// A floating-point element.
+pub trait FloatElement: Numeric<Lane: FloatLane, Total = Self> {}
+impl FloatElement for f32 {}
+impl FloatElement for f64 {}
+impl FloatElement for f16 {}
+impl FloatElement for bf16 {}
+
+/// Widens `src` into `dst`, of the same length.
+#[inline(always)]
+pub(crate) fn widen<T: Numeric>(src: &[T], dst: &mut [T::Lane]) {
+    for (d, &x) in dst.iter_mut().zip(src) {
+        *d = x.to_lane();
+    }
+}
+
+/// The lanes of `src`: the slice itself, or widened into the front of `buffer`.
+#[inline(always)]
+pub(crate) fn read<'a, T: Numeric>(src: &'a [T], buffer: &'a mut [T::Lane]) -> &'a [T::Lane] {
+    match T::lanes(src) {
+        Some(lanes) => lanes,
+        None => {
+            let buffer = &mut buffer[..src.len()];
+            widen(src, buffer);
+            buffer
+        }
+    }
+}
+
+/// Lets `f` write the lanes of `dst`: in place, or into the front of `buffer`, which is narrowed afterwards.
+#[inline(always)]
+pub(crate) fn write<T: Numeric>(dst: &mut [T], buffer: &mut [T::Lane], f: impl FnOnce(&mut [T::Lane])) {
+    if let Some(lanes) = T::lanes_mut(dst) {
+        f(lanes);
+        return;
+    }
+    let buffer = &mut buffer[..dst.len()];
+    f(buffer);
+    for (d, &x) in dst.iter_mut().zip(buffer.iter()) {
+        *d = T::from_lane(x);
+    }
+}
+
+/// A buffer for [`read`] and [`write`]: `len` lanes, or none if `T`'s elements are lanes.
+pub(crate) fn buffer<T: Numeric>(len: usize) -> Vec<T::Lane> {
+    if T::lanes(&[]).is_some() { Vec::new() } else { vec![T::Lane::default(); len] }
+}
+
+/// The `count` lanes of `src` from `at` on; a short pack is filled with zeros.
+#[inline(always)]
+pub(crate) fn at<L: Lane, S: Simd>(s: S, src: &[L], at: usize, count: usize) -> L::Pack<S> {
+    if count == L::lanes::<S>() { L::load(s, &src[at..]) } else { L::load_part(s, &src[at..], count) }
+}
+
+/// Calls `f(start, count)` for each pack of a slice of `len` lanes. The one call inside keeps `f` inlined into the caller's features.
+#[inline(always)]
+pub(crate) fn sweep<L: Lane, S: Simd>(_: S, len: usize, mut f: impl FnMut(usize, usize)) {
+    let n = L::lanes::<S>();
+    let mut j = 0;
+    while j < len {
+        f(j, n.min(len - j));
+        j += n;
+    }
+}
+
+/// Zeroes all but the first `count` lanes.
+#[inline(always)]
+fn keep<L: Lane, S: Simd>(s: S, x: L::Pack<S>, count: usize) -> L::Pack<S> {
+    let mut lanes = [L::default(); MAX_LANES];
+    x.store(&mut lanes, count);
+    L::load(s, &lanes)
+}
+
+/// The wide sum of all lanes.
+#[inline(always)]
+fn sum_lanes<L: Lane, S: Simd>(x: L::Pack<S>) -> L::Wide {
+    let n = L::lanes::<S>();
+    let mut lanes = [L::default(); MAX_LANES];
+    x.store(&mut lanes, n);
+    lanes[..n].iter().fold(L::Wide::default(), |a, &b| a.plus(b.wide()))
+}
+
+/// `M` sums at once over a slice of `len` lanes: `f(start, count)` gives a pack of terms for each. Sums of [`SUM_TILE`] terms are
+/// kept in lanes (four packs of each, to hide the latency), those of the tiles in the wide type.
+#[inline(always)]
+pub(crate) fn sums<const M: usize, L: Lane, S: Simd>(s: S, len: usize, mut f: impl FnMut(usize, usize) -> [L::Pack<S>; M]) -> [L::Wide; M] {
+    let n = L::lanes::<S>();
+    let mut totals = [L::Wide::default(); M];
+    let mut tile = 0;
+    while tile < len {
+        let end = len.min(tile + SUM_TILE);
+        let mut acc = [[L::splat(s, L::default()); M]; 4];
+        let mut j = tile;
+        while j < end {
+            for acc in &mut acc {
+                if j < end {
+                    let count = n.min(end - j);
+                    let terms = f(j, count);
+                    for m in 0..M {
+                        let term = if count == n { terms[m] } else { keep::<L, S>(s, terms[m], count) };
+                        acc[m] = acc[m].add(term);
+                    }
+                    j += n;
+                }
+            }
+        }
+        for m in 0..M {
+            totals[m] = totals[m].plus(sum_lanes::<L, S>(acc[0][m].add(acc[1][m]).add(acc[2][m].add(acc[3][m]))));
+        }
+        tile = end;
+    }
+    totals
+}

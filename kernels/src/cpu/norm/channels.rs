@@ -1,0 +1,414 @@
+//! Batch, group and instance norm: y = (x − mean)·rstd·w + b, where the statistics belong to a channel, or to a group of
+//! channels of one sample. Both memory orders of images are passes along contiguous memory: with channels last a pass over
+//! `[pixels, C]` with a vector of coefficients, otherwise one over rows of pixels with constants.
+
+use super::{SUM_ROWS, TASK, flush, parameter};
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use crate::cpu::parallel;
+use crate::cpu::reduce::{Spread, moments};
+use crate::cpu::simd::Simd;
+use crate::view::StridedView;
+
+/// Rows of channels-last memory that are worked on at once, so that running sums are read and written once for all of them.
+const ROWS: usize = 4;
+
+/// With fewer tasks than this the pixels of a sample are cut too.
+const ENOUGH_TASKS: usize = 16;
+
+/// Samples of `c` channels of `s` pixels, without gaps: `[n, c, s]`, or `[n, s, c]` if `channels_last`.
+#[derive(Clone, Copy, Debug)]
+pub struct Channels {
+    /// Samples.
+    pub n: usize,
+    /// Channels.
+    pub c: usize,
+    /// Pixels: the product of the spatial dimensions.
+    pub s: usize,
+    /// Whether the channels of a pixel are neighbours in memory.
+    pub channels_last: bool,
+}
+
+/// What shares its statistics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Grouping {
+    /// A channel of all samples: batch norm.
+    Batch,
+    /// So many groups of neighbouring channels of each sample: group norm; instance norm with as many groups as channels.
+    Groups(usize),
+}
+
+impl Channels {
+    /// Number of elements.
+    pub fn numel(self) -> usize {
+        self.n * self.c * self.s
+    }
+
+    /// Number of means.
+    pub fn statistics(self, grouping: Grouping) -> usize {
+        match grouping {
+            Grouping::Batch => self.c,
+            Grouping::Groups(groups) => self.n * groups,
+        }
+    }
+
+    /// Elements that a mean is taken over.
+    fn group_len(self, grouping: Grouping) -> usize {
+        match grouping {
+            Grouping::Batch => self.n * self.s,
+            Grouping::Groups(groups) => self.c / groups * self.s,
+        }
+    }
+
+    /// The mean that belongs to channel `c` of sample `n`.
+    fn statistic_of(self, grouping: Grouping, n: usize, c: usize) -> usize {
+        match grouping {
+            Grouping::Batch => c,
+            Grouping::Groups(groups) => n * groups + c / (self.c / groups),
+        }
+    }
+
+    /// The same memory seen as one sample, if a pass with per-channel constants may forget where samples end.
+    fn merged(self, grouping: Grouping) -> Self {
+        if self.channels_last && grouping == Grouping::Batch { Self { n: 1, s: self.n * self.s, ..self } } else { self }
+    }
+
+    /// Elements of a contiguous run with one vector of coefficients (channels last) or one constant.
+    fn run(self) -> usize {
+        if self.channels_last { self.c } else { self.s }
+    }
+}
+
+/// Mean, squared deviations and number of elements of each group.
+pub fn group_moments<T: FloatElement>(layout: Channels, grouping: Grouping, x: &[T], out: &mut [Spread]) {
+    let Channels { n, c, s, channels_last } = layout;
+    assert!(x.len() == layout.numel() && out.len() == layout.statistics(grouping));
+    let reduce = |shape: &[usize], axes: &[bool], out: &mut [Spread]| {
+        let mut strides = vec![1; shape.len()];
+        for d in (1..shape.len()).rev() {
+            strides[d - 1] = strides[d] * shape[d];
+        }
+        if let Some(view) = StridedView::new(x, 0, shape, &strides) {
+            moments(view, axes, out);
+        }
+    };
+    match grouping {
+        Grouping::Batch if channels_last => reduce(&[n * s, c], &[true, false], out),
+        Grouping::Batch => reduce(&[n, c, s], &[true, false, true], out),
+        Grouping::Groups(groups) if channels_last => {
+            let mut single = vec![Spread::default(); n * c];
+            reduce(&[n, s, c], &[false, true, false], &mut single);
+            for (out, group) in out.iter_mut().zip(single.chunks(c / groups)) {
+                *out = group.iter().fold(Spread::default(), |a, &b| if b.count == 0.0 { a } else { a.merge(b) });
+            }
+        }
+        Grouping::Groups(groups) => reduce(&[n * groups, c / groups * s], &[false, true], out),
+    }
+}
+
+/// The statistics of each group, as [`Channels::statistics`] counts them.
+#[derive(Clone, Copy, Debug)]
+pub struct Statistics<'a, L> {
+    /// What shares them.
+    pub grouping: Grouping,
+    /// Means.
+    pub mean: &'a [L],
+    /// 1/√(variance + ε).
+    pub rstd: &'a [L],
+}
+
+/// Constants of each channel (one sample's, or the same for all samples): out = a·p + b·(q − centre) + c.
+struct Coefficients<L> {
+    centre: Vec<L>,
+    a: Vec<L>,
+    b: Vec<L>,
+    c: Vec<L>,
+}
+
+impl<L: FloatLane> Coefficients<L> {
+    fn new(layout: Channels, grouping: Grouping, f: impl Fn(usize, usize) -> [L; 4]) -> Self {
+        let samples = if grouping == Grouping::Batch { 1 } else { layout.n };
+        let mut all = Self { centre: vec![], a: vec![], b: vec![], c: vec![] };
+        for n in 0..samples {
+            for channel in 0..layout.c {
+                let [centre, a, b, c] = f(n, channel);
+                all.centre.push(centre);
+                all.a.push(a);
+                all.b.push(b);
+                all.c.push(c);
+            }
+        }
+        all
+    }
+}
+
+/// y = (x − mean)·rstd·weight + bias.
+pub fn normalize<T: FloatElement>(
+    layout: Channels,
+    statistics: Statistics<'_, T::Lane>,
+    weight: Option<&[T]>,
+    bias: Option<&[T]>,
+    x: &[T],
+    y: &mut [T],
+) {
+    let (w, b) = (parameter(weight, layout.c, T::Lane::ONE), parameter(bias, layout.c, T::Lane::default()));
+    let grouping = statistics.grouping;
+    let coefficients = Coefficients::new(layout, grouping, |n, c| {
+        let k = layout.statistic_of(grouping, n, c);
+        [statistics.mean[k], T::Lane::default(), statistics.rstd[k] * w[c], b[c]]
+    });
+    apply(layout, grouping, &coefficients, None, x, y);
+}
+
+/// The gradients of input, weight and bias, from that of the output `g`. With h = (x − mean)·rstd and means over each group:
+/// dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)); dw = Σ g·h and db = Σ g over each channel. If the statistics are `fixed`
+/// (evaluation), dx = rstd·g·w.
+#[allow(clippy::too_many_arguments)] // The operands of one formula.
+pub fn normalize_backward<T: FloatElement>(
+    layout: Channels,
+    statistics: Statistics<'_, T::Lane>,
+    fixed: bool,
+    weight: Option<&[T]>,
+    g: &[T],
+    x: &[T],
+    dx: Option<&mut [T]>,
+    dw: Option<&mut [T]>,
+    db: Option<&mut [T]>,
+) {
+    let Statistics { grouping, mean, rstd } = statistics;
+    if g.is_empty() {
+        [dw, db].into_iter().flatten().for_each(|out| out.fill(T::default()));
+        return;
+    }
+    let w = parameter(weight, layout.c, T::Lane::ONE);
+    let merged = layout.merged(grouping);
+    let needs_sums = !fixed || dw.is_some() || db.is_some();
+    let centres: Vec<T::Lane> = (0..merged.n * merged.c).map(|i| mean[layout.statistic_of(grouping, i / layout.c, i % layout.c)]).collect();
+    let pairs = if needs_sums { gradient_sums(merged, &centres, g, x) } else { vec![[0.0; 2]; merged.n * merged.c] };
+    let channel = |i: usize| i % layout.c;
+    let statistic = |i: usize| layout.statistic_of(grouping, i / layout.c, channel(i));
+    let mut groups = vec![[0f64; 2]; mean.len()];
+    let mut parameters = vec![[0f64; 2]; layout.c];
+    for (i, pair) in pairs.iter().enumerate() {
+        let (k, c) = (statistic(i), channel(i));
+        for m in 0..2 {
+            groups[k][m] += pair[m] * w[c].wide();
+        }
+        parameters[c][0] += pair[1] * rstd[k].wide();
+        parameters[c][1] += pair[0];
+    }
+    for (which, out) in [dw, db].into_iter().enumerate() {
+        let Some(out) = out else { continue };
+        out.iter_mut().zip(&parameters).for_each(|(out, sums)| *out = T::total(sums[which]));
+    }
+    let Some(dx) = dx else { return };
+    let len = layout.group_len(grouping) as f64;
+    let coefficients = Coefficients::new(layout, grouping, |n, c| {
+        let k = layout.statistic_of(grouping, n, c);
+        let r = rstd[k].wide();
+        let [b, c0] = if fixed { [0.0; 2] } else { [-r * r * r * groups[k][1] / len, -r * groups[k][0] / len] };
+        [mean[k], T::Lane::round_from(r * w[c].wide()), T::Lane::round_from(b), T::Lane::round_from(c0)]
+    });
+    apply(layout, grouping, &coefficients, Some(g), x, dx);
+}
+
+/// Writes a·p + b·(q − centre) + c; the first term only if there is a `p`.
+fn apply<T: FloatElement>(
+    layout: Channels,
+    grouping: Grouping,
+    coefficients: &Coefficients<T::Lane>,
+    p: Option<&[T]>,
+    q: &[T],
+    out: &mut [T],
+) {
+    assert!(q.len() == layout.numel() && out.len() == q.len() && p.is_none_or(|p| p.len() == q.len()));
+    if out.is_empty() {
+        return;
+    }
+    let layout = layout.merged(grouping);
+    let run = layout.run();
+    let group = TASK.div_ceil(run);
+    parallel::for_each_chunk(out, group * run, q.len() / 4, |i, out| {
+        let range = i * group * run..i * group * run + out.len();
+        let p = p.map(|p| &p[range.clone()]);
+        dispatch(Apply { layout, coefficients, first: i * group, p, q: &q[range], out });
+    });
+}
+
+struct Apply<'a, T: FloatElement> {
+    layout: Channels,
+    coefficients: &'a Coefficients<T::Lane>,
+    /// The number of the first run.
+    first: usize,
+    p: Option<&'a [T]>,
+    q: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: FloatElement> WithSimd for Apply<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let run = self.layout.run();
+        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(run));
+        let [p_buffer, q_buffer, out_buffer] = &mut buffers;
+        for (i, (q, out)) in self.q.chunks_exact(run).zip(self.out.chunks_exact_mut(run)).enumerate() {
+            let q = lanes::read(q, q_buffer);
+            let p = self.p.map(|p| lanes::read(&p[i * run..][..run], p_buffer));
+            lanes::write(out, out_buffer, |out| {
+                if self.layout.channels_last {
+                    self.coefficients.apply_vector(s, (self.first + i) / self.layout.s * self.layout.c, p, q, out);
+                } else {
+                    self.coefficients.apply_constant(s, (self.first + i) % self.coefficients.a.len(), p, q, out);
+                }
+            });
+        }
+    }
+}
+
+impl<L: FloatLane> Coefficients<L> {
+    /// The channels of a pixel, whose coefficients begin at `at_channel`.
+    #[inline(always)]
+    fn apply_vector<S: Simd>(&self, s: S, at_channel: usize, p: Option<&[L]>, q: &[L], out: &mut [L]) {
+        let n = q.len();
+        let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
+        let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);
+        match p {
+            None => sweep::<L, S>(s, n, |j, count| {
+                at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count)).store(&mut out[j..], count);
+            }),
+            Some(p) => sweep::<L, S>(s, n, |j, count| {
+                let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
+                at(s, p, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
+            }),
+        }
+    }
+
+    /// The pixels of a channel.
+    #[inline(always)]
+    fn apply_constant<S: Simd>(&self, s: S, channel: usize, p: Option<&[L]>, q: &[L], out: &mut [L]) {
+        let n = q.len();
+        let (centre, a) = (L::splat(s, self.centre[channel]), L::splat(s, self.a[channel]));
+        let (b, c) = (L::splat(s, self.b[channel]), L::splat(s, self.c[channel]));
+        match p {
+            None => sweep::<L, S>(s, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
+            Some(p) => sweep::<L, S>(s, n, |j, count| {
+                at(s, p, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
+            }),
+        }
+    }
+}
+
+/// Σ g and Σ g·(x − centre) over the pixels of each channel of each sample.
+fn gradient_sums<T: FloatElement>(layout: Channels, centres: &[T::Lane], g: &[T], x: &[T]) -> Vec<[f64; 2]> {
+    let Channels { n, c, s, channels_last } = layout;
+    assert!(g.len() == layout.numel() && x.len() == g.len() && centres.len() == n * c);
+    let mut out = vec![[0f64; 2]; n * c];
+    if g.is_empty() {
+        return out;
+    }
+    let estimated_ns = g.len() / 4;
+    if !channels_last {
+        let group = TASK.div_ceil(s);
+        parallel::for_each_chunk(&mut out, group, estimated_ns, |i, out| {
+            let range = i * group * s..(i * group + out.len()) * s;
+            dispatch(RowSums { s, centres: &centres[i * group..][..out.len()], g: &g[range.clone()], x: &x[range], out });
+        });
+        return out;
+    }
+    let part = if n < ENOUGH_TASKS { s.div_ceil(ENOUGH_TASKS.div_ceil(n)).max(TASK / c) } else { s };
+    let part = part.clamp(1, s).next_multiple_of(ROWS);
+    let parts = s.div_ceil(part);
+    let mut totals = vec![0f64; n * parts * 2 * c];
+    parallel::for_each_chunk(&mut totals, 2 * c, estimated_ns, |i, totals| {
+        let (sample, start) = (i / parts, i % parts * part);
+        let range = (sample * s + start) * c..(sample * s + s.min(start + part)) * c;
+        dispatch(ColumnSums { centres: &centres[sample * c..][..c], g: &g[range.clone()], x: &x[range], totals });
+    });
+    for (i, out) in out.iter_mut().enumerate() {
+        for part in totals[i / c * parts * 2 * c..].chunks_exact(2 * c).take(parts) {
+            out[0] += part[i % c];
+            out[1] += part[c + i % c];
+        }
+    }
+    out
+}
+
+/// Sums over rows of `s` pixels.
+struct RowSums<'a, T: FloatElement> {
+    s: usize,
+    centres: &'a [T::Lane],
+    g: &'a [T],
+    x: &'a [T],
+    out: &'a mut [[f64; 2]],
+}
+
+impl<T: FloatElement> WithSimd for RowSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let n = self.s;
+        let (mut g_buffer, mut x_buffer) = (lanes::buffer::<T>(n), lanes::buffer::<T>(n));
+        let rows = self.g.chunks_exact(n).zip(self.x.chunks_exact(n));
+        for ((g, x), (out, &centre)) in rows.zip(self.out.iter_mut().zip(self.centres)) {
+            let (g, x) = (lanes::read(g, &mut g_buffer), lanes::read(x, &mut x_buffer));
+            let centre = T::Lane::splat(s, centre);
+            *out = sums::<2, T::Lane, S>(s, n, |j, count| {
+                let g = at(s, g, j, count);
+                [g, g.mul(at(s, x, j, count).sub(centre))]
+            });
+        }
+    }
+}
+
+/// Sums over pixels whose channels are neighbours: Σ g of each channel and then Σ g·(x − centre) of each.
+struct ColumnSums<'a, T: FloatElement> {
+    centres: &'a [T::Lane],
+    g: &'a [T],
+    x: &'a [T],
+    totals: &'a mut [f64],
+}
+
+impl<T: FloatElement> WithSimd for ColumnSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let c = self.centres.len();
+        let (mut g_buffer, mut x_buffer) = (lanes::buffer::<T>(ROWS * c), lanes::buffer::<T>(ROWS * c));
+        let mut part = vec![T::Lane::default(); 2 * c];
+        for (g, x) in self.g.chunks(SUM_ROWS * c).zip(self.x.chunks(SUM_ROWS * c)) {
+            for (g, x) in g.chunks(ROWS * c).zip(x.chunks(ROWS * c)) {
+                let (g, x) = (lanes::read(g, &mut g_buffer), lanes::read(x, &mut x_buffer));
+                if g.len() == ROWS * c {
+                    add_rows::<ROWS, T::Lane, S>(s, self.centres, g, x, &mut part);
+                } else {
+                    for (g, x) in g.chunks_exact(c).zip(x.chunks_exact(c)) {
+                        add_rows::<1, T::Lane, S>(s, self.centres, g, x, &mut part);
+                    }
+                }
+            }
+            flush(&mut part, self.totals);
+        }
+    }
+}
+
+/// Adds the terms of `N` pixels to the sums of each channel.
+#[inline(always)]
+fn add_rows<const N: usize, L: FloatLane, S: Simd>(s: S, centres: &[L], g: &[L], x: &[L], part: &mut [L]) {
+    let c = centres.len();
+    let (sum, dot) = part.split_at_mut(c);
+    sweep::<L, S>(s, c, |j, count| {
+        let centre = at(s, centres, j, count);
+        let (mut a, mut b) = (at(s, sum, j, count), at(s, dot, j, count));
+        for i in 0..N {
+            let g = at(s, &g[i * c..], j, count);
+            a = a.add(g);
+            b = g.mul_add(at(s, &x[i * c..], j, count).sub(centre), b);
+        }
+        a.store(&mut sum[j..], count);
+        b.store(&mut dot[j..], count);
+    });
+}

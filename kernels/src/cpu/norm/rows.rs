@@ -1,0 +1,240 @@
+//! Layer norm, y = (x − mean)·rstd·w + b over each row with rstd = 1/√(var + ε), and RMS norm, the same without the mean:
+//! rstd = 1/√(mean x² + ε).
+
+use super::{SUM_ROWS, TASK, flush, parameter};
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use crate::cpu::parallel;
+use crate::cpu::parallel::SharedMut;
+use crate::cpu::simd::Simd;
+
+/// Rows of `n` elements, without gaps, and how they are normalised.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Elements of a row.
+    pub n: usize,
+    /// Added to the variance, or to the mean square.
+    pub eps: f64,
+    /// Whether the mean is taken off (layer norm) or not (RMS norm).
+    pub centered: bool,
+}
+
+/// Normalises each row of `x`, times `weight`, plus `bias` (each of `n` elements), and keeps each row's mean (0 if not centred) and rstd.
+pub fn layer_norm<T: FloatElement>(
+    rows: Rows,
+    x: &[T],
+    weight: Option<&[T]>,
+    bias: Option<&[T]>,
+    y: &mut [T],
+    mean: &mut [T::Lane],
+    rstd: &mut [T::Lane],
+) {
+    let n = rows.n;
+    assert!(x.len() == y.len() && mean.len() == rstd.len() && x.len() == n * mean.len());
+    if x.is_empty() {
+        mean.fill(T::Lane::round_from(f64::NAN));
+        rstd.fill(T::Lane::round_from(f64::NAN));
+        return;
+    }
+    let affine = (weight.is_some() || bias.is_some()).then(|| (parameter(weight, n, T::Lane::ONE), parameter(bias, n, T::Lane::default())));
+    let affine = affine.as_ref().map(|(w, b)| (w.as_slice(), b.as_slice()));
+    let group = TASK.div_ceil(n);
+    let (mean, rstd) = (SharedMut::new(mean), SharedMut::new(rstd));
+    parallel::for_each_chunk(y, group * n, x.len() / 4, |i, y| {
+        let (first, count) = (i * group, y.len() / n);
+        // SAFETY: chunk `i` is about rows `first..first + count`, which exist and belong to no other chunk.
+        let (mean, rstd) = unsafe {
+            (std::slice::from_raw_parts_mut(mean.get().add(first), count), std::slice::from_raw_parts_mut(rstd.get().add(first), count))
+        };
+        dispatch(Forward { rows, x: &x[first * n..][..y.len()], affine, y, mean, rstd });
+    });
+}
+
+/// Weight and bias.
+type Affine<'a, L> = (&'a [L], &'a [L]);
+
+struct Forward<'a, T: FloatElement> {
+    rows: Rows,
+    x: &'a [T],
+    affine: Option<Affine<'a, T::Lane>>,
+    y: &'a mut [T],
+    mean: &'a mut [T::Lane],
+    rstd: &'a mut [T::Lane],
+}
+
+impl<T: FloatElement> WithSimd for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let n = self.rows.n;
+        let (mut x_buffer, mut y_buffer) = (lanes::buffer::<T>(n), lanes::buffer::<T>(n));
+        let statistics = self.mean.iter_mut().zip(self.rstd.iter_mut());
+        for ((x, y), (mean, rstd)) in self.x.chunks_exact(n).zip(self.y.chunks_exact_mut(n)).zip(statistics) {
+            let x = lanes::read(x, &mut x_buffer);
+            (*mean, *rstd) = row_statistics(s, self.rows, x);
+            let (mean, rstd) = (T::Lane::splat(s, *mean), T::Lane::splat(s, *rstd));
+            lanes::write(y, &mut y_buffer, |y| match self.affine {
+                Some((w, b)) => sweep::<T::Lane, S>(s, n, |j, count| {
+                    let scaled = at(s, x, j, count).sub(mean).mul(rstd);
+                    scaled.mul_add(at(s, w, j, count), at(s, b, j, count)).store(&mut y[j..], count);
+                }),
+                None => sweep::<T::Lane, S>(s, n, |j, count| at(s, x, j, count).sub(mean).mul(rstd).store(&mut y[j..], count)),
+            });
+        }
+    }
+}
+
+/// The mean (0 if not centred) and rstd of a row.
+#[inline(always)]
+fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
+    let n = x.len() as f64;
+    let mean = if rows.centered {
+        let [sum] = sums::<1, L, S>(s, x.len(), |j, count| [at(s, x, j, count)]);
+        L::round_from(sum / n)
+    } else {
+        L::default()
+    };
+    let centre = L::splat(s, mean);
+    let [squares] = sums::<1, L, S>(s, x.len(), |j, count| {
+        let d = at(s, x, j, count).sub(centre);
+        [d.mul(d)]
+    });
+    (mean, L::round_from(1.0 / (squares / n + rows.eps).sqrt()))
+}
+
+/// The gradients of input, weight and bias, from that of the output `g`. With h = (x − mean)·rstd:
+/// dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)) (without the second term if not centred), dw = Σ g·h and db = Σ g over the rows.
+#[allow(clippy::too_many_arguments)] // The operands of one formula.
+pub fn layer_norm_backward<T: FloatElement>(
+    rows: Rows,
+    g: &[T],
+    x: &[T],
+    weight: Option<&[T]>,
+    mean: &[T::Lane],
+    rstd: &[T::Lane],
+    dx: &mut [T],
+    dw: Option<&mut [T]>,
+    db: Option<&mut [T]>,
+) {
+    let n = rows.n;
+    assert!(g.len() == x.len() && dx.len() == x.len() && mean.len() == rstd.len() && x.len() == n * mean.len());
+    let w = weight.map(|_| parameter(weight, n, T::Lane::ONE));
+    // At most 64 partial sums of the parameters' gradients, each over enough rows to be a task.
+    let group = mean.len().div_ceil(64).max(TASK.div_ceil(n.max(1)));
+    let parts = mean.len().div_ceil(group);
+    let parameters = dw.is_some() || db.is_some();
+    let mut totals = vec![0f64; if parameters { parts * 2 * n } else { 0 }];
+    let shared = SharedMut::new(&mut totals);
+    if !x.is_empty() {
+        parallel::for_each_chunk(dx, group * n, x.len() / 2, |i, dx| {
+            let (first, len) = (i * group, dx.len());
+            let range = first * n..first * n + len;
+            let totals: &mut [f64] = if parameters {
+                // SAFETY: part `i` of `totals` belongs to chunk `i` alone.
+                unsafe { std::slice::from_raw_parts_mut(shared.get().add(i * 2 * n), 2 * n) }
+            } else {
+                &mut []
+            };
+            let (mean, rstd) = (&mean[first..][..len / n], &rstd[first..][..len / n]);
+            dispatch(Backward { rows, g: &g[range.clone()], x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
+        });
+    }
+    for (which, out) in [dw, db].into_iter().enumerate() {
+        let Some(out) = out else { continue };
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = T::total((0..parts).map(|part| totals[(part * 2 + which) * n + j]).fold(0.0, |a, b| a + b));
+        }
+    }
+}
+
+struct Backward<'a, T: FloatElement> {
+    rows: Rows,
+    g: &'a [T],
+    x: &'a [T],
+    w: Option<&'a [T::Lane]>,
+    mean: &'a [T::Lane],
+    rstd: &'a [T::Lane],
+    dx: &'a mut [T],
+    /// Σ g·h and then Σ g for each column; empty if not wanted.
+    totals: &'a mut [f64],
+}
+
+impl<T: FloatElement> WithSimd for Backward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let n = self.rows.n;
+        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(n));
+        let [g_buffer, x_buffer, dx_buffer] = &mut buffers;
+        let mut part = vec![T::Lane::default(); self.totals.len()];
+        let inputs = self.g.chunks_exact(n).zip(self.x.chunks_exact(n));
+        let statistics = self.mean.iter().zip(self.rstd);
+        for (i, (((g, x), dx), (&mean, &rstd))) in inputs.zip(self.dx.chunks_exact_mut(n)).zip(statistics).enumerate() {
+            let (g, x) = (lanes::read(g, g_buffer), lanes::read(x, x_buffer));
+            let row = Row { g, x, w: self.w, mean, rstd };
+            lanes::write(dx, dx_buffer, |dx| row.input_gradient(s, self.rows.centered, dx));
+            if !part.is_empty() {
+                row.add_parameter_gradients(s, &mut part);
+                if (i + 1) % SUM_ROWS == 0 {
+                    flush(&mut part, self.totals);
+                }
+            }
+        }
+        flush(&mut part, self.totals);
+    }
+}
+
+/// One row's operands of the backward pass.
+struct Row<'a, L> {
+    g: &'a [L],
+    x: &'a [L],
+    w: Option<&'a [L]>,
+    mean: L,
+    rstd: L,
+}
+
+impl<L: FloatLane> Row<'_, L> {
+    /// g·w
+    #[inline(always)]
+    fn weighted<S: Simd>(&self, s: S, j: usize, count: usize) -> L::Pack<S> {
+        let g = at(s, self.g, j, count);
+        match self.w {
+            Some(w) => g.mul(at(s, w, j, count)),
+            None => g,
+        }
+    }
+
+    /// dx = rstd·g·w + (x − mean)·b + c, b and c being constants of the row.
+    #[inline(always)]
+    fn input_gradient<S: Simd>(&self, s: S, centered: bool, dx: &mut [L]) {
+        let (n, centre) = (self.g.len(), L::splat(s, self.mean));
+        let [sum, dot] = sums::<2, L, S>(s, n, |j, count| {
+            let gw = self.weighted(s, j, count);
+            [gw, gw.mul(at(s, self.x, j, count).sub(centre))]
+        });
+        let rstd = self.rstd.wide();
+        let b = L::splat(s, L::round_from(-rstd * rstd * rstd * dot / n as f64));
+        let c = L::splat(s, L::round_from(if centered { -rstd * sum / n as f64 } else { 0.0 }));
+        let rstd = L::splat(s, self.rstd);
+        sweep::<L, S>(s, n, |j, count| {
+            let d = at(s, self.x, j, count).sub(centre);
+            self.weighted(s, j, count).mul_add(rstd, d.mul_add(b, c)).store(&mut dx[j..], count);
+        });
+    }
+
+    /// Adds g·h to the first half of `part`, and g to the second.
+    #[inline(always)]
+    fn add_parameter_gradients<S: Simd>(&self, s: S, part: &mut [L]) {
+        let n = self.g.len();
+        let (centre, rstd) = (L::splat(s, self.mean), L::splat(s, self.rstd));
+        let (dw, db) = part.split_at_mut(n);
+        sweep::<L, S>(s, n, |j, count| {
+            let g = at(s, self.g, j, count);
+            let h = at(s, self.x, j, count).sub(centre).mul(rstd);
+            g.mul_add(h, at(s, dw, j, count)).store(&mut dw[j..], count);
+            at(s, db, j, count).add(g).store(&mut db[j..], count);
+        });
+    }
+}

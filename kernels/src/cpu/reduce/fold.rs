@@ -1,0 +1,504 @@
+//! The folds: what a reduction does with a tile of one output's elements ([`Fold::row`]), and with a block of rows whose
+//! columns belong to different outputs ([`Fold::columns`]). Which elements those are is the business of [`plan`](super::plan).
+
+use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, at, sums, sweep};
+use crate::cpu::simd::Simd;
+
+/// The most columns that [`Fold::columns`] is given: their partial results stay in L1.
+pub const MAX_WIDTH: usize = 1024;
+
+/// The most rows that [`Fold::columns`] is given: f32 sums of so many terms are then added in f64.
+pub const MAX_ROWS: usize = 128;
+
+/// An associative way to combine elements. Parts are merged in the order of their elements.
+pub trait Fold<L: Lane>: Copy + Send + Sync {
+    /// The state of a partial result.
+    type Acc: Copy + Send + Sync;
+    /// Time for an element, in units of a sum's.
+    const COST: usize = 1;
+    /// The result over no elements.
+    fn empty(self) -> Self::Acc;
+    /// The result over the elements of `a` followed by those of `b`.
+    fn merge(self, a: Self::Acc, b: Self::Acc) -> Self::Acc;
+    /// The result over `tile`, whose first element is number `start`.
+    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Self::Acc;
+    /// Merges the result over column `j` of `rows` into `accs[j]`. The first row is number `start`; there are at most
+    /// [`MAX_ROWS`], and at most [`MAX_WIDTH`] columns.
+    fn columns<S: Simd>(self, s: S, rows: &[&[L]], start: usize, accs: &mut [Self::Acc]);
+}
+
+/// A fold that combines mapped elements lane by lane.
+pub trait Monoid<L: Lane>: Copy + Send + Sync {
+    /// See [`Fold::COST`].
+    const COST: usize = 1;
+    /// What is accumulated across tiles.
+    type Acc: Copy + Send + Sync;
+    /// The neutral lane of `combine`.
+    fn neutral(self) -> L;
+    /// An element that maps to something neutral.
+    fn padding(self) -> L {
+        self.neutral()
+    }
+    /// Maps elements.
+    fn map<S: Simd>(self, s: S, x: L::Pack<S>) -> L::Pack<S>;
+    /// Combines mapped elements.
+    fn combine<S: Simd>(self, a: L::Pack<S>, b: L::Pack<S>) -> L::Pack<S>;
+    /// Accumulates a lane.
+    fn promote(self, x: L) -> Self::Acc;
+    /// Combines accumulated values.
+    fn merge(self, a: Self::Acc, b: Self::Acc) -> Self::Acc;
+}
+
+/// Combines everything in `tile` to one lane-wise pack.
+#[inline(always)]
+fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pack<S> {
+    // Eight independent chains: latency times throughput of an addition.
+    const CHAINS: usize = 8;
+    let n = L::lanes::<S>();
+    let mut acc = [L::splat(s, m.neutral()); CHAINS];
+    let mut blocks = tile.chunks_exact(CHAINS * n);
+    for block in &mut blocks {
+        for (acc, x) in acc.iter_mut().zip(block.chunks_exact(n)) {
+            *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
+        }
+    }
+    let mut packs = blocks.remainder().chunks_exact(n);
+    for (acc, x) in acc.iter_mut().zip(&mut packs) {
+        *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
+    }
+    let rest = packs.remainder();
+    if !rest.is_empty() {
+        let mut last = [m.padding(); MAX_LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        acc[CHAINS - 1] = m.combine::<S>(acc[CHAINS - 1], m.map(s, L::load(s, &last)));
+    }
+    let mut half = CHAINS / 2;
+    while half > 0 {
+        for i in 0..half {
+            acc[i] = m.combine::<S>(acc[i], acc[i + half]);
+        }
+        half /= 2;
+    }
+    acc[0]
+}
+
+/// Combines the rows into `part`, lane by lane. Eight rows at a time, so that `part` is read and written once for all of them.
+#[inline(always)]
+fn combine_rows<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[&[L]], part: &mut [L]) {
+    let width = part.len();
+    part.fill(m.neutral());
+    let mut groups = rows.chunks_exact(8);
+    for group in &mut groups {
+        let rows: [&[L]; 8] = std::array::from_fn(|i| &group[i][..width]);
+        sweep::<L, S>(s, width, |j, count| {
+            let mut x: [L::Pack<S>; 8] = std::array::from_fn(|i| m.map(s, at(s, rows[i], j, count)));
+            for half in [4, 2, 1] {
+                for i in 0..half {
+                    x[i] = m.combine::<S>(x[i], x[i + half]);
+                }
+            }
+            m.combine::<S>(at(s, part, j, count), x[0]).store(&mut part[j..], count);
+        });
+    }
+    for row in groups.remainder() {
+        let row = &row[..width];
+        sweep::<L, S>(s, width, |j, count| {
+            m.combine::<S>(at(s, part, j, count), m.map(s, at(s, row, j, count))).store(&mut part[j..], count);
+        });
+    }
+}
+
+/// Folds by a monoid.
+#[derive(Clone, Copy)]
+pub struct Each<M>(pub M);
+
+impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
+    type Acc = M::Acc;
+    const COST: usize = M::COST;
+
+    fn empty(self) -> M::Acc {
+        self.0.promote(self.0.neutral())
+    }
+    #[inline(always)]
+    fn merge(self, a: M::Acc, b: M::Acc) -> M::Acc {
+        Monoid::merge(self.0, a, b)
+    }
+    #[inline(always)]
+    fn row<S: Simd>(self, s: S, tile: &[L], _start: usize) -> M::Acc {
+        let n = L::lanes::<S>();
+        let mut lanes = [self.0.neutral(); MAX_LANES];
+        combine_tile(self.0, s, tile).store(&mut lanes, n);
+        lanes[1..n].iter().fold(self.0.promote(lanes[0]), |acc, &x| Monoid::merge(self.0, acc, self.0.promote(x)))
+    }
+    #[inline(always)]
+    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [M::Acc]) {
+        let mut part = [L::default(); MAX_WIDTH];
+        let part = &mut part[..accs.len()];
+        combine_rows(self.0, s, rows, part);
+        for (acc, &x) in accs.iter_mut().zip(part.iter()) {
+            *acc = Monoid::merge(self.0, *acc, self.0.promote(x));
+        }
+    }
+}
+
+/// Σ x
+#[derive(Clone, Copy)]
+pub struct Sum;
+/// Π x
+#[derive(Clone, Copy)]
+pub struct Product;
+/// The largest (`MAX`) or the smallest; NaN if any is.
+#[derive(Clone, Copy)]
+pub struct Extreme<const MAX: bool>;
+/// Whether any is not zero (`ANY`), or all are.
+#[derive(Clone, Copy)]
+pub struct Truth<const ANY: bool>;
+/// Number of elements that are not zero.
+#[derive(Clone, Copy)]
+pub struct CountNonzero;
+/// Σ |x|
+#[derive(Clone, Copy)]
+pub struct AbsSum;
+/// Σ x²
+#[derive(Clone, Copy)]
+pub struct SquareSum;
+/// The largest (`MAX`) or the smallest |x|; NaN if any is.
+#[derive(Clone, Copy)]
+pub struct AbsExtreme<const MAX: bool>;
+/// Σ |x|^p
+#[derive(Clone, Copy)]
+pub struct PowerSum(pub f64);
+
+/// A monoid whose mapped elements are summed.
+macro_rules! summed {
+    ($name:ident, $self:ident, $cost:expr, |$s:ident, $x:ident| $map:expr, $padding:expr) => {
+        impl<L: Lane> Monoid<L> for $name {
+            type Acc = L::Wide;
+            const COST: usize = $cost;
+            #[inline(always)]
+            fn neutral(self) -> L {
+                L::default()
+            }
+            #[inline(always)]
+            fn padding($self) -> L {
+                $padding
+            }
+            #[inline(always)]
+            fn map<S: Simd>($self, $s: S, $x: L::Pack<S>) -> L::Pack<S> {
+                $map
+            }
+            #[inline(always)]
+            fn combine<S: Simd>(self, a: L::Pack<S>, b: L::Pack<S>) -> L::Pack<S> {
+                a.add(b)
+            }
+            #[inline(always)]
+            fn promote(self, x: L) -> L::Wide {
+                x.wide()
+            }
+            #[inline(always)]
+            fn merge(self, a: L::Wide, b: L::Wide) -> L::Wide {
+                a.plus(b)
+            }
+        }
+    };
+}
+summed!(Sum, self, 1, |_s, x| x, L::default());
+summed!(AbsSum, self, 1, |_s, x| x.abs(), L::default());
+summed!(SquareSum, self, 1, |_s, x| x.mul(x), L::default());
+summed!(CountNonzero, self, 1, |_s, x| x.nonzero(), L::default());
+summed!(PowerSum, self, 100, |s, x| powers::<L, S>(s, x, self.0), if self.0 < 0.0 { L::GREATEST } else { L::default() });
+
+#[inline(always)]
+fn powers<L: Lane, S: Simd>(s: S, x: L::Pack<S>, p: f64) -> L::Pack<S> {
+    let n = L::lanes::<S>();
+    let mut lanes = [L::default(); MAX_LANES];
+    x.store(&mut lanes, n);
+    lanes[..n].iter_mut().for_each(|x| *x = x.abs_pow(p));
+    L::load(s, &lanes)
+}
+
+impl<L: Lane> Monoid<L> for Product {
+    type Acc = L::Wide;
+    #[inline(always)]
+    fn neutral(self) -> L {
+        L::ONE
+    }
+    #[inline(always)]
+    fn map<S: Simd>(self, _: S, x: L::Pack<S>) -> L::Pack<S> {
+        x
+    }
+    #[inline(always)]
+    fn combine<S: Simd>(self, a: L::Pack<S>, b: L::Pack<S>) -> L::Pack<S> {
+        a.mul(b)
+    }
+    #[inline(always)]
+    fn promote(self, x: L) -> L::Wide {
+        x.wide()
+    }
+    #[inline(always)]
+    fn merge(self, a: L::Wide, b: L::Wide) -> L::Wide {
+        a.times(b)
+    }
+}
+
+/// A monoid that keeps the largest or the smallest of its mapped elements.
+macro_rules! extreme {
+    ($name:ident, $max:expr, |$x:ident| $map:expr, $neutral:expr) => {
+        impl<const MAX: bool, L: Lane> Monoid<L> for $name<MAX> {
+            type Acc = L;
+            #[inline(always)]
+            fn neutral(self) -> L {
+                $neutral
+            }
+            #[inline(always)]
+            fn map<S: Simd>(self, _: S, $x: L::Pack<S>) -> L::Pack<S> {
+                $map
+            }
+            #[inline(always)]
+            fn combine<S: Simd>(self, a: L::Pack<S>, b: L::Pack<S>) -> L::Pack<S> {
+                if $max { a.max(b) } else { a.min(b) }
+            }
+            #[inline(always)]
+            fn promote(self, x: L) -> L {
+                x
+            }
+            #[inline(always)]
+            fn merge(self, a: L, b: L) -> L {
+                if a.is_nan() || (if $max { a > b } else { a < b }) { a } else { b }
+            }
+        }
+    };
+}
+extreme!(Extreme, MAX, |x| x, if MAX { L::LEAST } else { L::GREATEST });
+extreme!(AbsExtreme, MAX, |x| x.abs(), if MAX { L::default() } else { L::GREATEST });
+extreme!(Truth, MAX, |x| x.nonzero(), if MAX { L::default() } else { L::ONE });
+
+/// The first largest (`MAX`) or smallest element and its number; a NaN counts as such.
+#[derive(Clone, Copy)]
+pub struct ArgExtreme<const MAX: bool>;
+
+/// A value and where it stands. No element has been seen while `index` is `usize::MAX`.
+#[derive(Clone, Copy)]
+pub struct Found<L> {
+    /// The element.
+    pub value: L,
+    /// Its number in the reduction.
+    pub index: usize,
+}
+
+/// Whether `x` takes the place of `best`, which came before it.
+#[inline(always)]
+fn beats<const MAX: bool, L: Lane>(x: L, best: L) -> bool {
+    (if MAX { x > best } else { x < best }) || (x.is_nan() && !best.is_nan())
+}
+
+impl<const MAX: bool, L: Lane> Fold<L> for ArgExtreme<MAX> {
+    type Acc = Found<L>;
+
+    fn empty(self) -> Found<L> {
+        Found { value: L::default(), index: usize::MAX }
+    }
+    #[inline(always)]
+    fn merge(self, a: Found<L>, b: Found<L>) -> Found<L> {
+        if a.index == usize::MAX || (b.index != usize::MAX && beats::<MAX, L>(b.value, a.value)) { b } else { a }
+    }
+    #[inline(always)]
+    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Found<L> {
+        let value = Each(Extreme::<MAX>).row(s, tile, start);
+        let is = |x: &L| *x == value || (x.is_nan() && value.is_nan());
+        // A block is searched as a whole first, which the compiler vectorises.
+        let block = tile.chunks(64).position(|block| block.iter().fold(false, |any, x| any | is(x))).unwrap_or(0);
+        let within = tile[block * 64..].iter().position(is).unwrap_or(0);
+        Found { value, index: start + block * 64 + within }
+    }
+    #[inline(always)]
+    fn columns<S: Simd>(self, _: S, rows: &[&[L]], start: usize, accs: &mut [Found<L>]) {
+        let width = accs.len();
+        let mut values = [L::default(); MAX_WIDTH];
+        let mut at = [0u32; MAX_WIDTH];
+        let Some((first, rest)) = rows.split_first() else { return };
+        values[..width].copy_from_slice(&first[..width]);
+        for (i, row) in rest.iter().enumerate() {
+            for ((best, at), &x) in values[..width].iter_mut().zip(&mut at).zip(&row[..width]) {
+                let wins = beats::<MAX, L>(x, *best);
+                *best = if wins { x } else { *best };
+                *at = if wins { i as u32 + 1 } else { *at };
+            }
+        }
+        for ((acc, &value), &at) in accs.iter_mut().zip(&values).zip(&at) {
+            *acc = self.merge(*acc, Found { value, index: start + at as usize });
+        }
+    }
+}
+
+/// Number, mean and sum of squared deviations from it, in two sweeps over each tile (which the first leaves in cache). The second
+/// takes the first's rounded mean as the centre and also finds how far it is off. Tiles are merged by Chan's formula:
+/// no cancellation, however far the mean lies from zero.
+#[derive(Clone, Copy)]
+pub struct Moments;
+
+/// Mean and squared deviations of `count` elements.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Spread {
+    /// How many.
+    pub count: f64,
+    /// Their mean.
+    pub mean: f64,
+    /// Σ (x − mean)²
+    pub squares: f64,
+}
+
+impl Spread {
+    /// From the sums of the deviations from a centre near the mean, and of their squares.
+    #[inline(always)]
+    fn around(centre: f64, count: f64, sum: f64, squares: f64) -> Self {
+        if !centre.is_finite() {
+            return Spread { count, mean: centre, squares: f64::NAN };
+        }
+        let off = sum / count;
+        let about_mean = squares - sum * off;
+        Spread { count, mean: centre + off, squares: if about_mean < 0.0 { 0.0 } else { about_mean } }
+    }
+
+    /// The spread of both sets together.
+    #[inline(always)]
+    pub fn merge(self, b: Spread) -> Spread {
+        if self.count == 0.0 {
+            return b;
+        }
+        let count = self.count + b.count;
+        let (delta, share) = (b.mean - self.mean, b.count / count);
+        Spread { count, mean: self.mean + delta * share, squares: self.squares + b.squares + delta * delta * self.count * share }
+    }
+}
+
+/// Writes Σ (x − centre) and Σ (x − centre)² over the rows into `sums` and `squares`, each column having its own centre.
+#[inline(always)]
+fn deviations<L: FloatLane, S: Simd>(s: S, rows: &[&[L]], centres: &[L], sums: &mut [L], squares: &mut [L]) {
+    let width = sums.len();
+    sums.fill(L::default());
+    squares.fill(L::default());
+    let mut groups = rows.chunks_exact(4);
+    for group in &mut groups {
+        let rows: [&[L]; 4] = std::array::from_fn(|i| &group[i][..width]);
+        sweep::<L, S>(s, width, |j, count| {
+            let centre = at(s, centres, j, count);
+            let d: [L::Pack<S>; 4] = std::array::from_fn(|i| at(s, rows[i], j, count).sub(centre));
+            let square = d[0].mul_add(d[0], d[1].mul(d[1])).add(d[2].mul_add(d[2], d[3].mul(d[3])));
+            at(s, sums, j, count).add(d[0].add(d[1]).add(d[2].add(d[3]))).store(&mut sums[j..], count);
+            at(s, squares, j, count).add(square).store(&mut squares[j..], count);
+        });
+    }
+    for row in groups.remainder() {
+        sweep::<L, S>(s, width, |j, count| {
+            let d = at(s, row, j, count).sub(at(s, centres, j, count));
+            at(s, sums, j, count).add(d).store(&mut sums[j..], count);
+            d.mul_add(d, at(s, squares, j, count)).store(&mut squares[j..], count);
+        });
+    }
+}
+
+impl<L: FloatLane> Fold<L> for Moments {
+    type Acc = Spread;
+    const COST: usize = 2;
+
+    fn empty(self) -> Spread {
+        Spread::default()
+    }
+    #[inline(always)]
+    fn merge(self, a: Spread, b: Spread) -> Spread {
+        if b.count == 0.0 { a } else { a.merge(b) }
+    }
+    #[inline(always)]
+    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Spread {
+        let count = tile.len() as f64;
+        let centre = L::round_from(Each(Sum).row(s, tile, start) / count);
+        let centres = L::splat(s, centre);
+        let [sum, squares] = sums::<2, L, S>(s, tile.len(), |j, count| {
+            let d = at(s, tile, j, count).sub(centres);
+            [d, d.mul(d)]
+        });
+        Spread::around(centre.wide(), count, sum, squares)
+    }
+    #[inline(always)]
+    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [Spread]) {
+        let (width, count) = (accs.len(), rows.len() as f64);
+        let (mut sums, mut centres, mut squares) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
+        let (sums, centres, squares) = (&mut sums[..width], &mut centres[..width], &mut squares[..width]);
+        combine_rows(Sum, s, rows, centres);
+        centres.iter_mut().for_each(|centre| *centre = L::round_from(centre.wide() / count));
+        deviations(s, rows, centres, sums, squares);
+        for (j, acc) in accs.iter_mut().enumerate() {
+            *acc = acc.merge(Spread::around(centres[j].wide(), count, sums[j].wide(), squares[j].wide()));
+        }
+    }
+}
+
+/// log Σ exp(x): each tile's sum is taken relative to its largest element, so nothing overflows.
+#[derive(Clone, Copy)]
+pub struct LogSumExp;
+
+/// `sum · exp(shift)`; the sum over nothing has `shift` −∞.
+#[derive(Clone, Copy)]
+pub struct Scaled {
+    /// The exponent taken out.
+    shift: f64,
+    /// Σ exp(x − shift)
+    sum: f64,
+}
+
+impl Scaled {
+    fn new(shift: f64, sum: f64) -> Self {
+        Self { shift: if sum == 0.0 { f64::NEG_INFINITY } else { shift }, sum }
+    }
+
+    /// log of the sum; −∞ for none.
+    pub fn log(self) -> f64 {
+        if self.sum == 0.0 { f64::NEG_INFINITY } else { self.sum.ln() + self.shift }
+    }
+}
+
+/// What exponents are taken relative to: the maximum, or 0 if that would make ∞ − ∞.
+#[inline(always)]
+fn shift_for<L: FloatLane>(max: L) -> L {
+    if num_traits::Float::is_finite(max) { max } else { L::default() }
+}
+
+impl<L: FloatLane> Fold<L> for LogSumExp {
+    type Acc = Scaled;
+    const COST: usize = 8;
+
+    fn empty(self) -> Scaled {
+        Scaled { shift: f64::NEG_INFINITY, sum: 0.0 }
+    }
+    #[inline(always)]
+    fn merge(self, a: Scaled, b: Scaled) -> Scaled {
+        let shift = a.shift.max(b.shift);
+        let scaled = |x: Scaled| if x.sum == 0.0 || !x.sum.is_finite() { x.sum } else { x.sum * (x.shift - shift).exp() };
+        Scaled { shift, sum: scaled(a) + scaled(b) }
+    }
+    #[inline(always)]
+    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Scaled {
+        let shift = shift_for(Each(Extreme::<true>).row(s, tile, start));
+        let centre = L::splat(s, shift);
+        let [sum] = sums::<1, L, S>(s, tile.len(), |j, count| [L::exp_pack(s, at(s, tile, j, count).sub(centre))]);
+        Scaled::new(shift.wide(), sum)
+    }
+    #[inline(always)]
+    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [Scaled]) {
+        let width = accs.len();
+        let (mut shifts, mut sums) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
+        let (shifts, sums) = (&mut shifts[..width], &mut sums[..width]);
+        combine_rows(Extreme::<true>, s, rows, shifts);
+        shifts.iter_mut().for_each(|x| *x = shift_for(*x));
+        for row in rows {
+            sweep::<L, S>(s, width, |j, count| {
+                let e = L::exp_pack(s, at(s, row, j, count).sub(at(s, shifts, j, count)));
+                at(s, sums, j, count).add(e).store(&mut sums[j..], count);
+            });
+        }
+        for ((acc, &shift), &sum) in accs.iter_mut().zip(shifts.iter()).zip(sums.iter()) {
+            *acc = Fold::<L>::merge(self, *acc, Scaled::new(shift.wide(), sum.wide()));
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Reductions over any set of dimensions of any strided view: sums, products, extremes and where they are, truth, norms, moments, log-sum-exp.
+//!
+//! `axes[d]` says whether dimension `d` is reduced; outputs are row-major over the other dimensions. Sums are taken in short
+//! blocks (pairwise within them), and the blocks' sums in f64 or i64. The order of the elements follows shape and strides only.
+
+mod fold;
+mod plan;
+
+use super::lanes::{FloatElement, FloatLane, Numeric};
+use super::parallel::SharedMut;
+use super::simd::Simd;
+use crate::element::Bool;
+use crate::view::StridedView;
+use fold::{
+    AbsExtreme, AbsSum, ArgExtreme, CountNonzero, Each, Extreme, Fold, Found, LogSumExp, Moments, PowerSum, Product, SquareSum, Sum, Truth,
+};
+use plan::Plan;
+
+pub use fold::Spread;
+
+/// Reduces `x` by `fold` and writes what `finish` makes of each result and the number of elements.
+fn reduce<T: Numeric, F: Fold<T::Lane>, O: Copy + Send>(
+    x: StridedView<'_, T>,
+    axes: &[bool],
+    fold: F,
+    out: &mut [O],
+    finish: impl Fn(F::Acc, usize) -> O + Sync,
+) {
+    let plan = Plan::new(&x, axes);
+    assert_eq!(out.len(), plan.outputs(), "one output for each index of the kept dimensions");
+    let (count, len) = (plan.reduced(), out.len());
+    let out = SharedMut::new(out);
+    let emit = |first: usize, stride: usize, accs: &[F::Acc]| {
+        assert!(accs.is_empty() || first + (accs.len() - 1) * stride < len);
+        for (i, &acc) in accs.iter().enumerate() {
+            // SAFETY: the index was checked, the plan emits each output once, and `out` is borrowed until it is done.
+            unsafe { out.get().add(first + i * stride).write(finish(acc, count)) }
+        }
+    };
+    plan::with_source(x.data(), |source| plan.run(source, fold, &emit));
+}
+
+/// Σ x. Sums of integers and booleans are i64 and wrap.
+pub fn sum<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T::Total]) {
+    reduce(x, axes, Each(Sum), out, |acc, _| T::total(acc));
+}
+
+/// Σ x / n; NaN for no elements.
+pub fn mean<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T]) {
+    reduce(x, axes, Each(Sum), out, |acc, n| T::total(acc / n as f64));
+}
+
+/// Π x. Products of integers and booleans are i64 and wrap.
+pub fn prod<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T::Total]) {
+    reduce(x, axes, Each(Product), out, |acc, _| T::total(acc));
+}
+
+/// The largest element; NaN if any is. The caller refuses reductions over nothing.
+pub fn max<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T]) {
+    reduce(x, axes, Each(Extreme::<true>), out, |acc, _| T::from_lane(acc));
+}
+
+/// The smallest element; NaN if any is. The caller refuses reductions over nothing.
+pub fn min<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T]) {
+    reduce(x, axes, Each(Extreme::<false>), out, |acc, _| T::from_lane(acc));
+}
+
+/// The largest element along dimension `axis` and its first index there; a NaN counts as the largest.
+///
+/// # Panics
+/// If the dimension is empty and there are outputs.
+pub fn max_with_index<T: Numeric>(x: StridedView<'_, T>, axis: usize, out: &mut [T], index: &mut [i64]) {
+    extreme_with_index::<T, true>(x, axis, out, index);
+}
+
+/// The smallest element along dimension `axis` and its first index there; a NaN counts as the smallest.
+///
+/// # Panics
+/// If the dimension is empty and there are outputs.
+pub fn min_with_index<T: Numeric>(x: StridedView<'_, T>, axis: usize, out: &mut [T], index: &mut [i64]) {
+    extreme_with_index::<T, false>(x, axis, out, index);
+}
+
+fn extreme_with_index<T: Numeric, const MAX: bool>(x: StridedView<'_, T>, axis: usize, out: &mut [T], index: &mut [i64]) {
+    let axes: Vec<bool> = (0..x.shape().len()).map(|d| d == axis).collect();
+    assert!(out.is_empty() || x.shape()[axis] > 0, "no element along the dimension");
+    assert_eq!(out.len(), index.len());
+    let mut found = vec![Found { value: T::Lane::default(), index: 0 }; out.len()];
+    reduce(x, &axes, ArgExtreme::<MAX>, &mut found, |acc, _| acc);
+    for ((value, index), found) in out.iter_mut().zip(index).zip(found) {
+        *value = T::from_lane(found.value);
+        *index = found.index as i64;
+    }
+}
+
+/// Whether any element is not zero; false for none.
+pub fn any<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [Bool]) {
+    reduce(x, axes, Each(Truth::<true>), out, |acc, _| Bool::from(acc != T::Lane::default()));
+}
+
+/// Whether all elements are not zero; true for none.
+pub fn all<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [Bool]) {
+    reduce(x, axes, Each(Truth::<false>), out, |acc, _| Bool::from(acc != T::Lane::default()));
+}
+
+/// Mean, squared deviations and number of elements, in f64.
+pub fn moments<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mut [Spread]) {
+    reduce(x, axes, Moments, out, |acc, _| acc);
+}
+
+/// Σ (x − mean)² / (n − correction) and the mean; the divisor is 0 where the correction exceeds n.
+pub fn var_mean<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], correction: f64, var: &mut [T], mean: &mut [T]) {
+    assert_eq!(var.len(), mean.len());
+    let mut spreads = vec![Spread::default(); var.len()];
+    moments(x, axes, &mut spreads);
+    for ((var, mean), spread) in var.iter_mut().zip(mean).zip(spreads) {
+        let divisor = (spread.count - correction).max(0.0);
+        *var = T::total(spread.squares / divisor);
+        *mean = T::total(if spread.count == 0.0 { f64::NAN } else { spread.mean });
+    }
+}
+
+/// (Σ |x|^p)^(1/p); p = ∞ gives the largest |x|, −∞ the smallest, 0 the number of elements that are not zero.
+pub fn norm<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], p: f64, out: &mut [T]) {
+    if p == f64::INFINITY {
+        reduce(x, axes, Each(AbsExtreme::<true>), out, |acc, _| T::from_lane(acc));
+    } else if p == f64::NEG_INFINITY {
+        reduce(x, axes, Each(AbsExtreme::<false>), out, |acc, _| T::from_lane(acc));
+    } else if p == 0.0 {
+        reduce(x, axes, Each(CountNonzero), out, |acc, _| T::total(acc));
+    } else if p == 1.0 {
+        reduce(x, axes, Each(AbsSum), out, |acc, _| T::total(acc));
+    } else if p == 2.0 {
+        reduce(x, axes, Each(SquareSum), out, |acc: f64, _| T::total(acc.sqrt()));
+    } else {
+        reduce(x, axes, Each(PowerSum(p)), out, |acc: f64, _| T::total(acc.powf(1.0 / p)));
+    }
+}
+
+/// log Σ exp(x), which never overflows; −∞ for no elements.
+pub fn logsumexp<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T]) {
+    reduce(x, axes, LogSumExp, out, |acc, _| T::total(acc.log()));
+}
+
+/// The largest of `x`; NaN if any is, −∞ for none.
+#[inline(always)]
+pub(crate) fn row_max<L: FloatLane, S: Simd>(s: S, x: &[L]) -> L {
+    Each(Extreme::<true>).row(s, x, 0)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,340 @@
+//! How a reduction walks memory and shares the work. Two patterns cover every set of axes of every layout:
+//! *rows*, where neighbours in memory belong to the same output, and *columns*, where they belong to different ones.
+//! What does not lie in neighbouring lanes (strides, narrow types) is first gathered into a tile.
+
+use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::lanes::{Lane, Numeric, SUM_TILE};
+use crate::cpu::parallel;
+use crate::cpu::simd::Simd;
+use crate::iter::Walk;
+use crate::view::StridedView;
+
+/// Elements of a gathered tile: a few KiB on the stack.
+const GATHER: usize = 1024;
+
+/// Columns of a gathered block; with [`MAX_ROWS`] rows it holds 64 KiB of f32, within L2.
+const GATHER_WIDTH: usize = 128;
+
+/// Elements that one task should read, so that handing it over costs little.
+const TASK: usize = 1 << 16;
+
+/// With fewer tasks than this, one for each group of outputs, the reduced elements are cut too.
+const ENOUGH_TASKS: usize = 16;
+
+/// Elements of any type, read as lanes.
+#[derive(Clone, Copy)]
+pub struct Source<'a, L> {
+    /// The elements, if they are lanes.
+    lanes: Option<&'a [L]>,
+    /// Reads a strided run of elements as lanes.
+    gather: &'a (dyn Fn(usize, usize, &mut [L]) + Sync),
+}
+
+/// Calls `f` with the elements of a view as a [`Source`].
+pub fn with_source<T: Numeric, R>(data: &[T], f: impl FnOnce(Source<'_, T::Lane>) -> R) -> R {
+    let gather = |at: usize, stride: usize, dst: &mut [T::Lane]| {
+        if stride == 1 {
+            let src = &data[at..at + dst.len()];
+            dst.iter_mut().zip(src).for_each(|(d, x)| *d = x.to_lane());
+        } else {
+            dst.iter_mut().enumerate().for_each(|(i, d)| *d = data[at + i * stride].to_lane());
+        }
+    };
+    f(Source { lanes: T::lanes(data), gather: &gather })
+}
+
+/// Takes results: the first's output, the distance between outputs, the results.
+type Emit<'a, A> = &'a (dyn Fn(usize, usize, &[A]) + Sync);
+
+/// The loops over kept and reduced dimensions.
+pub struct Plan {
+    /// Offsets of the input and of the output, which is row-major over the kept dimensions.
+    kept: Walk<2>,
+    /// Offset of the input within an output's elements.
+    reduced: Walk<1>,
+    rows: bool,
+    outputs: usize,
+}
+
+impl Plan {
+    /// The plan to reduce the dimensions of a view that `axes` marks.
+    ///
+    /// # Panics
+    /// If `axes` has another length than the shape.
+    pub fn new<T>(x: &StridedView<'_, T>, axes: &[bool]) -> Self {
+        let (shape, strides) = (x.shape(), x.strides());
+        assert_eq!(axes.len(), shape.len());
+        let part = |of: &[usize], reduced: bool| -> Vec<usize> { (0..of.len()).filter(|&d| axes[d] == reduced).map(|d| of[d]).collect() };
+        let (kept_shape, kept_strides) = (part(shape, false), part(strides, false));
+        let mut out_strides = vec![1; kept_shape.len()];
+        for d in (1..kept_shape.len()).rev() {
+            out_strides[d - 1] = out_strides[d] * kept_shape[d];
+        }
+        let reduced = Walk::in_memory_order(&part(shape, true), [&part(strides, true)], [0]);
+        let kept = Walk::in_memory_order(&kept_shape, [&kept_strides, &out_strides], [x.offset(), 0]);
+        // Stride 0 repeats an element: there is nothing to be gained from walking it first.
+        let rank = |stride: usize| if stride == 0 { usize::MAX } else { stride };
+        let rows = reduced.numel() > 1 && (kept.run_len() < 2 || rank(reduced.inner_strides()[0]) <= rank(kept.inner_strides()[0]));
+        let outputs = kept_shape.iter().product();
+        Self { kept, reduced, rows, outputs }
+    }
+
+    /// Number of outputs.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Number of elements of each output.
+    pub fn reduced(&self) -> usize {
+        self.reduced.numel()
+    }
+
+    /// Folds every output's elements and hands the results to `emit(first output, distance between outputs, results)`,
+    /// which is called once for each output, from any thread.
+    pub fn run<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
+        if self.outputs == 0 {
+            return;
+        }
+        if self.reduced.numel() == 0 {
+            (0..self.outputs).for_each(|o| emit(o, 1, &[fold.empty()]));
+        } else if self.rows {
+            self.run_rows(source, fold, emit);
+        } else {
+            self.run_columns(source, fold, emit);
+        }
+    }
+
+    fn estimated_ns<L: Lane, F: Fold<L>>(&self) -> usize {
+        // About 16 bytes a nanosecond from the caches, for one thread.
+        self.outputs.saturating_mul(self.reduced.numel() * F::COST / 4 + 4)
+    }
+
+    fn run_rows<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
+        let (outputs, reduced) = (self.outputs, self.reduced.numel());
+        if outputs < ENOUGH_TASKS && reduced >= 2 * TASK {
+            // At most 64 parts of each output, of whole tiles.
+            let part = reduced.div_ceil(64).max(TASK).next_multiple_of(SUM_TILE);
+            let parts = reduced.div_ceil(part);
+            let mut accs = vec![fold.empty(); outputs * parts];
+            parallel::for_each_chunk(&mut accs, 1, self.estimated_ns::<L, F>(), |i, acc| {
+                let (output, start) = (i / parts, i % parts * part);
+                acc[0] = dispatch(Row {
+                    plan: self,
+                    source,
+                    fold,
+                    input: self.kept.offsets_of(output)[0],
+                    start,
+                    end: reduced.min(start + part),
+                });
+            });
+            for (output, accs) in accs.chunks(parts).enumerate() {
+                let acc = accs[1..].iter().fold(accs[0], |a, &b| fold.merge(a, b));
+                emit(self.kept.offsets_of(output)[1], 1, &[acc]);
+            }
+        } else {
+            let group = TASK.div_ceil(reduced);
+            parallel::for_each(outputs.div_ceil(group), self.estimated_ns::<L, F>(), |task| {
+                let range = task * group..outputs.min((task + 1) * group);
+                dispatch(Rows { plan: self, source, fold, range, emit });
+            });
+        }
+    }
+
+    fn run_columns<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
+        let reduced = self.reduced.numel();
+        let direct = source.lanes.is_some() && self.kept.inner_strides()[0] == 1;
+        let width = self.kept.run_len().min(if direct { MAX_WIDTH } else { GATHER_WIDTH });
+        let strips = self.kept.run_len().div_ceil(width);
+        let columns = self.kept.runs() * strips;
+        let group = TASK.div_ceil(reduced * width);
+        let tasks = columns.div_ceil(group);
+        let part = if tasks < ENOUGH_TASKS { reduced.div_ceil(ENOUGH_TASKS / tasks).max(TASK / width) } else { reduced };
+        let part = part.next_multiple_of(MAX_ROWS);
+        let strip = |i: usize, start: usize| {
+            let column = i % strips * width;
+            let [input, output] = self.kept.offsets_of_run(i / strips);
+            let strides = self.kept.inner_strides();
+            let count = width.min(self.kept.run_len() - column);
+            Strip {
+                plan: self,
+                source,
+                fold,
+                input: input + column * strides[0],
+                output: output + column * strides[1],
+                count,
+                start,
+                end: reduced.min(start + part),
+            }
+        };
+        let stride = self.kept.inner_strides()[1];
+        if part >= reduced {
+            parallel::for_each(tasks, self.estimated_ns::<L, F>(), |task| {
+                let mut accs = vec![fold.empty(); width];
+                for i in task * group..columns.min((task + 1) * group) {
+                    let strip = strip(i, 0);
+                    let (output, accs) = (strip.output, &mut accs[..strip.count]);
+                    accs.fill(fold.empty());
+                    dispatch(strip.into(accs));
+                    emit(output, stride, accs);
+                }
+            });
+            return;
+        }
+        let parts = reduced.div_ceil(part);
+        let mut accs = vec![fold.empty(); columns * parts * width];
+        parallel::for_each_chunk(&mut accs, width, self.estimated_ns::<L, F>(), |i, accs| {
+            let strip = strip(i / parts, i % parts * part);
+            let count = strip.count;
+            dispatch(strip.into(&mut accs[..count]));
+        });
+        for (i, accs) in accs.chunks_mut(parts * width).enumerate() {
+            let strip = strip(i, 0);
+            let (first, others) = accs.split_at_mut(width);
+            for other in others.chunks(width) {
+                first.iter_mut().zip(other).for_each(|(a, &b)| *a = fold.merge(*a, b));
+            }
+            emit(strip.output, stride, &first[..strip.count]);
+        }
+    }
+}
+
+/// Reduced elements `start..end` of the output whose elements begin at `input`.
+struct Row<'a, L, F> {
+    plan: &'a Plan,
+    source: Source<'a, L>,
+    fold: F,
+    input: usize,
+    start: usize,
+    end: usize,
+}
+
+impl<L: Lane, F: Fold<L>> WithSimd for Row<'_, L, F> {
+    type Output = F::Acc;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> F::Acc {
+        let fold = self.fold;
+        let reduced = &self.plan.reduced;
+        let stride = reduced.inner_strides()[0];
+        let mut acc = fold.empty();
+        match self.source.lanes {
+            // Runs that are long enough to be tiles of their own.
+            Some(lanes) if stride == 1 && (reduced.run_len() >= GATHER / 4 || reduced.runs() == 1) => {
+                let mut at = self.start;
+                reduced.for_each_stretch(self.start..self.end, |[offset], len| {
+                    for tile in lanes[self.input + offset..][..len].chunks(SUM_TILE) {
+                        acc = fold.merge(acc, fold.row(s, tile, at));
+                        at += tile.len();
+                    }
+                });
+            }
+            _ => {
+                let mut tile = [L::default(); GATHER];
+                let mut at = self.start;
+                while at < self.end {
+                    let count = GATHER.min(self.end - at);
+                    let mut filled = 0;
+                    reduced.for_each_stretch(at..at + count, |[offset], len| {
+                        (self.source.gather)(self.input + offset, stride, &mut tile[filled..filled + len]);
+                        filled += len;
+                    });
+                    acc = fold.merge(acc, fold.row(s, &tile[..count], at));
+                    at += count;
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// All elements of a range of outputs.
+struct Rows<'a, L, F: Fold<L>>
+where
+    L: Lane,
+{
+    plan: &'a Plan,
+    source: Source<'a, L>,
+    fold: F,
+    range: std::ops::Range<usize>,
+    emit: Emit<'a, F::Acc>,
+}
+
+impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self { plan, source, fold, emit, .. } = self;
+        let [step, out_step] = plan.kept.inner_strides();
+        plan.kept.for_each_stretch(self.range, |[input, output], len| {
+            for i in 0..len {
+                let row = Row { plan, source, fold, input: input + i * step, start: 0, end: plan.reduced.numel() };
+                emit(output + i * out_step, 1, &[row.with_simd(s)]);
+            }
+        });
+    }
+}
+
+/// Reduced elements `start..end` of `count` neighbouring columns.
+struct Strip<'a, L, F> {
+    plan: &'a Plan,
+    source: Source<'a, L>,
+    fold: F,
+    input: usize,
+    output: usize,
+    count: usize,
+    start: usize,
+    end: usize,
+}
+
+impl<'a, L: Lane, F: Fold<L>> Strip<'a, L, F> {
+    fn into(self, accs: &'a mut [F::Acc]) -> StripInto<'a, L, F> {
+        StripInto { strip: self, accs }
+    }
+}
+
+/// A strip and where its results are merged into.
+struct StripInto<'a, L: Lane, F: Fold<L>> {
+    strip: Strip<'a, L, F>,
+    accs: &'a mut [F::Acc],
+}
+
+impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Strip { plan, source, fold, input, count, start, end, .. } = self.strip;
+        let row_stride = plan.reduced.inner_strides()[0];
+        let column_stride = plan.kept.inner_strides()[0];
+        let direct = source.lanes.filter(|_| column_stride == 1);
+        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS * count] };
+        for at in (start..end).step_by(MAX_ROWS) {
+            let number = MAX_ROWS.min(end - at);
+            let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
+            let mut n = 0;
+            match direct {
+                Some(lanes) => plan.reduced.for_each_stretch(at..at + number, |[offset], len| {
+                    for i in 0..len {
+                        rows[n] = &lanes[input + offset + i * row_stride..][..count];
+                        n += 1;
+                    }
+                }),
+                None => {
+                    plan.reduced.for_each_stretch(at..at + number, |[offset], len| {
+                        for i in 0..len {
+                            let row = &mut gathered[n * count..(n + 1) * count];
+                            (source.gather)(input + offset + i * row_stride, column_stride, row);
+                            n += 1;
+                        }
+                    });
+                    for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
+                        *row = lanes;
+                    }
+                }
+            }
+            fold.columns(s, &rows[..number], at, self.accs);
+        }
+    }
+}

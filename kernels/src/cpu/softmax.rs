@@ -1,0 +1,360 @@
+//! Softmax and log-softmax along the middle of `[outer, n, inner]`, forward and backward. Exponents are taken relative to the
+//! maximum, so nothing overflows; a row of −∞ alone gives NaN. The last dimension (`inner` = 1) is worked on row by row, any other
+//! in strips of neighbouring columns.
+
+use super::isa::{WithSimd, dispatch};
+use super::lanes::{self, FloatElement, FloatLane, Pack, at, sums, sweep};
+use super::parallel::{self, SharedMut};
+use super::reduce::row_max;
+use super::simd::Simd;
+
+/// Elements a task should cover, so that handing it over costs little.
+const TASK: usize = 1 << 15;
+
+/// Elements of a strip of columns: 512 KiB of f32, which stay in L2.
+const STRIP_ELEMENTS: usize = 1 << 17;
+
+/// Columns of a strip: at least a cache line, and no more than gives work to several threads.
+const MIN_STRIP: usize = 16;
+const MAX_STRIP: usize = 256;
+
+/// Rows whose exponentials are summed in single lanes before they are added in f64.
+const SUM_ROWS: usize = 128;
+
+/// The shape of a tensor seen from the dimension that is normalised; row-major without gaps.
+#[derive(Clone, Copy, Debug)]
+pub struct Axis {
+    /// Product of the dimensions before.
+    pub outer: usize,
+    /// The dimension itself.
+    pub n: usize,
+    /// Product of the dimensions after.
+    pub inner: usize,
+}
+
+impl Axis {
+    /// Number of elements.
+    pub fn numel(self) -> usize {
+        self.outer * self.n * self.inner
+    }
+}
+
+/// y = softmax(x), or log softmax(x) if `log`.
+pub fn softmax<T: FloatElement>(axis: Axis, log: bool, x: &[T], y: &mut [T]) {
+    assert!(x.len() == axis.numel() && y.len() == x.len());
+    run(axis, [x, x], y, if log { Kind::LogForward } else { Kind::Forward });
+}
+
+/// The gradient of the input, from that of the output `g` and the output `y`:
+/// y·(g − Σ g·y), and g − exp(y)·Σ g for the logarithm.
+pub fn softmax_backward<T: FloatElement>(axis: Axis, log: bool, g: &[T], y: &[T], dx: &mut [T]) {
+    assert!(g.len() == axis.numel() && y.len() == g.len() && dx.len() == g.len());
+    run(axis, [g, y], dx, if log { Kind::LogBackward } else { Kind::Backward });
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Forward,
+    LogForward,
+    Backward,
+    LogBackward,
+}
+
+fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind) {
+    if out.is_empty() {
+        return;
+    }
+    let estimated_ns = out.len() / 2;
+    if axis.inner == 1 {
+        let group = TASK.div_ceil(axis.n);
+        parallel::for_each_chunk(out, group * axis.n, estimated_ns, |i, out| {
+            let start = i * group * axis.n;
+            let inputs = inputs.map(|x| &x[start..start + out.len()]);
+            dispatch(Rows { n: axis.n, inputs, out, kind });
+        });
+    } else {
+        let strip = (STRIP_ELEMENTS / axis.n).clamp(MIN_STRIP, MAX_STRIP);
+        let strips = axis.inner.div_ceil(strip);
+        let shared = SharedMut::new(out);
+        parallel::for_each(axis.outer * strips, estimated_ns, |task| {
+            let column = task % strips * strip;
+            let width = strip.min(axis.inner - column);
+            let base = task / strips * axis.n * axis.inner + column;
+            dispatch(Strip { axis, base, width, inputs, out: &shared, kind });
+        });
+    }
+}
+
+struct Rows<'a, T> {
+    n: usize,
+    inputs: [&'a [T]; 2],
+    out: &'a mut [T],
+    kind: Kind,
+}
+
+impl<T: FloatElement> WithSimd for Rows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(self.n));
+        let [first, second, third] = &mut buffers;
+        let inputs = self.inputs[0].chunks_exact(self.n).zip(self.inputs[1].chunks_exact(self.n));
+        for ((a, b), out) in inputs.zip(self.out.chunks_exact_mut(self.n)) {
+            let a = lanes::read(a, first);
+            match self.kind {
+                Kind::Forward => lanes::write(out, third, |y| softmax_row(s, a, y)),
+                Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, y)),
+                Kind::Backward => {
+                    let b = lanes::read(b, second);
+                    lanes::write(out, third, |dx| softmax_backward_row(s, a, b, dx));
+                }
+                Kind::LogBackward => {
+                    let b = lanes::read(b, second);
+                    lanes::write(out, third, |dx| log_softmax_backward_row(s, a, b, dx));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
+    let max = L::splat(s, row_max(s, x));
+    let [sum] = sums::<1, L, S>(s, x.len(), |j, count| {
+        let e = L::exp_pack(s, at(s, x, j, count).sub(max));
+        e.store(&mut y[j..], count);
+        [e]
+    });
+    let scale = L::splat(s, L::round_from(1.0 / sum));
+    sweep::<L, S>(s, x.len(), |j, count| at(s, y, j, count).mul(scale).store(&mut y[j..], count));
+}
+
+#[inline(always)]
+fn log_softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
+    let max = L::splat(s, row_max(s, x));
+    let [sum] = sums::<1, L, S>(s, x.len(), |j, count| [L::exp_pack(s, at(s, x, j, count).sub(max))]);
+    let log = L::splat(s, L::round_from(sum.ln()));
+    sweep::<L, S>(s, x.len(), |j, count| at(s, x, j, count).sub(max).sub(log).store(&mut y[j..], count));
+}
+
+#[inline(always)]
+fn softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
+    let [dot] = sums::<1, L, S>(s, g.len(), |j, count| [at(s, g, j, count).mul(at(s, y, j, count))]);
+    let dot = L::splat(s, L::round_from(dot));
+    sweep::<L, S>(s, g.len(), |j, count| at(s, g, j, count).sub(dot).mul(at(s, y, j, count)).store(&mut dx[j..], count));
+}
+
+#[inline(always)]
+fn log_softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
+    let [sum] = sums::<1, L, S>(s, g.len(), |j, count| [at(s, g, j, count)]);
+    let minus = L::splat(s, L::round_from(-sum));
+    sweep::<L, S>(s, g.len(), |j, count| {
+        L::exp_pack(s, at(s, y, j, count)).mul_add(minus, at(s, g, j, count)).store(&mut dx[j..], count);
+    });
+}
+
+/// Neighbouring columns of one outer index: `width` of them from element `base` on, `inner` elements from row to row.
+struct Strip<'a, T> {
+    axis: Axis,
+    base: usize,
+    width: usize,
+    inputs: [&'a [T]; 2],
+    out: &'a SharedMut<T>,
+    kind: Kind,
+}
+
+impl<T: FloatElement> Strip<'_, T> {
+    /// The strip's elements of an input, row after row without gaps.
+    fn gather(&self, input: usize) -> Vec<T::Lane> {
+        let mut tile = vec![T::Lane::default(); self.axis.n * self.width];
+        for (i, row) in tile.chunks_exact_mut(self.width).enumerate() {
+            lanes::widen(&self.inputs[input][self.base + i * self.axis.inner..][..self.width], row);
+        }
+        tile
+    }
+
+    /// Writes the strip of the output.
+    fn scatter(&self, tile: &[T::Lane]) {
+        assert!(self.base + (self.axis.n - 1) * self.axis.inner + self.width <= self.axis.numel());
+        for (i, row) in tile.chunks_exact(self.width).enumerate() {
+            // SAFETY: the row lies inside of the output (checked above for the last one), which has `numel` elements and stays
+            // borrowed until all strips are done; strips share no columns, and the slice ends before the next row's is made.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(self.base + i * self.axis.inner), self.width) };
+            out.iter_mut().zip(row).for_each(|(out, &x)| *out = T::from_lane(x));
+        }
+    }
+}
+
+impl<T: FloatElement> WithSimd for Strip<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let width = self.width;
+        let mut x = self.gather(0);
+        match self.kind {
+            Kind::Forward => softmax_columns(s, &mut x, width),
+            Kind::LogForward => log_softmax_columns(s, &mut x, width),
+            Kind::Backward => softmax_backward_columns(s, &mut x, &self.gather(1), width),
+            Kind::LogBackward => log_softmax_backward_columns(s, &mut x, &self.gather(1), width),
+        }
+        self.scatter(&x);
+    }
+}
+
+/// The sums of each column of a tile, whose rows `map(row number, row)` may first change.
+#[inline(always)]
+fn sum_columns<L: FloatLane, S: Simd>(s: S, tile: &mut [L], width: usize, mut map: impl FnMut(usize, &mut [L])) -> Vec<L> {
+    let mut totals = vec![0f64; width];
+    let mut part = vec![L::default(); width];
+    for (block, rows) in tile.chunks_mut(SUM_ROWS * width).enumerate() {
+        part.fill(L::default());
+        for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+            map(block * SUM_ROWS + i, row);
+            sweep::<L, S>(s, width, |j, count| at(s, &part, j, count).add(at(s, row, j, count)).store(&mut part[j..], count));
+        }
+        totals.iter_mut().zip(&part).for_each(|(total, x)| *total += x.wide());
+    }
+    totals.into_iter().map(L::round_from).collect()
+}
+
+#[inline(always)]
+fn max_columns<L: FloatLane, S: Simd>(s: S, tile: &[L], width: usize) -> Vec<L> {
+    let mut max = vec![L::LEAST; width];
+    for row in tile.chunks_exact(width) {
+        sweep::<L, S>(s, width, |j, count| at(s, &max, j, count).max(at(s, row, j, count)).store(&mut max[j..], count));
+    }
+    max
+}
+
+#[inline(always)]
+fn softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
+    let max = max_columns(s, x, width);
+    let mut scale = sum_columns(s, x, width, |_, row| {
+        sweep::<L, S>(s, width, |j, count| L::exp_pack(s, at(s, row, j, count).sub(at(s, &max, j, count))).store(&mut row[j..], count));
+    });
+    scale.iter_mut().for_each(|x| *x = num_traits::Float::recip(*x));
+    for row in x.chunks_exact_mut(width) {
+        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).mul(at(s, &scale, j, count)).store(&mut row[j..], count));
+    }
+}
+
+#[inline(always)]
+fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
+    let max = max_columns(s, x, width);
+    for row in x.chunks_exact_mut(width) {
+        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).sub(at(s, &max, j, count)).store(&mut row[j..], count));
+    }
+    let mut exponentials = x.to_vec();
+    let mut log = sum_columns(s, &mut exponentials, width, |_, row| {
+        sweep::<L, S>(s, width, |j, count| L::exp_pack(s, at(s, row, j, count)).store(&mut row[j..], count));
+    });
+    log.iter_mut().for_each(|x| *x = num_traits::Float::ln(*x));
+    for row in x.chunks_exact_mut(width) {
+        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).sub(at(s, &log, j, count)).store(&mut row[j..], count));
+    }
+}
+
+#[inline(always)]
+fn softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
+    let mut products = vec![L::default(); g.len()];
+    let dot = sum_columns(s, &mut products, width, |i, row| {
+        let (g, y) = (&g[i * width..][..width], &y[i * width..][..width]);
+        sweep::<L, S>(s, width, |j, count| at(s, g, j, count).mul(at(s, y, j, count)).store(&mut row[j..], count));
+    });
+    for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+        sweep::<L, S>(s, width, |j, count| {
+            at(s, g, j, count).sub(at(s, &dot, j, count)).mul(at(s, y, j, count)).store(&mut g[j..], count);
+        });
+    }
+}
+
+#[inline(always)]
+fn log_softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
+    let mut minus = sum_columns(s, g, width, |_, _| ());
+    minus.iter_mut().for_each(|x| *x = -*x);
+    for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+        sweep::<L, S>(s, width, |j, count| {
+            L::exp_pack(s, at(s, y, j, count)).mul_add(at(s, &minus, j, count), at(s, g, j, count)).store(&mut g[j..], count);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::testing::{at_thread_counts, values};
+    use half::{bf16, f16};
+
+    fn check<T: FloatElement>(axis: Axis, log: bool, tolerance: f64) {
+        let make = |scale| values(axis.numel(), scale).into_iter().map(T::from_f64).collect::<Vec<T>>();
+        let (x, g) = (make(6.0), make(1.0));
+        let (y, dx) = at_thread_counts(|| {
+            let (mut y, mut dx) = (g.clone(), g.clone());
+            softmax(axis, log, &x, &mut y);
+            softmax_backward(axis, log, &g, &y, &mut dx);
+            (y, dx)
+        });
+        let close =
+            |got: T, want: f64| assert!((got.to_f64() - want).abs() <= tolerance * want.abs().max(1.0), "{got:?} not {want} {axis:?}");
+        for line in 0..axis.outer * axis.inner {
+            let index = |i: usize| (line / axis.inner * axis.n + i) * axis.inner + line % axis.inner;
+            let xs: Vec<f64> = (0..axis.n).map(|i| x[index(i)].to_f64()).collect();
+            let max = xs.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = xs.iter().map(|x| (x - max).exp()).sum();
+            let p = |i: usize| (xs[i] - max).exp() / sum;
+            let gs: Vec<f64> = (0..axis.n).map(|i| g[index(i)].to_f64()).collect();
+            let total: f64 = if log { gs.iter().sum() } else { (0..axis.n).map(|i| gs[i] * p(i)).sum() };
+            for i in 0..axis.n {
+                close(y[index(i)], if log { p(i).ln() } else { p(i) });
+                close(dx[index(i)], if log { gs[i] - p(i) * total } else { p(i) * (gs[i] - total) });
+            }
+        }
+    }
+
+    #[test]
+    fn both_directions_match_f64() {
+        for (outer, n, inner) in [
+            (3, 1, 1),
+            (5, 17, 1),
+            (2, 1000, 1),
+            (64, 1024, 1),
+            (3, 9000, 1),
+            (2, 5, 3),
+            (3, 200, 130),
+            (1, 7, 256),
+            (4, 300, 1),
+            (0, 4, 1),
+            (2, 0, 3),
+        ] {
+            let axis = Axis { outer, n, inner };
+            for log in [false, true] {
+                check::<f32>(axis, log, 2e-5);
+                check::<f64>(axis, log, 1e-12);
+                if axis.n < 2000 {
+                    check::<f16>(axis, log, 3e-2);
+                    check::<bf16>(axis, log, 3e-1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_rows() {
+        for axis in [Axis { outer: 1, n: 3, inner: 1 }, Axis { outer: 1, n: 3, inner: 2 }] {
+            let run = |x: [f32; 3], log| {
+                let x: Vec<f32> = x.into_iter().flat_map(|x| vec![x; axis.inner]).collect();
+                let mut y = vec![0f32; x.len()];
+                softmax(axis, log, &x, &mut y);
+                [y[0], y[axis.inner], y[2 * axis.inner]]
+            };
+            let inf = f32::INFINITY;
+            assert!(run([-inf; 3], false).iter().all(|y| y.is_nan()));
+            assert_eq!(run([1e38, -1e38, 0.0], false), [1.0, 0.0, 0.0]);
+            assert_eq!(run([-inf, 5.0, -inf], false), [0.0, 1.0, 0.0]);
+            assert_eq!(run([-inf, 5.0, -inf], true), [-inf, 0.0, -inf]);
+            assert!(run([f32::NAN, 5.0, 1.0], true).iter().all(|y| y.is_nan()));
+        }
+    }
+}
