@@ -5,8 +5,14 @@
 //! is tracked ([`Needs::save_for`](crate::graph::Needs::save_for)). A rule returns gradients in the broadcast shape; the
 //! engine sums them down to each input's.
 
+pub mod conv;
 pub mod movement;
 pub mod pointwise;
+pub mod pool;
 pub mod product;
 pub mod reduce;
+mod spatial;
 mod stand_in;
+pub mod upsample;
+
+pub use spatial::PerAxis;

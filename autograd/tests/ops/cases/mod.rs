@@ -1,7 +1,9 @@
 //! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
 
+mod conv;
 mod movement;
 mod pointwise;
+mod pool;
 mod product;
 mod reduce;
 
@@ -15,7 +17,7 @@ pub const EXCUSED: &[(&str, &str)] = &[
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [movement::cases(), pointwise::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
+    [conv::cases(), movement::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.
@@ -27,4 +29,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(movement, pointwise, product, reduce);
+rooms!(conv, movement, pointwise, pool, product, reduce);

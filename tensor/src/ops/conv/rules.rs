@@ -1,0 +1,130 @@
+//! A convolution `y = x ∗ w` is linear in `x` and in `w`, so three operations are closed under differentiation: the
+//! convolution, its gradient by `x` (the transposed convolution), and its gradient by `w`. Each one's rule is the other two.
+
+use super::Geometry;
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::ops::spatial::{Extents, for_real, pixels};
+use crate::{Result, Shape, Tensor};
+use kiln_kernels::cpu::conv::{self, ConvShape};
+
+/// The convolution from which all three operations are derived, and the name under which they are recorded.
+#[derive(Clone, Copy)]
+pub(super) struct Conv {
+    pub name: &'static str,
+    pub geometry: Geometry,
+}
+
+impl Conv {
+    fn shape(&self) -> ConvShape {
+        let Geometry { groups, kernel, stride, padding, dilation, wide, narrow } = self.geometry;
+        ConvShape { n: wide.n, ci: wide.c, co: narrow.c, groups, input: wide.axes, output: narrow.axes, kernel, stride, padding, dilation }
+    }
+
+    /// `x ∗ w + bias`, from the wide image to the narrow one.
+    pub(super) fn forward(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (source, weight, shift) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
+        let out = for_real!(x.dtype(), self.name, T => {
+            let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+            self.geometry.narrow.build::<T>(|y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
+        })?;
+        let inputs = [Some(x), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
+        record(self.name, out, &inputs, |needs| Forward {
+            conv: self,
+            bias: bias.is_some(),
+            x: needs.save_for(1, x),
+            w: needs.save_for(0, w),
+        })
+    }
+
+    /// The gradient of [`forward`](Conv::forward) by `x` at `g`, plus `bias`: from the narrow image to the wide one.
+    pub(super) fn input_grad(self, g: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (source, weight, shift) = (pixels(g)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
+        let out = for_real!(g.dtype(), self.name, T => {
+            let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+            self.geometry.wide.build::<T>(|gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
+        })?;
+        let inputs = [Some(g), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
+        record(self.name, out, &inputs, |needs| InputGrad {
+            conv: self,
+            bias: bias.is_some(),
+            g: needs.save_for(1, g),
+            w: needs.save_for(0, w),
+        })
+    }
+
+    /// The gradient of [`forward`](Conv::forward) by `w`, given `x` and the gradient `g` by the result.
+    fn weight_grad(self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
+        let Geometry { groups, kernel, wide, narrow, .. } = self.geometry;
+        let (source, target) = (pixels(x)?, pixels(g)?);
+        let shape = Shape::new(&[&[narrow.c, wide.c / groups], &kernel[3 - wide.rank..]].concat())?;
+        let out = for_real!(x.dtype(), self.name, T => {
+            Tensor::build::<T>(&shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
+        })?;
+        record(self.name, out, &[x, g], |needs| WeightGrad { conv: self, x: needs.save_for(1, x), g: needs.save_for(0, g) })
+    }
+}
+
+/// The gradient by a bias, if there is one: the sum over images and positions.
+fn bias_grad(ctx: &Ctx, bias: bool, extents: &Extents, grad: &Tensor) -> Result<Grads> {
+    let dims: Vec<usize> = [0].into_iter().chain(2..extents.rank + 2).collect();
+    let sum = ctx.needs(2).then(|| grad.sum(dims)).transpose()?;
+    Ok(if bias { vec![sum] } else { Vec::new() })
+}
+
+/// `f` of a saved tensor, if input `i` wants its gradient.
+fn when(ctx: &Ctx, i: usize, saved: &Option<Tensor>, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Option<Tensor>> {
+    saved.as_ref().filter(|_| ctx.needs(i)).map(f).transpose()
+}
+
+struct Forward {
+    conv: Conv,
+    bias: bool,
+    x: Option<Tensor>,
+    w: Option<Tensor>,
+}
+
+impl Op for Forward {
+    fn name(&self) -> &'static str {
+        self.conv.name
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(grad, w, None))?;
+        let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(x, grad))?;
+        Ok([vec![gx, gw], bias_grad(ctx, self.bias, &self.conv.geometry.narrow, grad)?].concat())
+    }
+}
+
+struct InputGrad {
+    conv: Conv,
+    bias: bool,
+    g: Option<Tensor>,
+    w: Option<Tensor>,
+}
+
+impl Op for InputGrad {
+    fn name(&self) -> &'static str {
+        self.conv.name
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let gg = when(ctx, 0, &self.w, |w| self.conv.forward(grad, w, None))?;
+        let gw = when(ctx, 1, &self.g, |g| self.conv.weight_grad(grad, g))?;
+        Ok([vec![gg, gw], bias_grad(ctx, self.bias, &self.conv.geometry.wide, grad)?].concat())
+    }
+}
+
+struct WeightGrad {
+    conv: Conv,
+    x: Option<Tensor>,
+    g: Option<Tensor>,
+}
+
+impl Op for WeightGrad {
+    fn name(&self) -> &'static str {
+        self.conv.name
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let gx = when(ctx, 0, &self.g, |g| self.conv.input_grad(g, grad, None))?;
+        let gg = when(ctx, 1, &self.x, |x| self.conv.forward(x, grad, None))?;
+        Ok(vec![gx, gg])
+    }
+}
