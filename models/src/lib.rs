@@ -1,3 +1,4 @@
 //! Kiln's models: layers, optimisers, data and the model families.
 
 pub mod data;
+pub mod nn;

@@ -21,7 +21,7 @@ fn pick_style(values: &[f64], dtype: DType) -> Style {
     }
     let finite = || values.iter().map(|v| v.abs()).filter(|v| v.is_finite() && *v != 0.0);
     let (max, min) = (finite().fold(0.0, f64::max), finite().fold(f64::INFINITY, f64::min));
-    if max >= 1e8 || (max > 0.0 && (min < 1e-4 || max / min > 1e3 && min < 1e-4)) {
+    if max >= 1e8 || (max > 0.0 && min < 1e-4) {
         return Style::Scientific;
     }
     // As few digits as tell all values apart, at most four.

@@ -30,8 +30,7 @@ impl Shape {
 
     /// A shape whose rank and size are known to be in range.
     pub(crate) fn from_checked(dims: &[usize]) -> Self {
-        let mut shape = Self::default();
-        shape.rank = dims.len() as u8;
+        let mut shape = Self { rank: dims.len() as u8, ..Self::default() };
         shape.dims[..dims.len()].copy_from_slice(dims);
         shape
     }

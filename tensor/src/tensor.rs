@@ -236,6 +236,16 @@ impl Tensor {
         Ok(self.with_source(Some(Source::Leaf(Arc::new(Leaf::new())))))
     }
 
+    /// `data` as the new content of this leaf, whose gradient and hooks stay: for cells that hold parameters.
+    pub fn with_data(&self, data: &Tensor) -> Result<Tensor> {
+        self.expect_same("with_data", data)?;
+        if !self.is_leaf() || self.shape() != data.shape() {
+            let message = format!("the content of a leaf of shape {} can only be replaced by as much, got {}", self.shape(), data.shape());
+            return Err(Error::shape("with_data", if self.is_leaf() { message } else { "the tensor is not a leaf".into() }));
+        }
+        Ok(data.with_source(self.0.source.clone()))
+    }
+
     /// The same data, untracked.
     pub fn detach(&self) -> Tensor {
         if self.is_tracked() { self.with_source(None) } else { self.clone() }

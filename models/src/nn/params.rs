@@ -1,0 +1,497 @@
+//! The scope that layers take their parameters from, and everything that concerns all of them: names, modes, freezing, groups, saving.
+
+use super::load::{LoadMode, LoadReport, StateDict};
+use super::{Buffer, Init, Param};
+use kiln_tensor::{DType, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What a [`Params`] gives its tensors.
+#[derive(Clone, Debug)]
+pub struct ParamsOptions {
+    /// Dtype and device of parameters and floating-point buffers.
+    pub tensor: TensorOptions,
+    /// Where initialisers and dropout draw from.
+    pub generator: Generator,
+}
+
+impl Default for ParamsOptions {
+    /// f32 on the CPU, drawing from the global generator.
+    fn default() -> Self {
+        Self { tensor: TensorOptions::default(), generator: Generator::global().clone() }
+    }
+}
+
+/// Whether layers behave as in training (dropout drops, batch norm uses the batch's statistics). Clones share one switch.
+#[derive(Clone, Debug)]
+pub struct Mode(Arc<AtomicBool>);
+
+impl Mode {
+    /// Whether training mode is on.
+    pub fn is_training(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+}
+
+#[derive(Clone)]
+enum Entry {
+    Param(Param),
+    Buffer(Buffer),
+}
+
+impl Entry {
+    fn name(&self) -> &str {
+        match self {
+            Entry::Param(p) => p.name(),
+            Entry::Buffer(b) => b.name(),
+        }
+    }
+
+    fn get(&self) -> Tensor {
+        match self {
+            Entry::Param(p) => p.get().detach(),
+            Entry::Buffer(b) => b.get(),
+        }
+    }
+
+    fn set(&self, tensor: &Tensor) -> Result<()> {
+        match self {
+            Entry::Param(p) => p.set(tensor),
+            Entry::Buffer(b) => b.set(tensor),
+        }
+    }
+}
+
+/// A state dictionary that is being built from.
+struct Loading {
+    state: StateDict,
+    mode: LoadMode,
+    report: LoadReport,
+}
+
+#[derive(Default)]
+struct Registry {
+    entries: Vec<Entry>,
+    names: HashSet<String>,
+    loading: Option<Loading>,
+}
+
+struct Root {
+    options: ParamsOptions,
+    mode: Mode,
+    registry: Mutex<Registry>,
+}
+
+/// A scope that hands out named parameters and buffers. Clones and child scopes share one list; methods that
+/// concern a list of parameters ([`params`](Params::params), [`state_dict`](Params::state_dict), [`freeze`](Params::freeze), …)
+/// see those below this scope, with their full names.
+///
+/// ```
+/// # use kiln_models::nn::{Init, LoadMode, Params};
+/// # use kiln_tensor::Result;
+/// # fn main() -> Result<()> {
+/// let params = Params::seeded(0);
+/// let block = params.scope("blocks").index(0);
+/// block.param("weight", [4, 3], Init::Ones)?;
+/// block.param("bias", [4], Init::Zeros)?;
+/// let names: Vec<_> = params.params().iter().map(|p| p.name().to_owned()).collect();
+/// assert_eq!(names, ["blocks.0.weight", "blocks.0.bias"]);
+/// assert_eq!(params.num_parameters(), 16);
+///
+/// // The same constructor loads: every name must be found, or the error lists all that is wrong.
+/// let state = params.state_dict();
+/// let loaded = Params::new();
+/// let (bias, report) = loaded.build_from(state, LoadMode::Partial, |p| p.scope("blocks").index(0).param("bias", [4], Init::Zeros))?;
+/// assert_eq!(report.unexpected, ["blocks.0.weight"]);
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Params {
+    root: Arc<Root>,
+    /// The scope's name with a dot at its end, or nothing for the root.
+    prefix: String,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Params {
+    /// An empty root: f32 on the CPU, drawing from the global generator.
+    pub fn new() -> Self {
+        Self::with(ParamsOptions::default())
+    }
+
+    /// An empty root: f32 on the CPU, drawing from a generator of its own with this seed.
+    pub fn seeded(seed: u64) -> Self {
+        Self::with(ParamsOptions { generator: Generator::new(seed), ..ParamsOptions::default() })
+    }
+
+    /// An empty root with these options.
+    pub fn with(options: ParamsOptions) -> Self {
+        let mode = Mode(Arc::new(AtomicBool::new(true)));
+        Self { root: Arc::new(Root { options, mode, registry: Mutex::default() }), prefix: String::new() }
+    }
+
+    /// The child scope `name`: what it hands out is called `name.…`.
+    pub fn scope(&self, name: impl fmt::Display) -> Params {
+        Params { root: self.root.clone(), prefix: format!("{}{name}.", self.prefix) }
+    }
+
+    /// The child scope of item `i` of a list.
+    pub fn index(&self, i: usize) -> Params {
+        self.scope(i)
+    }
+
+    /// The dtype and device of what this scope hands out.
+    pub fn options(&self) -> TensorOptions {
+        self.root.options.tensor
+    }
+
+    /// The generator of initialisers and dropout.
+    pub fn generator(&self) -> &Generator {
+        &self.root.options.generator
+    }
+
+    /// The switch between training and evaluation, for a layer to keep.
+    pub fn mode(&self) -> Mode {
+        self.root.mode.clone()
+    }
+
+    /// Training mode for all layers of this root (the state at the start).
+    pub fn train(&self) {
+        self.root.mode.0.store(true, Relaxed);
+    }
+
+    /// Evaluation mode for all layers of this root.
+    pub fn eval(&self) {
+        self.root.mode.0.store(false, Relaxed);
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.root.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new parameter of this scope: its content comes from the state dictionary while one is built from, else from `init`.
+    /// An error if the name is taken.
+    pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
+        let (options, shape) = (self.options(), shape.into_shape()?);
+        self.param_with(name, (options.dtype, shape), || init.make(&shape, options, self.generator()))
+    }
+
+    /// A new parameter that starts with the data (and dtype) of `tensor`, unless a state dictionary has another.
+    pub fn param_from(&self, name: &str, tensor: &Tensor) -> Result<Param> {
+        self.param_with(name, (tensor.dtype(), *tensor.shape()), || Ok(tensor.clone()))
+    }
+
+    /// A new buffer of this scope, of the scope's dtype. An error if the name is taken.
+    pub fn buffer(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Buffer> {
+        let (options, shape) = (self.options(), shape.into_shape()?);
+        self.buffer_with(name, (options.dtype, shape), || init.make(&shape, options, self.generator()))
+    }
+
+    /// A new buffer that starts with the data (and dtype) of `tensor`, unless a state dictionary has another.
+    pub fn buffer_from(&self, name: &str, tensor: &Tensor) -> Result<Buffer> {
+        self.buffer_with(name, (tensor.dtype(), *tensor.shape()), || Ok(tensor.clone()))
+    }
+
+    fn param_with(&self, name: &str, kind: (DType, Shape), first: impl FnOnce() -> Result<Tensor>) -> Result<Param> {
+        let name = format!("{}{name}", self.prefix);
+        let param = Param::new(name.as_str(), &self.first_content(&name, kind, first)?)?;
+        self.register(name, Entry::Param(param.clone()))?;
+        Ok(param)
+    }
+
+    fn buffer_with(&self, name: &str, kind: (DType, Shape), first: impl FnOnce() -> Result<Tensor>) -> Result<Buffer> {
+        let name = format!("{}{name}", self.prefix);
+        let buffer = Buffer::new(name.as_str(), &self.first_content(&name, kind, first)?)?;
+        self.register(name, Entry::Buffer(buffer.clone()))?;
+        Ok(buffer)
+    }
+
+    fn first_content(&self, name: &str, kind: (DType, Shape), first: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        if let Some(loading) = &mut self.registry().loading {
+            let found = loading.state.remove(name);
+            if let Some(tensor) = loading.report.fit(name, kind, found.as_ref())? {
+                return Ok(tensor);
+            }
+            if loading.mode == LoadMode::Strict {
+                // The building will end in an error; until then the shape is all that matters.
+                return Tensor::zeros(kind.1, kind.0);
+            }
+        }
+        first()
+    }
+
+    fn register(&self, name: String, entry: Entry) -> Result<()> {
+        let mut registry = self.registry();
+        if !registry.names.insert(name.clone()) {
+            return Err(Error::argument("params", format!("the name `{name}` is taken; give each layer a scope of its own")));
+        }
+        registry.entries.push(entry);
+        Ok(())
+    }
+
+    /// Builds a model whose parameters and buffers come from `state` (full names, as [`state_dict`](Params::state_dict) of the
+    /// root gives them) instead of their initialisers. Floats are converted to the scope's dtype.
+    ///
+    /// In strict mode, names that are missing, unexpected or of another shape are one error that lists them all.
+    pub fn build_from<M>(&self, state: StateDict, mode: LoadMode, build: impl FnOnce(&Params) -> Result<M>) -> Result<(M, LoadReport)> {
+        self.registry().loading = Some(Loading { state, mode, report: LoadReport::default() });
+        let model = build(self);
+        let loading = self.registry().loading.take();
+        let model = model?;
+        let Some(Loading { state, mut report, .. }) = loading else {
+            return Err(Error::argument("build_from", "a model was built from a state dictionary while building from another"));
+        };
+        report.unexpected = state.into_keys().collect();
+        Ok((model, report.accept(mode)?))
+    }
+
+    fn entries(&self) -> Vec<Entry> {
+        self.registry().entries.iter().filter(|e| e.name().starts_with(&self.prefix)).cloned().collect()
+    }
+
+    /// The parameters in the order in which they were made.
+    pub fn params(&self) -> Vec<Param> {
+        let params = |entry| if let Entry::Param(p) = entry { Some(p) } else { None };
+        self.entries().into_iter().filter_map(params).collect()
+    }
+
+    /// The buffers in the order in which they were made.
+    pub fn buffers(&self) -> Vec<Buffer> {
+        let buffers = |entry| if let Entry::Buffer(b) = entry { Some(b) } else { None };
+        self.entries().into_iter().filter_map(buffers).collect()
+    }
+
+    /// The parameter of that full name.
+    pub fn named(&self, name: &str) -> Option<Param> {
+        self.params().into_iter().find(|p| p.name() == name)
+    }
+
+    /// Number of elements of all parameters.
+    pub fn num_parameters(&self) -> usize {
+        self.params().iter().map(Param::numel).sum()
+    }
+
+    /// Forgets the gradients of all parameters.
+    pub fn zero_grad(&self) {
+        self.params().iter().for_each(Param::zero_grad);
+    }
+
+    /// Converts all parameters and floating-point buffers to another float dtype, e.g. to bf16 for inference.
+    pub fn to_dtype(&self, dtype: DType) -> Result<()> {
+        for entry in self.entries() {
+            match entry {
+                Entry::Param(p) => p.to_dtype(dtype)?,
+                Entry::Buffer(b) if b.dtype().is_float() => b.to_dtype(dtype)?,
+                Entry::Buffer(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The contents of all parameters and buffers by full name. They share the memory of the cells until the next update.
+    pub fn state_dict(&self) -> StateDict {
+        self.entries().iter().map(|e| (e.name().to_owned(), e.get())).collect()
+    }
+
+    /// Replaces the contents of parameters and buffers by those of `state`, by full name; floats are converted to the dtype of the cell.
+    /// In strict mode anything that does not fit is an error, and nothing is changed.
+    pub fn load_state_dict(&self, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
+        let entries = self.entries();
+        let mut report = LoadReport::default();
+        let mut contents = Vec::new();
+        for entry in &entries {
+            let now = entry.get();
+            contents.push(report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?);
+        }
+        let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
+        report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
+        let report = report.accept(mode)?;
+        for (entry, content) in entries.iter().zip(contents) {
+            if let Some(content) = content {
+                entry.set(&content)?;
+            }
+        }
+        Ok(report)
+    }
+
+    fn matching(&self, op: &str, pattern: &str) -> Result<Vec<Param>> {
+        let found: Vec<Param> = self.params().into_iter().filter(|p| matches(pattern, p.name())).collect();
+        if found.is_empty() {
+            let some: Vec<String> = self.params().iter().take(8).map(|p| p.name().to_owned()).collect();
+            return Err(Error::argument(op, format!("no parameter matches `{pattern}`; there are {}, …", some.join(", "))));
+        }
+        Ok(found)
+    }
+
+    /// Freezes the parameters that `pattern` matches and returns how many these are: a name, the name of a scope (then all below it), or a
+    /// pattern in which `*` stands for any text, e.g. `encoder`, `*.bias`, `blocks.*.norm`. An error if nothing matches.
+    pub fn freeze(&self, pattern: &str) -> Result<usize> {
+        let found = self.matching("freeze", pattern)?;
+        found.iter().for_each(Param::freeze);
+        Ok(found.len())
+    }
+
+    /// Undoes [`freeze`](Params::freeze).
+    pub fn unfreeze(&self, pattern: &str) -> Result<usize> {
+        let found = self.matching("unfreeze", pattern)?;
+        found.iter().for_each(Param::unfreeze);
+        Ok(found.len())
+    }
+
+    /// The parameters by the group that `key` puts them in, e.g. `|p| p.shape().rank() >= 2` to decay matrices only.
+    pub fn groups<K: Ord>(&self, key: impl Fn(&Param) -> K) -> BTreeMap<K, Vec<Param>> {
+        let mut groups = BTreeMap::new();
+        for param in self.params() {
+            groups.entry(key(&param)).or_insert_with(Vec::new).push(param);
+        }
+        groups
+    }
+}
+
+impl fmt::Debug for Params {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.params()).entries(self.buffers()).finish()
+    }
+}
+
+/// Whether `pattern` (`*` for any text) matches `name` or a scope that it is in.
+fn matches(pattern: &str, name: &str) -> bool {
+    let ends = name.match_indices('.').map(|(i, _)| i).chain([name.len()]);
+    ends.into_iter().any(|end| matches_whole(pattern, &name[..end]))
+}
+
+fn matches_whole(pattern: &str, text: &str) -> bool {
+    let Some((head, rest)) = pattern.split_once('*') else { return pattern == text };
+    let Some(text) = text.strip_prefix(head) else { return false };
+    let starts = text.char_indices().map(|(i, _)| i).chain([text.len()]);
+    starts.into_iter().any(|i| matches_whole(rest, &text[i..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A weight, a bias and a count.
+    fn build(params: &Params) -> Result<(Param, Param, Buffer)> {
+        let layer = params.scope("net").index(0);
+        let count = layer.buffer_from("num_batches_tracked", &Tensor::zeros((), DType::I64)?)?;
+        Ok((layer.param("weight", [2, 3], Init::Constant(0.5))?, layer.param("bias", [2], Init::Zeros)?, count))
+    }
+
+    #[test]
+    fn names_are_dotted_ordered_and_unique() {
+        let params = Params::new();
+        build(&params).unwrap();
+        let error = build(&params).unwrap_err().to_string();
+        assert!(error.contains("`net.0.num_batches_tracked` is taken"), "{error}");
+        assert_eq!(params.params().iter().map(|p| p.name().to_owned()).collect::<Vec<_>>(), ["net.0.weight", "net.0.bias"]);
+        assert_eq!(params.num_parameters(), 8);
+        assert_eq!(params.named("net.0.bias").unwrap().shape(), [2]);
+        let other = params.scope("other");
+        other.param("w", [1], Init::Ones).unwrap();
+        assert_eq!(other.state_dict().into_keys().collect::<Vec<_>>(), ["other.w"]);
+    }
+
+    #[test]
+    fn a_round_trip_restores_every_bit_and_keeps_the_cells() {
+        let (a, b) = (Params::new(), Params::new());
+        build(&a).unwrap();
+        let (weight, ..) = build(&b).unwrap();
+        weight.set(&Tensor::zeros([2, 3], ()).unwrap()).unwrap();
+        let report = b.load_state_dict(&a.state_dict(), LoadMode::Strict).unwrap();
+        assert!(report.is_complete() && report.loaded == 3);
+        assert_eq!(weight.get().to_vec::<f32>().unwrap(), [0.5; 6]);
+        // The state that was loaded from is not touched by later updates.
+        weight.update(|t, _| t.as_slice_mut::<f32>().map(|data| data.fill(9.0))).unwrap();
+        assert_eq!(a.named("net.0.weight").unwrap().get().to_vec::<f32>().unwrap(), [0.5; 6]);
+    }
+
+    fn misfit() -> StateDict {
+        let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype).unwrap();
+        StateDict::from([
+            ("net.0.weight".into(), zeros(&[3, 2], DType::F32)),
+            ("net.0.num_batches_tracked".into(), zeros(&[], DType::F32)),
+            ("net.1.weight".into(), zeros(&[1], DType::F32)),
+        ])
+    }
+
+    #[test]
+    fn strict_loading_lists_everything_at_once_and_changes_nothing() {
+        let params = Params::new();
+        let (weight, ..) = build(&params).unwrap();
+        let fresh = |params: &Params| params.build_from(misfit(), LoadMode::Strict, build).map(|_| ());
+        let loaded = params.load_state_dict(&misfit(), LoadMode::Strict).map(|_| ());
+        for error in [loaded.unwrap_err().to_string(), fresh(&Params::new()).unwrap_err().to_string()] {
+            for part in ["1 missing: net.0.bias", "1 unexpected: net.1.weight", "net.0.weight (expected f32 [2, 3], found f32 [3, 2])"] {
+                assert!(error.contains(part), "{error}");
+            }
+            assert!(error.contains("net.0.num_batches_tracked (expected i64 [], found f32 [])"), "{error}");
+        }
+        assert_eq!(weight.get().to_vec::<f32>().unwrap(), [0.5; 6]);
+    }
+
+    #[test]
+    fn partial_loading_takes_what_fits_and_reports_the_rest() {
+        let mut state = misfit();
+        state.insert("net.0.bias".into(), Tensor::ones([2], DType::F64).unwrap());
+        let ((weight, bias, _), report) = Params::new().build_from(state, LoadMode::Partial, build).unwrap();
+        assert_eq!(weight.get().to_vec::<f32>().unwrap(), [0.5; 6]);
+        assert_eq!(bias.get().to_vec::<f32>().unwrap(), [1.0; 2]);
+        assert_eq!((report.loaded, report.mismatched.len(), report.unexpected.len()), (1, 2, 1));
+    }
+
+    #[test]
+    fn a_failed_build_leaves_no_state_behind() {
+        let params = Params::new();
+        let failed = params.build_from(misfit(), LoadMode::Strict, |_| Err::<(), _>(Error::argument("test", "no")));
+        assert!(failed.is_err());
+        assert_eq!(build(&params).unwrap().0.get().to_vec::<f32>().unwrap(), [0.5; 6]);
+    }
+
+    #[test]
+    fn patterns_freeze_names_scopes_and_globs() {
+        for (pattern, name, expected) in [
+            ("net", "net.0.bias", true),
+            ("ne", "net.0.bias", false),
+            ("net.0.bias", "net.0.bias", true),
+            ("*.bias", "net.0.bias", true),
+            ("net.*.bias", "net.0.1.bias", true),
+            ("*", "w", true),
+            ("bias", "net.0.bias", false),
+            ("net.*", "net", false),
+            ("*é", "é.w", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+        let params = Params::new();
+        let (weight, bias, _) = build(&params).unwrap();
+        assert_eq!(params.freeze("*.bias").unwrap(), 1);
+        assert!(bias.is_frozen() && !weight.is_frozen());
+        assert_eq!(params.unfreeze("net").unwrap(), 2);
+        assert!(params.freeze("nett").unwrap_err().to_string().contains("net.0.weight"));
+        let groups = params.groups(|p| p.shape().rank() >= 2);
+        assert_eq!((groups[&true].len(), groups[&false].len()), (1, 1));
+    }
+
+    #[test]
+    fn dtypes_convert_and_modes_are_shared() {
+        let params = Params::new();
+        let (weight, _, count) = build(&params).unwrap();
+        params.to_dtype(DType::BF16).unwrap();
+        assert_eq!((weight.dtype(), count.dtype()), (DType::BF16, DType::I64));
+        assert!(weight.get().is_leaf());
+        let mode = params.scope("x").mode();
+        assert!(mode.is_training());
+        params.eval();
+        assert!(!mode.is_training());
+        params.train();
+        assert!(mode.is_training());
+    }
+}
