@@ -11,6 +11,7 @@ mod display;
 mod error;
 pub mod generator;
 pub mod graph;
+pub mod io;
 mod layout;
 pub mod ops;
 mod shape;

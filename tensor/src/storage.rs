@@ -1,8 +1,21 @@
 //! A tensor's bytes: reference-counted, on a device. The only room of this crate that may hold `unsafe`.
 
-use crate::{Device, Result};
+use crate::{Device, Error, Result};
 use kiln_kernels::cpu::alloc::Buffer;
+use memmap2::Mmap;
+use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
+
+/// The file at `path`, mapped to be read. An empty file gives an empty map.
+pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
+    let failed = |e| Error::io("load", path.display(), e);
+    let file = File::open(path).map_err(failed)?;
+    // SAFETY: the map is read-only and its bytes are only ever copied or parsed with every index checked, so that a value which
+    // another process changes meanwhile gives wrong numbers at worst. (If the file is cut short meanwhile, the system ends
+    // this process at the first read beyond its end: a crash, not an access to other memory.)
+    unsafe { Mmap::map(&file) }.map_err(failed)
+}
 
 /// Shared bytes on a device. Views of one tensor share one storage.
 #[derive(Clone, Debug)]
