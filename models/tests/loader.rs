@@ -1,6 +1,7 @@
 //! The loader's promises: order, batches, exact resumption, errors, shutdown.
 
-use kiln_models::data::{DataError, Dataset, Loader, LoaderOptions, LoaderState, Result, Rng};
+use kiln_models::data::{Dataset, Loader, LoaderOptions, LoaderState, Rng};
+use kiln_tensor::{Error, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,7 +24,7 @@ impl Dataset for Numbers {
     fn batch(&self, indices: &[usize], rng: &mut Rng) -> Result<Self::Batch> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         if self.fail_at.is_some_and(|i| indices.contains(&i)) {
-            return Err(DataError::Argument("no such sample".to_owned()));
+            return Err(Error::argument("numbers", "no such sample"));
         }
         assert!(!self.panic_at.is_some_and(|i| indices.contains(&i)), "a broken data set");
         Ok((indices.to_vec(), rng.next_u64()))
@@ -116,9 +117,9 @@ fn errors_and_panics_arrive_in_their_place() {
         let broken = Numbers { fail_at: Some(5), panic_at: Some(9), ..numbers(12) };
         let mut loader = Loader::new(broken, LoaderOptions { shuffle: false, ..options(4, prefetch) }).unwrap();
         assert!(loader.next().unwrap().is_ok());
-        assert_eq!(loader.next().unwrap().unwrap_err().to_string(), "no such sample");
+        assert_eq!(loader.next().unwrap().unwrap_err().to_string(), "numbers: no such sample");
         let panic = loader.next().unwrap().unwrap_err().to_string();
-        assert_eq!(panic, "the data set panicked while it made batch 2 of epoch 0: a broken data set");
+        assert_eq!(panic, "loader: the data set panicked at batch 2 of epoch 0: a broken data set");
         assert!(loader.next().is_none());
         assert!(loader.next().unwrap().is_ok());
     }

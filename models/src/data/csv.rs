@@ -1,6 +1,7 @@
 //! Tables of numbers from CSV files, with at most one column of class labels.
 
-use super::error::{DataError, Result};
+use super::error;
+use kiln_tensor::{Error, Result};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -60,7 +61,7 @@ pub struct CsvTable {
 /// column does not exist; the error names the line.
 pub fn read_csv(path: impl AsRef<Path>, options: &CsvOptions) -> Result<CsvTable> {
     let path = path.as_ref();
-    let file = File::open(path).map_err(|e| DataError::io("open", path, e))?;
+    let file = File::open(path).map_err(|e| error::io("open", path, e))?;
     parse_csv(BufReader::new(file), path, options)
 }
 
@@ -113,16 +114,12 @@ fn label_column(label: &Label, header: Option<&[String]>, fields: usize, path: &
         Label::Index(index) => Some(*index).filter(|&index| index < fields),
         Label::Name(name) => header.and_then(|names| names.iter().position(|other| other == name)),
     };
-    let missing = || DataError::format(path, "label column", format!("there is no {label:?} among {fields} columns {header:?}"));
+    let missing = || error::format(path, "label column", format!("there is no {label:?} among {fields} columns {header:?}"));
     found.map(Some).ok_or_else(missing)
 }
 
 fn number(field: &str, column: &str, path: &Path, line: u64) -> Result<f32> {
-    let wrong = |_| DataError::Line {
-        path: path.to_owned(),
-        line,
-        problem: format!("column {column:?}: found {:?}, expected a number", shorten(field)),
-    };
+    let wrong = |_| error::line(path, line, format!("column {column:?}: found {:?}, expected a number", shorten(field)));
     field.parse().map_err(wrong)
 }
 
@@ -146,15 +143,15 @@ fn classes(texts: &[String]) -> (Vec<String>, Vec<i64>) {
 }
 
 /// A CSV error with the line it speaks of.
-fn wrap(path: &Path, error: csv::Error) -> DataError {
+fn wrap(path: &Path, error: csv::Error) -> Error {
     let line = error.position().map_or(0, csv::Position::line);
     match error.into_kind() {
-        csv::ErrorKind::Io(source) => DataError::io("read", path, source),
+        csv::ErrorKind::Io(source) => error::io("read", path, source),
         csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
-            DataError::Line { path: path.to_owned(), line, problem: format!("found {len} fields, expected {expected_len}") }
+            error::line(path, line, format!("found {len} fields, expected {expected_len}"))
         }
-        csv::ErrorKind::Utf8 { err, .. } => DataError::Line { path: path.to_owned(), line, problem: err.to_string() },
-        other => DataError::Line { path: path.to_owned(), line, problem: format!("{other:?}") },
+        csv::ErrorKind::Utf8 { err, .. } => error::line(path, line, err.to_string()),
+        other => error::line(path, line, format!("{other:?}")),
     }
 }
 
@@ -181,8 +178,8 @@ mod tests {
     #[test]
     fn errors_name_the_line() {
         let error = |text: &str| parse(text, CsvOptions::default()).unwrap_err().to_string();
-        assert_eq!(error("a,b\n1,2\n3,four\n"), "iris.csv, line 3: column \"b\": found \"four\", expected a number");
-        assert_eq!(error("a,b\n1,2\n3\n"), "iris.csv, line 3: found 1 fields, expected 2");
+        assert_eq!(error("a,b\n1,2\n3,four\n"), "read: iris.csv, line 3: column \"b\": found \"four\", expected a number");
+        assert_eq!(error("a,b\n1,2\n3\n"), "read: iris.csv, line 3: found 1 fields, expected 2");
         let label = Label::Index(2);
         assert!(parse("a,b\n1,2\n", CsvOptions { label, ..Default::default() }).unwrap_err().to_string().contains("label column"));
         assert!(parse_csv(&b"a\n\xff\n"[..], Path::new("x"), &CsvOptions::default()).unwrap_err().to_string().contains("line 2"));

@@ -1,7 +1,7 @@
 //! What a loader reads from: a numbered collection that can make a batch of any of its items.
 
-use super::error::{DataError, Result};
 use super::rng::Rng;
+use kiln_tensor::{Error, Result};
 
 /// A numbered collection of samples.
 ///
@@ -63,7 +63,7 @@ impl<D: Dataset> Dataset for Subset<D> {
 /// An error that names the first of `indices` that is not below `len`.
 pub(super) fn check_indices(indices: &[usize], len: usize) -> Result<()> {
     match indices.iter().find(|&&i| i >= len) {
-        Some(i) => Err(DataError::Argument(format!("sample {i} was asked of a data set of {len}"))),
+        Some(i) => Err(Error::argument("batch", format!("sample {i} was asked of a data set of {len}"))),
         None => Ok(()),
     }
 }

@@ -1,9 +1,9 @@
 //! Files fetched from a list of mirrors, checked by SHA-256 and put in place in one step. Without a network it gives up
 //! within seconds, since what comes after it (generated data) always works.
 
-use super::error::{DataError, Result};
+use kiln_tensor::io::write_atomic;
+use kiln_tensor::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -30,12 +30,15 @@ pub(super) struct Remote {
 /// # Errors
 /// If no mirror does, or `folder` cannot be written.
 pub(super) fn fetch(file: &Remote, mirrors: &[&str], folder: &Path) -> Result<()> {
-    let mut last = DataError::Argument(format!("there is no mirror for {}", file.name));
+    let mut last = Error::argument("download", format!("there is no mirror for {}", file.name));
     for mirror in mirrors {
         let url = format!("{mirror}{}", file.name);
         match get(&url, file) {
-            Ok(content) => return place(&content, folder, file.name),
-            Err(problem) => last = DataError::Download { url, problem },
+            Ok(content) => {
+                let path = folder.join(file.name);
+                return write_atomic(&path, |out| out.write_all(&content).map_err(|e| Error::io("download", path.display(), e)));
+            }
+            Err(problem) => last = Error::new(ErrorKind::Io, "download", format!("{url}: {problem}")),
         }
     }
     Err(last)
@@ -66,22 +69,10 @@ fn matches(content: &[u8], expected: &str) -> bool {
     digest == expected
 }
 
-/// Writes `content` to `folder/name` so that nobody ever sees half a file.
-fn place(content: &[u8], folder: &Path, name: &str) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|e| DataError::io("create", folder, e))?;
-    let part = folder.join(format!("{name}.{}.part", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&part)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&part, folder.join(name))
-    };
-    write().map_err(|e| DataError::io("write", &part, e))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::net::TcpListener;
 
     /// A server on this machine that answers each of `answers` once; its address.

@@ -1,11 +1,12 @@
 //! Image folders: one subfolder a class, PNG or JPEG files in it, decoded as batches ask for them.
 
 use super::dataset::{Dataset, check_indices};
-use super::error::{DataError, Result};
+use super::error;
 use super::images::{ImageBatch, Scale};
 use super::rng::Rng;
 use image::imageops::FilterType;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use kiln_tensor::{Error, Result, Tensor};
 use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -56,7 +57,7 @@ impl ImageFolder {
     pub fn open(root: impl AsRef<Path>, options: FolderOptions) -> Result<Self> {
         let root = root.as_ref();
         if !matches!(options.channels, 1 | 3) || options.size.is_some_and(|(h, w)| h == 0 || w == 0 || h.max(w) > 1 << 14) {
-            return Err(DataError::Argument(format!("an image folder has 1 or 3 channels and sides of 1 to 16384, not {options:?}")));
+            return Err(Error::argument("image folder", format!("images have 1 or 3 channels and sides of 1 to 16384, not {options:?}")));
         }
         let mut classes = Vec::new();
         let mut files = Vec::new();
@@ -66,7 +67,7 @@ impl ImageFolder {
             classes.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
         if files.is_empty() {
-            return Err(DataError::format(root, "subfolders", "there is no PNG or JPEG file in them; expected CLASS/IMAGE.png"));
+            return Err(error::format(root, "subfolders", "there is no PNG or JPEG file in them; expected CLASS/IMAGE.png"));
         }
         Ok(Self { files, classes, options })
     }
@@ -91,28 +92,28 @@ impl Dataset for ImageFolder {
 
     fn batch(&self, indices: &[usize], _rng: &mut Rng) -> Result<ImageBatch> {
         check_indices(indices, self.files.len())?;
-        let mut batch = ImageBatch { images: vec![], shape: [0, self.options.channels, 0, 0], labels: vec![] };
+        let (mut pixels, mut labels, mut shape) = (Vec::new(), Vec::new(), [0, self.options.channels, 0, 0]);
         for &index in indices {
             let (path, label) = &self.files[index];
             let image = fit(read_image(path)?, self.options.size);
             let (height, width) = (image.height() as usize, image.width() as usize);
-            let [count, _, first_height, first_width] = batch.shape;
+            let [count, _, first_height, first_width] = shape;
             if count > 0 && (height, width) != (first_height, first_width) {
                 let problem = format!("{height}×{width} in a batch of {first_height}×{first_width}; set FolderOptions::size");
-                return Err(DataError::format(path, "size", problem));
+                return Err(error::format(path, "size", problem));
             }
-            append(&mut batch.images, image, self.options);
-            batch.shape = [count + 1, self.options.channels, height, width];
-            batch.labels.push(*label);
+            append(&mut pixels, image, self.options);
+            shape = [count + 1, self.options.channels, height, width];
+            labels.push(*label);
         }
-        Ok(batch)
+        Ok(ImageBatch { images: Tensor::from_vec(pixels, shape)?, labels: Tensor::from_vec(labels, indices.len())? })
     }
 }
 
 /// What is in a folder, in the order of names.
 fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect());
-    let mut entries: Vec<PathBuf> = entries.map_err(|e| DataError::io("list", folder, e))?;
+    let mut entries: Vec<PathBuf> = entries.map_err(|e| error::io("list", folder, e))?;
     entries.sort();
     Ok(entries)
 }
@@ -124,18 +125,18 @@ fn is_image(path: &Path) -> bool {
 
 /// Reads and decodes an image file.
 fn read_image(path: &Path) -> Result<DynamicImage> {
-    let size = fs::metadata(path).map_err(|e| DataError::io("open", path, e))?.len();
+    let size = fs::metadata(path).map_err(|e| error::io("open", path, e))?.len();
     if size > MAX_FILE {
-        return Err(DataError::format(path, "size", format!("the file has {size} bytes, more than the {MAX_FILE} allowed")));
+        return Err(error::format(path, "size", format!("the file has {size} bytes, more than the {MAX_FILE} allowed")));
     }
-    let bytes = fs::read(path).map_err(|e| DataError::io("read", path, e))?;
+    let bytes = fs::read(path).map_err(|e| error::io("read", path, e))?;
     decode(&bytes, path)
 }
 
 /// Decodes PNG or JPEG, whichever the first bytes say, and allocates no more than such a file can fill.
 fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
-    let wrong = |e: image::ImageError| DataError::format(path, "image", e.to_string());
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| DataError::io("read", path, e))?;
+    let wrong = |e: image::ImageError| error::format(path, "image", e.to_string());
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| error::io("read", path, e))?;
     let jpeg = reader.format() == Some(ImageFormat::Jpeg);
     let mut decoder = reader.into_decoder().map_err(wrong)?;
     let (width, height) = decoder.dimensions();
@@ -145,7 +146,7 @@ fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
     let most = (bytes.len() as u64).saturating_mul(MAX_RATIO).min(MAX_DECODED);
     if decoder.total_bytes() > most || blocks > 8 * bytes.len() as u64 {
         let problem = format!("{width}×{height} pixels cannot be in a file of {} bytes, or take more than {MAX_DECODED}", bytes.len());
-        return Err(DataError::format(path, "header", problem));
+        return Err(error::format(path, "header", problem));
     }
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(most + WORKSPACE);
@@ -187,14 +188,15 @@ mod tests {
         let plain = ImageFolder::open(&root, FolderOptions::default()).unwrap();
         assert_eq!((plain.classes(), plain.len()), (&["cat".to_owned(), "dog".to_owned()][..], 3));
         let batch = plain.batch(&[1, 0], &mut Rng::new(0)).unwrap();
-        assert_eq!((batch.shape, batch.labels), ([2, 3, 4, 4], vec![0, 0]));
-        assert_eq!([batch.images[0], batch.images[16], batch.images[32], batch.images[48]], [0.2, 0.0, 0.2, 1.0]);
-        let error = plain.batch(&[0, 2], &mut Rng::new(0)).unwrap_err().to_string();
+        assert_eq!((batch.images.dims(), batch.labels.to_vec::<i64>().unwrap()), (&[2, 3, 4, 4][..], vec![0, 0]));
+        let pixels = batch.images.to_vec::<f32>().unwrap();
+        assert_eq!([pixels[0], pixels[16], pixels[32], pixels[48]], [0.2, 0.0, 0.2, 1.0]);
+        let error = plain.batch(&[0, 2], &mut Rng::new(0)).err().unwrap().to_string();
         assert!(error.contains("8×8 in a batch of 4×4"), "{error}");
         let sized = ImageFolder::open(&root, FolderOptions { size: Some((4, 6)), channels: 1, scale: Scale::Signed }).unwrap();
-        assert_eq!(sized.batch(&[0, 1, 2], &mut Rng::new(0)).unwrap().shape, [3, 1, 4, 6]);
+        assert_eq!(sized.batch(&[0, 1, 2], &mut Rng::new(0)).unwrap().images.dims(), [3, 1, 4, 6]);
         fs::write(root.join("dog/a.jpg"), b"\xff\xd8\xff broken").unwrap();
-        assert!(sized.batch(&[2], &mut Rng::new(0)).unwrap_err().to_string().contains("a.jpg: image:"));
+        assert!(sized.batch(&[2], &mut Rng::new(0)).err().unwrap().to_string().contains("a.jpg: image:"));
         fs::remove_dir_all(&root).unwrap();
         assert!(ImageFolder::open(&root, FolderOptions::default()).is_err());
         assert!(ImageFolder::open(&root, FolderOptions { channels: 2, ..Default::default() }).is_err());

@@ -1,8 +1,9 @@
 //! The IDX format of the MNIST family, plain or gzipped: a magic number that names the element type and the
 //! number of dimensions, the sizes as big-endian u32, then the elements in big-endian order.
 
-use super::error::{DataError, Result};
+use super::error;
 use flate2::read::MultiGzDecoder;
+use kiln_tensor::Result;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -116,8 +117,8 @@ impl IdxReader<'static> {
     /// If the file cannot be opened or its header is wrong or claims more than the file can hold.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|e| DataError::io("open", path, e))?;
-        let size = file.metadata().map_err(|e| DataError::io("read the size of", path, e))?.len();
+        let file = File::open(path).map_err(|e| error::io("open", path, e))?;
+        let size = file.metadata().map_err(|e| error::io("read the size of", path, e))?.len();
         IdxReader::new(BufReader::new(file), size, path)
     }
 }
@@ -139,11 +140,7 @@ impl<'a> IdxReader<'a> {
         };
         let dtype = dtype.ok_or_else(|| {
             let found = u32::from_be_bytes(magic);
-            DataError::format(
-                path,
-                "magic number",
-                format!("found {found:#010x}, expected 0x0000TTDD with type TT of 08, 09, 0b, 0c, 0d, 0e"),
-            )
+            error::format(path, "magic number", format!("found {found:#010x}, expected 0x0000TTDD with type TT of 08, 09, 0b, 0c, 0d, 0e"))
         })?;
         let mut shape = Vec::with_capacity(usize::from(magic[3]));
         let mut bytes = dtype.size() as u64;
@@ -157,7 +154,7 @@ impl<'a> IdxReader<'a> {
         let limit = limit.saturating_sub(4 + 4 * shape.len() as u64);
         if bytes > limit.min(MAX_BYTES) {
             let problem = format!("{shape:?} of {dtype:?} takes {bytes} bytes, but the file can hold at most {}", limit.min(MAX_BYTES));
-            return Err(DataError::format(path, "dimensions", problem));
+            return Err(error::format(path, "dimensions", problem));
         }
         Ok(Self { path: path.to_owned(), shape, dtype, bytes, content })
     }
@@ -180,17 +177,17 @@ impl<'a> IdxReader<'a> {
         let mut bytes = Vec::new();
         while (bytes.len() as u64) < self.bytes {
             let step = STEP.min(self.bytes - bytes.len() as u64);
-            let got = (&mut self.content).take(step).read_to_end(&mut bytes).map_err(|e| DataError::io("read", &self.path, e))?;
+            let got = (&mut self.content).take(step).read_to_end(&mut bytes).map_err(|e| error::io("read", &self.path, e))?;
             if got == 0 {
                 let problem = format!("the file ends after {} of the {} bytes that shape {:?} takes", bytes.len(), self.bytes, self.shape);
-                return Err(DataError::format(&self.path, "elements", problem));
+                return Err(error::format(&self.path, "elements", problem));
             }
         }
         // Reading to the end also makes gzip check its checksum.
-        let rest = self.content.read(&mut [0; 1]).map_err(|e| DataError::io("read", &self.path, e))?;
+        let rest = self.content.read(&mut [0; 1]).map_err(|e| error::io("read", &self.path, e))?;
         if rest != 0 {
             let problem = format!("the file goes on after the {} bytes that shape {:?} takes", self.bytes, self.shape);
-            return Err(DataError::format(&self.path, "elements", problem));
+            return Err(error::format(&self.path, "elements", problem));
         }
         Ok(Idx { shape: self.shape, data: decode(self.dtype, bytes) })
     }
@@ -199,8 +196,8 @@ impl<'a> IdxReader<'a> {
 /// Fills `field` from `input`, or says which field the file is too short for.
 fn read_field(input: &mut impl Read, field: &mut [u8], path: &Path, name: &'static str) -> Result<()> {
     input.read_exact(field).map_err(|e| match e.kind() {
-        std::io::ErrorKind::UnexpectedEof => DataError::format(path, name, "the file ends within it"),
-        _ => DataError::io("read", path, e),
+        std::io::ErrorKind::UnexpectedEof => error::format(path, name, "the file ends within it"),
+        _ => error::io("read", path, e),
     })
 }
 
@@ -257,8 +254,8 @@ mod tests {
 
     #[test]
     fn says_what_is_wrong() {
-        let error = |bytes: &[u8]| parse_idx(bytes, "digits.idx").unwrap_err().to_string();
-        assert_eq!(error(&[0]), "digits.idx: magic number: the file ends within it");
+        let error = |bytes: &[u8]| parse_idx(bytes, "digits.idx").err().unwrap().to_string();
+        assert_eq!(error(&[0]), "read: digits.idx: magic number: the file ends within it");
         assert!(error(&[1, 2, 3, 4]).contains("found 0x01020304"));
         assert!(error(&[0, 0, 8, 2, 0, 0]).contains("dimensions: the file ends within it"));
         assert!(error(&file(8, &[u32::MAX, u32::MAX, u32::MAX], &[])).contains("can hold at most 0"));
@@ -268,6 +265,6 @@ mod tests {
         let mut corrupt = gzip(&file(8, &[3], &[1, 2, 3]));
         let last = corrupt.len() - 5;
         corrupt[last] ^= 1;
-        assert!(error(&corrupt).contains("cannot read digits.idx"));
+        assert!(error(&corrupt).contains("read: digits.idx"));
     }
 }

@@ -1,8 +1,8 @@
 //! Labelled images of one size, held in memory as bytes and scaled as they leave in batches.
 
 use super::dataset::{Dataset, check_indices};
-use super::error::{DataError, Result};
 use super::rng::Rng;
+use kiln_tensor::{Error, Result, Shape, Tensor};
 use std::sync::Arc;
 
 /// Labelled 8-bit images of one size, in memory. Cloning is cheap.
@@ -26,14 +26,12 @@ pub enum Scale {
 }
 
 /// A batch of an image data set.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone)]
 pub struct ImageBatch {
-    /// The scaled pixels, (B, C, H, W).
-    pub images: Vec<f32>,
-    /// The shape of `images`.
-    pub shape: [usize; 4],
-    /// The class numbers, (B).
-    pub labels: Vec<i64>,
+    /// The scaled pixels, f32 (B, C, H, W).
+    pub images: Tensor,
+    /// The class numbers, i64 (B).
+    pub labels: Tensor,
 }
 
 impl ImageSet {
@@ -45,7 +43,7 @@ impl ImageSet {
         let size = shape.iter().try_fold(labels.len(), |product, &d| product.checked_mul(d));
         if size != Some(pixels.len()) {
             let (found, count) = (pixels.len(), labels.len());
-            return Err(DataError::Argument(format!("{found} pixels were given for {count} labelled images of {shape:?}")));
+            return Err(Error::argument("image set", format!("{found} pixels were given for {count} labelled images of {shape:?}")));
         }
         Ok(Self { pixels: pixels.into(), labels: labels.into(), shape, scale: Scale::default() })
     }
@@ -109,10 +107,16 @@ impl Dataset for ImageSet {
     fn batch(&self, indices: &[usize], _rng: &mut Rng) -> Result<ImageBatch> {
         check_indices(indices, self.labels.len())?;
         let size = self.image_size();
-        let images = indices.iter().flat_map(|&i| &self.pixels[i * size..(i + 1) * size]).map(|&p| self.scale.apply(p)).collect();
-        let labels = indices.iter().map(|&i| i64::from(self.labels[i])).collect();
         let [channels, height, width] = self.shape;
-        Ok(ImageBatch { images, shape: [indices.len(), channels, height, width], labels })
+        let images = Tensor::build::<f32>(&Shape::new(&[indices.len(), channels, height, width])?, |out| {
+            for (image, &i) in out.chunks_exact_mut(size.max(1)).zip(indices) {
+                let pixels = &self.pixels[i * size..(i + 1) * size];
+                image.iter_mut().zip(pixels).for_each(|(value, &pixel)| *value = self.scale.apply(pixel));
+            }
+            Ok(())
+        })?;
+        let labels = indices.iter().map(|&i| i64::from(self.labels[i])).collect();
+        Ok(ImageBatch { images, labels: Tensor::from_vec(labels, indices.len())? })
     }
 }
 
@@ -124,10 +128,11 @@ mod tests {
     fn batches_are_scaled_and_checked() {
         let set = ImageSet::new(vec![0, 255, 51, 102], vec![3, 7], [1, 1, 2]).unwrap();
         let batch = set.batch(&[1, 0], &mut Rng::new(0)).unwrap();
-        assert_eq!(batch, ImageBatch { images: vec![0.2, 0.4, 0.0, 1.0], shape: [2, 1, 1, 2], labels: vec![7, 3] });
+        assert_eq!((batch.images.dims(), batch.labels.to_vec::<i64>().unwrap()), (&[2, 1, 1, 2][..], vec![7, 3]));
+        assert_eq!(batch.images.to_vec::<f32>().unwrap(), [0.2, 0.4, 0.0, 1.0]);
         let signed = set.clone().with_scale(Scale::Signed).batch(&[0], &mut Rng::new(0)).unwrap();
-        assert_eq!(signed.images, [-1.0, 1.0]);
-        assert_eq!(set.batch(&[2], &mut Rng::new(0)).unwrap_err().to_string(), "sample 2 was asked of a data set of 2");
+        assert_eq!(signed.images.to_vec::<f32>().unwrap(), [-1.0, 1.0]);
+        assert_eq!(set.batch(&[2], &mut Rng::new(0)).err().unwrap().to_string(), "batch: sample 2 was asked of a data set of 2");
         assert!(ImageSet::new(vec![0; 3], vec![0], [1, 2, 2]).is_err());
         assert!(ImageSet::new(vec![], vec![0, 0], [usize::MAX, 2, 2]).is_err());
     }

@@ -4,8 +4,8 @@
 //! that is why a position of two numbers is all the state there is.
 
 use super::dataset::Dataset;
-use super::error::{DataError, Result};
 use super::rng::Rng;
+use kiln_tensor::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -59,11 +59,11 @@ pub struct LoaderState {
 /// let mut loader = Loader::new(digits, LoaderOptions { batch_size: 4, ..Default::default() })?;
 /// for epoch in 0..2 {
 ///     for batch in &mut loader {
-///         assert!(batch?.labels.len() <= 4);
+///         assert!(batch?.labels.numel() <= 4);
 ///     }
 /// }
 /// assert_eq!(loader.state().epoch, 2);
-/// # Ok::<(), kiln_models::data::DataError>(())
+/// # Ok::<(), kiln_tensor::Error>(())
 /// ```
 pub struct Loader<D: Dataset> {
     plan: Arc<Plan<D>>,
@@ -78,7 +78,7 @@ impl<D: Dataset + 'static> Loader<D> {
     /// If the batch size is 0.
     pub fn new(dataset: D, options: LoaderOptions) -> Result<Self> {
         if options.batch_size == 0 {
-            return Err(DataError::Argument("the loader's batch size must be at least 1".to_owned()));
+            return Err(Error::argument("loader", "the batch size must be at least 1"));
         }
         let plan = Arc::new(Plan { dataset, options });
         Ok(Self { plan, position: Position { epoch: 0, batch: 0 }, worker: None })
@@ -114,7 +114,7 @@ impl<D: Dataset + 'static> Loader<D> {
         let moved = LoaderState { epoch: state.epoch, batch: state.batch, ..here };
         if state != moved || state.batch > self.batches() {
             let batches = self.batches();
-            return Err(DataError::Argument(format!("the loader {here:?} of {batches} batches an epoch cannot resume {state:?}")));
+            return Err(Error::argument("loader", format!("{here:?} of {batches} batches an epoch cannot resume {state:?}")));
         }
         self.worker = None;
         self.position = Position { epoch: state.epoch, batch: state.batch };
@@ -186,7 +186,7 @@ impl<D: Dataset> Plan<D> {
         let mut rng = Rng::keyed(self.options.seed, epoch, batch);
         catch_unwind(AssertUnwindSafe(|| self.dataset.batch(&order[start..end], &mut rng))).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
-            Err(DataError::Panic { epoch, batch, message: text.unwrap_or_default() })
+            Err(Error::argument("loader", format!("the data set panicked at batch {batch} of epoch {epoch}: {}", text.unwrap_or_default())))
         })
     }
 }
@@ -215,7 +215,7 @@ impl<B: Send + 'static> Worker<B> {
             }
         };
         let thread = std::thread::Builder::new().name("kiln-loader".to_owned()).spawn(work);
-        let thread = thread.map_err(|e| DataError::Argument(format!("the loader's thread could not be started: {e}; use prefetch: 0")))?;
+        let thread = thread.map_err(|e| Error::argument("loader", format!("its thread could not be started: {e}; use prefetch: 0")))?;
         Ok(Self { queue: Some(receiver), thread: Some(thread) })
     }
 }
@@ -223,7 +223,7 @@ impl<B: Send + 'static> Worker<B> {
 impl<B> Worker<B> {
     fn receive(&mut self) -> Result<B> {
         let received = self.queue.as_ref().and_then(|queue| queue.recv().ok());
-        received.unwrap_or_else(|| Err(DataError::Argument("the loader's thread ended unexpectedly".to_owned())))
+        received.unwrap_or_else(|| Err(Error::argument("loader", "its thread ended unexpectedly")))
     }
 }
 

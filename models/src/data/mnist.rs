@@ -3,9 +3,10 @@
 use super::dataset::Dataset;
 use super::digits;
 use super::download::{self, Remote};
-use super::error::{DataError, Result};
+use super::error;
 use super::idx::{IdxData, IdxReader};
 use super::images::ImageSet;
+use kiln_tensor::Result;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -216,7 +217,7 @@ fn open(family: &Family, source: Source, environment: Option<PathBuf>, cache: Op
         Source::Offline => false,
         Source::Folder(folder) => {
             let found = read_folder(family, &folder)?;
-            let missing = || DataError::format(&folder, family.files[2].name, "this folder was asked for and lacks this file");
+            let missing = || error::format(&folder, family.files[2].name, "this folder was asked for and lacks this file");
             let (split, [train, test]) = found.ok_or_else(missing)?;
             return Ok(Mnist { train, test, origin: Origin::Folder(folder), split });
         }
@@ -258,10 +259,10 @@ fn read_pair(folder: &Path, images: &str, labels: &str) -> Result<Option<ImageSe
     let (count, pixels) = read_bytes(&images, &[SIDE, SIDE])?;
     let (labelled, classes) = read_bytes(&labels, &[])?;
     if count != labelled {
-        return Err(DataError::format(&labels, "dimensions", format!("there are {labelled} labels for {count} images")));
+        return Err(error::format(&labels, "dimensions", format!("there are {labelled} labels for {count} images")));
     }
     if let Some(wrong) = classes.iter().find(|&&class| class > 9) {
-        return Err(DataError::format(&labels, "elements", format!("found label {wrong}, expected 0 to 9")));
+        return Err(error::format(&labels, "elements", format!("found label {wrong}, expected 0 to 9")));
     }
     ImageSet::new(pixels, classes, [1, SIDE, SIDE]).map(Some)
 }
@@ -273,12 +274,12 @@ fn read_bytes(path: &Path, item: &[usize]) -> Result<(usize, Vec<u8>)> {
         [count, rest @ ..] if rest == item && *count <= MAX_IMAGES => *count,
         shape => {
             let problem = format!("found {shape:?}, expected at most {MAX_IMAGES} items of {item:?}");
-            return Err(DataError::format(path, "dimensions", problem));
+            return Err(error::format(path, "dimensions", problem));
         }
     };
     match reader.read()?.data {
         IdxData::U8(bytes) => Ok((count, bytes)),
-        _ => Err(DataError::format(path, "magic number", "the elements are not unsigned bytes")),
+        _ => Err(error::format(path, "magic number", "the elements are not unsigned bytes")),
     }
 }
 

@@ -18,7 +18,6 @@ mod rng;
 
 pub use csv::{CsvOptions, CsvTable, Label, read_csv};
 pub use dataset::{Dataset, Subset};
-pub use error::{DataError, Result};
 pub use folder::{FolderOptions, ImageFolder};
 pub use images::{ImageBatch, ImageSet, Scale};
 pub use loader::{Loader, LoaderOptions, LoaderState};

@@ -4,9 +4,9 @@
 
 mod strokes;
 
-use super::error::{DataError, Result};
 use super::images::ImageSet;
 use super::rng::Rng;
+use kiln_tensor::{Error, Result};
 use rayon::prelude::*;
 use strokes::{STYLES, Style};
 
@@ -24,7 +24,7 @@ const PIECES: usize = 8;
 /// # Errors
 /// If there is no memory for `count` images.
 pub fn generate(count: usize, seed: u64) -> Result<ImageSet> {
-    let too_many = || DataError::Argument(format!("there is no memory for {count} generated digits"));
+    let too_many = || Error::argument("generate digits", format!("there is no memory for {count} generated digits"));
     let size = count.checked_mul(SIDE * SIDE).ok_or_else(too_many)?;
     let mut pixels = Vec::new();
     let mut labels = Vec::new();
