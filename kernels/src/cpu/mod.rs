@@ -6,6 +6,7 @@ pub mod conv;
 pub mod copy;
 pub mod cumulative;
 pub mod gemm;
+pub mod gradient;
 pub mod isa;
 pub mod lanes;
 pub mod math;

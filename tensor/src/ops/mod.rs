@@ -7,6 +7,7 @@
 
 pub mod conv;
 pub mod movement;
+pub mod optim;
 pub mod pointwise;
 pub mod pool;
 pub mod product;

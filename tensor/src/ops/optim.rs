@@ -1,0 +1,156 @@
+//! What training does to parameters, gradients and states in place, a whole list of tensors in one pass: optimiser updates, moving
+//! averages, norms, scaling and clamping. None of it is recorded.
+//!
+//! A tensor whose memory is shared (with a live graph, say) moves to a copy first: no other holder sees a change.
+
+use crate::{DType, Error, ErrorKind, Result, Tensor, WithDType};
+use kiln_kernels::cpu::gradient;
+use kiln_kernels::cpu::optim::{self, OptimFloat, Slot, Value};
+use kiln_kernels::element::Float;
+
+pub use kiln_kernels::cpu::optim::{Adam, Lion, RmsProp, Rule, Sgd};
+
+/// One parameter of a pass over many.
+pub struct Update<'a, const N: usize> {
+    /// What is updated.
+    pub param: &'a mut Tensor,
+    /// Its gradient, of the parameter's shape and dtype.
+    pub grad: Tensor,
+    /// The rule's states in its order, of the parameter's shape and of [`state_dtype`].
+    pub states: [&'a mut Tensor; N],
+}
+
+/// A moving average as a rule: the "parameter" is the average, the "gradient" the new value; `average += weight · (value − average)`.
+#[derive(Clone, Copy, Debug)]
+pub struct Average {
+    /// Weight of the new value.
+    pub weight: f64,
+}
+
+impl Rule<0> for Average {
+    #[inline(always)]
+    fn update<V: Value>(&self, average: V, value: V, _: [V; 0]) -> (V, [V; 0]) {
+        (average + average.constant(self.weight) * (value - average), [])
+    }
+}
+
+/// The dtype of an optimiser's states: f32 for f16 and bf16 parameters (a second moment would underflow in them), else the parameter's.
+pub fn state_dtype(dtype: DType) -> DType {
+    if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype }
+}
+
+/// Applies `rule` to every parameter of the list, in place. f16 and bf16 parameters are updated in f32 and rounded once.
+///
+/// # Errors
+/// Before anything changes: a parameter that is not float, or a gradient or state of another shape, dtype or device.
+pub fn step<const N: usize>(rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
+    updates.iter().try_for_each(check)?;
+    let (double, single): (Vec<_>, Vec<_>) = updates.iter_mut().partition(|u| u.param.dtype() == DType::F64);
+    step_as::<f64, N>(rule, double)?;
+    let (single, half): (Vec<_>, Vec<_>) = single.into_iter().partition(|u| u.param.dtype() == DType::F32);
+    step_as::<f32, N>(rule, single)?;
+    half.into_iter().try_for_each(|u| step_half(rule, u))
+}
+
+fn check<const N: usize>(update: &Update<'_, N>) -> Result<()> {
+    let Update { param, grad, states } = update;
+    if !param.dtype().is_float() {
+        return Err(Error::unsupported_dtype("optimizer step", param.dtype(), "a float dtype"));
+    }
+    let dtype = state_dtype(param.dtype());
+    let others = states.iter().map(|s| ("state", &**s, dtype)).chain([("gradient", grad, param.dtype())]);
+    for (what, tensor, dtype) in others {
+        if tensor.shape() != param.shape() {
+            let message = format!("the parameter has shape {}, its {what} {}", param.shape(), tensor.shape());
+            return Err(Error::shape("optimizer step", message));
+        }
+        if tensor.dtype() != dtype || tensor.device() != param.device() {
+            let message = format!(
+                "the parameter is {} on {}, so its {what} must be {dtype} there, not {} on {}",
+                param.dtype(),
+                param.device(),
+                tensor.dtype(),
+                tensor.device()
+            );
+            return Err(Error::new(ErrorKind::DType, "optimizer step", message));
+        }
+    }
+    Ok(())
+}
+
+fn step_as<T: OptimFloat + WithDType, const N: usize>(rule: &impl Rule<N>, updates: Vec<&mut Update<'_, N>>) -> Result<()> {
+    let grads = updates.iter().map(|u| u.grad.detach().contiguous()).collect::<Result<Vec<_>>>()?;
+    let mut slots = Vec::with_capacity(updates.len());
+    for (update, grad) in updates.into_iter().zip(&grads) {
+        let states = update.states.iter_mut().map(|s| s.as_slice_mut::<T>()).collect::<Result<Vec<_>>>()?;
+        let states = states.try_into().map_err(|_| Error::argument("optimizer step", "a rule's number of states is fixed"))?;
+        slots.push(Slot { param: update.param.as_slice_mut::<T>()?, grad: grad.as_slice::<T>()?, states });
+    }
+    optim::step(rule, slots);
+    Ok(())
+}
+
+/// A step of an f16 or bf16 parameter through f32.
+fn step_half<const N: usize>(rule: &impl Rule<N>, update: &mut Update<'_, N>) -> Result<()> {
+    let mut wide = update.param.detach().to_dtype(DType::F32)?.contiguous()?;
+    let grad = update.grad.detach().to_dtype(DType::F32)?;
+    let states = update.states.each_mut().map(|s| &mut **s);
+    step_as::<f32, N>(rule, vec![&mut Update { param: &mut wide, grad, states }])?;
+    for_float!(update.param.dtype(), "optimizer step", T => {
+        let narrow = wide.to_dtype(T::DTYPE)?;
+        update.param.as_slice_mut::<T>()?.copy_from_slice(narrow.as_slice::<T>()?);
+        Ok(())
+    })
+}
+
+/// √Σ x² over all elements of all tensors (floats of any dtypes), summed in f64, in an order that depends on shapes and memory orders only.
+/// 0 for none.
+pub fn global_norm(tensors: &[Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for tensor in tensors {
+        let dense = if tensor.layout().is_dense() { tensor.detach() } else { tensor.detach().contiguous()? };
+        sum += for_float!(dense.dtype(), "global_norm", T => Ok(gradient::sum_squares(dense.as_dense_slice::<T>()?)))?;
+    }
+    Ok(sum.sqrt())
+}
+
+/// `x ← x · factor`.
+pub fn scale_(tensor: &mut Tensor, factor: f64) -> Result<()> {
+    in_place(tensor, "scale_", Scale(factor))
+}
+
+/// `x ← min(max(x, low), high)`; NaN stays NaN.
+pub fn clamp_(tensor: &mut Tensor, low: f64, high: f64) -> Result<()> {
+    in_place(tensor, "clamp_", Clamp(low, high))
+}
+
+trait InPlace {
+    fn apply<T: Float>(&self, x: &mut [T]);
+}
+
+struct Scale(f64);
+
+impl InPlace for Scale {
+    fn apply<T: Float>(&self, x: &mut [T]) {
+        gradient::scale(x, self.0);
+    }
+}
+
+struct Clamp(f64, f64);
+
+impl InPlace for Clamp {
+    fn apply<T: Float>(&self, x: &mut [T]) {
+        gradient::clamp(x, self.0, self.1);
+    }
+}
+
+fn in_place(tensor: &mut Tensor, op: &str, f: impl InPlace) -> Result<()> {
+    for_float!(tensor.dtype(), op, T => {
+        match tensor.donate::<T>() {
+            // Any dense memory order will do where the memory is ours.
+            Some(x) => f.apply(x),
+            None => f.apply(tensor.as_slice_mut::<T>()?),
+        }
+        Ok(())
+    })
+}
