@@ -2,3 +2,4 @@
 
 pub mod data;
 pub mod nn;
+pub mod report;
