@@ -30,3 +30,14 @@ pub use tensor::Tensor;
 pub use half::{bf16, f16};
 pub use kiln_kernels::cpu::alloc::{MemoryStats, empty_cache, memory_stats, reset_peak};
 pub use kiln_kernels::element::Bool;
+
+/// Uses `count` threads for all operations outside of an explicit rayon pool. Results do not depend on it.
+///
+/// # Errors
+/// If operations have run already: the pool is made at the first.
+pub fn set_threads(count: usize) -> Result<()> {
+    if kiln_kernels::cpu::parallel::set_threads(count) {
+        return Ok(());
+    }
+    Err(Error::argument("set_threads", "the threads are running already; call it before the first operation"))
+}

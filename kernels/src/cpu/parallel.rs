@@ -13,6 +13,12 @@ pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
+/// Makes the global pool one of `count` threads: the pool of every call from outside of a pool. Works once, before any
+/// kernel has run; `false` if it is too late.
+pub fn set_threads(count: usize) -> bool {
+    rayon::ThreadPoolBuilder::new().num_threads(count).build_global().is_ok()
+}
+
 /// Calls `f(i)` for each `i < count`: on the pool if all calls together are estimated at [`MIN_PARALLEL_NS`] or more, in order otherwise.
 pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync + Send) {
     if count < 2 || estimated_ns < MIN_PARALLEL_NS || threads() == 1 {

@@ -1,0 +1,23 @@
+//! What training programs show: grids of pictures, curves, tables of metrics, progress bars. Everything is drawn without
+//! system libraries or fonts.
+
+mod grid;
+mod metrics;
+mod plot;
+mod progress;
+
+pub use grid::save_grid;
+pub use metrics::MetricsCsv;
+pub use plot::{Curve, plot_curves};
+pub use progress::Progress;
+
+use kiln_tensor::{Error, Result};
+use std::path::Path;
+
+/// Makes the folder that `path` will be written to.
+fn make_parent(op: &str, path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(folder) => std::fs::create_dir_all(folder).map_err(|e| Error::io(op, folder.display(), e)),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,84 @@
+//! Curves over steps.
+
+use kiln_tensor::{Error, Result};
+use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
+use std::path::Path;
+use std::sync::Once;
+
+/// Curves with more points are drawn as means over as many equal stretches as fit the width.
+const MAX_POINTS: usize = 600;
+
+/// A named series of values, one a step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Curve {
+    name: String,
+    values: Vec<f64>,
+}
+
+impl Curve {
+    /// A curve; values that are not finite are left out of the drawing.
+    pub fn new(name: impl Into<String>, values: Vec<f64>) -> Self {
+        Self { name: name.into(), values }
+    }
+
+    /// The points that are drawn: at the middle of each stretch, its mean.
+    fn points(&self) -> Vec<(f64, f64)> {
+        let stretch = self.values.len().div_ceil(MAX_POINTS).max(1);
+        let mean = |(i, part): (usize, &[f64])| {
+            let finite: Vec<f64> = part.iter().copied().filter(|v| v.is_finite()).collect();
+            let middle = (i * stretch) as f64 + (part.len() as f64 + 1.0) / 2.0;
+            (!finite.is_empty()).then(|| (middle, finite.iter().sum::<f64>() / finite.len() as f64))
+        };
+        self.values.chunks(stretch).enumerate().filter_map(mean).collect()
+    }
+}
+
+/// Draws `curves` over their steps into a PNG, with a legend.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn plot_curves(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
+    static FONT: Once = Once::new();
+    // A font of our own: a bare machine has none. Registering it cannot fail for a font that parses.
+    FONT.call_once(|| {
+        let _ = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
+    });
+    super::make_parent("plot_curves", path)?;
+    draw(path, title, curves).map_err(|e| Error::format("plot_curves", format!("{}: {e}", path.display())))
+}
+
+fn draw(path: &Path, title: &str, curves: &[Curve]) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let lines: Vec<Vec<(f64, f64)>> = curves.iter().map(Curve::points).collect();
+    let all = || lines.iter().flatten();
+    let right = all().map(|p| p.0).fold(1.0, f64::max);
+    let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), p| (low.min(p.1), high.max(p.1)));
+    let (low, high) = if low > high { (0.0, 1.0) } else { (low, high) };
+    let margin = ((high - low) * 0.05).max(1e-6);
+
+    let area = BitMapBackend::new(path, (800, 450)).into_drawing_area();
+    area.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 20))
+        .margin(12)
+        .x_label_area_size(36)
+        .y_label_area_size(56)
+        .build_cartesian_2d(0.0..right, low - margin..high + margin)?;
+    chart.configure_mesh().x_desc("step").light_line_style(WHITE).label_style(("sans-serif", 14)).draw()?;
+    for (i, (curve, line)) in curves.iter().zip(lines).enumerate() {
+        let colour = Palette99::pick(i).to_rgba();
+        chart
+            .draw_series(LineSeries::new(line, colour.stroke_width(2)))?
+            .label(curve.name.as_str())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK.mix(0.3))
+        .label_font(("sans-serif", 15))
+        .draw()?;
+    area.present()?;
+    Ok(())
+}
