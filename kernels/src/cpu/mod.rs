@@ -6,6 +6,7 @@ pub mod conv;
 pub mod copy;
 pub mod cumulative;
 pub mod gemm;
+pub mod index;
 pub mod isa;
 pub mod lanes;
 pub mod math;
@@ -19,6 +20,7 @@ pub mod reduce;
 pub mod resample;
 pub mod simd;
 pub mod softmax;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 pub mod upsample;

@@ -6,13 +6,15 @@
 //! engine sums them down to each input's.
 
 pub mod conv;
+pub mod index;
 pub mod movement;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
+pub mod random;
 pub mod reduce;
+pub mod sort;
 mod spatial;
-mod stand_in;
 pub mod upsample;
 
 pub use spatial::PerAxis;
