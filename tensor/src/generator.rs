@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 pub struct GeneratorState {
     /// The key of the counter-based generator.
     pub seed: u64,
-    /// The next counter that was not handed out. One counter gives four 32-bit words.
+    /// The next group of counters that was not handed out. A group is 16 counters, which give 64 words of 32 bits
+    /// (see [`kiln_kernels::cpu::random`]).
     pub offset: u64,
 }
 
@@ -44,8 +45,8 @@ impl Generator {
         self.set_state(GeneratorState { seed, offset: 0 });
     }
 
-    /// Takes `counters` counters (of four words each) out of the stream and returns the state that they start at.
-    pub fn reserve(&self, counters: u64) -> GeneratorState {
+    /// Takes `groups` groups of counters out of the stream and returns the state that they start at.
+    pub fn reserve(&self, groups: u64) -> GeneratorState {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let start = *state;
         DRAWS.with_borrow_mut(|draws| {
@@ -55,7 +56,7 @@ impl Generator {
                 draws.push((self.clone(), start));
             }
         });
-        state.offset = state.offset.wrapping_add(counters);
+        state.offset = state.offset.wrapping_add(groups);
         start
     }
 }

@@ -128,6 +128,31 @@ impl Layout {
         out
     }
 
+    /// The diagonal of dimensions `rows` and `cols` as a new last dimension in place of both, from column `offset` on (from row `-offset` if
+    /// negative); empty if that lies outside.
+    pub(crate) fn diagonal(&self, offset: isize, rows: usize, cols: usize) -> Layout {
+        let skip = offset.unsigned_abs();
+        let (row, col) = if offset < 0 { (skip, 0) } else { (0, skip) };
+        let len = self.shape[rows].saturating_sub(row).min(self.shape[cols].saturating_sub(col));
+        let kept = (0..self.shape.rank()).filter(|&d| d != rows && d != cols);
+        let (mut shape, mut strides): (Vec<usize>, Vec<usize>) = kept.map(|d| (self.shape[d], self.strides[d])).unzip();
+        shape.push(len);
+        strides.push(self.strides[rows].saturating_add(self.strides[cols]));
+        let start = if len > 0 { row * self.strides[rows] + col * self.strides[cols] } else { 0 };
+        Layout { shape: Shape::from_checked(&shape), strides: Shape::from_checked(&strides), offset: self.offset + start }
+    }
+
+    /// Windows of `size` elements, `step` apart, along `dim` (which must hold at least one): they take its place, their elements are a new last dimension.
+    pub(crate) fn windows(&self, dim: usize, size: usize, step: usize) -> Result<Layout> {
+        let count = (self.shape[dim] - size) / step + 1;
+        let mut out = self.slice(dim, 0, count, step);
+        let at = self.shape.rank();
+        out.shape = out.shape.with_inserted(at, size)?;
+        let strides: Vec<usize> = out.strides().iter().copied().chain([self.strides[dim]]).collect();
+        out.strides = Shape::from_checked(&strides);
+        Ok(out)
+    }
+
     /// The same memory seen with another shape of as many elements, or `None` if that takes a copy.
     pub fn reshape(&self, shape: &Shape) -> Option<Layout> {
         if self.numel() == 0 || self.is_contiguous() {

@@ -76,6 +76,11 @@ impl Shape {
         }
     }
 
+    /// The number of elements before, in and after dimension `at`: row-major memory seen as three dimensions.
+    pub(crate) fn around(&self, at: usize) -> (usize, usize, usize) {
+        (self[..at].iter().product(), self[at], self[at + 1..].iter().product())
+    }
+
     /// The shape with `extent` put in before dimension `at`.
     pub fn with_inserted(&self, at: usize, extent: usize) -> Result<Shape> {
         let mut dims = self.dims().to_vec();

@@ -7,6 +7,7 @@ pub mod copy;
 pub mod cumulative;
 pub mod gemm;
 pub mod gradient;
+pub mod index;
 pub mod isa;
 pub mod lanes;
 pub mod math;
@@ -20,6 +21,7 @@ pub mod reduce;
 pub mod resample;
 pub mod simd;
 pub mod softmax;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 pub mod upsample;

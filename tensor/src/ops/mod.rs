@@ -6,14 +6,16 @@
 //! engine sums them down to each input's.
 
 pub mod conv;
+pub mod index;
 pub mod movement;
 pub mod optim;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
+pub mod random;
 pub mod reduce;
+pub mod sort;
 mod spatial;
-mod stand_in;
 pub mod upsample;
 
 pub use spatial::PerAxis;

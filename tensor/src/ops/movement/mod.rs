@@ -1,3 +1,9 @@
 //! Operations that move elements, or only relabel them.
 
+mod indexing;
+mod join;
+mod slice;
 mod view;
+
+pub use indexing::{Ellipsis, IndexItem, IntoIndex, NewAxis};
+pub use join::PadMode;

@@ -1,0 +1,448 @@
+//! Reading and writing at positions that are data: index_select, index_add, gather, scatter, nonzero; and triangles of matrices.
+//!
+//! Positions are checked before anything is written: one that is out of range is an [`OutOfRange`] error. Where several sources meet in one element,
+//! they are taken in the order of the index, whatever the number of threads.
+
+use super::parallel::{self, SharedMut};
+use crate::element::{Element, Float};
+use crate::iter::Walk;
+use crate::view::StridedView;
+use half::{bf16, f16};
+use std::fmt;
+use std::ops::Range;
+
+/// Elements a task moves: random access costs about a nanosecond each, so a task is well above a hand-over.
+const TASK: usize = 32 * 1024;
+
+/// A position outside of its dimension.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutOfRange {
+    /// The position.
+    pub index: i64,
+    /// The dimension's extent.
+    pub size: usize,
+}
+
+impl fmt::Display for OutOfRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "index {} is out of range for a dimension of {} elements", self.index, self.size)
+    }
+}
+
+impl std::error::Error for OutOfRange {}
+
+/// An error that names the first position outside of `0..size`.
+pub fn check_indices(index: &[i64], size: usize) -> Result<(), OutOfRange> {
+    // Negative positions are huge as unsigned numbers.
+    match index.iter().find(|&&i| i as u64 >= size as u64) {
+        Some(&index) => Err(OutOfRange { index, size }),
+        None => Ok(()),
+    }
+}
+
+/// `out[o, j, ..] = src[o, index[j], ..]` for `src` of shape `[outer, n, inner]`.
+///
+/// # Panics
+/// If a length does not fit the shape.
+pub fn index_select<T: Element>(src: &[T], shape: [usize; 3], index: &[i64], out: &mut [T]) -> Result<(), OutOfRange> {
+    let [outer, n, inner] = shape;
+    assert_eq!(src.len(), outer * n * inner);
+    assert_eq!(out.len(), outer * index.len() * inner);
+    check_indices(index, n)?;
+    if out.is_empty() {
+        return Ok(());
+    }
+    let rows = (TASK / inner).max(1);
+    let ns = out.len() / 2 + outer * index.len() * 4;
+    parallel::for_each_chunk(out, rows * inner, ns, |task, out| {
+        for (row, out) in (task * rows..).zip(out.chunks_mut(inner)) {
+            let (o, j) = (row / index.len(), row % index.len());
+            let from = (o * n + index[j] as usize) * inner;
+            match out {
+                [one] => *one = src[from],
+                many => many.copy_from_slice(&src[from..from + inner]),
+            }
+        }
+    });
+    Ok(())
+}
+
+/// An element that can be summed: f16 and bf16 in f32, integers wrap.
+pub trait Accumulate: Element {
+    /// What sums are kept in.
+    type Sum: Copy + Default + Send + Sync;
+    /// To the type of sums.
+    fn to_sum(self) -> Self::Sum;
+    /// Back, rounded.
+    fn from_sum(sum: Self::Sum) -> Self;
+    /// a + b.
+    fn plus(a: Self::Sum, b: Self::Sum) -> Self::Sum;
+}
+
+macro_rules! accumulate {
+    ($($t:ty: $sum:ty, $up:expr, $down:expr, $plus:expr;)*) => { $(
+        impl Accumulate for $t {
+            type Sum = $sum;
+            #[inline(always)] fn to_sum(self) -> $sum { $up(self) }
+            #[inline(always)] fn from_sum(sum: $sum) -> $t { $down(sum) }
+            #[inline(always)] fn plus(a: $sum, b: $sum) -> $sum { $plus(a, b) }
+        }
+    )* };
+}
+accumulate! {
+    f32: f32, |x| x, |x| x, |a, b| a + b;
+    f64: f64, |x| x, |x| x, |a, b| a + b;
+    f16: f32, Float::widen, Float::narrow, |a, b| a + b;
+    bf16: f32, Float::widen, Float::narrow, |a, b| a + b;
+    i64: i64, |x| x, |x| x, i64::wrapping_add;
+    i32: i32, |x| x, |x| x, i32::wrapping_add;
+    u8: u8, |x| x, |x| x, u8::wrapping_add;
+}
+
+/// The positions of an index, grouped by what they name: `order[starts[g]..starts[g + 1]]` are the places of one target, ascending.
+struct Groups {
+    order: Vec<usize>,
+    starts: Vec<usize>,
+}
+
+impl Groups {
+    fn new(index: &[i64]) -> Self {
+        let mut order: Vec<usize> = (0..index.len()).collect();
+        order.sort_by_key(|&j| index[j]);
+        let mut starts: Vec<usize> = (0..order.len()).filter(|&g| g == 0 || index[order[g]] != index[order[g - 1]]).collect();
+        starts.push(order.len());
+        Self { order, starts }
+    }
+
+    fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    fn places(&self, group: usize) -> &[usize] {
+        &self.order[self.starts[group]..self.starts[group + 1]]
+    }
+}
+
+/// `out[o, index[j], ..] += src[o, j, ..]` for `out` of shape `[outer, n, inner]`, j ascending. Sums of f16 and bf16 are rounded once.
+///
+/// # Panics
+/// If a length does not fit the shape.
+pub fn index_add<T: Accumulate>(out: &mut [T], shape: [usize; 3], index: &[i64], src: &[T]) -> Result<(), OutOfRange> {
+    let [outer, n, inner] = shape;
+    assert_eq!(out.len(), outer * n * inner);
+    assert_eq!(src.len(), outer * index.len() * inner);
+    check_indices(index, n)?;
+    if src.is_empty() {
+        return Ok(());
+    }
+    let groups = Groups::new(index);
+    // Each target row is summed by one task, so no two tasks write to the same place and the order is fixed.
+    let rows = outer * groups.len();
+    let rows_per_task = (TASK / inner).max(1);
+    let target = SharedMut::new(out);
+    parallel::for_each(rows.div_ceil(rows_per_task), src.len(), |task| {
+        for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
+            let (o, places) = (row / groups.len(), groups.places(row % groups.len()));
+            let at = (o * n + index[places[0]] as usize) * inner;
+            // SAFETY: the index was checked, so the row lies inside `out`; rows of different (o, group) are disjoint.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), inner) };
+            add_rows(out, &src[o * index.len() * inner..][..index.len() * inner], places);
+        }
+    });
+    Ok(())
+}
+
+/// Adds the rows `places` of `src` to `out`, tile by tile, so that sums stay in a register or in L1.
+fn add_rows<T: Accumulate>(out: &mut [T], src: &[T], places: &[usize]) {
+    const TILE: usize = 256;
+    let inner = out.len();
+    for (t, out) in out.chunks_mut(TILE).enumerate() {
+        let mut sums = [T::Sum::default(); TILE];
+        sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
+        for &place in places {
+            let row = &src[place * inner + t * TILE..][..out.len()];
+            sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+        }
+        out.iter_mut().zip(sums).for_each(|(x, s)| *x = T::from_sum(s));
+    }
+}
+
+/// `strides` with that of dimension `dim` set to zero: the index supplies it.
+fn without_dim(strides: &[usize], dim: usize) -> Vec<usize> {
+    strides.iter().enumerate().map(|(d, &s)| if d == dim { 0 } else { s }).collect()
+}
+
+fn row_major(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for d in (1..shape.len()).rev() {
+        strides[d - 1] = strides[d] * shape[d].max(1);
+    }
+    strides
+}
+
+/// `out[i] = src[i with coordinate dim replaced by index[i]]` for every index i of `shape`, the shape of `index` and `out`, which is
+/// nowhere larger than `src`'s except in `dim`.
+///
+/// # Panics
+/// If the ranks, lengths or extents do not fit.
+pub fn gather<T: Element>(src: StridedView<T>, dim: usize, index: &[i64], shape: &[usize], out: &mut [T]) -> Result<(), OutOfRange> {
+    assert!(shape.len() == src.shape().len() && (0..shape.len()).all(|d| d == dim || shape[d] <= src.shape()[d]));
+    assert!(index.len() == out.len() && out.len() == shape.iter().product());
+    check_indices(index, src.shape()[dim])?;
+    let stride = src.strides()[dim];
+    let walk = Walk::new(shape, [&without_dim(src.strides(), dim)], [src.offset()]);
+    let [step] = walk.inner_strides();
+    parallel::for_each_chunk(out, TASK, index.len() * 2, |task, out| {
+        let first = task * TASK;
+        let mut done = 0;
+        walk.for_each_stretch(first..first + out.len(), |[at], len| {
+            let index = &index[first + done..][..len];
+            for (i, (out, &j)) in out[done..done + len].iter_mut().zip(index).enumerate() {
+                *out = src.data()[at + i * step + j as usize * stride];
+            }
+            done += len;
+        });
+    });
+    Ok(())
+}
+
+/// `out[i with coordinate dim replaced by index[i]] = src[i]` for every index i of `shape`, the shape of `index` and `src`, in row-major order along `dim`:
+/// the last of several wins. `out_shape` is nowhere smaller than `shape` except in `dim`.
+///
+/// # Panics
+/// If the ranks, lengths or extents do not fit.
+pub fn scatter<T: Element>(
+    out: &mut [T],
+    out_shape: &[usize],
+    dim: usize,
+    index: &[i64],
+    shape: &[usize],
+    src: &[T],
+) -> Result<(), OutOfRange> {
+    scatter_with(out, out_shape, dim, index, shape, src, |out, x| *out = x)
+}
+
+/// As [`scatter`], but adds.
+pub fn scatter_add<T: Accumulate>(
+    out: &mut [T],
+    out_shape: &[usize],
+    dim: usize,
+    index: &[i64],
+    shape: &[usize],
+    src: &[T],
+) -> Result<(), OutOfRange> {
+    scatter_with(out, out_shape, dim, index, shape, src, |out, x| *out = T::from_sum(T::plus(out.to_sum(), x.to_sum())))
+}
+
+fn scatter_with<T: Element>(
+    out: &mut [T],
+    out_shape: &[usize],
+    dim: usize,
+    index: &[i64],
+    shape: &[usize],
+    src: &[T],
+    put: impl Fn(&mut T, T) + Sync + Send,
+) -> Result<(), OutOfRange> {
+    assert!(shape.len() == out_shape.len() && (0..shape.len()).all(|d| d == dim || shape[d] <= out_shape[d]));
+    assert!(out.len() == out_shape.iter().product() && index.len() == src.len() && src.len() == shape.iter().product());
+    check_indices(index, out_shape[dim])?;
+    if src.is_empty() {
+        return Ok(());
+    }
+    let (from, to) = (row_major(shape), row_major(out_shape));
+    // Elements meet only along `dim`: tasks share out the other coordinates.
+    let mut others = shape.to_vec();
+    others[dim] = 1;
+    let walk = Walk::new(&others, [&from, &to], [0, 0]);
+    let [from_step, to_step] = walk.inner_strides();
+    let columns = walk.numel();
+    let columns_per_task = (TASK / shape[dim]).max(1);
+    let target = SharedMut::new(out);
+    let task = |range: Range<usize>| {
+        walk.for_each_stretch(range, |[at, to_at], len| {
+            for j in 0..shape[dim] {
+                for i in 0..len {
+                    let k = at + j * from[dim] + i * from_step;
+                    let place = to_at + i * to_step + index[k] as usize * to[dim];
+                    // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
+                    put(unsafe { &mut *target.get().add(place) }, src[k]);
+                }
+            }
+        });
+    };
+    parallel::for_each(columns.div_ceil(columns_per_task), src.len() * 2, |t| {
+        task(t * columns_per_task..columns.min((t + 1) * columns_per_task));
+    });
+    Ok(())
+}
+
+/// The positions of the elements that are not zero (NaN is not), ascending.
+pub fn nonzero<T: Element>(x: &[T]) -> Vec<i64> {
+    let zero = T::default();
+    let mut counts = vec![0usize; x.len().div_ceil(TASK)];
+    let chunk = |c: usize| &x[c * TASK..x.len().min((c + 1) * TASK)];
+    parallel::for_each_chunk(&mut counts, 1, x.len() / 2, |c, count| {
+        count[0] = chunk(c).iter().filter(|&&v| v != zero).count();
+    });
+    let mut out = vec![0i64; counts.iter().sum()];
+    let mut rest = out.as_mut_slice();
+    let mut parts: Vec<&mut [i64]> = counts.iter().map(|&count| rest.split_off_mut(..count).unwrap_or_default()).collect();
+    parallel::for_each_chunk(&mut parts, 1, x.len(), |c, part| {
+        let found = chunk(c).iter().enumerate().filter(|(_, v)| **v != zero);
+        part[0].iter_mut().zip(found).for_each(|(out, (i, _))| *out = (c * TASK + i) as i64);
+    });
+    out
+}
+
+/// The part of a matrix that [`triangle`] keeps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Triangle {
+    /// Columns up to `row + k`.
+    Lower(isize),
+    /// Columns from `row + k` on.
+    Upper(isize),
+}
+
+impl Triangle {
+    /// The kept columns of a row.
+    fn columns(self, row: usize, cols: usize) -> Range<usize> {
+        let bound = |k: isize| (row as isize).saturating_add(k).clamp(0, cols as isize) as usize;
+        match self {
+            Triangle::Lower(k) => 0..bound(k.saturating_add(1)),
+            Triangle::Upper(k) => bound(k)..cols,
+        }
+    }
+}
+
+/// Copies the kept part of each matrix of `rows` × `cols` and zeroes the rest.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn triangle<T: Element>(x: &[T], rows: usize, cols: usize, kept: Triangle, out: &mut [T]) {
+    assert_eq!(x.len(), out.len());
+    if out.is_empty() {
+        return;
+    }
+    let rows_per_task = (TASK / cols).max(1);
+    parallel::for_each_chunk(out, rows_per_task * cols, x.len() / 2, |task, out| {
+        for (row, out) in (task * rows_per_task..).zip(out.chunks_mut(cols)) {
+            let kept = kept.columns(row % rows, cols);
+            out.fill(T::default());
+            out[kept.clone()].copy_from_slice(&x[row * cols..][kept]);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37) % 101) as f32 - 50.0).collect()
+    }
+
+    fn positions(n: usize, size: usize) -> Vec<i64> {
+        (0..n).map(|i| ((i * 7919 + i / 3) % size) as i64).collect()
+    }
+
+    #[test]
+    fn a_position_out_of_range_is_an_error_and_writes_nothing() {
+        let src = numbers(6);
+        for bad in [-1, 3, i64::MIN, i64::MAX] {
+            let mut out = vec![7.0; 6];
+            let expected = Err(OutOfRange { index: bad, size: 3 });
+            assert_eq!(index_select(&src, [1, 3, 2], &[0, bad, 1], &mut out), expected);
+            assert_eq!(index_add(&mut out, [1, 3, 2], &[0, bad, 1], &src), expected);
+            let view = StridedView::new(&src, 0, &[3, 2], &[2, 1]).unwrap();
+            assert_eq!(gather(view, 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &mut out), expected);
+            assert_eq!(scatter(&mut out, &[3, 2], 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &src), expected);
+            assert_eq!(scatter_add(&mut out, &[3, 2], 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &src), expected);
+            assert!(out.iter().all(|&x| x == 7.0));
+        }
+    }
+
+    #[test]
+    fn rows_are_selected_and_added() {
+        for [outer, n, inner, k] in [[1, 5, 3, 7], [2, 4, 1, 9], [3, 700, 300, 900], [1, 2, 600, 5], [2, 3, 4, 0], [0, 3, 4, 2]] {
+            let (src, index) = (numbers(outer * n * inner), positions(k, n));
+            let mut out = vec![0.0; outer * k * inner];
+            index_select(&src, [outer, n, inner], &index, &mut out).unwrap();
+            for (at, &x) in out.iter().enumerate() {
+                let (o, j, i) = (at / inner / k, at / inner % k, at % inner);
+                assert_eq!(x, src[(o * n + index[j] as usize) * inner + i]);
+            }
+            let mut sums = numbers(outer * n * inner);
+            let mut expected = sums.clone();
+            index_add(&mut sums, [outer, n, inner], &index, &out).unwrap();
+            for (at, &x) in out.iter().enumerate() {
+                let (o, j, i) = (at / inner / k, at / inner % k, at % inner);
+                expected[(o * n + index[j] as usize) * inner + i] += x;
+            }
+            assert_eq!(sums, expected);
+        }
+    }
+
+    #[test]
+    fn half_sums_are_rounded_once() {
+        // 2048 + 1 + 1 in f16 would stay 2048 if each step rounded.
+        let mut out = [f16::from_f32(2048.0)];
+        index_add(&mut out, [1, 1, 1], &[0, 0], &[f16::ONE, f16::ONE]).unwrap();
+        assert_eq!(out[0].to_f32(), 2050.0);
+    }
+
+    #[test]
+    fn gather_and_scatter_follow_their_definition() {
+        for (src_shape, shape, dim) in
+            [([3, 5, 4], [3, 2, 4], 1), ([3, 5, 4], [2, 9, 3], 1), ([60, 70, 80], [60, 70, 85], 2), ([6, 2, 3], [8, 2, 2], 0)]
+        {
+            let (n, strides) = (src_shape.iter().product::<usize>(), row_major(&src_shape));
+            let (src, index) = (numbers(n), positions(shape.iter().product(), src_shape[dim]));
+            let of = row_major(&shape);
+            let place =
+                |k: usize| -> usize { (0..3).map(|d| if d == dim { index[k] as usize } else { k / of[d] % shape[d] } * strides[d]).sum() };
+            let mut out = vec![0.0; index.len()];
+            gather(StridedView::new(&src, 0, &src_shape, &strides).unwrap(), dim, &index, &shape, &mut out).unwrap();
+            assert!((0..out.len()).all(|k| out[k] == src[place(k)]));
+            let values = numbers(index.len());
+            let (mut set, mut expected_set) = (src.clone(), src.clone());
+            let (mut sum, mut expected_sum) = (src.clone(), src.clone());
+            scatter(&mut set, &src_shape, dim, &index, &shape, &values).unwrap();
+            scatter_add(&mut sum, &src_shape, dim, &index, &shape, &values).unwrap();
+            for k in 0..index.len() {
+                expected_set[place(k)] = values[k];
+                expected_sum[place(k)] += values[k];
+            }
+            assert!(set == expected_set && sum == expected_sum);
+        }
+    }
+
+    #[test]
+    fn nonzero_positions_ascend() {
+        let x: Vec<f32> = (0..100_000)
+            .map(|i| {
+                if i % 3 == 1 {
+                    f32::NAN
+                } else if i % 7 == 0 {
+                    -0.0
+                } else {
+                    (i % 2) as f32
+                }
+            })
+            .collect();
+        let expected: Vec<i64> = (0..x.len()).filter(|&i| x[i] != 0.0).map(|i| i as i64).collect();
+        assert_eq!(nonzero(&x), expected);
+        assert!(nonzero::<i32>(&[]).is_empty());
+    }
+
+    #[test]
+    fn triangles_keep_their_side() {
+        let x = vec![1i32; 2 * 3 * 4];
+        for k in -5isize..6 {
+            for (kept, keeps) in [(Triangle::Lower(k), (|c, r| c <= r) as fn(isize, isize) -> bool), (Triangle::Upper(k), |c, r| c >= r)] {
+                let mut out = vec![9; x.len()];
+                triangle(&x, 3, 4, kept, &mut out);
+                assert!(out.iter().enumerate().all(|(i, &v)| v == keeps((i % 4) as isize, (i / 4 % 3) as isize + k) as i32));
+            }
+        }
+    }
+}

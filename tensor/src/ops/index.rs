@@ -1,0 +1,266 @@
+//! Reading and writing at positions that are data. Positions are i64 tensors; one that is out of range is an error that names it.
+//! Where several sources meet in one element, they are taken in the order of the index: results are the same on any number of threads.
+
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::{Bool, DType, Error, Result, Shape, Tensor};
+use kiln_kernels::cpu::index::{self as kernel, OutOfRange};
+
+/// The index as a row-major i64 tensor.
+fn positions(op: &str, index: &Tensor) -> Result<Tensor> {
+    if index.dtype() != DType::I64 {
+        return Err(Error::unsupported_dtype(op, index.dtype(), "i64 positions"));
+    }
+    index.contiguous()
+}
+
+/// [`positions`] of one dimension.
+fn positions_1d(op: &str, index: &Tensor) -> Result<Tensor> {
+    if index.rank() != 1 {
+        return Err(Error::shape(op, format!("expected an index of one dimension, got shape {}", index.shape())));
+    }
+    positions(op, index)
+}
+
+fn out_of_range(op: &'static str) -> impl Fn(OutOfRange) -> Error {
+    move |e| Error::index(op, e.to_string()).with_source(e)
+}
+
+struct IndexSelect {
+    dim: usize,
+    index: Tensor,
+    from: Shape,
+}
+
+impl Op for IndexSelect {
+    fn name(&self) -> &'static str {
+        "index_select"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(Tensor::zeros(self.from, grad)?.index_add(self.dim as isize, &self.index, grad)?)])
+    }
+}
+
+struct IndexAdd {
+    dim: usize,
+    index: Tensor,
+}
+
+impl Op for IndexAdd {
+    fn name(&self) -> &'static str {
+        "index_add"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let source = ctx.needs(1).then(|| grad.index_select(self.dim as isize, &self.index)).transpose()?;
+        Ok(vec![Some(grad.clone()), source])
+    }
+}
+
+struct Gather {
+    dim: usize,
+    index: Tensor,
+    from: Shape,
+}
+
+impl Op for Gather {
+    fn name(&self) -> &'static str {
+        "gather"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(Tensor::zeros(self.from, grad)?.scatter_add(self.dim as isize, &self.index, grad)?)])
+    }
+}
+
+struct ScatterAdd {
+    dim: usize,
+    index: Tensor,
+}
+
+impl Op for ScatterAdd {
+    fn name(&self) -> &'static str {
+        "scatter_add"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let source = ctx.needs(1).then(|| grad.gather(self.dim as isize, &self.index)).transpose()?;
+        Ok(vec![Some(grad.clone()), source])
+    }
+}
+
+/// What was overwritten gets no gradient: the elements of the target that the index names, and the sources that a later one replaced.
+struct Scatter {
+    dim: usize,
+    index: Tensor,
+    /// Ones for the sources that remain, saved if the source is tracked.
+    remain: Option<Tensor>,
+}
+
+impl Op for Scatter {
+    fn name(&self) -> &'static str {
+        "scatter"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let dim = self.dim as isize;
+        let target = ctx.needs(0).then(|| grad.scatter(dim, &self.index, &Tensor::zeros(self.index.shape(), grad)?)).transpose()?;
+        let source = self.remain.as_ref().filter(|_| ctx.needs(1)).map(|remain| grad.gather(dim, &self.index)?.mul(remain)).transpose()?;
+        Ok(vec![target, source])
+    }
+}
+
+/// Ones where a source of a scatter is the last at its place, else zeros.
+fn remaining(dim: usize, index: &Tensor, target: &Shape, dtype: DType) -> Result<Tensor> {
+    let numbers: Vec<i64> = (0..index.numel() as i64).collect();
+    let numbers = Tensor::from_vec(numbers, index.shape())?;
+    let last = Tensor::zeros(target, DType::I64)?.scatter(dim as isize, index, &numbers)?.gather(dim as isize, index)?;
+    let kept: Vec<bool> = last.as_slice::<i64>()?.iter().enumerate().map(|(i, &n)| n == i as i64).collect();
+    Tensor::from_vec(kept, index.shape())?.to_dtype(dtype)
+}
+
+impl Tensor {
+    /// The slices of dimension `dim` that `index` (i64, one dimension) names, in its order.
+    pub fn index_select(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let dim = self.shape().dim("index_select", dim)?;
+        let index = positions_1d("index_select", index)?;
+        let (outer, n, inner) = self.shape().around(dim);
+        let shape = self.shape().with_dim(dim, index.numel())?;
+        let dense = self.detach().contiguous()?;
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(&shape, |out| {
+            kernel::index_select(dense.as_slice::<T>()?, [outer, n, inner], index.as_slice()?, out).map_err(out_of_range("index_select"))
+        }))?;
+        record("index_select", out, &[self], |_| IndexSelect { dim, index, from: *self.shape() })
+    }
+
+    /// A copy to whose slice `index[j]` of dimension `dim` the slice j of `source` was added, for each j. f16 and bf16 are summed in f32.
+    pub fn index_add(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+        self.expect_same("index_add", source)?;
+        let dim = self.shape().dim("index_add", dim)?;
+        let index = positions_1d("index_add", index)?;
+        if self.shape().with_dim(dim, index.numel())? != *source.shape() {
+            let message = format!(
+                "a source of shape {} does not fit {} slices of dimension {dim} of shape {}",
+                source.shape(),
+                index.numel(),
+                self.shape()
+            );
+            return Err(Error::shape("index_add", message));
+        }
+        let (outer, n, inner) = self.shape().around(dim);
+        let dense = source.detach().contiguous()?;
+        let mut out = self.detach().copy()?;
+        for_number!(self.dtype(), "index_add", T => {
+            kernel::index_add(out.as_slice_mut::<T>()?, [outer, n, inner], index.as_slice()?, dense.as_slice()?)
+                .map_err(out_of_range("index_add"))
+        })?;
+        record("index_add", out, &[self, source], |_| IndexAdd { dim, index })
+    }
+
+    /// An error unless `index` fits: as many dimensions, and nowhere but in `dim` larger than the tensor.
+    fn check_index_shape(&self, op: &str, dim: usize, index: &Tensor) -> Result<()> {
+        let fits = index.rank() == self.rank() && (0..self.rank()).all(|d| d == dim || index.dims()[d] <= self.dims()[d]);
+        if fits {
+            return Ok(());
+        }
+        let message = format!("an index of shape {} is larger than shape {} in another dimension than {dim}", index.shape(), self.shape());
+        Err(Error::shape(op, message))
+    }
+
+    /// For every index i of `index` (i64): the element whose coordinate `dim` is `index[i]` and whose others are i's.
+    /// `index` has as many dimensions as the tensor and is nowhere larger, except in `dim`. PyTorch's `take_along_dim` is the same.
+    pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let dim = self.shape().dim("gather", dim)?;
+        let index = positions("gather", index)?;
+        self.check_index_shape("gather", dim, &index)?;
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(index.shape(), |out| {
+            kernel::gather(self.view_of::<T>()?, dim, index.as_slice()?, index.dims(), out).map_err(out_of_range("gather"))
+        }))?;
+        record("gather", out, &[self], |_| Gather { dim, index, from: *self.shape() })
+    }
+
+    /// A copy in which, for every index i of `index` (i64), the element whose coordinate `dim` is `index[i]` and whose others are i's is `source[i]`:
+    /// the last of several in `dim`'s order. `source` has the shape of `index`.
+    pub fn scatter(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+        let (dim, index, dense) = self.scatter_arguments("scatter", dim, index, source)?;
+        let mut out = self.detach().copy()?;
+        for_any!(self.dtype(), T => {
+            kernel::scatter(out.as_slice_mut::<T>()?, self.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
+                .map_err(out_of_range("scatter"))
+        })?;
+        let remain = match source.is_tracked() {
+            true => Some(remaining(dim, &index, self.shape(), self.dtype())?),
+            false => None,
+        };
+        record("scatter", out, &[self, source], |_| Scatter { dim, index, remain })
+    }
+
+    /// As [`scatter`](Tensor::scatter), but adds. f16 and bf16 are summed in f32.
+    pub fn scatter_add(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+        if matches!(self.dtype(), DType::F16 | DType::BF16) {
+            self.expect_same("scatter_add", source)?;
+            return self.to_dtype(DType::F32)?.scatter_add(dim, index, &source.to_dtype(DType::F32)?)?.to_dtype(self.dtype());
+        }
+        let (dim, index, dense) = self.scatter_arguments("scatter_add", dim, index, source)?;
+        let mut out = self.detach().copy()?;
+        for_number!(self.dtype(), "scatter_add", T => {
+            kernel::scatter_add(out.as_slice_mut::<T>()?, self.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
+                .map_err(out_of_range("scatter_add"))
+        })?;
+        record("scatter_add", out, &[self, source], |_| ScatterAdd { dim, index })
+    }
+
+    /// The checks of a scatter: dimension, positions, and the source's data.
+    fn scatter_arguments(&self, op: &str, dim: isize, index: &Tensor, source: &Tensor) -> Result<(usize, Tensor, Tensor)> {
+        self.expect_same(op, source)?;
+        let dim = self.shape().dim(op, dim)?;
+        let index = positions(op, index)?;
+        self.check_index_shape(op, dim, &index)?;
+        if index.shape() != source.shape() {
+            return Err(Error::shape(op, format!("the index has shape {}, the source {}", index.shape(), source.shape())));
+        }
+        Ok((dim, index, source.detach().contiguous()?))
+    }
+
+    /// The elements where `mask` (bool, broadcast to this tensor's shape) is true, in row-major order, as one dimension.
+    pub fn masked_select(&self, mask: &Tensor) -> Result<Tensor> {
+        if mask.dtype() != DType::Bool {
+            return Err(Error::unsupported_dtype("masked_select", mask.dtype(), "a bool mask"));
+        }
+        let mask = mask.expand(self.shape())?.contiguous()?;
+        let index = kernel::nonzero(mask.as_slice::<Bool>()?);
+        self.reshape(-1)?.index_select(0, &Tensor::from_slice(&index, index.len())?)
+    }
+
+    /// The indices of the elements that are not zero, in row-major order: i64 of shape (count, rank).
+    pub fn nonzero(&self) -> Result<Tensor> {
+        let dense = self.detach().contiguous()?;
+        let flat = for_any!(self.dtype(), T => dense.as_slice::<T>().map(kernel::nonzero))?;
+        let strides = self.shape().contiguous_strides();
+        Tensor::build::<i64>(&Shape::new(&[flat.len(), self.rank()])?, |out| {
+            for (row, at) in out.chunks_mut(self.rank().max(1)).zip(flat) {
+                for (d, o) in row.iter_mut().enumerate() {
+                    *o = at / strides[d] as i64 % self.dims()[d] as i64;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// A new last dimension of `classes` elements: one at the class that the (i64) element names, else zero, as i64.
+    pub fn one_hot(&self, classes: usize) -> Result<Tensor> {
+        let index = positions("one_hot", self)?;
+        let index = index.as_slice::<i64>()?;
+        kernel::check_indices(index, classes).map_err(out_of_range("one_hot"))?;
+        Tensor::build::<i64>(&self.shape().with_inserted(self.rank(), classes)?, |out| {
+            out.fill(0);
+            for (row, &class) in out.chunks_mut(classes.max(1)).zip(index) {
+                row[class as usize] = 1;
+            }
+            Ok(())
+        })
+    }
+
+    /// The rows of `weight` (shape (entries, width)) that this i64 tensor names: shape (…, width). The gradient sums the
+    /// rows of each entry in the order in which they appear.
+    pub fn embedding(&self, weight: &Tensor) -> Result<Tensor> {
+        let [_, width] = weight.dims_n("embedding")?;
+        let rows = weight.index_select(0, &self.reshape(-1)?)?;
+        rows.reshape(self.shape().with_inserted(self.rank(), width)?)
+    }
+}

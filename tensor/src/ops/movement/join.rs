@@ -1,0 +1,275 @@
+//! Several tensors, or several copies of one, side by side: cat, stack, repeat, pad, roll, flip; and triangles of matrices.
+
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::{Dims, Error, Layout, Result, Shape, Tensor};
+use kiln_kernels::cpu::copy::copy_into_strided;
+use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
+use kiln_kernels::element::Element;
+
+/// How [`Tensor::pad`] fills the border.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum PadMode {
+    /// This value.
+    Constant(f64),
+    /// Mirrored at the outermost element, which is not repeated.
+    Reflect,
+    /// The outermost element, repeated.
+    Replicate,
+    /// The other end.
+    Circular,
+}
+
+/// The gradient of each part is its part of the gradient.
+struct Cat {
+    dim: usize,
+    extents: Vec<usize>,
+}
+
+impl Op for Cat {
+    fn name(&self) -> &'static str {
+        "cat"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let mut start = 0;
+        let mut part = |(i, &len): (usize, &usize)| {
+            start += len;
+            ctx.needs(i).then(|| grad.narrow(self.dim as isize, start - len, len)).transpose()
+        };
+        self.extents.iter().enumerate().map(&mut part).collect()
+    }
+}
+
+/// A constant border: its inverse crops, so the gradient is padded by the negative amounts.
+struct PadConstant {
+    amounts: Vec<(isize, isize)>,
+}
+
+impl Op for PadConstant {
+    fn name(&self) -> &'static str {
+        "pad"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let back: Vec<_> = self.amounts.iter().map(|&(before, after)| (-before, -after)).collect();
+        Ok(vec![Some(pad_constant(grad, &back, 0.0)?)])
+    }
+}
+
+struct Flip {
+    dims: Vec<usize>,
+}
+
+impl Op for Flip {
+    fn name(&self) -> &'static str {
+        "flip"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(grad.flip(self.dims.as_slice())?)])
+    }
+}
+
+struct KeepTriangle {
+    kept: Triangle,
+}
+
+impl Op for KeepTriangle {
+    fn name(&self) -> &'static str {
+        "tril"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(keep_triangle(grad, self.kept)?)])
+    }
+}
+
+fn keep_triangle(x: &Tensor, kept: Triangle) -> Result<Tensor> {
+    let [.., rows, cols] = *x.dims() else {
+        return Err(Error::shape("tril", format!("expected a matrix or a batch of them, got shape {}", x.shape())));
+    };
+    let dense = x.detach().contiguous()?;
+    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.shape(), |out| {
+        triangle(dense.as_slice::<T>()?, rows, cols, kept, out);
+        Ok(())
+    }))?;
+    record("tril", out, &[x], |_| KeepTriangle { kept })
+}
+
+/// `amounts` a dimension, before and after; negative amounts crop.
+fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Tensor> {
+    let error = || Error::argument("pad", format!("amounts {amounts:?} do not fit shape {}", x.shape()));
+    let mut extents = x.dims().to_vec();
+    let mut inner = x.detach();
+    for (d, &(before, after)) in amounts.iter().enumerate() {
+        let n = extents[d] as isize;
+        extents[d] = n.checked_add(before).and_then(|n| n.checked_add(after)).and_then(|n| usize::try_from(n).ok()).ok_or_else(error)?;
+        let (start, end) = ((-before).clamp(0, n), n - (-after).clamp(0, n));
+        inner = inner.narrow(d as isize, start as usize, usize::try_from(end - start).map_err(|_| error())?)?;
+    }
+    let shape = Shape::new(&extents)?;
+    let layout = Layout::with_memory_order(shape, &x.layout().dense_like().memory_order());
+    let offset = amounts.iter().zip(layout.strides()).map(|(&(before, _), stride)| before.max(0) as usize * stride).sum();
+    let out = for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(layout, |out| {
+        out.fill(<T as Element>::from_f64(value));
+        if inner.numel() > 0 {
+            copy_into_strided(inner.view_of::<T>()?, out, offset, layout.strides());
+        }
+        Ok(())
+    }))?;
+    record("pad", out, &[x], |_| PadConstant { amounts: amounts.to_vec() })
+}
+
+/// Where each element of a padded dimension of `n` elements comes from.
+fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Vec<i64>> {
+    let most = match mode {
+        PadMode::Reflect => n.saturating_sub(1),
+        PadMode::Circular => n,
+        _ => usize::MAX,
+    };
+    if before < 0 || after < 0 || before as usize > most || after as usize > most || n == 0 {
+        let message = format!("{before} and {after} elements cannot be added to a dimension of {n} by {mode:?}");
+        return Err(Error::argument("pad", message));
+    }
+    let n = n as i64;
+    let source = |i: i64| match mode {
+        PadMode::Reflect if i < 0 => -i,
+        PadMode::Reflect if i >= n => 2 * (n - 1) - i,
+        PadMode::Circular => i.rem_euclid(n),
+        _ => i.clamp(0, n - 1),
+    };
+    Ok((-before as i64..n + after as i64).map(source).collect())
+}
+
+impl Tensor {
+    /// The tensors one behind the other along dimension `dim`; their other extents must agree.
+    pub fn cat<T: AsRef<Tensor>>(tensors: &[T], dim: isize) -> Result<Tensor> {
+        let tensors: Vec<&Tensor> = tensors.iter().map(AsRef::as_ref).collect();
+        let first = *tensors.first().ok_or_else(|| Error::argument("cat", "no tensors were given"))?;
+        let axis = first.shape().dim("cat", dim)?;
+        let mut extent = 0;
+        for t in &tensors {
+            first.expect_same("cat", t)?;
+            if t.rank() != first.rank() || (0..t.rank()).any(|d| d != axis && t.shape()[d] != first.shape()[d]) {
+                let message = format!("shapes {} and {} differ in another dimension than {axis}", first.shape(), t.shape());
+                return Err(Error::shape("cat", message));
+            }
+            extent += t.shape()[axis];
+        }
+        let shape = first.shape().with_dim(axis, extent)?;
+        let layout = Layout::with_memory_order(shape, &first.layout().dense_like().memory_order());
+        let out = for_any!(first.dtype(), T => Tensor::build_with_layout::<T>(layout, |out| {
+            let mut start = 0;
+            for t in tensors.iter().filter(|t| t.numel() > 0) {
+                copy_into_strided(t.view_of::<T>()?, out, start * layout.strides()[axis], layout.strides());
+                start += t.shape()[axis];
+            }
+            Ok(())
+        }))?;
+        record("cat", out, &tensors, |_| Cat { dim: axis, extents: tensors.iter().map(|t| t.shape()[axis]).collect() })
+    }
+
+    /// Tensors of one shape as the slices of a new dimension `dim`.
+    pub fn stack<T: AsRef<Tensor>>(tensors: &[T], dim: isize) -> Result<Tensor> {
+        let first = tensors.first().ok_or_else(|| Error::argument("stack", "no tensors were given"))?.as_ref();
+        let at = if dim < 0 { dim + first.rank() as isize + 1 } else { dim };
+        for t in tensors.iter().map(AsRef::as_ref) {
+            if t.shape() != first.shape() {
+                return Err(Error::shape("stack", format!("shapes {} and {} differ", first.shape(), t.shape())));
+            }
+        }
+        let slices = tensors.iter().map(|t| t.as_ref().unsqueeze(at)).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&slices, at)
+    }
+
+    /// The tensor repeated `counts[d]` times along each dimension. More counts than dimensions put new ones in front.
+    pub fn repeat(&self, counts: &[usize]) -> Result<Tensor> {
+        let lead = counts.len().checked_sub(self.rank());
+        let lead =
+            lead.ok_or_else(|| Error::shape("repeat", format!("{counts:?} has fewer counts than shape {} dimensions", self.shape())))?;
+        let mut out = self.reshape([&vec![1; lead], self.dims()].concat())?;
+        for (d, &count) in counts.iter().enumerate() {
+            // One dimension at a time, so that a tensor of the highest rank needs no more than one beyond it.
+            if count != 1 {
+                out = match count {
+                    0 => out.narrow(d as isize, 0, 0)?,
+                    _ => Tensor::cat(&vec![&out; count], d as isize)?,
+                };
+            }
+        }
+        Ok(out)
+    }
+
+    /// A border around the last dimensions. `amounts` are pairs (before, after), the last dimension's first, as in PyTorch:
+    /// `[left, right, top, bottom]`. Negative amounts crop ([`PadMode::Constant`] only).
+    ///
+    /// ```
+    /// # use kiln_tensor::{Tensor, DType, Result, ops::movement::PadMode};
+    /// # fn main() -> Result<()> {
+    /// let x = Tensor::arange(1., 4., 1., DType::I64)?;
+    /// assert_eq!(x.pad(&[2, 1], PadMode::Reflect)?.to_vec::<i64>()?, [3, 2, 1, 2, 3, 2]);
+    /// # Ok(()) }
+    /// ```
+    pub fn pad(&self, amounts: &[isize], mode: PadMode) -> Result<Tensor> {
+        let (pairs, rest) = amounts.as_chunks::<2>();
+        if !rest.is_empty() || pairs.len() > self.rank() {
+            let message = format!("{amounts:?} is not a pair for each of the last dimensions of shape {}", self.shape());
+            return Err(Error::argument("pad", message));
+        }
+        let mut by_dim = vec![(0, 0); self.rank()];
+        for (pair, slot) in pairs.iter().zip(by_dim.iter_mut().rev()) {
+            *slot = (pair[0], pair[1]);
+        }
+        if let PadMode::Constant(value) = mode {
+            return pad_constant(self, &by_dim, value);
+        }
+        let mut out = self.clone();
+        for (d, &(before, after)) in by_dim.iter().enumerate().filter(|(_, pair)| **pair != (0, 0)) {
+            let map = border_map(mode, self.shape()[d], before, after)?;
+            out = out.index_select(d as isize, &Tensor::from_slice(&map, map.len())?)?;
+        }
+        Ok(out)
+    }
+
+    /// The elements in reverse order along `dims`.
+    pub fn flip(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let dims = dims.into().resolve("flip", self.shape())?;
+        let mut out = self.detach().contiguous()?;
+        for &d in &dims {
+            let (outer, n, inner) = out.shape().around(d);
+            let reversed: Vec<i64> = (0..n as i64).rev().collect();
+            out = for_any!(self.dtype(), T => Tensor::build::<T>(self.shape(), |o| {
+                index_select(out.as_slice::<T>()?, [outer, n, inner], &reversed, o).map_err(|e| Error::index("flip", e.to_string()))
+            }))?;
+        }
+        record("flip", out, &[self], |_| Flip { dims: dims.clone() })
+    }
+
+    /// The elements moved `shift` places towards the end of dimension `dim`; those that leave it come back at the start.
+    pub fn roll(&self, shift: isize, dim: isize) -> Result<Tensor> {
+        let axis = self.shape().dim("roll", dim)?;
+        let n = self.shape()[axis];
+        if n == 0 {
+            return Ok(self.clone());
+        }
+        let shift = shift.rem_euclid(n as isize) as usize;
+        if shift == 0 {
+            return Ok(self.clone());
+        }
+        Tensor::cat(&[self.narrow(dim, n - shift, shift)?, self.narrow(dim, 0, n - shift)?], dim)
+    }
+
+    /// The lower triangle of the matrices in the last two dimensions, zero elsewhere. `diagonal` of the diagonals above the main one
+    /// are kept too (fewer if it is negative).
+    pub fn tril(&self, diagonal: isize) -> Result<Tensor> {
+        keep_triangle(self, Triangle::Lower(diagonal))
+    }
+
+    /// The upper triangle of the matrices in the last two dimensions, zero elsewhere, from diagonal number `diagonal` (0 is the main
+    /// one, positive ones lie above) on.
+    pub fn triu(&self, diagonal: isize) -> Result<Tensor> {
+        keep_triangle(self, Triangle::Upper(diagonal))
+    }
+}
+
+impl AsRef<Tensor> for Tensor {
+    fn as_ref(&self) -> &Tensor {
+        self
+    }
+}
