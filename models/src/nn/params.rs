@@ -2,7 +2,7 @@
 
 use super::load::{LoadMode, LoadReport, StateDict};
 use super::{Buffer, Init, Param};
-use kiln_tensor::{DType, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
+use kiln_tensor::{DType, Device, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// What a [`Params`] gives its tensors.
 #[derive(Clone, Debug)]
 pub struct ParamsOptions {
-    /// Dtype and device of parameters and floating-point buffers.
-    pub tensor: TensorOptions,
+    /// Dtype of parameters and floating-point buffers.
+    pub dtype: DType,
+    /// Device of parameters and buffers.
+    pub device: Device,
     /// Where initialisers and dropout draw from.
     pub generator: Generator,
 }
@@ -20,7 +22,7 @@ pub struct ParamsOptions {
 impl Default for ParamsOptions {
     /// f32 on the CPU, drawing from the global generator.
     fn default() -> Self {
-        Self { tensor: TensorOptions::default(), generator: Generator::global().clone() }
+        Self { dtype: DType::F32, device: Device::Cpu, generator: Generator::global().clone() }
     }
 }
 
@@ -149,7 +151,7 @@ impl Params {
 
     /// The dtype and device of what this scope hands out.
     pub fn options(&self) -> TensorOptions {
-        self.root.options.tensor
+        TensorOptions { dtype: self.root.options.dtype, device: self.root.options.device }
     }
 
     /// The generator of initialisers and dropout.

@@ -1,0 +1,251 @@
+//! Every layer: names and shapes of its parameters, the shape of its output, modes, and that gradients reach every parameter.
+
+use kiln_autograd::TensorExt;
+use kiln_models::nn::*;
+use kiln_tensor::{DType, Result, Tensor};
+
+/// Names and shapes of all parameters and buffers.
+fn inventory(params: &Params) -> Vec<String> {
+    let entries = params.params().into_iter().map(|p| format!("{} {}", p.name(), p.shape()));
+    entries.chain(params.buffers().into_iter().map(|b| format!("{} {}", b.name(), b.shape()))).collect()
+}
+
+/// Builds a layer, checks its inventory and the shape of its output, that a gradient of the right shape reaches every parameter, that
+/// frozen parameters get none, and that a state dictionary makes another instance compute the same bits.
+fn check<M: Module>(build: impl Fn(&Params) -> Result<M>, expected: &[&str], input: &Tensor, output: &[usize]) {
+    for dtype in [DType::F32, DType::F64, DType::BF16] {
+        let options = ParamsOptions { dtype, generator: kiln_tensor::Generator::new(5), ..ParamsOptions::default() };
+        let params = Params::with(options);
+        let layer = build(&params).unwrap();
+        assert_eq!(inventory(&params), expected);
+        let x = if input.dtype().is_float() { input.to_dtype(dtype).unwrap() } else { input.clone() };
+        let y = layer.forward(&x).unwrap();
+        assert_eq!((y.dims(), y.dtype()), (output, dtype));
+        y.square().unwrap().sum(()).unwrap().backward().unwrap();
+        for param in params.params() {
+            assert_eq!(*param.grad().unwrap_or_else(|| panic!("no gradient reaches {}", param.name())).shape(), param.shape());
+        }
+        params.zero_grad();
+        if !params.params().is_empty() {
+            params.freeze("*").unwrap();
+            assert!(!layer.forward(&x).unwrap().is_tracked());
+        }
+        params.eval();
+        let other = Params::with(ParamsOptions { dtype, ..ParamsOptions::default() });
+        other.eval();
+        let (twin, report) = other.build_from(params.state_dict(), LoadMode::Strict, &build).unwrap();
+        assert!(report.is_complete());
+        let bits = |m: &M| m.forward(&x).unwrap().detach().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
+        assert_eq!(bits(&layer), bits(&twin));
+    }
+}
+
+fn ramp(shape: &[usize]) -> Tensor {
+    let n: usize = shape.iter().product();
+    Tensor::from_vec((0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect(), shape).unwrap()
+}
+
+#[test]
+fn linear_and_embedding() {
+    check(|p| Linear::new(p, 3, 4, true), &["weight [4, 3]", "bias [4]"], &ramp(&[2, 5, 3]), &[2, 5, 4]);
+    check(|p| Linear::new(&p.scope("a"), 3, 4, false), &["a.weight [4, 3]"], &ramp(&[2, 3]), &[2, 4]);
+    let indices = Tensor::from_vec(vec![2i64, 0, 1, 2], [2, 2]).unwrap();
+    check(|p| Embedding::new(p, 3, 5), &["weight [3, 5]"], &indices, &[2, 2, 5]);
+}
+
+#[test]
+fn linear_is_the_formula() {
+    let params = Params::new();
+    let layer = Linear::with_init(&params, 2, 1, Init::Constant(3.0), Some(Init::Constant(0.5))).unwrap();
+    let x = Tensor::from_vec(vec![1f32, 2.], [1, 2]).unwrap();
+    assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), [9.5]);
+    layer.weight().set(&Tensor::ones([1, 2], ()).unwrap()).unwrap();
+    assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), [3.5]);
+}
+
+#[test]
+fn convolutions() {
+    let halve = ConvOptions::new().with_stride(2).with_padding(1);
+    check(|p| Conv1d::new(p, 4, 6, 3, ()), &["weight [6, 4, 3]", "bias [6]"], &ramp(&[2, 4, 9]), &[2, 6, 7]);
+    check(|p| Conv2d::new(p, 4, 6, [3, 1], ()), &["weight [6, 4, 3, 1]", "bias [6]"], &ramp(&[2, 4, 5, 5]), &[2, 6, 3, 5]);
+    let grouped = ConvOptions::<2> { groups: 2, bias: false, ..halve };
+    check(|p| Conv2d::new(p, 4, 6, 4, grouped), &["weight [6, 2, 4, 4]"], &ramp(&[2, 4, 8, 6]), &[2, 6, 4, 3]);
+    check(|p| Conv3d::new(p, 1, 2, 2, ()), &["weight [2, 1, 2, 2, 2]", "bias [2]"], &ramp(&[1, 1, 3, 3, 3]), &[1, 2, 2, 2, 2]);
+}
+
+#[test]
+fn transposed_convolutions() {
+    let double = ConvOptions::<2>::new().with_stride(2).with_padding(1);
+    check(|p| ConvTranspose2d::new(p, 4, 6, 4, double), &["weight [4, 6, 4, 4]", "bias [6]"], &ramp(&[2, 4, 3, 4]), &[2, 6, 6, 8]);
+    let odd = double.with_output_padding(1).with_groups(2).with_bias(false);
+    check(|p| ConvTranspose2d::new(p, 4, 6, 3, odd), &["weight [4, 3, 3, 3]"], &ramp(&[2, 4, 3, 4]), &[2, 6, 6, 8]);
+    check(|p| ConvTranspose1d::new(p, 2, 3, 2, ()), &["weight [2, 3, 2]", "bias [3]"], &ramp(&[1, 2, 4]), &[1, 3, 5]);
+    check(|p| ConvTranspose3d::new(p, 1, 1, 2, ()), &["weight [1, 1, 2, 2, 2]", "bias [1]"], &ramp(&[1, 1, 2, 2, 2]), &[1, 1, 3, 3, 3]);
+}
+
+#[test]
+fn impossible_layers_are_errors() {
+    let params = Params::new();
+    assert!(Conv2d::new(&params, 3, 4, 3, ConvOptions::new().with_groups(2)).is_err());
+    assert!(Conv2d::new(&params, 3, 4, 3, ConvOptions::new().with_groups(0)).is_err());
+    assert!(Conv2d::new(&params, 3, 4, 3, ConvOptions::new().with_output_padding(1)).is_err());
+    assert!(Conv::<4>::new(&params, 3, 4, 3, ()).is_err());
+    assert!(Dropout::new(&params, 1.5).is_err() && Dropout::new(&params, f64::NAN).is_err());
+    assert!(inventory(&params).is_empty());
+}
+
+#[test]
+fn default_weights_have_pytorchs_bounds() {
+    let params = Params::seeded(1);
+    let layer = Conv2d::new(&params, 16, 32, 3, ()).unwrap();
+    let bound = 1.0 / (16.0 * 9.0f32).sqrt();
+    for param in [layer.weight(), layer.bias().unwrap()] {
+        let values = param.get().to_vec::<f32>().unwrap();
+        let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+        assert!(largest <= bound && largest > 0.9 * bound, "{}: {largest} {bound}", param.name());
+    }
+}
+
+#[test]
+fn dropout_keeps_the_mean_and_stops_in_evaluation() {
+    let params = Params::seeded(2);
+    let layer = Dropout::new(&params, 0.25).unwrap();
+    let x = Tensor::ones([100, 100], ()).unwrap();
+    let y = layer.forward(&x).unwrap().to_vec::<f32>().unwrap();
+    let dropped = y.iter().filter(|&&v| v == 0.0).count();
+    assert!(y.iter().all(|&v| v == 0.0 || (v - 4.0 / 3.0).abs() < 1e-6));
+    // 10,000 draws: the standard deviation of the count is 43.
+    assert!((2300..2700).contains(&dropped), "{dropped}");
+    params.eval();
+    assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), vec![1f32; 10_000]);
+}
+
+#[test]
+fn channel_dropout_drops_whole_channels() {
+    let params = Params::seeded(2);
+    let layer = ChannelDropout::new(&params, 0.5).unwrap();
+    let y = layer.forward(&Tensor::ones([8, 16, 3, 3], ()).unwrap()).unwrap().to_vec::<f32>().unwrap();
+    let channels: Vec<&[f32]> = y.chunks(9).collect();
+    assert!(channels.iter().all(|c| c.iter().all(|&v| v == c[0] && (v == 0.0 || v == 2.0))));
+    assert!(channels.iter().any(|c| c[0] == 0.0) && channels.iter().any(|c| c[0] == 2.0));
+    assert!(layer.forward(&Tensor::ones([3], ()).unwrap()).is_err());
+}
+
+#[test]
+fn functions_as_modules() {
+    let x = ramp(&[2, 4, 6, 6]);
+    let same: [Box<dyn Module>; 13] = [
+        Box::new(Relu),
+        Box::new(Gelu),
+        Box::new(GeluTanh),
+        Box::new(Silu),
+        Box::new(Mish),
+        Box::new(Hardswish),
+        Box::new(Softplus),
+        Box::new(Tanh),
+        Box::new(Sigmoid),
+        Box::new(Identity),
+        Box::new(LeakyRelu::default()),
+        Box::new(Elu::default()),
+        Box::new(Softmax(-1)),
+    ];
+    for module in &same {
+        assert_eq!(module.forward(&x).unwrap().dims(), x.dims());
+    }
+    let resized: [(Box<dyn Module>, &[usize]); 6] = [
+        (Box::new(MaxPool2d::new(2)), &[2, 4, 3, 3]),
+        (Box::new(AvgPool2d::new(3)), &[2, 4, 2, 2]),
+        (Box::new(AdaptiveAvgPool2d::new(1)), &[2, 4, 1, 1]),
+        (Box::new(Upsample::new(2, kiln_tensor::ops::upsample::Interpolation::Nearest)), &[2, 4, 12, 12]),
+        (Box::new(Flatten::default()), &[2, 144]),
+        (Box::new(|x: &Tensor| x.narrow(1, 0, 1)), &[2, 1, 6, 6]),
+    ];
+    for (module, expected) in &resized {
+        assert_eq!(module.forward(&x).unwrap().dims(), *expected);
+    }
+    assert_eq!(LeakyRelu::default().forward(&Tensor::full([1], -1.0, ()).unwrap()).unwrap().to_vec::<f32>().unwrap(), [-0.01]);
+}
+
+#[test]
+fn a_sequence_names_its_layers_by_place() {
+    let build = |p: &Params| Sequential::new(p).push(|p| Linear::new(p, 3, 4, true))?.then(Tanh).push(|p| Linear::new(p, 4, 2, false));
+    check(build, &["0.weight [4, 3]", "0.bias [4]", "2.weight [2, 4]"], &ramp(&[5, 3]), &[5, 2]);
+    let params = Params::new();
+    let nested = |p: &Params| -> Result<Sequential> {
+        let inner = build(&p.scope("body"))?;
+        Ok(Sequential::new(p).then(inner))
+    };
+    nested(&params).unwrap();
+    assert_eq!(inventory(&params)[2], "body.2.weight [2, 4]");
+    assert_eq!(Sequential::new(&params).forward(&ramp(&[2])).unwrap().dims(), [2]);
+}
+
+#[test]
+fn normalisations() {
+    let pair = ["weight [4]", "bias [4]"];
+    let tracked = ["weight [4]", "bias [4]", "running_mean [4]", "running_var [4]", "num_batches_tracked []"];
+    check(|p| BatchNorm1d::new(p, 4), &tracked, &ramp(&[6, 4]), &[6, 4]);
+    check(|p| BatchNorm1d::new(p, 4), &tracked, &ramp(&[3, 4, 5]), &[3, 4, 5]);
+    check(|p| BatchNorm2d::new(p, 4), &tracked, &ramp(&[2, 4, 3, 5]), &[2, 4, 3, 5]);
+    check(|p| BatchNorm3d::new(p, 4), &tracked, &ramp(&[2, 4, 3, 2, 2]), &[2, 4, 3, 2, 2]);
+    check(|p| LayerNorm::new(p, 4), &pair, &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| LayerNorm::with_options(p, [3, 4], 1e-6, true, false), &["weight [3, 4]"], &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| RmsNorm::new(p, 4, 1e-6), &["weight [4]"], &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| GroupNorm::new(p, 2, 4), &pair, &ramp(&[2, 4, 3, 3]), &[2, 4, 3, 3]);
+    check(|p| InstanceNorm::new(p, 4, true), &pair, &ramp(&[2, 4, 3, 3]), &[2, 4, 3, 3]);
+    assert!(GroupNorm::new(&Params::new(), 3, 4).is_err());
+    let params = Params::new();
+    let layer = BatchNorm2d::new(&params, 4).unwrap();
+    for wrong in [ramp(&[2, 4, 3]), ramp(&[2, 3, 3, 3]), ramp(&[1, 4, 1, 1])] {
+        assert!(layer.forward(&wrong).is_err());
+    }
+    assert_eq!(params.named("weight").unwrap().get().to_vec::<f32>().unwrap(), [1.0; 4]);
+}
+
+/// Mean and unbiased variance.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    (mean, values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0))
+}
+
+/// Running statistics of one channel after `batches`, and how many were counted.
+fn running(momentum: Option<f64>, batches: &[Tensor]) -> (f64, f64, i64) {
+    let params = Params::with(ParamsOptions { dtype: DType::F64, ..ParamsOptions::default() });
+    let layer = BatchNorm1d::with_options(&params, 1, BatchNormOptions { momentum, ..BatchNormOptions::default() }).unwrap();
+    for batch in batches {
+        layer.forward(batch).unwrap();
+    }
+    params.eval();
+    let before = params.state_dict();
+    layer.forward(&batches[0]).unwrap();
+    let after = params.state_dict();
+    let value = |state: &StateDict, name: &str| state[name].item_f64().unwrap();
+    assert_eq!(value(&before, "running_mean"), value(&after, "running_mean"));
+    (value(&after, "running_mean"), value(&after, "running_var"), value(&after, "num_batches_tracked") as i64)
+}
+
+#[test]
+fn running_statistics_follow_the_momentum_and_the_unbiased_variance() {
+    let batches: Vec<Vec<f64>> = vec![vec![1.0, 2.0, 4.0], vec![-3.0, 0.0, 5.0, 6.0]];
+    let tensors: Vec<Tensor> = batches.iter().map(|b| Tensor::from_vec(b.clone(), [b.len(), 1]).unwrap()).collect();
+    let [(m0, v0), (m1, v1)] = [moments(&batches[0]), moments(&batches[1])];
+    let (mean, var, count) = running(Some(0.1), &tensors);
+    assert!((mean - (0.9 * 0.1 * m0 + 0.1 * m1)).abs() < 1e-12 && count == 2);
+    assert!((var - (0.9 * (0.9 + 0.1 * v0) + 0.1 * v1)).abs() < 1e-12);
+    // Without momentum: the plain average.
+    let (mean, var, _) = running(None, &tensors);
+    assert!((mean - (m0 + m1) / 2.0).abs() < 1e-12 && (var - (v0 + v1) / 2.0).abs() < 1e-12);
+}
+
+#[test]
+fn batch_norm_without_statistics_uses_the_batch_in_evaluation_too() {
+    let params = Params::new();
+    let options = BatchNormOptions { affine: false, track_running_stats: false, ..BatchNormOptions::default() };
+    let layer = BatchNorm2d::with_options(&params, 3, options).unwrap();
+    assert!(inventory(&params).is_empty());
+    let x = ramp(&[2, 3, 2, 2]);
+    let training = layer.forward(&x).unwrap().to_vec::<f32>().unwrap();
+    params.eval();
+    assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), training);
+}
