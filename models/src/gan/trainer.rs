@@ -4,7 +4,7 @@ use super::{DcganConfig, DcganDiscriminator, DcganGenerator, GanLoss, gradient_p
 use crate::nn::{LoadMode, Params, ParamsOptions, StateDict};
 use crate::optim::{Adam, AdamOptions, Optimizer};
 use kiln_autograd::{TensorExt, no_grad};
-use kiln_tensor::{Generator, Result, Tensor, generator::GeneratorState};
+use kiln_tensor::{DType, Generator, Result, Tensor, generator::GeneratorState};
 
 /// How a [`GanTrainer`] trains.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -23,6 +23,8 @@ pub struct GanTrainerOptions {
     pub penalty: f64,
     /// Seed of the weights and of all noise.
     pub seed: u64,
+    /// Dtype of the weights.
+    pub dtype: DType,
 }
 
 impl GanTrainerOptions {
@@ -38,6 +40,7 @@ impl GanTrainerOptions {
             critic_steps: if wasserstein { 5 } else { 1 },
             penalty: 10.0,
             seed,
+            dtype: DType::F32,
         }
     }
 }
@@ -46,9 +49,9 @@ impl GanTrainerOptions {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct StepLosses {
     /// The discriminator's loss, the penalty included.
-    pub discriminator: f32,
+    pub discriminator: f64,
     /// The generator's loss; of the last step that trained it, 0 before the first.
-    pub generator: f32,
+    pub generator: f64,
 }
 
 /// Both networks with their optimisers and the source of noise.
@@ -62,14 +65,14 @@ pub struct GanTrainer {
     discriminator_optimizer: Adam,
     noise: Generator,
     steps: u64,
-    last_generator_loss: f32,
+    last_generator_loss: f64,
 }
 
 impl GanTrainer {
     /// Fresh networks.
     pub fn new(options: GanTrainerOptions) -> Result<Self> {
         let noise = Generator::new(options.seed);
-        let scope = || Params::with(ParamsOptions { generator: noise.clone(), ..ParamsOptions::default() });
+        let scope = || Params::with(ParamsOptions { dtype: options.dtype, generator: noise.clone(), ..ParamsOptions::default() });
         let (generator_params, discriminator_params) = (scope(), scope());
         let generator = DcganGenerator::new(&generator_params, options.model)?;
         let discriminator = DcganDiscriminator::new(&discriminator_params, options.model)?;
@@ -131,7 +134,7 @@ impl GanTrainer {
         Ok(StepLosses { discriminator, generator: self.last_generator_loss })
     }
 
-    fn train_discriminator(&mut self, real: &Tensor, fake: &Tensor, labels: Option<&Tensor>) -> Result<f32> {
+    fn train_discriminator(&mut self, real: &Tensor, fake: &Tensor, labels: Option<&Tensor>) -> Result<f64> {
         self.discriminator_params.zero_grad();
         let score = |pictures: &Tensor| self.discriminator.forward(pictures, labels);
         let mut loss = self.options.loss.discriminator(&score(real)?, &score(fake)?)?;
@@ -141,10 +144,10 @@ impl GanTrainer {
         }
         loss.backward()?;
         self.discriminator_optimizer.step()?;
-        Ok(loss.item_f64()? as f32)
+        loss.item_f64()
     }
 
-    fn train_generator(&mut self, fake: &Tensor, labels: Option<&Tensor>) -> Result<f32> {
+    fn train_generator(&mut self, fake: &Tensor, labels: Option<&Tensor>) -> Result<f64> {
         self.generator_params.zero_grad();
         // The discriminator only judges here: without gradients of its weights, the backward pass leaves their products out.
         self.discriminator_params.freeze("*")?;
@@ -153,7 +156,7 @@ impl GanTrainer {
         let loss = loss?;
         loss.backward()?;
         self.generator_optimizer.step()?;
-        Ok(loss.item_f64()? as f32)
+        loss.item_f64()
     }
 
     /// Pictures from `noise` with the running statistics of the batch norms, as (B, 1, 28, 28) in (-1, 1).
