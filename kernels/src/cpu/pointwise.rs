@@ -510,7 +510,7 @@ mod tests {
             apply(row, [0.0; 2], [Operand::Output, Operand::View(b)], out);
             data
         };
-        assert_eq!(run(binary::Div::ROW), [i32::MIN, -4, -4, 0, 0, -1]);
+        assert_eq!(run(binary::Div::ROW), [i32::MIN, -3, -3, 0, 0, 0]);
         assert_eq!(run(binary::Rem::ROW), [0, -1, 1, 0, 0, -1]);
         assert_eq!(run(binary::Pow::ROW), [0, 0, 49, 1, 1, 0]);
         for row in binary::BINARY.iter().filter(|row| row.tile::<i32>().is_some()) {

@@ -1,14 +1,13 @@
 //! First derivatives as single passes: functions of what the forward pass saved (its input `x` or its output `y`) and of the gradient `g`.
 
-use super::{indicator, rows};
+use super::{rows, unary};
 use crate::cpu::math::{self, double};
 use crate::cpu::simd::{F32s, Simd};
 use std::f64::consts::FRAC_2_SQRT_PI;
 
 rows! { BACKWARD, 2;
     /// g·sign(x).
-    Abs("abs_backward", 0.25) |s, [x, g], p| "g * ((x > 0.f) - (x < 0.f))" => g * math::sign(s, x);
-        f64: g * ((x > 0.0) as i32 as f64 - (x < 0.0) as i32 as f64),
+    Abs("abs_backward", 0.25) |s, [x, g], p| "g * (x > 0.f ? 1.f : x < 0.f ? -1.f : x)" => g * math::sign(s, x); f64: g * unary::sign(x),
     /// g·(y + 1).
     Expm1("expm1_backward", 0.25) |s, [y, g], p| "g * (y + 1.f)" => g * (y + s.splat(1.0)); f64: g * (y + 1.0),
     /// g/(1 + x).
@@ -72,10 +71,6 @@ rows! { BACKWARD, 2;
     /// g where x lies within the bounds, both included.
     Clamp("clamp_backward", 0.25) |s, [x, g], p| "x >= p[0] && x <= p[1] ? g : 0.f" => g.or_else(x.ge(p[0]) & x.le(p[1]), s.zero());
         f64: if x >= p[0] && x <= p[1] { g } else { 0.0 },
-    /// g where a is the larger, half of it where both are equal.
-    Maximum("maximum_backward", 0.25) |s, [d, g], p| "d > 0.f ? g : d == 0.f ? 0.5f * g : 0.f" =>
-        g * ((indicator(s, d.gt(s.zero())) + indicator(s, d.ge(s.zero()))) * s.splat(0.5));
-        f64: if d > 0.0 { g } else if d == 0.0 { 0.5 * g } else { 0.0 },
 }
 
 /// Beyond ±128 every gate is open or shut, and infinity times 0 would be NaN.

@@ -11,7 +11,7 @@ rows! { BINARY, 2;
     Sub("sub", 0.25) |s, [a, b], p| "a - b" => a - b; f64: a - b; int: a.sub(b),
     /// a·b.
     Mul("mul", 0.25) |s, [a, b], p| "a * b" => a * b; f64: a * b; int: a.mul(b),
-    /// a/b; of integers ⌊a/b⌋.
+    /// a/b; of integers rounded towards zero.
     Div("div", 0.4) |s, [a, b], p| "a / b" => a / b; f64: a / b; int: a.div(b),
     /// a − b·⌊a/b⌋.
     Rem("remainder", 0.6) |s, [a, b], p| "kiln_remainder(a, b)" => math::remainder(s, a, b); f64: remainder(a, b); int: a.rem(b),

@@ -103,7 +103,7 @@ compute! {
     crate::element::Bool: |_row| None, bool;
 }
 
-/// The integer types. `div` and `rem` are those of the floored division; by zero they give 0.
+/// The integer types. `div` rounds towards zero, `rem` has the divisor's sign; by zero both give 0.
 #[allow(missing_docs)]
 pub trait Int: Compute + Ord {
     const ZERO: Self;
@@ -127,9 +127,7 @@ macro_rules! int {
             #[inline(always)] fn sub(self, other: Self) -> Self { self.wrapping_sub(other) }
             #[inline(always)] fn mul(self, other: Self) -> Self { self.wrapping_mul(other) }
             #[inline(always)] fn div(self, other: Self) -> Self {
-                if other == 0 { return 0; }
-                let q = self.wrapping_div(other);
-                if <$t as Int>::mul(q, other) != self && (self < 0) != (other < 0) { q.wrapping_sub(1) } else { q }
+                if other == 0 { 0 } else { self.wrapping_div(other) }
             }
             #[inline(always)] fn rem(self, other: Self) -> Self {
                 if other == 0 { return 0; }
@@ -246,9 +244,3 @@ macro_rules! rows {
     (@row $n:literal $name:ident $int:expr) => { $crate::pointwise::Row::<$n>::with_int::<$name>() };
 }
 use rows;
-
-/// 1 where the mask is true, else 0.
-#[inline(always)]
-fn indicator<S: Simd>(s: S, mask: S::Mask) -> S::F32 {
-    s.splat(1.0).or_else(mask, s.zero())
-}

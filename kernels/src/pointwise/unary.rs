@@ -9,9 +9,9 @@ rows! { UNARY, 1;
     Neg("neg", 0.2) |s, [x], p| "-x" => -x; f64: -x; int: x.neg(),
     /// |x|.
     Abs("abs", 0.2) |s, [x], p| "fabsf(x)" => x.abs(); f64: x.abs(); int: if x < I::ZERO { x.neg() } else { x },
-    /// −1, 0 or 1; 0 for NaN.
-    Sign("sign", 0.2) |s, [x], p| "(x > 0.f) - (x < 0.f)" => math::sign(s, x);
-        f64: (x > 0.0) as i32 as f64 - (x < 0.0) as i32 as f64; int: if x > I::ZERO { I::ONE } else if x < I::ZERO { I::ONE.neg() } else { I::ZERO },
+    /// −1 or 1 with the sign of x; zeros and NaN stay.
+    Sign("sign", 0.2) |s, [x], p| "x > 0.f ? 1.f : x < 0.f ? -1.f : x" => math::sign(s, x);
+        f64: sign(x); int: if x > I::ZERO { I::ONE } else if x < I::ZERO { I::ONE.neg() } else { I::ZERO },
     /// e^x.
     Exp("exp", 0.4) |s, [x], p| "expf(x)" => math::exp(s, x); f64: x.exp(),
     /// e^x − 1.
@@ -48,23 +48,23 @@ rows! { UNARY, 1;
     Elu("elu", 0.7) |s, [x], p| "x > 0.f ? x : p[0] * expm1f(x)" => math::elu(s, x, p[0]);
         f64: if x > 0.0 { x } else { p[0] * x.exp_m1() },
     /// x·Φ(x).
-    Gelu("gelu", 0.6) |s, [x], p| "x * normcdff(x)" => math::gelu(s, x); f64: gate(x, double::normal_cdf(x)),
+    Gelu("gelu", 0.6) |s, [x], p| "x * normcdff(x)" => math::gelu(s, x); f64: x * double::normal_cdf(x),
     /// x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))).
     GeluTanh("gelu_tanh", 0.8) |s, [x], p| "x / (1.f + expf(-1.5957691f * (x + 0.044715f * x * x * x)))" => math::gelu_tanh(s, x);
-        f64: gate(x, double::sigmoid(1.595_769_121_605_730_7 * (x + 0.044715 * x * x * x))),
+        f64: x * double::sigmoid(1.595_769_121_605_730_7 * (x + 0.044715 * x * x * x)),
     /// x·σ(x).
-    Silu("silu", 0.7) |s, [x], p| "x / (1.f + expf(-x))" => math::silu(s, x); f64: gate(x, double::sigmoid(x)),
+    Silu("silu", 0.7) |s, [x], p| "x / (1.f + expf(-x))" => math::silu(s, x); f64: x * double::sigmoid(x),
     /// ln(1 + e^(p₀x))/p₀, and x itself where p₀x is above p₁.
     Softplus("softplus", 1.2) |s, [x], p| "p[0] * x > p[1] ? x : log1pf(expf(p[0] * x)) / p[0]" => {
         let scaled = p[0] * x;
         x.or_else(scaled.gt(p[1]), math::softplus(s, scaled) / p[0])
     }; f64: if p[0] * x > p[1] { x } else { double::softplus(p[0] * x) / p[0] },
     /// x·tanh(ln(1 + e^x)).
-    Mish("mish", 0.8) |s, [x], p| "x * tanhf(log1pf(expf(x)))" => math::mish(s, x); f64: gate(x, double::softplus(x).tanh()),
+    Mish("mish", 0.8) |s, [x], p| "x * tanhf(log1pf(expf(x)))" => math::mish(s, x); f64: x * double::softplus(x).tanh(),
     /// x·min(max(x + 3, 0), 6)/6.
     Hardswish("hardswish", 0.3) |s, [x], p| "x * fminf(fmaxf(x + 3.f, 0.f), 6.f) / 6.f" =>
-        s.splat(-3.0).max(x) * (math::clamp(s, x + s.splat(3.0), 0.0, 6.0) / s.splat(6.0));
-        f64: (if x < -3.0 { -3.0 } else { x }) * ((x + 3.0).clamp(0.0, 6.0) / 6.0),
+        x * (math::clamp(s, x + s.splat(3.0), 0.0, 6.0) / s.splat(6.0));
+        f64: x * ((x + 3.0).clamp(0.0, 6.0) / 6.0),
     /// The largest integer not above x.
     Floor("floor", 0.2) |s, [x], p| "floorf(x)" => x.floor(); f64: x.floor(); int: x,
     /// The smallest integer not below x.
@@ -76,9 +76,9 @@ rows! { UNARY, 1;
         f64: clamp(x, p[0], p[1]); int: x.max(p[0]).min(p[1]),
 }
 
-/// `x·share` with the limit −0 where x is −∞ and its share 0.
-fn gate(x: f64, share: f64) -> f64 {
-    if x == f64::NEG_INFINITY { -0.0 } else { x * share }
+/// `f64::signum` has no zero.
+pub(super) fn sign(x: f64) -> f64 {
+    if x == 0.0 { x } else { x.signum() }
 }
 
 /// `f64::clamp` panics on bounds in the wrong order; here the upper one wins.

@@ -61,12 +61,12 @@ pub fn erf(x: f64) -> f64 {
     }
     // Taylor's series; at ½ the fifteenth term is below 1e-19.
     let x2 = x * x;
-    let (mut power, mut sum) = (x, 0.0);
-    for n in 0..15 {
+    let (mut power, mut sum) = (1.0, 1.0);
+    for n in 1..15 {
+        power *= -x2 / n as f64;
         sum += power / (2 * n + 1) as f64;
-        power *= -x2 / (n + 1) as f64;
     }
-    std::f64::consts::FRAC_2_SQRT_PI * sum
+    x * (std::f64::consts::FRAC_2_SQRT_PI * sum)
 }
 
 /// The normal distribution function Φ(x).

@@ -76,10 +76,10 @@ pub fn softplus<S: Simd>(s: S, x: S::F32) -> S::F32 {
     s.zero().max(x) + tail
 }
 
-/// `x·σ(x)`; −0 at −∞.
+/// `x·σ(x)`.
 #[inline(always)]
 pub fn silu<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    bounded_below(s, x) * sigmoid(s, x)
+    x * sigmoid(s, x)
 }
 
 /// `g · d silu(x)/dx = g·σ·(1 + x·(1 − σ))`.
@@ -90,10 +90,10 @@ pub fn silu_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
     g * (y * rest.mul_add(x, s.splat(1.0)))
 }
 
-/// `x·tanh(softplus(x))`; −0 at −∞.
+/// `x·tanh(softplus(x))`.
 #[inline(always)]
 pub fn mish<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    bounded_below(s, x) * tanh_softplus(s, x)
+    x * tanh_softplus(s, x)
 }
 
 /// `g · d mish(x)/dx = g·(t + x·σ(x)·(1 − t²))` with `t = tanh(softplus(x))`.
@@ -115,10 +115,10 @@ fn tanh_softplus<S: Simd>(s: S, x: S::F32) -> S::F32 {
     n / (n + two)
 }
 
-/// GELU in its tanh form, `x/2·(1 + tanh u) = x·σ(2u)` with `u = √(2/π)·(x + 0.044715·x³)`; −0 at −∞.
+/// GELU in its tanh form, `x/2·(1 + tanh u) = x·σ(2u)` with `u = √(2/π)·(x + 0.044715·x³)`.
 #[inline(always)]
 pub fn gelu_tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    bounded_below(s, x) * sigmoid(s, gelu_tanh_argument(s, x))
+    x * sigmoid(s, gelu_tanh_argument(s, x))
 }
 
 /// `g · d gelu_tanh(x)/dx = g·σ(v)·(1 + x·v′·(1 − σ(v)))` with `v = 2u`.
@@ -145,10 +145,4 @@ fn gelu_tanh_argument<S: Simd>(s: S, x: S::F32) -> S::F32 {
 #[inline(always)]
 pub fn elu<S: Simd>(s: S, x: S::F32, alpha: S::F32) -> S::F32 {
     x.or_else(x.gt(s.zero()), alpha * expm1(s, x))
-}
-
-/// `x`, but not below −1000, where every gate is 0: the product with −∞ would be NaN instead of its limit.
-#[inline(always)]
-fn bounded_below<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    s.splat(-1000.0).max(x)
 }

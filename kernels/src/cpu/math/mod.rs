@@ -56,11 +56,11 @@ pub fn minimum<S: Simd>(_: S, a: S::F32, b: S::F32) -> S::F32 {
     a.or_else(a.is_nan(), a.min(b))
 }
 
-/// −1, 0 or 1; 0 for NaN.
+/// −1 or 1 with the sign of x; zeros and NaN stay.
 #[inline(always)]
 pub fn sign<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let (zero, one) = (s.zero(), s.splat(1.0));
-    one.or_else(x.gt(zero), (-one).or_else(x.lt(zero), zero))
+    one.or_else(x.gt(zero), (-one).or_else(x.lt(zero), x))
 }
 
 /// The remainder of the floored division: `a − b·⌊a/b⌋`, exact, with the sign of `b`.

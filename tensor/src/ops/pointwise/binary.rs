@@ -1,8 +1,9 @@
 //! Functions of two tensors that broadcast together. Both must have the same dtype.
 
-use super::kernel::zip;
+use super::kernel::{Arg, apply, zip};
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Error, ErrorKind, Result, Tensor};
+use kiln_kernels::pointwise::binary;
 
 /// One side's gradient, from the saved operands and the incoming gradient.
 type Side = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
@@ -65,6 +66,28 @@ impl Op for Mul {
     }
 }
 
+/// Saves the ends only for the weight's gradient.
+struct Lerp {
+    start: Option<Tensor>,
+    end: Option<Tensor>,
+    weight: Tensor,
+}
+
+impl Op for Lerp {
+    fn name(&self) -> &'static str {
+        "lerp"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let start = ctx.needs(0).then(|| grad.mul(&self.weight.rsub_scalar(1.0)?)).transpose()?;
+        let end = ctx.needs(1).then(|| grad.mul(&self.weight)).transpose()?;
+        let weight = match (&self.start, &self.end) {
+            (Some(start), Some(end)) if ctx.needs(2) => Some(grad.mul(&end.sub(start)?)?),
+            _ => None,
+        };
+        Ok(vec![start, end, weight])
+    }
+}
+
 /// The gradient of a maximum or minimum: to the operand that was chosen, halved where they tie.
 fn chosen(own: &Tensor, other: &Tensor, grad: &Tensor, wins: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (own, other) = (own.detach(), other.detach());
@@ -83,33 +106,33 @@ fn refuse_zero_divisor(op: &'static str, b: &Tensor) -> Result<()> {
 impl Tensor {
     /// a + b. Every numeric dtype; integers wrap.
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "add", |a, b| a + b)?;
+        let out = zip(self, other, binary::Add::ROW)?;
         record("add", out, &[self, other], |_| Sum { name: "add", negate: false })
     }
 
     /// a − b. Every numeric dtype; integers wrap.
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "sub", |a, b| a - b)?;
+        let out = zip(self, other, binary::Sub::ROW)?;
         record("sub", out, &[self, other], |_| Sum { name: "sub", negate: true })
     }
 
     /// a · b, element by element. Every numeric dtype; integers wrap.
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "mul", |a, b| a * b)?;
+        let out = zip(self, other, binary::Mul::ROW)?;
         record("mul", out, &[self, other], |needs| Mul { a: needs.save_for(1, self), b: needs.save_for(0, other) })
     }
 
     /// a / b. Integers round towards zero; a zero divisor is an error for them.
     pub fn div(&self, other: &Tensor) -> Result<Tensor> {
         refuse_zero_divisor("div", other)?;
-        let out = zip(self, other, "div", |a, b| a / b)?;
+        let out = zip(self, other, binary::Div::ROW)?;
         record_operands("div", out, self, other, [|_, b, g| g.div(b), |a, b, g| g.div(b)?.mul(&a.div(b)?)?.neg()])
     }
 
     /// a − b·⌊a/b⌋: the remainder with the sign of the divisor. A zero divisor is an error for integers.
     pub fn rem(&self, other: &Tensor) -> Result<Tensor> {
         refuse_zero_divisor("rem", other)?;
-        let out = zip(self, other, "rem", |a, b| a - b * (a / b).floor())?;
+        let out = zip(self, other, binary::Rem::ROW)?;
         record_operands("rem", out, self, other, [|_, _, g| Ok(g.clone()), |a, b, g| g.mul(&a.div(b)?.floor()?)?.neg()])
     }
 
@@ -117,7 +140,7 @@ impl Tensor {
     ///
     /// The derivative with respect to a is 0 where b is 0; that with respect to b is 0 where a is 0 and b is not negative.
     pub fn pow(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "pow", f64::powf)?;
+        let out = zip(self, other, binary::Pow::ROW)?;
         let base: Side = |a, b, g| g.mul(b)?.mul(&a.pow(&b.add_scalar(-1.0)?)?)?.masked_fill(&b.eq_scalar(0.0)?, 0.0);
         let exponent: Side = |a, b, g| {
             let zero = a.eq_scalar(0.0)?.logical_and(&b.ge_scalar(0.0)?)?;
@@ -128,19 +151,19 @@ impl Tensor {
 
     /// The larger element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
     pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "maximum", |a, b| if a.is_nan() || a > b { a } else { b })?;
+        let out = zip(self, other, binary::Maximum::ROW)?;
         record_operands("maximum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
     }
 
     /// The smaller element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
     pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "minimum", |a, b| if a.is_nan() || a < b { a } else { b })?;
+        let out = zip(self, other, binary::Minimum::ROW)?;
         record_operands("minimum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
     }
 
     /// The angle of the point (x, y) = (other, self), in (−π, π].
     pub fn atan2(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, "atan2", f64::atan2)?;
+        let out = zip(self, other, binary::Atan2::ROW)?;
         let y: Side = |y, x, g| g.mul(x)?.div(&x.square()?.add(&y.square()?)?);
         let x: Side = |y, x, g| g.mul(y)?.div(&x.square()?.add(&y.square()?)?)?.neg();
         record_operands("atan2", out, self, other, [y, x])
@@ -148,6 +171,11 @@ impl Tensor {
 
     /// a + weight·(b − a): a at weight 0, b at weight 1.
     pub fn lerp(&self, end: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        self.add(&end.sub(self)?.mul(weight)?)
+        let out = apply(binary::Lerp::ROW, [0.0; 2], [Arg::Tensor(self), Arg::Tensor(end), Arg::Tensor(weight)])?;
+        record("lerp", out, &[self, end, weight], |needs| Lerp {
+            start: needs.save_for(2, self),
+            end: needs.save_for(2, end),
+            weight: weight.clone(),
+        })
     }
 }

@@ -1,126 +1,248 @@
-//! From tensors to the kernels of the pointwise table.
+//! From tensors to the kernels of the pointwise table: shapes, dtypes, output layouts, and the rules that most functions share.
+//!
+//! A result lies in memory as its densest operand does, so channels-last stays channels-last.
 
-use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Bool, Result, Shape, Tensor, broadcast_shapes};
-use kiln_kernels::element::Element;
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::{Bool, DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
+use kiln_kernels::cpu::cast::Stored;
+use kiln_kernels::cpu::pointwise::{self as kernels, Operand, Output};
+use kiln_kernels::pointwise::relation::RelationRow;
+use kiln_kernels::pointwise::{Params, Row};
+use kiln_kernels::view::StridedView;
 
-pub(super) fn map(x: &Tensor, op: &'static str, f: impl Fn(f64) -> f64) -> Result<Tensor> {
-    for_float!(x.dtype(), op, T => {
-        let shape = *x.shape();
-        let x = x.detach().contiguous()?;
-        let x = x.as_slice::<T>()?;
-        Tensor::build::<T>(&shape, |out| {
-            for (o, &x) in out.iter_mut().zip(x) {
-                *o = <T as Element>::from_f64(f(x.to_f64()));
-            }
-            Ok(())
-        })
-    })
+/// A row of two operands, in which the first is what the forward pass saved and the second the gradient.
+pub(super) type Backward = &'static Row<2>;
+
+/// An operand: a tensor, or a number that takes the dtype of the others.
+#[derive(Clone, Copy)]
+pub(super) enum Arg<'a> {
+    Tensor(&'a Tensor),
+    Scalar(f64),
 }
 
-pub(super) fn map_number(x: &Tensor, op: &'static str, f: impl Fn(f64) -> f64) -> Result<Tensor> {
-    for_number!(x.dtype(), op, T => {
-        let shape = *x.shape();
-        let x = x.detach().contiguous()?;
-        let x = x.as_slice::<T>()?;
-        Tensor::build::<T>(&shape, |out| {
-            for (o, &x) in out.iter_mut().zip(x) {
-                *o = <T as Element>::from_f64(f(x.to_f64()));
-            }
-            Ok(())
-        })
-    })
-}
-
-pub(super) fn zip(a: &Tensor, b: &Tensor, op: &'static str, f: impl Fn(f64, f64) -> f64) -> Result<Tensor> {
-    a.expect_same(op, b)?;
-    let shape = broadcast_shapes(op, a.shape(), b.shape())?;
-    for_number!(a.dtype(), op, T => {
-        let (a, b) = (a.detach().expand(shape)?.contiguous()?, b.detach().expand(shape)?.contiguous()?);
-        let (a, b) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-        Tensor::build::<T>(&shape, |out| {
-            for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-                *o = <T as Element>::from_f64(f(a.to_f64(), b.to_f64()));
-            }
-            Ok(())
-        })
-    })
-}
-
-pub(super) fn compare(a: &Tensor, b: &Tensor, op: &'static str, f: impl Fn(f64, f64) -> bool) -> Result<Tensor> {
-    a.expect_same(op, b)?;
-    let shape = broadcast_shapes(op, a.shape(), b.shape())?;
-    for_any!(a.dtype(), T => {
-        let (a, b) = (a.detach().expand(shape)?.contiguous()?, b.detach().expand(shape)?.contiguous()?);
-        let (a, b) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-        Tensor::build::<Bool>(&shape, |out| {
-            for ((o, a), b) in out.iter_mut().zip(a).zip(b) {
-                *o = f(a.to_f64(), b.to_f64()).into();
-            }
-            Ok(())
-        })
-    })
-}
-
-pub(super) fn compare_scalar(a: &Tensor, f: impl Fn(f64) -> bool) -> Result<Tensor> {
-    for_any!(a.dtype(), T => {
-        let shape = *a.shape();
-        let a = a.detach().contiguous()?;
-        let a = a.as_slice::<T>()?;
-        Tensor::build::<Bool>(&shape, |out| {
-            for (o, a) in out.iter_mut().zip(a) {
-                *o = f(a.to_f64()).into();
-            }
-            Ok(())
-        })
-    })
-}
-
-/// `a` where `mask`, else `b`; the three have one shape.
-pub(super) fn select(mask: &Tensor, a: &Tensor, b: &Tensor, shape: &Shape) -> Result<Tensor> {
-    let mask = mask.detach().expand(shape)?.contiguous()?;
-    let mask = mask.as_slice::<Bool>()?;
-    for_any!(a.dtype(), T => {
-        let (a, b) = (a.detach().expand(shape)?.contiguous()?, b.detach().expand(shape)?.contiguous()?);
-        let (a, b) = (a.as_slice::<T>()?, b.as_slice::<T>()?);
-        Tensor::build::<T>(shape, |out| {
-            for (i, o) in out.iter_mut().enumerate() {
-                *o = if mask[i].get() { a[i] } else { b[i] };
-            }
-            Ok(())
-        })
-    })
-}
-
-/// A rule that is one function of the saved input and the gradient.
-struct FromInput<R> {
-    name: &'static str,
-    x: Tensor,
-    rule: R,
-}
-
-impl<R: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static> Op for FromInput<R> {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some((self.rule)(&self.x, grad)?)])
+impl Arg<'_> {
+    fn tensor(&self) -> Option<&Tensor> {
+        match self {
+            Arg::Tensor(t) => Some(t),
+            Arg::Scalar(_) => None,
+        }
     }
 }
 
-/// A rule that is one function of the saved output and the gradient.
-struct FromOutput<R> {
+/// The shape that all tensors broadcast to.
+fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Shape> {
+    let mut shape: Option<Shape> = None;
+    for t in tensors {
+        shape = Some(match shape {
+            Some(shape) => broadcast_shapes(op, &shape, t.shape())?,
+            None => *t.shape(),
+        });
+    }
+    shape.ok_or_else(|| Error::argument(op, "needs a tensor"))
+}
+
+/// The layout of a result of `shape`: that of the first operand that is dense in this shape.
+fn result_layout<'a>(shape: &Shape, mut tensors: impl Iterator<Item = &'a Tensor>) -> Layout {
+    let dense = tensors.find(|t| t.shape() == shape && t.layout().is_dense());
+    dense.map_or_else(|| Layout::contiguous(*shape), |t| t.layout().dense_like())
+}
+
+/// The elements of `x` seen through `layout`, one of its own broadcast.
+fn view<'a, T: WithDType>(op: &str, x: &'a Tensor, layout: &'a Layout) -> Result<StridedView<'a, T>> {
+    StridedView::new(x.storage().get().as_slice::<T>(), layout.offset(), layout.shape().dims(), layout.strides())
+        .ok_or_else(|| Error::shape(op, format!("layout {layout:?} leaves the storage")))
+}
+
+fn operand<'a, T: WithDType>(op: &str, arg: &Arg<'a>, layout: &'a Option<Layout>) -> Result<Operand<'a, T>> {
+    Ok(match (arg, layout) {
+        (Arg::Tensor(t), Some(layout)) => Operand::View(view(op, t, layout)?),
+        (Arg::Tensor(t), None) => Operand::View(view(op, t, t.layout())?),
+        (Arg::Scalar(x), _) => Operand::Scalar(*x),
+    })
+}
+
+/// Everything an elementwise kernel needs to know before it is told the type of the elements.
+struct Prepared<'a, const N: usize> {
+    op: &'static str,
+    args: [Arg<'a>; N],
+    dtype: DType,
+    layout: Layout,
+    /// The layouts of the operands, broadcast; `None` for a number.
+    layouts: [Option<Layout>; N],
+}
+
+impl<'a, const N: usize> Prepared<'a, N> {
+    fn new(op: &'static str, args: [Arg<'a>; N]) -> Result<Self> {
+        let tensors = || args.iter().filter_map(Arg::tensor);
+        let first = tensors().next().ok_or_else(|| Error::argument(op, "needs a tensor"))?;
+        for t in tensors() {
+            first.expect_same(op, t)?;
+        }
+        let shape = common_shape(op, tensors())?;
+        let mut layouts = [None; N];
+        for (layout, arg) in layouts.iter_mut().zip(&args) {
+            *layout = arg.tensor().map(|t| t.layout().broadcast_to(op, &shape)).transpose()?;
+        }
+        Ok(Self { op, args, dtype: first.dtype(), layout: result_layout(&shape, tensors()), layouts })
+    }
+
+    fn operands<T: WithDType>(&self) -> Result<[Operand<'_, T>; N]> {
+        let mut operands = [Operand::Scalar(0.0); N];
+        for (k, slot) in operands.iter_mut().enumerate() {
+            *slot = operand(self.op, &self.args[k], &self.layouts[k])?;
+        }
+        Ok(operands)
+    }
+
+    fn output<'o, T>(&'o self, data: &'o mut [T]) -> Output<'o, T> {
+        Output { data, shape: self.layout.shape().dims(), strides: self.layout.strides() }
+    }
+}
+
+/// An error if the row is not defined for elements of `T`.
+fn expect_defined<T: Stored + WithDType, const N: usize>(op: &'static str, row: &Row<N>) -> Result<()> {
+    row.tile::<T::Compute>().map(|_| ()).ok_or_else(|| Error::unsupported_dtype(op, T::DTYPE, "a float dtype"))
+}
+
+/// The row's function of operands that broadcast together, untracked.
+pub(super) fn apply<const N: usize>(row: &Row<N>, params: Params, args: [Arg; N]) -> Result<Tensor> {
+    let p = Prepared::new(row.name, args)?;
+    for_number!(p.dtype, p.op, T => {
+        expect_defined::<T, N>(p.op, row)?;
+        Tensor::build_with_layout::<T>(p.layout, |out| {
+            kernels::apply(row, params, p.operands::<T>()?, p.output(out));
+            Ok(())
+        })
+    })
+}
+
+/// The row's function of one tensor.
+pub(super) fn map(x: &Tensor, row: &Row<1>) -> Result<Tensor> {
+    apply(row, [0.0; 2], [Arg::Tensor(x)])
+}
+
+/// The row's function of two tensors.
+pub(super) fn zip(a: &Tensor, b: &Tensor, row: &Row<2>) -> Result<Tensor> {
+    apply(row, [0.0; 2], [Arg::Tensor(a), Arg::Tensor(b)])
+}
+
+/// `row(a, b)`, or `row(b, a)` if `swapped`, in the memory of `a`, if that is possible: nobody else holds it, the result has its shape,
+/// and no derivative is wanted. `false` if not, with `a` unchanged.
+pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool) -> Result<bool> {
+    let tracked = a.is_tracked() || b.tensor().is_some_and(Tensor::is_tracked);
+    let fits = b.tensor().is_none_or(|b| b.dtype() == a.dtype() && b.layout().broadcast_to(row.name, a.shape()).is_ok());
+    if tracked || !fits || !a.dtype().is_float() {
+        return Ok(false);
+    }
+    let layout = a.layout().dense_like();
+    let other = b.tensor().map(|b| b.layout().broadcast_to(row.name, layout.shape())).transpose()?;
+    for_float!(a.dtype(), row.name, T => {
+        let b = operand::<T>(row.name, &b, &other)?;
+        let Some(data) = a.donate::<T>() else { return Ok(false) };
+        let operands = if swapped { [b, Operand::Output] } else { [Operand::Output, b] };
+        kernels::apply(row, [0.0; 2], operands, Output { data, shape: layout.shape().dims(), strides: layout.strides() });
+        Ok(true)
+    })
+}
+
+/// The truth of a relation between two operands.
+pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
+    let p = Prepared::new(row.name, [a, b])?;
+    for_any!(p.dtype, T => Tensor::build_with_layout::<Bool>(p.layout, |out| {
+        kernels::relate(row, p.operands::<T>()?, p.output(out));
+        Ok(())
+    }))
+}
+
+/// The truth of a relation between the elements and a number, which need not be one of their dtype.
+pub(super) fn compare_scalar(row: &RelationRow, x: &Tensor, value: f64) -> Result<Tensor> {
+    let exact = match x.dtype() {
+        DType::Bool => value == 0.0 || value == 1.0,
+        dtype => dtype.is_float() || holds(dtype, value),
+    };
+    if exact {
+        return compare(row, Arg::Tensor(x), Arg::Scalar(value));
+    }
+    compare(row, Arg::Tensor(&x.detach().to_dtype(DType::F64)?), Arg::Scalar(value))
+}
+
+/// Whether the integer `dtype` has this number.
+pub(super) fn holds(dtype: DType, value: f64) -> bool {
+    let (low, high) = match dtype {
+        DType::U8 => (0.0, 255.0),
+        DType::I32 => (i32::MIN as f64, i32::MAX as f64),
+        // The largest f64 below 2⁶³.
+        _ => (i64::MIN as f64, 9_223_372_036_854_774_784.0),
+    };
+    value.fract() == 0.0 && (low..=high).contains(&value)
+}
+
+/// `a` where `mask`, else `b`, which broadcast together.
+pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<Tensor> {
+    let mut p = Prepared::new(op, [a, b])?;
+    let tensors = || [a, b].into_iter().filter_map(|arg| if let Arg::Tensor(t) = arg { Some(t) } else { None });
+    let shape = broadcast_shapes(op, p.layout.shape(), mask.shape())?;
+    p.layout = result_layout(&shape, tensors());
+    for layout in p.layouts.iter_mut().flatten() {
+        *layout = layout.broadcast_to(op, &shape)?;
+    }
+    let mask_layout = mask.layout().broadcast_to(op, &shape)?;
+    let mask = view::<Bool>(op, mask, &mask_layout)?;
+    for_any!(p.dtype, T => Tensor::build_with_layout::<T>(p.layout, |out| {
+        let [a, b] = p.operands::<T>()?;
+        kernels::select(mask, a, b, p.output(out));
+        Ok(())
+    }))
+}
+
+/// The elements in another dtype.
+pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    let layout = x.layout().dense_like();
+    for_any!(x.dtype(), A => for_any!(dtype, B => Tensor::build_with_layout::<B>(layout, |out| {
+        kernels::cast(x.view_of::<A>()?, Output { data: out, shape: layout.shape().dims(), strides: layout.strides() });
+        Ok(())
+    })))
+}
+
+/// A derivative in one pass, for when it is not to be differentiated itself.
+#[derive(Clone, Copy)]
+pub(super) struct Fused {
+    pub(super) row: Backward,
+    pub(super) params: Params,
+}
+
+impl Fused {
+    /// The derivative `row(saved, grad)` without parameters.
+    pub(super) fn new(row: Backward) -> Option<Self> {
+        Self::with(row, [0.0; 2])
+    }
+
+    /// The derivative `row(saved, grad)` with parameters.
+    pub(super) fn with(row: Backward, params: Params) -> Option<Self> {
+        Some(Self { row, params })
+    }
+}
+
+/// A rule that is one function of a saved tensor and the gradient: in plain operations, and as a fused row where there is one.
+struct FromSaved<R> {
     name: &'static str,
-    y: Tensor,
+    saved: Tensor,
+    saved_is_output: bool,
+    fused: Option<Fused>,
     rule: R,
 }
 
-impl<R: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static> Op for FromOutput<R> {
+impl<R: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static> Op for FromSaved<R> {
     fn name(&self) -> &'static str {
         self.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some((self.rule)(&ctx.output(&self.y), grad)?)])
+        let gradient = match self.fused {
+            Some(Fused { row, params }) if !is_grad_enabled() => apply(row, params, [Arg::Tensor(&self.saved), Arg::Tensor(grad)])?,
+            _ if self.saved_is_output => (self.rule)(&ctx.output(&self.saved), grad)?,
+            _ => (self.rule)(&self.saved, grad)?,
+        };
+        Ok(vec![Some(gradient)])
     }
 }
 
@@ -139,25 +261,27 @@ impl<R: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static> Op for FromGrad<R
     }
 }
 
-/// Records `out = f(x)` with the gradient `rule(x, grad)`.
+/// Records `out = f(x)` with the gradient `rule(x, grad)`, which `fused` computes in one pass.
 pub(super) fn record_input(
     name: &'static str,
     out: Tensor,
     x: &Tensor,
+    fused: Option<Fused>,
     rule: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    record(name, out, &[x], |_| FromInput { name, x: x.clone(), rule })
+    record(name, out, &[x], |_| FromSaved { name, saved: x.clone(), saved_is_output: false, fused, rule })
 }
 
-/// Records `out = f(x)` with the gradient `rule(out, grad)`.
+/// Records `out = f(x)` with the gradient `rule(out, grad)`, which `fused` computes in one pass.
 pub(super) fn record_output(
     name: &'static str,
     out: Tensor,
     x: &Tensor,
+    fused: Option<Fused>,
     rule: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let y = out.clone();
-    record(name, out, &[x], |_| FromOutput { name, y, rule })
+    let saved = out.clone();
+    record(name, out, &[x], |_| FromSaved { name, saved, saved_is_output: true, fused, rule })
 }
 
 /// Records `out = f(x)` with the gradient `rule(grad)`.
