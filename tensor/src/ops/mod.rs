@@ -6,12 +6,15 @@
 //! engine sums them down to each input's.
 
 pub mod conv;
+pub mod loss;
 pub mod movement;
+pub mod norm;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
 pub mod reduce;
 mod spatial;
+pub mod softmax;
 mod stand_in;
 pub mod upsample;
 
