@@ -9,6 +9,9 @@ pub mod conv;
 pub mod index;
 pub mod movement;
 pub mod optim;
+pub mod loss;
+pub mod movement;
+pub mod norm;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
@@ -16,6 +19,7 @@ pub mod random;
 pub mod reduce;
 pub mod sort;
 mod spatial;
+pub mod softmax;
 pub mod upsample;
 
 pub use spatial::PerAxis;
