@@ -1,6 +1,9 @@
 //! Kiln's models: layers, optimisers, data and the model families.
 
+pub mod classifier;
 pub mod data;
+pub mod gan;
+pub mod metrics;
 pub mod nn;
 pub mod optim;
 pub mod report;

@@ -24,6 +24,13 @@ pub use dtype::{DType, Scalar, WithDType};
 pub use error::{Error, ErrorKind, Result};
 pub use generator::{Generator, manual_seed};
 pub use layout::Layout;
+pub use ops::PerAxis;
+pub use ops::conv::ConvOptions;
+pub use ops::loss::{BceOptions, CosineEmbeddingOptions, CrossEntropyOptions, KlDivOptions, Reduction, TripletMarginOptions};
+pub use ops::movement::{Ellipsis, IndexItem, IntoIndex, NewAxis, PadMode};
+pub use ops::norm::BatchNorm;
+pub use ops::pool::PoolOptions;
+pub use ops::upsample::Interpolation;
 pub use shape::{Dims, IntoShape, MAX_RANK, ReshapeDims, Shape, broadcast_shapes};
 pub use tensor::Tensor;
 

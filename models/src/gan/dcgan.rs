@@ -23,7 +23,10 @@ impl Default for DcganConfig {
     }
 }
 
-const HALVE: ConvOptions<2> = ConvOptions::new().with_stride(2).with_padding(1);
+/// A 4 × 4 kernel with these options halves the size, or doubles it when transposed.
+fn halving() -> ConvOptions<2> {
+    ConvOptions::new().with_stride(2).with_padding(1)
+}
 
 /// Noise to picture: two transposed convolutions, each of which doubles the size.
 pub struct DcganGenerator {
@@ -43,9 +46,9 @@ impl DcganGenerator {
             config,
             fc: Linear::new(&params.scope("fc"), config.latent + config.classes.unwrap_or(0), deep * 7 * 7, false)?,
             b0: BatchNorm2d::new(&params.scope("b0"), deep)?,
-            c1: ConvTranspose2d::new(&params.scope("c1"), deep, wide, 4, HALVE.with_bias(false))?,
+            c1: ConvTranspose2d::new(&params.scope("c1"), deep, wide, 4, halving().with_bias(false))?,
             b1: BatchNorm2d::new(&params.scope("b1"), wide)?,
-            c2: ConvTranspose2d::new(&params.scope("c2"), wide, 1, 4, HALVE)?,
+            c2: ConvTranspose2d::new(&params.scope("c2"), wide, 1, 4, halving())?,
         })
     }
 
@@ -88,8 +91,8 @@ impl DcganDiscriminator {
         let norm = config.discriminator_norm;
         Ok(Self {
             config,
-            c1: Conv2d::new(&params.scope("c1"), 1, wide, 4, HALVE)?,
-            c2: Conv2d::new(&params.scope("c2"), wide, deep, 4, HALVE.with_bias(!norm))?,
+            c1: Conv2d::new(&params.scope("c1"), 1, wide, 4, halving())?,
+            c2: Conv2d::new(&params.scope("c2"), wide, deep, 4, halving().with_bias(!norm))?,
             b2: norm.then(|| BatchNorm2d::new(&params.scope("b2"), deep)).transpose()?,
             fc: Linear::new(&params.scope("fc"), deep * 7 * 7, 1, true)?,
             class: config.classes.map(|n| Embedding::new(&params.scope("class"), n, deep * 7 * 7)).transpose()?,

@@ -114,18 +114,15 @@ impl GanTrainer {
     /// One step on real pictures (B, 1, 28, 28) in [-1, 1], with `labels` (B) for a conditional model.
     pub fn step(&mut self, real: &Tensor, labels: Option<&Tensor>) -> Result<StepLosses> {
         let batch = real.dim(0)?;
-        let noise = Tensor::randn_with([batch, self.options.model.latent], real.dtype(), &self.noise)?;
+        let noise = self.noise.randn([batch, self.options.model.latent], real.dtype())?;
         self.step_from(real, labels, &noise)
     }
 
     /// [`step`](GanTrainer::step) from given noise (B, latent).
     pub fn step_from(&mut self, real: &Tensor, labels: Option<&Tensor>, noise: &Tensor) -> Result<StepLosses> {
         let trains_generator = (self.steps + 1).is_multiple_of(self.options.critic_steps.max(1));
-        let fake = if trains_generator {
-            self.generator.forward(noise, labels)?
-        } else {
-            no_grad(|| self.generator.forward(noise, labels))?
-        };
+        let fake =
+            if trains_generator { self.generator.forward(noise, labels)? } else { no_grad(|| self.generator.forward(noise, labels))? };
         let discriminator = self.train_discriminator(real, &fake.detach(), labels)?;
         if trains_generator {
             self.last_generator_loss = self.train_generator(&fake, labels)?;
@@ -139,7 +136,7 @@ impl GanTrainer {
         let score = |pictures: &Tensor| self.discriminator.forward(pictures, labels);
         let mut loss = self.options.loss.discriminator(&score(real)?, &score(fake)?)?;
         if self.options.loss == GanLoss::WganGp {
-            let mix = Tensor::rand_with([real.dim(0)?, 1, 1, 1], real.dtype(), &self.noise)?;
+            let mix = self.noise.rand([real.dim(0)?, 1, 1, 1], real.dtype())?;
             loss = loss.add(&gradient_penalty(score, real, fake, &mix)?.mul_scalar(self.options.penalty)?)?;
         }
         loss.backward()?;
@@ -170,7 +167,8 @@ impl GanTrainer {
     /// Everything that the next step depends on.
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
-        let mut put = |prefix: &str, part: StateDict| state.extend(part.into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
+        let mut put =
+            |prefix: &str, part: StateDict| state.extend(part.into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
         put("generator", self.generator_params.state_dict());
         put("discriminator", self.discriminator_params.state_dict());
         put("generator_optimizer", self.generator_optimizer.state_dict()?);

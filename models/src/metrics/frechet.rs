@@ -15,7 +15,10 @@ impl FeatureStatistics {
     pub fn of(features: &Tensor) -> Result<Self> {
         let [n, f] = features.dims_n("frechet_distance")?;
         if n < 2 {
-            return Err(Error::shape("frechet_distance", format!("a covariance takes at least two feature vectors, got shape {}", features.shape())));
+            return Err(Error::shape(
+                "frechet_distance",
+                format!("a covariance takes at least two feature vectors, got shape {}", features.shape()),
+            ));
         }
         let rows = DMatrix::from_row_slice(n, f, &features.detach().to_dtype(DType::F64)?.to_vec::<f64>()?);
         let mean = rows.row_mean().transpose();

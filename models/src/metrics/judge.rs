@@ -31,7 +31,7 @@ impl DigitJudge {
             for batch in &mut loader {
                 let batch = batch?;
                 params.zero_grad();
-                model.forward(&batch.images()?)?.cross_entropy(&batch.labels()?)?.backward()?;
+                model.forward(&batch.images)?.cross_entropy(&batch.labels)?.backward()?;
                 optimizer.step()?;
             }
         }
@@ -72,7 +72,7 @@ impl DigitJudge {
 fn whole(set: &ImageSet) -> Result<(Tensor, Vec<i64>)> {
     let all: Vec<usize> = (0..set.len()).collect();
     let batch = set.clone().with_scale(Scale::Signed).batch(&all, &mut Rng::new(0))?;
-    Ok((batch.images()?, batch.labels()?.to_vec()?))
+    Ok((batch.images, batch.labels.to_vec()?))
 }
 
 /// Features and logits, in chunks.

@@ -7,19 +7,18 @@
 
 pub mod conv;
 pub mod index;
-pub mod movement;
-pub mod optim;
 pub mod loss;
 pub mod movement;
 pub mod norm;
+pub mod optim;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
 pub mod random;
 pub mod reduce;
+pub mod softmax;
 pub mod sort;
 mod spatial;
-pub mod softmax;
 pub mod upsample;
 
 pub use spatial::PerAxis;

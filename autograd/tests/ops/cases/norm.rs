@@ -51,16 +51,12 @@ fn rows() -> Vec<Case> {
 
 fn channels() -> Vec<Case> {
     vec![
-        case(
-            "batch_norm",
-            |x| Ok(x[0].batch_norm(x.get(1), x.get(2), EPS)?.output),
-            |x| normalise(x, true, |i| i[1], |i| i[1]),
-        )
-        .distinct()
-        .sample(&[&[3, 2, 2, 2], &[2], &[2]])
-        .sample(&[&[5, 3]])
-        .sample(&[&[3, 4, 2], &[4]])
-        .large(&[&[40, 12, 14, 14], &[12], &[12]]),
+        case("batch_norm", |x| Ok(x[0].batch_norm(x.get(1), x.get(2), EPS)?.output), |x| normalise(x, true, |i| i[1], |i| i[1]))
+            .distinct()
+            .sample(&[&[3, 2, 2, 2], &[2], &[2]])
+            .sample(&[&[5, 3]])
+            .sample(&[&[3, 4, 2], &[4]])
+            .large(&[&[40, 12, 14, 14], &[12], &[12]]),
         case(
             "batch_norm_eval",
             |x| {

@@ -1,0 +1,257 @@
+//! Trains a DCGAN on handwritten digits and judges what it draws. `cargo run --example gan_mnist`
+//!
+//! Writes to `out/gan_mnist/`: a grid of samples per epoch, loss curves, `metrics.csv`, and a checkpoint that `--resume`
+//! continues bit for bit. At the end a classifier that was trained on the real digits says which digits were drawn, how
+//! sure it is of them, and how far they are from real ones.
+
+use clap::Parser;
+use kiln::data::{Dataset, ImageSet, Loader, LoaderOptions, LoaderState, Mnist, Scale, Source};
+use kiln::gan::{GanLoss, GanTrainer, GanTrainerOptions};
+use kiln::metrics::DigitJudge;
+use kiln::prelude::*;
+use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid};
+use kiln::{Error, Result, io};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+/// Rows and columns of a sample grid; a column is a class in a conditional model.
+const GRID: (usize, usize) = (8, 10);
+/// Steps between checkpoints within an epoch.
+const SAVE_EVERY: u64 = 50;
+
+/// Trains a DCGAN on handwritten digits and judges what it draws.
+///
+/// Without options it trains on MNIST where it finds it (KILN_DATA, the cache folder, a download), and on generated
+/// digits otherwise. It says which. Ctrl-C saves; --resume continues.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Folder that holds MNIST's IDX files.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Passes over the training images.
+    #[arg(long, default_value_t = 25)]
+    epochs: u64,
+    /// Stop after this many steps instead of --epochs.
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Images in a step.
+    #[arg(long, default_value_t = 128)]
+    batch_size: usize,
+    /// Seed of the weights, of the noise and of the order of the images.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The objective: bce, hinge or wgan-gp (five critic steps for each of the generator's).
+    #[arg(long, default_value = "bce")]
+    loss: GanLoss,
+    /// Draw the digit that is asked for: generator and discriminator get the labels.
+    #[arg(long)]
+    conditional: bool,
+    /// Threads; all cores by default. The result does not depend on it.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Device to train on: cpu.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Folder for everything that is written.
+    #[arg(long, default_value = "out/gan_mnist")]
+    out: PathBuf,
+    /// Continue from the checkpoint in --out.
+    #[arg(long)]
+    resume: bool,
+    /// Samples to judge at the end; 0 leaves the judgement out.
+    #[arg(long, default_value_t = 2000)]
+    judge_samples: usize,
+    /// Only judge the pictures in this .npy file, of shape (N, 1, 28, 28) with values in [-1, 1].
+    #[arg(long)]
+    judge: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    if let Some(threads) = args.threads {
+        kiln::set_threads(threads)?;
+    }
+    let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
+    println!("data: {mnist}");
+    if let Some(path) = &args.judge {
+        println!("{}", judge(&mnist, args.seed)?.judge(&io::npy::load(path)?)?);
+        return Ok(());
+    }
+    let mut run = Run::new(&args, &mnist.train)?;
+    if !run.train(&args)? {
+        println!("stopped at step {}; continue with: {}", run.trainer.steps(), resume_command(&args));
+        return Ok(());
+    }
+    if args.judge_samples > 0 {
+        println!("training a classifier on the real digits to judge the drawn ones …");
+        let judge = judge(&mnist, args.seed)?;
+        println!("the classifier names {:.2} % of the real test digits correctly", 100.0 * judge.accuracy());
+        let (pictures, labels) = run.samples(args.judge_samples, args.seed + 1)?;
+        println!("{} drawn digits: {}", args.judge_samples, judge.judge(&pictures)?);
+        if let Some(labels) = labels {
+            println!("{:.1} % of them are the digit that was asked for", 100.0 * judge.agreement(&pictures, &labels)?);
+        }
+    }
+    println!("everything is in {}", args.out.display());
+    Ok(())
+}
+
+fn judge(mnist: &Mnist, seed: u64) -> Result<DigitJudge> {
+    DigitJudge::train(&mnist.train, &mnist.test, 4, seed)
+}
+
+fn resume_command(args: &Args) -> String {
+    let mut command = format!("cargo run --example gan_mnist -- --resume --out {}", args.out.display());
+    let defaults = Args::parse_from(["gan_mnist"]);
+    let mut add = |name: &str, value: String, default: String| {
+        if value != default {
+            command += &format!(" --{name} {value}");
+        }
+    };
+    add("epochs", args.epochs.to_string(), defaults.epochs.to_string());
+    add("batch-size", args.batch_size.to_string(), defaults.batch_size.to_string());
+    add("seed", args.seed.to_string(), defaults.seed.to_string());
+    add("loss", args.loss.to_string(), defaults.loss.to_string());
+    if let Some(steps) = args.steps {
+        add("steps", steps.to_string(), String::new());
+    }
+    if let Some(data) = &args.data {
+        add("data", data.display().to_string(), String::new());
+    }
+    if args.conditional {
+        command += " --conditional";
+    }
+    command
+}
+
+/// A training run: everything that a checkpoint holds, and where results go.
+struct Run {
+    trainer: GanTrainer,
+    loader: Loader<ImageSet>,
+    metrics: MetricsCsv,
+    /// Noise and labels of the sample grids: the same in every epoch, so that one sees each drawing improve.
+    grid_noise: Tensor,
+    grid_labels: Option<Tensor>,
+    out: PathBuf,
+}
+
+impl Run {
+    fn new(args: &Args, images: &ImageSet) -> Result<Self> {
+        let trainer = GanTrainer::new(GanTrainerOptions::new(args.loss, args.conditional.then_some(10), args.seed))?;
+        let options = LoaderOptions { batch_size: args.batch_size, seed: args.seed, drop_last: true, ..LoaderOptions::default() };
+        let loader = Loader::new(images.clone().with_scale(Scale::Signed), options)?;
+        if loader.batches() == 0 {
+            return Err(Error::argument("gan_mnist", format!("{} images do not fill a batch of {}", images.len(), args.batch_size)));
+        }
+        let grid = GRID.0 * GRID.1;
+        let grid_noise = Generator::new(args.seed ^ 0x6121D).randn([grid, trainer.options().model.latent], DType::F32)?;
+        let grid_labels = args.conditional.then(|| class_labels(grid)).transpose()?;
+        let csv = args.out.join("metrics.csv");
+        let columns = ["step", "epoch", "discriminator_loss", "generator_loss"];
+        let mut run =
+            Self { trainer, loader, metrics: MetricsCsv::create(&csv, &columns)?, grid_noise, grid_labels, out: args.out.clone() };
+        if args.resume {
+            run.restore()?;
+            println!("resumed at step {}", run.trainer.steps());
+        }
+        Ok(run)
+    }
+
+    /// Trains to the end; `false` if Ctrl-C stopped it.
+    fn train(&mut self, args: &Args) -> Result<bool> {
+        let total = args.steps.unwrap_or(args.epochs * self.loader.batches());
+        let stop = stop_flag()?;
+        let progress = Progress::new(total, "training");
+        while self.trainer.steps() < total {
+            let epoch = self.loader.state().epoch;
+            while let Some(batch) = self.loader.next() {
+                let batch = batch?;
+                let labels = args.conditional.then_some(&batch.labels);
+                let losses = self.trainer.step(&batch.images, labels)?;
+                let step = self.trainer.steps();
+                self.metrics.write(&[step as f64, epoch as f64, losses.discriminator, losses.generator])?;
+                progress.set(step, &[("D", losses.discriminator), ("G", losses.generator)]);
+                if stop.load(Relaxed) {
+                    self.save()?;
+                    progress.abandon();
+                    return Ok(false);
+                }
+                if step == total {
+                    break;
+                }
+                if step.is_multiple_of(SAVE_EVERY) {
+                    self.save()?;
+                }
+            }
+            let pictures = self.trainer.sample(&self.grid_noise, self.grid_labels.as_ref())?;
+            save_grid(&self.out.join(format!("epoch_{:03}.png", epoch + 1)), &pictures, GRID.1)?;
+            self.plot()?;
+            self.save()?;
+        }
+        progress.finish();
+        Ok(true)
+    }
+
+    fn plot(&self) -> Result<()> {
+        let curves = [
+            Curve::new("discriminator", self.metrics.column("discriminator_loss")),
+            Curve::new("generator", self.metrics.column("generator_loss")),
+        ];
+        plot_curves(&self.out.join("losses.png"), "loss", &curves)
+    }
+
+    fn checkpoint(&self) -> PathBuf {
+        self.out.join("checkpoint.safetensors")
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let mut state = self.trainer.state_dict()?;
+        let at = self.loader.state();
+        let position = [at.seed, at.epoch, at.batch, at.samples, at.batch_size].map(|v| v as i64);
+        state.insert("loader.position".into(), Tensor::from_vec(position.to_vec(), 5)?);
+        self.metrics.flush()?;
+        io::safetensors::save(self.checkpoint(), &state, &BTreeMap::new())
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        let path = self.checkpoint();
+        let mut state = io::safetensors::load(&path)?;
+        let damaged = || Error::format("gan_mnist", format!("{} holds no loader.position of five numbers", path.display()));
+        let position = state.remove("loader.position").ok_or_else(damaged)?.to_vec::<i64>()?;
+        let [seed, epoch, batch, samples, batch_size] = position[..] else { return Err(damaged()) };
+        let [seed, epoch, batch, samples, batch_size] = [seed, epoch, batch, samples, batch_size].map(|v| v as u64);
+        self.trainer.load_state_dict(&state)?;
+        self.loader.resume(LoaderState { seed, epoch, batch, samples, batch_size })?;
+        // What was written after the checkpoint will be written again.
+        let steps = self.trainer.steps() as f64;
+        self.metrics.restore(|row| row[0] <= steps)
+    }
+
+    /// Fresh drawings, and for a conditional model the digits that were asked for.
+    fn samples(&self, count: usize, seed: u64) -> Result<(Tensor, Option<Vec<i64>>)> {
+        let noise = Generator::new(seed).randn([count, self.trainer.options().model.latent], DType::F32)?;
+        let labels = if self.grid_labels.is_some() { Some(class_labels(count)?) } else { None };
+        let pictures = self.trainer.sample(&noise, labels.as_ref())?;
+        Ok((pictures, labels.map(|l| l.to_vec::<i64>()).transpose()?))
+    }
+}
+
+/// 0, 1, …, 9, 0, 1, …
+fn class_labels(count: usize) -> Result<Tensor> {
+    Tensor::from_vec((0..count as i64).map(|i| i % 10).collect::<Vec<i64>>(), count)
+}
+
+/// A flag that Ctrl-C raises; a second Ctrl-C ends the program at once.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let raised = flag.clone();
+    ctrlc::set_handler(move || {
+        if raised.swap(true, Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .map_err(|e| Error::argument("ctrl-c", e.to_string()))?;
+    Ok(flag)
+}
