@@ -30,11 +30,11 @@ const MAX_BLOCK_ROWS: usize = 480;
 /// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.
 pub(super) const FLOP_PER_NS: usize = 64;
 
-/// A task of the small path has at least this many multiply-adds (about 10 µs), as long as the shape allows.
-const TASK_MACS: usize = 1 << 19;
+/// A task of the small path has about this many multiply-adds (20 µs): cut finer, the strips that several tasks pack for themselves tell.
+const TASK_MACS: usize = 1 << 20;
 
 /// The most tasks that a product is cut into.
-const MAX_TASKS: usize = 64;
+const MAX_TASKS: usize = 32;
 
 impl GemmElement for f32 {
     fn gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
@@ -81,7 +81,7 @@ impl Grid {
     fn new(kernels: &MicroKernels, m: usize, n: usize, k: usize, tasks: usize) -> Self {
         let (rows, panels) = (kernels.row_tiles(m), n.div_ceil(kernels.nr));
         let (mut row_blocks, mut col_blocks) = (m.div_ceil(MAX_BLOCK_ROWS), 1);
-        let wanted = (m * n * k / TASK_MACS).min(tasks);
+        let wanted = (m * n * k).div_ceil(TASK_MACS).min(tasks);
         while row_blocks * col_blocks < wanted {
             // Square blocks pack least; a block of rows is worth more than its height, for B is packed once for each.
             let (height, width) = (m / row_blocks, n / col_blocks);

@@ -190,6 +190,12 @@ impl RowTiles {
 /// As for [`MicroKernels::tile`] with `R` rows and a panel of `NV` vectors.
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize, const NV: usize>(s: S, t: &Tile) {
+    for r in 0..R {
+        // C is needed when the sums are done; by then its lines have arrived.
+        // SAFETY: there are R row addresses.
+        let row = unsafe { t.out.c.add(r).read() };
+        (0..NV).for_each(|v| s.prefetch(row.wrapping_add(v * S::LANES)));
+    }
     let mut acc = [[s.zero(); NV]; R];
     for segment in 0..t.segments {
         // SAFETY: `a` holds `segments · R` addresses and `b` holds `segments`.

@@ -1,6 +1,7 @@
 //! Packing: strips of a factor are copied into panels that the micro-kernels read in order, transposed on the way if need be.
 
 use crate::cpu::simd::{F32s, Simd};
+use std::mem::MaybeUninit;
 
 /// A strip of a factor: `lanes` rows of A (or columns of B), `k` elements of each.
 /// Element `k` of lane `i` lies at `src + i · lane_stride + k · k_stride`.
@@ -59,23 +60,52 @@ unsafe fn copy_rows<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
     }
 }
 
-/// Each lane is a run along k: full squares of `LANES × LANES` are transposed in registers.
+/// Each lane is a run along k: squares of `LANES × LANES` are transposed in registers.
 ///
 /// # Safety
 /// As for [`pack`].
 #[inline(always)]
 unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
-    let (lanes, k) = (strip.lanes / S::LANES * S::LANES, strip.k / S::LANES * S::LANES);
-    for i in (0..lanes).step_by(S::LANES) {
-        for k in (0..k).step_by(S::LANES) {
-            // SAFETY: the square lies inside the strip and the panel.
-            unsafe { s.transpose(strip.src.add(i * strip.lane_stride + k), strip.lane_stride, dst.add(k * width + i), width) };
+    let full_k = strip.k / S::LANES * S::LANES;
+    for i in (0..strip.lanes).step_by(S::LANES) {
+        let lanes = S::LANES.min(strip.lanes - i);
+        for k in (0..full_k).step_by(S::LANES) {
+            let (src, dst) = (strip.src.wrapping_add(i * strip.lane_stride + k), dst.wrapping_add(k * width + i));
+            // SAFETY: `lanes` lanes of a full vector of k lie inside the strip and the panel.
+            unsafe {
+                if lanes == S::LANES {
+                    s.transpose(src, strip.lane_stride, dst, width);
+                } else {
+                    transpose_some(s, src, strip.lane_stride, lanes, dst, width);
+                }
+            }
         }
     }
-    // SAFETY: what the squares leave: the last k of their lanes, and the last lanes.
+    // SAFETY: the last k, fewer than a vector, of all lanes.
+    unsafe { gather(strip, 0..strip.lanes, full_k..strip.k, width, dst) };
+}
+
+/// The widest vector of any level.
+const MAX_LANES: usize = 16;
+
+/// Transposes `LANES` values of `lanes < LANES` rows by way of the stack: the row tiles of A are 12 high, vectors are 16 wide.
+///
+/// # Safety
+/// The rows of `src` must be readable for `LANES` values, `LANES` rows of `dst` writable for `lanes` values.
+#[inline(always)]
+unsafe fn transpose_some<S: Simd>(s: S, src: *const f32, src_stride: usize, lanes: usize, dst: *mut f32, dst_stride: usize) {
+    let mut rows = [0f32; MAX_LANES * MAX_LANES];
+    let mut columns = MaybeUninit::<[f32; MAX_LANES * MAX_LANES]>::uninit();
+    let columns = columns.as_mut_ptr().cast::<f32>();
+    // SAFETY: both squares have room for LANES × LANES values; the rest is the caller's contract.
     unsafe {
-        gather(strip, 0..lanes, k..strip.k, width, dst);
-        gather(strip, lanes..strip.lanes, 0..strip.k, width, dst);
+        for i in 0..lanes {
+            s.load(src.add(i * src_stride)).store(rows.as_mut_ptr().add(i * S::LANES));
+        }
+        s.transpose(rows.as_ptr(), S::LANES, columns, S::LANES);
+        for k in 0..S::LANES {
+            s.load(columns.add(k * S::LANES)).store_partial(dst.add(k * dst_stride), lanes);
+        }
     }
 }
 

@@ -78,14 +78,19 @@ impl Simd for Avx2 {
         F32x8(unsafe { _mm256_maskload_ps(src, first(count)) })
     }
     #[inline(always)]
+    fn prefetch(self, address: *const f32) {
+        op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+    #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // Row `i` beside row `i + 4`, half a row each: two rounds of interleaving then stay inside 128-bit lanes.
         // SAFETY: the token proves the features, the caller the memory.
         unsafe {
+            let quad = |at: usize| src.add(at).cast::<Unaligned<__m128>>().read().0;
             for half in 0..2 {
                 let row = |i: usize| {
-                    let low = _mm_loadu_ps(src.add(i * src_stride + 4 * half));
-                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), _mm_loadu_ps(src.add((i + 4) * src_stride + 4 * half)))
+                    let low = quad(i * src_stride + 4 * half);
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), quad((i + 4) * src_stride + 4 * half))
                 };
                 let (a, b, c, d) = (row(0), row(1), row(2), row(3));
                 let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -97,7 +102,7 @@ impl Simd for Avx2 {
                     _mm256_shuffle_ps::<0xEE>(ab_high, cd_high),
                 ];
                 for (j, column) in columns.into_iter().enumerate() {
-                    _mm256_storeu_ps(dst.add((4 * half + j) * dst_stride), column);
+                    dst.add((4 * half + j) * dst_stride).cast::<Unaligned<_>>().write(Unaligned(column));
                 }
             }
         }

@@ -73,11 +73,16 @@ impl Simd for Avx512 {
         F32x16(unsafe { _mm512_maskz_loadu_ps(first(count), src) })
     }
     #[inline(always)]
+    fn prefetch(self, address: *const f32) {
+        op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+    #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // 4×4 transpositions inside the 128-bit lanes (rows 4q..4q+4 give quad q), then a 4×4 transposition of lanes.
         // SAFETY: the token proves the features, the caller the memory.
         unsafe {
-            let row = |i: usize| _mm512_loadu_ps(src.add(i * src_stride));
+            let row = |i: usize| src.add(i * src_stride).cast::<Unaligned<__m512>>().read().0;
+            let put = |at: usize, x: __m512| dst.add(at).cast::<Unaligned<_>>().write(Unaligned(x));
             let quad = |q: usize| {
                 let (a, b, c, d) = (row(4 * q), row(4 * q + 1), row(4 * q + 2), row(4 * q + 3));
                 let (ab_low, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -94,10 +99,10 @@ impl Simd for Avx512 {
             for (j, (((a, b), c), d)) in q0.into_iter().zip(q1).zip(q2).zip(q3).enumerate() {
                 let (even_ab, even_cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
                 let (odd_ab, odd_cd) = (_mm512_shuffle_f32x4::<0xDD>(a, b), _mm512_shuffle_f32x4::<0xDD>(c, d));
-                _mm512_storeu_ps(dst.add(j * dst_stride), _mm512_shuffle_f32x4::<0x88>(even_ab, even_cd));
-                _mm512_storeu_ps(dst.add((4 + j) * dst_stride), _mm512_shuffle_f32x4::<0x88>(odd_ab, odd_cd));
-                _mm512_storeu_ps(dst.add((8 + j) * dst_stride), _mm512_shuffle_f32x4::<0xDD>(even_ab, even_cd));
-                _mm512_storeu_ps(dst.add((12 + j) * dst_stride), _mm512_shuffle_f32x4::<0xDD>(odd_ab, odd_cd));
+                put(j * dst_stride, _mm512_shuffle_f32x4::<0x88>(even_ab, even_cd));
+                put((4 + j) * dst_stride, _mm512_shuffle_f32x4::<0x88>(odd_ab, odd_cd));
+                put((8 + j) * dst_stride, _mm512_shuffle_f32x4::<0xDD>(even_ab, even_cd));
+                put((12 + j) * dst_stride, _mm512_shuffle_f32x4::<0xDD>(odd_ab, odd_cd));
             }
         }
     }

@@ -56,6 +56,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `src` must be valid for reading `count` values, and `count <= LANES`.
     unsafe fn load_partial(self, src: *const f32, count: usize) -> Self::F32;
 
+    /// Asks for the cache line of an address, which need not be valid, so that a later access finds it in L1.
+    #[inline(always)]
+    fn prefetch(self, _address: *const f32) {}
+
     /// Transposes `LANES` rows of `LANES` values; the rows of `src` begin `src_stride` values apart, those of `dst` `dst_stride`.
     ///
     /// # Safety
