@@ -1,6 +1,7 @@
 //! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
 
 mod conv;
+mod index;
 mod movement;
 mod pointwise;
 mod pool;
@@ -11,13 +12,23 @@ use crate::harness::Case;
 
 /// Public functions of the rooms that need no case, each with the reason.
 pub const EXCUSED: &[(&str, &str)] = &[
-    ("stack", "lands with the movement room"),
+    ("rand", "random: tensor/src/ops/random.rs and the kernel test what can be said of it"),
+    ("randn", "random, as rand"),
+    ("randint", "random, as rand"),
+    ("randperm", "random, as rand"),
+    ("rand_like", "random, as rand"),
+    ("randn_like", "random, as rand"),
+    ("rand_bool", "random, as rand"),
+    ("bernoulli", "random, as rand"),
     ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),
 ];
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [conv::cases(), movement::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
+    [conv::cases(), index::cases(), movement::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.
@@ -29,4 +40,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(conv, movement, pointwise, pool, product, reduce);
+rooms!(conv, index, movement, pointwise, pool, product, reduce);
