@@ -420,11 +420,14 @@ impl<T: Float> WithSimd for Drop<'_, T> {
 
 /// A random order of `0..out.len()`: Fisher and Yates' shuffle from the end, element i swapped with `draw_i · (i + 1) >> 64`.
 pub fn permutation(stream: Stream, out: &mut [i64]) {
-    let mut draws = vec![0u64; out.len()];
-    longs(stream, &mut draws);
+    const DRAWS: usize = GROUP / 2;
     out.iter_mut().enumerate().for_each(|(i, o)| *o = i as i64);
-    for i in (1..out.len()).rev() {
-        out.swap(i, ((draws[i] as u128 * (i as u128 + 1)) >> 64) as usize);
+    for group in (0..out.len().div_ceil(DRAWS)).rev() {
+        let mut draws = [0; DRAWS];
+        longs(stream.skip(group), &mut draws);
+        for i in (group * DRAWS..out.len().min((group + 1) * DRAWS)).rev() {
+            out.swap(i, ((draws[i % DRAWS] as u128 * (i as u128 + 1)) >> 64) as usize);
+        }
     }
 }
 

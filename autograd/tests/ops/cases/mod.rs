@@ -1,6 +1,7 @@
 //! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
 
 mod conv;
+mod index;
 mod loss;
 mod movement;
 mod norm;
@@ -13,13 +14,20 @@ use crate::harness::Case;
 
 /// Public functions of the rooms that need no case, each with the reason.
 pub const EXCUSED: &[(&str, &str)] = &[
-    ("stack", "lands with the movement room"),
+    ("rand", "random: tensor/src/ops/random.rs and the kernel test what can be said of it"),
+    ("randn", "random, as rand"),
+    ("randint", "random, as rand"),
+    ("randperm", "random, as rand"),
+    ("rand_like", "random, as rand"),
+    ("randn_like", "random, as rand"),
+    ("rand_bool", "random, as rand"),
+    ("bernoulli", "random, as rand"),
     ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),
 ];
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [conv::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()]
+    [conv::cases(), index::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()]
         .into_iter()
         .flatten()
         .collect()
@@ -34,4 +42,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(conv, loss, movement, norm, pointwise, pool, product, reduce);
+rooms!(conv, index, loss, movement, norm, pointwise, pool, product, reduce);

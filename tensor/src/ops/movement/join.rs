@@ -116,25 +116,31 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
     record("pad", out, &[x], |_| PadConstant { amounts: amounts.to_vec() })
 }
 
-/// Where each element of a padded dimension of `n` elements comes from.
-fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Vec<i64>> {
+/// Where each element of a padded dimension of `n` elements comes from, as positions.
+fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Tensor> {
     let most = match mode {
         PadMode::Reflect => n.saturating_sub(1),
         PadMode::Circular => n,
         _ => usize::MAX,
     };
-    if before < 0 || after < 0 || before as usize > most || after as usize > most || n == 0 {
+    let added = |amount: isize| usize::try_from(amount).ok().filter(|&a| a <= most && n > 0);
+    let extent = added(before).zip(added(after)).and_then(|(before, after)| n.checked_add(before)?.checked_add(after));
+    let Some(extent) = extent else {
         let message = format!("{before} and {after} elements cannot be added to a dimension of {n} by {mode:?}");
         return Err(Error::argument("pad", message));
-    }
-    let n = n as i64;
-    let source = |i: i64| match mode {
-        PadMode::Reflect if i < 0 => -i,
-        PadMode::Reflect if i >= n => 2 * (n - 1) - i,
-        PadMode::Circular => i.rem_euclid(n),
-        _ => i.clamp(0, n - 1),
     };
-    Ok((-before as i64..n + after as i64).map(source).collect())
+    let n = n as i64;
+    Tensor::build::<i64>(&Shape::new(&[extent])?, |map| {
+        for (out, i) in map.iter_mut().zip(-before as i64..) {
+            *out = match mode {
+                PadMode::Reflect if i < 0 => -i,
+                PadMode::Reflect if i >= n => 2 * (n - 1) - i,
+                PadMode::Circular => i.rem_euclid(n),
+                _ => i.clamp(0, n - 1),
+            };
+        }
+        Ok(())
+    })
 }
 
 impl Tensor {
@@ -184,14 +190,13 @@ impl Tensor {
         let lead =
             lead.ok_or_else(|| Error::shape("repeat", format!("{counts:?} has fewer counts than shape {} dimensions", self.shape())))?;
         let mut out = self.reshape([&vec![1; lead], self.dims()].concat())?;
-        for (d, &count) in counts.iter().enumerate() {
-            // One dimension at a time, so that a tensor of the highest rank needs no more than one beyond it.
-            if count != 1 {
-                out = match count {
-                    0 => out.narrow(d as isize, 0, 0)?,
-                    _ => Tensor::cat(&vec![&out; count], d as isize)?,
-                };
-            }
+        for (d, &count) in counts.iter().enumerate().filter(|&(_, &count)| count != 1) {
+            // As three dimensions, so that the new one does not add to the rank.
+            let (outer, n, inner) = out.shape().around(d);
+            let extent = n.checked_mul(count);
+            let extent = extent.ok_or_else(|| Error::shape("repeat", format!("{counts:?} times shape {} overflows", self.shape())))?;
+            let shape = out.shape().with_dim(d, extent)?;
+            out = out.reshape([outer, 1, n * inner])?.expand([outer, count, n * inner])?.reshape(shape)?;
         }
         Ok(out)
     }
@@ -221,8 +226,7 @@ impl Tensor {
         }
         let mut out = self.clone();
         for (d, &(before, after)) in by_dim.iter().enumerate().filter(|(_, pair)| **pair != (0, 0)) {
-            let map = border_map(mode, self.shape()[d], before, after)?;
-            out = out.index_select(d as isize, &Tensor::from_slice(&map, map.len())?)?;
+            out = out.index_select(d as isize, &border_map(mode, self.shape()[d], before, after)?)?;
         }
         Ok(out)
     }
