@@ -1,4 +1,4 @@
-//! Cumulative sums and products along the middle of `[outer, n, inner]`, accumulated in f64 or i64, from either end.
+//! Cumulative sums along the middle of `[outer, n, inner]`, accumulated in f64 or i64, from either end.
 
 use super::lanes::{Lane, Numeric, Wide};
 use super::parallel::{self, SharedMut};
@@ -12,24 +12,6 @@ const STRIP: usize = 256;
 
 /// Σ of the elements up to and including each; of those from it on if `reverse`.
 pub fn cumsum<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
-    scan(axis, reverse, x, y, T::Lane::default().wide(), Wide::plus);
-}
-
-/// Π of the elements up to and including each; of those from it on if `reverse`.
-pub fn cumprod<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
-    scan(axis, reverse, x, y, T::Lane::ONE.wide(), Wide::times);
-}
-
-type Accumulator<T> = <<T as Numeric>::Lane as Lane>::Wide;
-
-fn scan<T: Numeric>(
-    axis: Axis,
-    reverse: bool,
-    x: &[T],
-    y: &mut [T::Total],
-    first: Accumulator<T>,
-    combine: impl Fn(Accumulator<T>, Accumulator<T>) -> Accumulator<T> + Sync,
-) {
     let Axis { outer, n, inner } = axis;
     assert!(x.len() == axis.numel() && y.len() == x.len());
     if x.is_empty() {
@@ -39,17 +21,17 @@ fn scan<T: Numeric>(
     let group = TASK.div_ceil(n * inner.min(STRIP));
     let out = SharedMut::new(y);
     parallel::for_each((outer * strips).div_ceil(group), x.len(), |task| {
-        let mut totals = [first; STRIP];
+        let mut totals = [T::Lane::default().wide(); STRIP];
         for line in task * group..(outer * strips).min((task + 1) * group) {
             let column = line % strips * STRIP;
             let width = STRIP.min(inner - column);
             let totals = &mut totals[..width];
-            totals.fill(first);
+            totals.fill(T::Lane::default().wide());
             for i in 0..n {
                 let row = if reverse { n - 1 - i } else { i };
                 let at = (line / strips * n + row) * inner + column;
                 for (j, (total, &x)) in totals.iter_mut().zip(&x[at..at + width]).enumerate() {
-                    *total = combine(*total, x.to_lane().wide());
+                    *total = total.plus(x.to_lane().wide());
                     // SAFETY: `at + j` is an element's index (`x` was just read there), strips share no columns, and `y`, which
                     // is as long as `x`, stays borrowed until all are done.
                     unsafe { out.get().add(at + j).write(T::total(*total)) }
@@ -87,8 +69,6 @@ mod tests {
             }
         }
         let mut y = [0i64; 4];
-        cumprod(Axis { outer: 1, n: 4, inner: 1 }, false, &[1i32, 2, 3, -4], &mut y);
-        assert_eq!(y, [1, 2, 6, -24]);
         cumsum(Axis { outer: 1, n: 4, inner: 1 }, true, &[1u8, 2, 3, 255], &mut y);
         assert_eq!(y, [261, 260, 258, 255]);
     }

@@ -7,7 +7,9 @@
 
 pub mod conv;
 pub mod index;
+pub mod loss;
 pub mod movement;
+pub mod norm;
 pub mod optim;
 pub mod pointwise;
 pub mod pool;
@@ -16,6 +18,7 @@ pub mod random;
 pub mod reduce;
 pub mod sort;
 mod spatial;
+pub mod softmax;
 pub mod upsample;
 
 pub use spatial::PerAxis;

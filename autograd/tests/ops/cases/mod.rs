@@ -1,7 +1,9 @@
 //! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
 
 mod conv;
+mod loss;
 mod movement;
+mod norm;
 mod pointwise;
 mod pool;
 mod product;
@@ -17,7 +19,7 @@ pub const EXCUSED: &[(&str, &str)] = &[
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [conv::cases(), movement::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
+    [conv::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.
@@ -29,4 +31,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(conv, movement, pointwise, pool, product, reduce);
+rooms!(conv, loss, movement, norm, pointwise, pool, product, reduce);

@@ -360,6 +360,11 @@ impl Spread {
         Spread { count, mean: centre + off, squares: if about_mean < 0.0 { 0.0 } else { about_mean } }
     }
 
+    /// Σ (x − mean)² / (count − correction).
+    pub fn variance(self, correction: f64) -> f64 {
+        self.squares / (self.count - correction).max(0.0)
+    }
+
     /// The spread of both sets together.
     #[inline(always)]
     pub fn merge(self, b: Spread) -> Spread {

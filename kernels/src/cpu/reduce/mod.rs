@@ -108,16 +108,14 @@ pub fn moments<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mut 
     reduce(x, axes, Moments, out, |acc, _| acc);
 }
 
-/// Σ (x − mean)² / (n − correction) and the mean; the divisor is 0 where the correction exceeds n.
-pub fn var_mean<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], correction: f64, var: &mut [T], mean: &mut [T]) {
-    assert_eq!(var.len(), mean.len());
-    let mut spreads = vec![Spread::default(); var.len()];
-    moments(x, axes, &mut spreads);
-    for ((var, mean), spread) in var.iter_mut().zip(mean).zip(spreads) {
-        let divisor = (spread.count - correction).max(0.0);
-        *var = T::total(spread.squares / divisor);
-        *mean = T::total(if spread.count == 0.0 { f64::NAN } else { spread.mean });
-    }
+/// Σ (x − mean)² / (n − correction); the divisor is 0 where the correction exceeds n.
+pub fn var<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], correction: f64, out: &mut [T]) {
+    reduce(x, axes, Moments, out, |acc: Spread, _| T::total(acc.variance(correction)));
+}
+
+/// The square root of the variance.
+pub fn std<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], correction: f64, out: &mut [T]) {
+    reduce(x, axes, Moments, out, |acc: Spread, _| T::total(acc.variance(correction).sqrt()));
 }
 
 /// (Σ |x|^p)^(1/p); p = ∞ gives the largest |x|, −∞ the smallest, 0 the number of elements that are not zero.

@@ -1,0 +1,108 @@
+//! Layer norm and RMS norm, over the last dimensions.
+
+use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::{Error, IntoShape, Result, Shape, Tensor};
+use kiln_kernels::cpu::norm::{self, Rows};
+
+/// The rule of both; see [`composed_gradient`].
+struct LayerNorm {
+    rows: Rows,
+    x: Tensor,
+    weight: Option<Tensor>,
+    /// Which inputs there are: weight, bias.
+    given: [bool; 2],
+    /// The trailing dimensions that are normalised.
+    normalized: Shape,
+    mean: Tensor,
+    rstd: Tensor,
+}
+
+impl Op for LayerNorm {
+    fn name(&self) -> &'static str {
+        if self.rows.centered { "layer_norm" } else { "rms_norm" }
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let [dx, dw, db] = if is_grad_enabled() { self.composed(grad)?.map(Some) } else { self.fused(ctx, grad)? };
+        let parameters = [dw, db].into_iter().zip(self.given).filter(|(_, given)| *given).map(|(gradient, _)| gradient);
+        Ok([dx].into_iter().chain(parameters).collect())
+    }
+}
+
+impl LayerNorm {
+    fn composed(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
+        let rank = self.x.rank();
+        let dims: Vec<usize> = (rank - self.normalized.rank()..rank).collect();
+        let Rows { eps, centered, .. } = self.rows;
+        composed_gradient(&Normalised { x: &self.x, weight: self.weight.clone(), dims: &dims, eps, centered }, grad)
+    }
+
+    fn fused(&self, ctx: &Ctx, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let (g, x) = (grad.detach().contiguous()?, self.x.detach().contiguous()?);
+        let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
+        let wants = |i: usize| self.given[i] && ctx.needs(1 + (i.min(1) * self.given[0] as usize));
+        let (wants_weight, wants_bias) = (wants(0), wants(1));
+        for_float!(x.dtype(), self.name(), T => {
+            let (mut dw, mut db) = (parameter_gradient(&self.normalized, &x, wants_weight)?, parameter_gradient(&self.normalized, &x, wants_bias)?);
+            let dx = Tensor::build::<T>(x.shape(), |dx| {
+                let weight = weight.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let dw = dw.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
+                let db = db.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
+                norm::layer_norm_backward::<T>(self.rows, g.as_slice()?, x.as_slice()?, weight, self.mean.as_slice()?, self.rstd.as_slice()?, dx, dw, db);
+                Ok(())
+            })?;
+            Ok([Some(dx), dw, db])
+        })
+    }
+}
+
+/// Room for the gradient of a parameter, if it is wanted.
+pub(super) fn parameter_gradient(shape: &Shape, like: &Tensor, wanted: bool) -> Result<Option<Tensor>> {
+    wanted.then(|| Tensor::zeros(shape, like.dtype())).transpose()
+}
+
+impl Tensor {
+    /// (x − mean) / √(var + ε) · weight + bias, with mean and (population) variance over the trailing dimensions `normalized_shape`,
+    /// which is also the parameters' shape. Floats only.
+    pub fn layer_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        self.row_norm("layer_norm", normalized_shape.into_shape()?, weight, bias, eps, true)
+    }
+
+    /// x / √(mean x² + ε) · weight, with the mean over the trailing dimensions `normalized_shape`, which is also the weight's shape.
+    /// Floats only.
+    pub fn rms_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        self.row_norm("rms_norm", normalized_shape.into_shape()?, weight, None, eps, false)
+    }
+
+    fn row_norm(
+        &self,
+        op: &'static str,
+        normalized: Shape,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        centered: bool,
+    ) -> Result<Tensor> {
+        if normalized.rank() == 0 || !self.dims().ends_with(&normalized) {
+            return Err(Error::shape(op, format!("the input of shape {} must end with the normalized shape {normalized}", self.shape())));
+        }
+        expect_parameter(op, "weight", self, weight, &normalized)?;
+        expect_parameter(op, "bias", self, bias, &normalized)?;
+        let rows = Rows { n: normalized.numel(), eps, centered };
+        let count: usize = self.dims()[..self.rank() - normalized.rank()].iter().product();
+        let x = self.detach().contiguous()?;
+        let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
+        let (w, b) = (dense(weight)?, dense(bias)?);
+        let (mut mean, mut rstd) =
+            (Tensor::zeros(count, statistics_dtype(self.dtype()))?, Tensor::zeros(count, statistics_dtype(self.dtype()))?);
+        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.shape(), |y| {
+            let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+            let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+            norm::layer_norm::<T>(rows, x.as_slice()?, w, b, y, mean.as_slice_mut()?, rstd.as_slice_mut()?);
+            Ok(())
+        }))?;
+        let inputs: Vec<&Tensor> = [Some(self), weight, bias].into_iter().flatten().collect();
+        let given = [weight.is_some(), bias.is_some()];
+        record(op, out, &inputs, |_| LayerNorm { rows, x: self.clone(), weight: weight.cloned(), given, normalized, mean, rstd })
+    }
+}

@@ -1,0 +1,193 @@
+//! Reductions along any dimensions: here sums, means, products and truth values; extremes, moments and norms, and scans beside.
+//!
+//! Each takes `impl Into<Dims>`: `()` for all dimensions, `-1`, or `[0, 2]`; the `_keepdim` form leaves the dimensions with extent 1.
+
+mod extreme;
+mod moments;
+mod scan;
+
+pub(super) use scan::axis_of;
+
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::{Bool, DType, Dims, Error, Result, Shape, Tensor};
+use kiln_kernels::cpu::lanes::Numeric;
+use kiln_kernels::cpu::reduce;
+
+/// What a reduction does to a shape.
+struct Axes {
+    from: Shape,
+    /// Which dimensions are reduced.
+    reduced: Vec<bool>,
+    /// The shape in which they have extent 1.
+    keepdim: Shape,
+    /// Elements of each output.
+    count: usize,
+}
+
+impl Axes {
+    fn new(op: &str, x: &Tensor, dims: Dims) -> Result<Self> {
+        let from = *x.shape();
+        let dims = dims.resolve(op, &from)?;
+        let mut keepdim = from;
+        let mut count = 1;
+        for &d in &dims {
+            keepdim = keepdim.with_dim(d, 1)?;
+            count *= from[d];
+        }
+        Ok(Self { from, reduced: (0..from.rank()).map(|d| dims.contains(&d)).collect(), keepdim, count })
+    }
+
+    /// The reduced dimensions.
+    fn dims(&self) -> Vec<usize> {
+        (0..self.from.rank()).filter(|&d| self.reduced[d]).collect()
+    }
+
+    /// The shape without the reduced dimensions.
+    fn kept(&self) -> Shape {
+        let dims: Vec<usize> = (0..self.from.rank()).filter(|&d| !self.reduced[d]).map(|d| self.from[d]).collect();
+        Shape::from_checked(&dims)
+    }
+
+    /// An error if outputs would be reduced from nothing by an operation without a neutral element.
+    fn refuse_empty(&self, op: &str) -> Result<()> {
+        if self.count == 0 && self.keepdim.numel() > 0 {
+            return Err(Error::shape(op, format!("no elements along dimensions {:?} of shape {}", self.dims(), self.from)));
+        }
+        Ok(())
+    }
+
+    /// The gradient of an output for each element that it was made of.
+    fn spread(&self, grad: &Tensor) -> Result<Tensor> {
+        grad.reshape(self.keepdim)?.expand(self.from)
+    }
+}
+
+/// The gradient of a sum is repeated along the summed dimensions; that of a mean is divided by their number.
+struct Sum {
+    name: &'static str,
+    axes: Axes,
+    divisor: f64,
+}
+
+impl Op for Sum {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let grad = if self.divisor == 1.0 { grad.clone() } else { grad.div_scalar(self.divisor)? };
+        Ok(vec![Some(self.axes.spread(&grad)?)])
+    }
+}
+
+/// The gradient of a product for one factor is the product of the others.
+struct Product {
+    x: Tensor,
+    output: Tensor,
+    axes: Axes,
+}
+
+impl Op for Product {
+    fn name(&self) -> &'static str {
+        "prod"
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let has_zero = self.x.detach().eq_scalar(0.0)?.any(())?.item::<bool>()?;
+        if !has_zero {
+            let output = ctx.output(&self.output).reshape(self.axes.keepdim)?;
+            return Ok(vec![Some(self.axes.spread(grad)?.mul(&output.div(&self.x)?)?)]);
+        }
+        Ok(vec![Some(self.axes.spread(grad)?.mul(&self.products_of_others()?)?)])
+    }
+}
+
+impl Product {
+    /// The product of all other factors for each, without division: of every line of n factors, an n × n matrix with ones on its
+    /// diagonal. Taken only where a factor is zero.
+    fn products_of_others(&self) -> Result<Tensor> {
+        let rank = self.x.rank();
+        let (kept, reduced): (Vec<usize>, Vec<usize>) = (0..rank).partition(|&d| !self.axes.reduced[d]);
+        let order: Vec<isize> = kept.iter().chain(&reduced).map(|&d| d as isize).collect();
+        let mut back = vec![0; rank];
+        order.iter().enumerate().for_each(|(at, &d)| back[d as usize] = at as isize);
+        let permuted = self.x.permute(&order)?;
+        let n = self.axes.count;
+        let lines = self.x.numel() / n.max(1);
+        let diagonal = Tensor::eye(n, DType::F32)?.ne_scalar(0.0)?;
+        let others = permuted.reshape([lines, 1, n])?.expand([lines, n, n])?.masked_fill(&diagonal, 1.0)?.prod(2)?;
+        others.reshape(permuted.shape())?.permute(&back)
+    }
+}
+
+impl Tensor {
+    /// The sum along `dims`, which stay with extent 1. Sums of integers and booleans are i64 and wrap.
+    pub fn sum_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let axes = Axes::new("sum", self, dims.into())?;
+        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
+            reduce::sum::<T>(self.view_of()?, &axes.reduced, out);
+            Ok(())
+        }))?;
+        record("sum", out, &[self], |_| Sum { name: "sum", axes, divisor: 1.0 })
+    }
+
+    /// The sum along `dims` (`()` for all). Sums of integers and booleans are i64 and wrap.
+    pub fn sum(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        self.without_dims("sum", dims.into(), Tensor::sum_keepdim)
+    }
+
+    /// The mean along `dims`, which stay with extent 1; NaN for no elements. Floats only.
+    pub fn mean_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let axes = Axes::new("mean", self, dims.into())?;
+        let out = for_float!(self.dtype(), "mean", T => Tensor::build::<T>(&axes.keepdim, |out| {
+            reduce::mean(self.view_of::<T>()?, &axes.reduced, out);
+            Ok(())
+        }))?;
+        let divisor = axes.count as f64;
+        record("mean", out, &[self], |_| Sum { name: "mean", axes, divisor })
+    }
+
+    /// The mean along `dims` (`()` for all); NaN for no elements. Floats only.
+    pub fn mean(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        self.without_dims("mean", dims.into(), Tensor::mean_keepdim)
+    }
+
+    /// The product along `dims`, which stay with extent 1. Products of integers and booleans are i64 and wrap.
+    pub fn prod_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let axes = Axes::new("prod", self, dims.into())?;
+        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
+            reduce::prod::<T>(self.view_of()?, &axes.reduced, out);
+            Ok(())
+        }))?;
+        let output = out.clone();
+        record("prod", out, &[self], |_| Product { x: self.clone(), output, axes })
+    }
+
+    /// The product along `dims` (`()` for all). Products of integers and booleans are i64 and wrap. The gradient is right where
+    /// factors are zero, too.
+    pub fn prod(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        self.without_dims("prod", dims.into(), Tensor::prod_keepdim)
+    }
+
+    /// Whether any element along `dims` (`()` for all) is not zero; false for none.
+    pub fn any(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let axes = Axes::new("any", self, dims.into())?;
+        for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
+            reduce::any(self.view_of::<T>()?, &axes.reduced, out);
+            Ok(())
+        }))
+    }
+
+    /// Whether all elements along `dims` (`()` for all) are not zero; true for none.
+    pub fn all(&self, dims: impl Into<Dims>) -> Result<Tensor> {
+        let axes = Axes::new("all", self, dims.into())?;
+        for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
+            reduce::all(self.view_of::<T>()?, &axes.reduced, out);
+            Ok(())
+        }))
+    }
+
+    /// A reduction without the dimensions that its `keepdim` form leaves.
+    fn without_dims(&self, op: &str, dims: Dims, keepdim: impl Fn(&Tensor, Dims) -> Result<Tensor>) -> Result<Tensor> {
+        let kept = Axes::new(op, self, dims.clone())?.kept();
+        keepdim(self, dims)?.reshape(kept)
+    }
+}

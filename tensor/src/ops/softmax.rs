@@ -1,0 +1,68 @@
+//! Softmax and log-softmax.
+
+use super::reduce::axis_of;
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::{Error, Result, Tensor};
+use kiln_kernels::cpu::softmax;
+
+/// With y the output: dx = y·(g − Σ g·y), and for the logarithm dx = g − exp(y)·Σ g.
+struct Softmax {
+    dim: usize,
+    log: bool,
+    output: Tensor,
+}
+
+impl Op for Softmax {
+    fn name(&self) -> &'static str {
+        if self.log { "log_softmax" } else { "softmax" }
+    }
+    fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        if !is_grad_enabled() {
+            return Ok(vec![Some(self.fused(grad)?)]);
+        }
+        let y = ctx.output(&self.output);
+        let dx = if self.log {
+            grad.sub(&y.exp()?.mul(&grad.sum_keepdim(self.dim)?)?)?
+        } else {
+            y.mul(&grad.sub(&grad.mul(&y)?.sum_keepdim(self.dim)?)?)?
+        };
+        Ok(vec![Some(dx)])
+    }
+}
+
+impl Softmax {
+    fn fused(&self, grad: &Tensor) -> Result<Tensor> {
+        let axis = axis_of(grad.shape(), self.dim);
+        let (grad, y) = (grad.detach().contiguous()?, &self.output);
+        for_float!(y.dtype(), self.name(), T => Tensor::build::<T>(y.shape(), |dx| {
+            softmax::softmax_backward(axis, self.log, grad.as_slice::<T>()?, y.as_slice::<T>()?, dx);
+            Ok(())
+        }))
+    }
+}
+
+impl Tensor {
+    /// exp(x) / Σ exp(x) along `dim`. Never overflows; a line of −∞ alone gives NaN. Floats only.
+    pub fn softmax(&self, dim: isize) -> Result<Tensor> {
+        self.soft("softmax", dim, false)
+    }
+
+    /// x − log Σ exp(x) along `dim`. Never overflows; a line of −∞ alone gives NaN. Floats only.
+    pub fn log_softmax(&self, dim: isize) -> Result<Tensor> {
+        self.soft("log_softmax", dim, true)
+    }
+
+    fn soft(&self, op: &'static str, dim: isize, log: bool) -> Result<Tensor> {
+        if self.rank() == 0 {
+            return Err(Error::shape(op, "a scalar has no dimension to normalise along"));
+        }
+        let dim = self.shape().dim(op, dim)?;
+        let x = self.detach().contiguous()?;
+        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.shape(), |y| {
+            softmax::softmax(axis_of(self.shape(), dim), log, x.as_slice::<T>()?, y);
+            Ok(())
+        }))?;
+        let output = out.clone();
+        record(op, out, &[self], |_| Softmax { dim, log, output })
+    }
+}
