@@ -16,9 +16,9 @@ pub mod pool;
 pub mod product;
 pub mod random;
 pub mod reduce;
+pub mod softmax;
 pub mod sort;
 mod spatial;
-pub mod softmax;
 pub mod upsample;
 
 pub use spatial::PerAxis;

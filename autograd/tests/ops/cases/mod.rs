@@ -19,7 +19,10 @@ pub const EXCUSED: &[(&str, &str)] = &[
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [conv::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()].into_iter().flatten().collect()
+    [conv::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.

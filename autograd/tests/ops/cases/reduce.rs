@@ -46,7 +46,10 @@ fn sums() -> Vec<Case> {
         case("mean_keepdim", |x| x[0].mean_keepdim([0, 2]), |x| x[0].fold_keepdim(&[0, 2], |v| v.iter().sum::<f64>() / v.len() as f64))
             .sample(&[&[2, 3, 5]])
             .sample(&[&[2, 0, 4]]),
-        case("prod", |x| x[0].prod(-1), |x| x[0].fold(&[1], |v| v.iter().product())).also(&["prod_keepdim"]).sample(&[&[2, 3]]).sample(&[&[2, 0]]),
+        case("prod", |x| x[0].prod(-1), |x| x[0].fold(&[1], |v| v.iter().product()))
+            .also(&["prod_keepdim"])
+            .sample(&[&[2, 3]])
+            .sample(&[&[2, 0]]),
         // Factors that are zero: the gradient of each is the product of the others.
         case(
             "prod",
@@ -75,7 +78,11 @@ fn extremes() -> Vec<Case> {
             .distinct()
             .sample(&[&[2, 3, 4]])
             .large(&[&[30, 1001, 20]]),
-        case("min", |x| x[0].min(()), |x| x[0].fold(&[0, 1], least)).also(&["min_keepdim"]).dtypes(DTypes::Numbers).distinct().sample(&[&[3, 4]]),
+        case("min", |x| x[0].min(()), |x| x[0].fold(&[0, 1], least))
+            .also(&["min_keepdim"])
+            .dtypes(DTypes::Numbers)
+            .distinct()
+            .sample(&[&[3, 4]]),
         case("max_dim", |x| Ok(x[0].max_dim(1)?.0), |x| x[0].fold(&[1], greatest))
             .dtypes(DTypes::Numbers)
             .distinct()
@@ -98,9 +105,15 @@ fn extremes() -> Vec<Case> {
 fn moments() -> Vec<Case> {
     let norm = |p: f64| move |v: &[f64]| v.iter().map(|x| x.abs().powf(p)).sum::<f64>().powf(1.0 / p);
     vec![
-        case("var", |x| x[0].var([0, 2], 1.0), |x| x[0].fold(&[0, 2], |v| var(v, 1.0))).also(&["var_keepdim"]).sample(&[&[3, 2, 4]]).large(&[&[1000, 301, 2]]),
+        case("var", |x| x[0].var([0, 2], 1.0), |x| x[0].fold(&[0, 2], |v| var(v, 1.0)))
+            .also(&["var_keepdim"])
+            .sample(&[&[3, 2, 4]])
+            .large(&[&[1000, 301, 2]]),
         case("std", |x| x[0].std(1, 0.0), |x| x[0].fold(&[1], |v| var(v, 0.0).sqrt())).also(&["std_keepdim"]).distinct().sample(&[&[3, 5]]),
-        case("norm", |x| x[0].norm(2.0, 1), move |x| x[0].fold(&[1], norm(2.0))).also(&["norm_keepdim"]).sample(&[&[2, 3]]).large(&[&[1000, 301]]),
+        case("norm", |x| x[0].norm(2.0, 1), move |x| x[0].fold(&[1], norm(2.0)))
+            .also(&["norm_keepdim"])
+            .sample(&[&[2, 3]])
+            .large(&[&[1000, 301]]),
         case("norm", |x| x[0].norm(1.0, ()), move |x| x[0].fold(&[0, 1], norm(1.0))).label("1").domain(&[(0.5, 2.0)]).sample(&[&[2, 3]]),
         case("norm", |x| x[0].norm(3.0, 0), move |x| x[0].fold(&[0], norm(3.0))).label("3").domain(&[(-2.0, -0.5)]).sample(&[&[4, 3]]),
         case("norm", |x| x[0].norm(f64::INFINITY, 0), |x| x[0].fold(&[0], |v| v.iter().fold(0.0, |a, b| a.max(b.abs()))))
@@ -108,7 +121,10 @@ fn moments() -> Vec<Case> {
             .domain(&[(0.5, 2.0)])
             .distinct()
             .sample(&[&[4, 3]]),
-        case("logsumexp", |x| x[0].logsumexp(1), |x| x[0].fold(&[1], logsumexp)).also(&["logsumexp_keepdim"]).sample(&[&[2, 5]]).large(&[&[500, 1001]]),
+        case("logsumexp", |x| x[0].logsumexp(1), |x| x[0].fold(&[1], logsumexp))
+            .also(&["logsumexp_keepdim"])
+            .sample(&[&[2, 5]])
+            .large(&[&[500, 1001]]),
     ]
 }
 
@@ -138,12 +154,19 @@ fn lines() -> Vec<Case> {
     let softmax = |v: &[f64]| v.iter().map(|x| (x - logsumexp(v)).exp()).collect::<Vec<f64>>();
     let log_softmax = |v: &[f64]| v.iter().map(|x| x - logsumexp(v)).collect::<Vec<f64>>();
     vec![
-        case("cumsum", |x| x[0].cumsum(1), move |x| along(&x[0], 1, running)).dtypes(DTypes::Numbers).sample(&[&[2, 5, 3]]).sample(&[&[2, 0]]).large(&[&[300, 1001]]),
+        case("cumsum", |x| x[0].cumsum(1), move |x| along(&x[0], 1, running))
+            .dtypes(DTypes::Numbers)
+            .sample(&[&[2, 5, 3]])
+            .sample(&[&[2, 0]])
+            .large(&[&[300, 1001]]),
         case("softmax", |x| x[0].softmax(-1), move |x| along(&x[0], x[0].shape.len() - 1, softmax))
             .sample(&[&[3, 5]])
             .sample(&[&[2, 0, 4]])
             .large(&[&[1000, 301]]),
-        case("softmax", |x| x[0].softmax(1), move |x| along(&x[0], 1, softmax)).label("inner").sample(&[&[2, 5, 3]]).large(&[&[10, 300, 301]]),
+        case("softmax", |x| x[0].softmax(1), move |x| along(&x[0], 1, softmax))
+            .label("inner")
+            .sample(&[&[2, 5, 3]])
+            .large(&[&[10, 300, 301]]),
         case("log_softmax", |x| x[0].log_softmax(-1), move |x| along(&x[0], 1, log_softmax)).sample(&[&[3, 5]]).large(&[&[1000, 301]]),
         case("log_softmax", |x| x[0].log_softmax(1), move |x| along(&x[0], 1, log_softmax)).label("inner").sample(&[&[2, 5, 3]]),
     ]

@@ -124,10 +124,16 @@ fn floats<T: FloatElement>(tolerance: f64) {
     check("logsumexp", &data, tolerance, logsumexp::<T>, |x| x.iter().map(|x| x.exp()).sum::<f64>().ln());
     check("any", &data, 0.0, any::<T>, |x| x.iter().any(|&x| x != 0.0) as u8 as f64);
     check("all", &data, 0.0, all::<T>, |x| x.iter().all(|&x| x != 0.0) as u8 as f64);
-    check("var", &data, tolerance, |x, a, o: &mut [T]| var(x, a, 0.0, o), |x| {
-        let mean = x.iter().sum::<f64>() / x.len() as f64;
-        x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64
-    });
+    check(
+        "var",
+        &data,
+        tolerance,
+        |x, a, o: &mut [T]| var(x, a, 0.0, o),
+        |x| {
+            let mean = x.iter().sum::<f64>() / x.len() as f64;
+            x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64
+        },
+    );
 }
 
 #[test]

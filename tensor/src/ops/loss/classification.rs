@@ -47,7 +47,8 @@ struct Classes {
 impl Classes {
     fn new(op: &str, input: &Shape, target: &Tensor, ignore_index: i64) -> Result<Self> {
         let expected = || {
-            let message = format!("an input of shape {input} ([N, C, ...] or [C]) needs targets of the same shape without C, got {}", target.shape());
+            let message =
+                format!("an input of shape {input} ([N, C, ...] or [C]) needs targets of the same shape without C, got {}", target.shape());
             Error::shape(op, message)
         };
         let dim = match input.rank() {
@@ -167,7 +168,13 @@ fn nll(op: &str, log_p: &Tensor, target: &Tensor, options: &CrossEntropyOptions<
 }
 
 /// Cross-entropy with a probability for each class: −Σ w·t·log p, the mean being over the elements.
-fn cross_entropy_of_probabilities(op: &str, log_p: &Tensor, target: &Tensor, dim: usize, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
+fn cross_entropy_of_probabilities(
+    op: &str,
+    log_p: &Tensor,
+    target: &Tensor,
+    dim: usize,
+    options: &CrossEntropyOptions<'_>,
+) -> Result<Tensor> {
     expect_alike(op, log_p, target)?;
     let c = log_p.dims()[dim];
     let smoothing = options.label_smoothing;

@@ -96,7 +96,8 @@ impl Tensor {
         let op = "cosine_embedding_loss";
         expect_alike(op, self, other)?;
         if self.rank() == 0 || self.rank() > 2 || self.shape().without(self.rank() - 1) != *target.shape() {
-            let message = format!("vectors {} need targets of the same shape without the last dimension, got {}", self.shape(), target.shape());
+            let message =
+                format!("vectors {} need targets of the same shape without the last dimension, got {}", self.shape(), target.shape());
             return Err(Error::shape(op, message));
         }
         // PyTorch's formula here: x·y / √((x·x + ε)(y·y + ε)).

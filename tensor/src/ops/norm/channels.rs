@@ -86,7 +86,8 @@ impl ChannelNorm {
         let weight = self.weight.as_ref().map(|w| w.reshape(along.as_slice())).transpose()?;
         let [dx, dw, db] = if self.fixed {
             let dtype = self.x.dtype();
-            let (mean, rstd) = (self.mean.reshape(along.as_slice())?.to_dtype(dtype)?, self.rstd.reshape(along.as_slice())?.to_dtype(dtype)?);
+            let (mean, rstd) =
+                (self.mean.reshape(along.as_slice())?.to_dtype(dtype)?, self.rstd.reshape(along.as_slice())?.to_dtype(dtype)?);
             let gw = match &weight {
                 Some(weight) => grad.mul(weight)?,
                 None => grad.clone(),
@@ -150,7 +151,8 @@ where
     let count = images.channels.statistics(grouping);
     let mut spreads = vec![Spread::default(); count];
     norm::group_moments::<T>(images.channels, grouping, images.data.as_dense_slice()?, &mut spreads);
-    let tensor = |f: &dyn Fn(&Spread) -> f64| Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count);
+    let tensor =
+        |f: &dyn Fn(&Spread) -> f64| Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count);
     Ok([tensor(&|s| s.mean)?, tensor(&|s| 1.0 / (s.variance(0.0) + eps).sqrt())?, tensor(&|s| s.variance(1.0))?])
 }
 

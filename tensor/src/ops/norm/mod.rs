@@ -20,7 +20,10 @@ fn expect_parameter(op: &str, what: &str, x: &Tensor, parameter: Option<&Tensor>
     let Some(parameter) = parameter else { return Ok(()) };
     x.expect_same(op, parameter)?;
     if parameter.dims() != shape {
-        return Err(Error::shape(op, format!("{what} must have shape {shape:?} for an input of shape {}, got {}", x.shape(), parameter.shape())));
+        return Err(Error::shape(
+            op,
+            format!("{what} must have shape {shape:?} for an input of shape {}, got {}", x.shape(), parameter.shape()),
+        ));
     }
     Ok(())
 }
