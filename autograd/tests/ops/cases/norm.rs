@@ -72,11 +72,15 @@ fn channels() -> Vec<Case> {
         )
         .sample(&[&[2, 3, 2, 2], &[3], &[3]])
         .large(&[&[40, 3, 50, 50], &[3], &[3]]),
-        case("group_norm", |x| x[0].group_norm(2, x.get(1), x.get(2), EPS), |x| normalise(x, true, |i| i[0] * 2 + i[1] / 2, |i| i[1]))
-            .distinct()
-            .sample(&[&[2, 4, 2, 2], &[4], &[4]])
-            .sample(&[&[3, 4]])
-            .large(&[&[40, 4, 50, 50], &[4], &[4]]),
+        case(
+            "group_norm",
+            |x| x[0].group_norm(2, x.get(1), x.get(2), EPS),
+            |x| normalise(x, true, |i| i[0] * 2 + i[1] / (x[0].shape[1] / 2), |i| i[1]),
+        )
+        .distinct()
+        .sample(&[&[2, 4, 2, 2], &[4], &[4]])
+        .sample(&[&[3, 10]])
+        .large(&[&[40, 4, 50, 50], &[4], &[4]]),
         case("instance_norm", |x| x[0].instance_norm(x.get(1), x.get(2), EPS), |x| normalise(x, true, |i| i[0] * 10 + i[1], |i| i[1]))
             .distinct()
             .sample(&[&[2, 3, 2, 2], &[3], &[3]])
