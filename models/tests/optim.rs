@@ -54,6 +54,12 @@ const CASES: &[(&str, Make)] = &[
         boxed(p, RmsPropOptions { lr: 0.02, alpha: 0.9, momentum: 0.5, centered: true, ..Default::default() })
     }),
     ("lion", |p| boxed(p, LionOptions { lr: 0.02, betas: (0.9, 0.98), weight_decay: 0.1 })),
+    ("adafactor", |p| boxed(p, AdafactorOptions { lr: 0.5, weight_decay: 0.01, ..Default::default() })),
+    ("adafactor_clipped", |p| {
+        boxed(p, AdafactorOptions { lr: 0.1, beta2_decay: -0.5, eps: (1e-8, 0.01), clip: 1.5, ..Default::default() })
+    }),
+    ("muon", |p| boxed(p, MuonOptions { lr: 0.02, ..Default::default() })),
+    ("muon_match_rms", |p| boxed(p, MuonOptions { lr: 0.02, weight_decay: 0.0, nesterov: false, match_rms: true, ..Default::default() })),
 ];
 
 fn fixture() -> HashMap<&'static str, Vec<f64>> {
@@ -259,6 +265,34 @@ fn any_number_of_threads_gives_the_same_bits() {
     for (name, make) in CASES {
         let one = run(1, *make);
         assert!(one == run(2, *make) && one == run(7, *make), "{name}");
+    }
+}
+
+#[test]
+fn newton_schulz_sets_singular_values_near_one() {
+    let coefficients = MuonOptions::default().ns_coefficients;
+    for [rows, columns] in [[3, 5], [5, 3], [1, 4]] {
+        let x = newton_schulz(&tensor(&[rows, columns], 7, DType::F64), coefficients, 5, 1e-7).unwrap();
+        let x = if rows > columns { x.t().unwrap() } else { x };
+        // The sum of the squares of the singular values.
+        let trace = x.square().unwrap().sum(()).unwrap().item::<f64>().unwrap();
+        let rank = rows.min(columns) as f64;
+        assert!((0.4..1.6).contains(&(trace / rank)), "[{rows}, {columns}]: {trace}");
+    }
+    assert!(newton_schulz(&Tensor::ones([3], ()).unwrap(), coefficients, 5, 1e-7).is_err());
+    let zero = newton_schulz(&Tensor::zeros([2, 2], ()).unwrap(), coefficients, 5, 1e-7).unwrap();
+    assert_eq!(zero.to_vec::<f32>().unwrap(), [0.0; 4]);
+}
+
+#[test]
+fn empty_parameters_take_part() {
+    for (name, make) in CASES {
+        let empty = |name, shape: &[usize]| Param::new(name, &Tensor::zeros(shape, ()).unwrap()).unwrap();
+        let params = [empty("w", &[3, 0]), empty("b", &[0])];
+        for p in &params {
+            p.set_grad(Some(p.get().zeros_like().unwrap())).unwrap();
+        }
+        make(&params).unwrap().step().unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 }
 

@@ -50,6 +50,28 @@ pub struct Work<'a> {
     pub step: u64,
 }
 
+impl Work<'_> {
+    /// Replaces the content by what `f` makes of content, gradient and states, in the states' dtype: for methods that are composed
+    /// of tensor operations. An error, before anything changes, if the gradient or a state does not fit.
+    pub fn replace(mut self, f: impl FnOnce(&Tensor, &Tensor, &mut [&mut Tensor]) -> Result<Tensor>) -> Result<()> {
+        let (shape, dtype) = (*self.param.shape(), self.param.dtype());
+        if *self.grad.shape() != shape || self.grad.dtype() != dtype {
+            let message = format!("the parameter is {dtype} {shape}, its gradient {} {}", self.grad.dtype(), self.grad.shape());
+            return Err(Error::shape("optimizer step", message));
+        }
+        let wide = state_dtype(dtype);
+        if let Some(state) = self.states.iter().find(|s| s.dtype() != wide) {
+            return Err(Error::dtype_mismatch("optimizer step", wide, state.dtype()));
+        }
+        if shape.numel() == 0 {
+            return Ok(());
+        }
+        let new = f(&self.param.detach().to_dtype(wide)?, &self.grad.detach().to_dtype(wide)?, &mut self.states)?;
+        *self.param = self.param.with_data(&new.to_dtype(dtype)?.contiguous()?)?;
+        Ok(())
+    }
+}
+
 /// The hyper-parameters of an optimisation method, and what they do.
 pub trait Method: Clone + Send + Sync + 'static {
     /// The method's name, for errors.

@@ -21,21 +21,25 @@
 //! # Ok(()) }
 //! ```
 
+mod adafactor;
 mod adam;
 mod clip;
 mod ema;
 mod group;
 mod lion;
+mod muon;
 mod rmsprop;
 mod schedule;
 mod sgd;
 mod state;
 
+pub use adafactor::{Adafactor, AdafactorOptions};
 pub use adam::{Adam, AdamOptions, AdamW, AdamWOptions};
 pub use clip::{clip_finite_grad_norm, clip_grad_norm, clip_grad_value, grad_norm};
 pub use ema::Ema;
 pub use group::{Field, GroupOptimizer, Method, Work};
 pub use lion::{Lion, LionOptions};
+pub use muon::{Muon, MuonOptions, newton_schulz};
 pub use rmsprop::{RmsProp, RmsPropOptions};
 pub use schedule::{Schedule, Scheduler};
 pub use sgd::{Sgd, SgdOptions};

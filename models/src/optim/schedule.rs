@@ -124,13 +124,23 @@ impl Schedule {
 
 /// Applies a [`Schedule`] to an optimiser: each group's rate is its base rate times the factor of the step.
 ///
-/// ```ignore
-/// let mut scheduler = Scheduler::new(Schedule::cosine(1000, 0.0), &mut optimizer)?;
-/// for batch in loader {
-///     loss(batch)?.backward()?;
+/// ```
+/// # use kiln_models::nn::Param;
+/// # use kiln_models::optim::{Optimizer, Schedule, Scheduler, Sgd};
+/// # use kiln_autograd::TensorExt;
+/// # use kiln_tensor::{Result, Tensor};
+/// # fn main() -> Result<()> {
+/// # let w = Param::new("w", &Tensor::ones([3], ())?)?;
+/// let mut optimizer = Sgd::with_lr([w.clone()], 0.1)?;
+/// let mut scheduler = Scheduler::new(Schedule::exponential(0.5), &mut optimizer)?;
+/// for _ in 0..2 {
+///     optimizer.zero_grad();
+///     w.get().square()?.sum(())?.backward()?;
 ///     optimizer.step()?;
 ///     scheduler.step(&mut optimizer)?;
 /// }
+/// assert_eq!(optimizer.lr(), 0.025);
+/// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
 pub struct Scheduler {
