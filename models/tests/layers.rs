@@ -134,7 +134,7 @@ fn channel_dropout_drops_whole_channels() {
 #[test]
 fn functions_as_modules() {
     let x = ramp(&[2, 4, 6, 6]);
-    let same: [Box<dyn Module>; 12] = [
+    let same: [Box<dyn Module>; 13] = [
         Box::new(Relu),
         Box::new(Gelu),
         Box::new(GeluTanh),
@@ -147,6 +147,7 @@ fn functions_as_modules() {
         Box::new(Identity),
         Box::new(LeakyRelu::default()),
         Box::new(Elu::default()),
+        Box::new(Softmax(-1)),
     ];
     for module in &same {
         assert_eq!(module.forward(&x).unwrap().dims(), x.dims());
@@ -170,11 +171,81 @@ fn a_sequence_names_its_layers_by_place() {
     let build = |p: &Params| Sequential::new(p).push(|p| Linear::new(p, 3, 4, true))?.then(Tanh).push(|p| Linear::new(p, 4, 2, false));
     check(build, &["0.weight [4, 3]", "0.bias [4]", "2.weight [2, 4]"], &ramp(&[5, 3]), &[5, 2]);
     let params = Params::new();
-    let nested = |p: &Params| {
+    let nested = |p: &Params| -> Result<Sequential> {
         let inner = build(&p.scope("body"))?;
         Ok(Sequential::new(p).then(inner))
     };
     nested(&params).unwrap();
     assert_eq!(inventory(&params)[2], "body.2.weight [2, 4]");
     assert_eq!(Sequential::new(&params).forward(&ramp(&[2])).unwrap().dims(), [2]);
+}
+
+#[test]
+fn normalisations() {
+    let pair = ["weight [4]", "bias [4]"];
+    let tracked = ["weight [4]", "bias [4]", "running_mean [4]", "running_var [4]", "num_batches_tracked []"];
+    check(|p| BatchNorm1d::new(p, 4), &tracked, &ramp(&[6, 4]), &[6, 4]);
+    check(|p| BatchNorm1d::new(p, 4), &tracked, &ramp(&[3, 4, 5]), &[3, 4, 5]);
+    check(|p| BatchNorm2d::new(p, 4), &tracked, &ramp(&[2, 4, 3, 5]), &[2, 4, 3, 5]);
+    check(|p| BatchNorm3d::new(p, 4), &tracked, &ramp(&[2, 4, 3, 2, 2]), &[2, 4, 3, 2, 2]);
+    check(|p| LayerNorm::new(p, 4), &pair, &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| LayerNorm::with_options(p, [3, 4], 1e-6, true, false), &["weight [3, 4]"], &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| RmsNorm::new(p, 4, 1e-6), &["weight [4]"], &ramp(&[2, 3, 4]), &[2, 3, 4]);
+    check(|p| GroupNorm::new(p, 2, 4), &pair, &ramp(&[2, 4, 3, 3]), &[2, 4, 3, 3]);
+    check(|p| InstanceNorm::new(p, 4, true), &pair, &ramp(&[2, 4, 3, 3]), &[2, 4, 3, 3]);
+    assert!(GroupNorm::new(&Params::new(), 3, 4).is_err());
+    let params = Params::new();
+    let layer = BatchNorm2d::new(&params, 4).unwrap();
+    for wrong in [ramp(&[2, 4, 3]), ramp(&[2, 3, 3, 3]), ramp(&[1, 4, 1, 1])] {
+        assert!(layer.forward(&wrong).is_err());
+    }
+    assert_eq!(params.named("weight").unwrap().get().to_vec::<f32>().unwrap(), [1.0; 4]);
+}
+
+/// Mean and unbiased variance.
+fn moments(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    (mean, values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0))
+}
+
+/// Running statistics of one channel after `batches`, and how many were counted.
+fn running(momentum: Option<f64>, batches: &[Tensor]) -> (f64, f64, i64) {
+    let params = Params::with(ParamsOptions { dtype: DType::F64, ..ParamsOptions::default() });
+    let layer = BatchNorm1d::with_options(&params, 1, BatchNormOptions { momentum, ..BatchNormOptions::default() }).unwrap();
+    for batch in batches {
+        layer.forward(batch).unwrap();
+    }
+    params.eval();
+    let before = params.state_dict();
+    layer.forward(&batches[0]).unwrap();
+    let after = params.state_dict();
+    let value = |state: &StateDict, name: &str| state[name].item_f64().unwrap();
+    assert_eq!(value(&before, "running_mean"), value(&after, "running_mean"));
+    (value(&after, "running_mean"), value(&after, "running_var"), value(&after, "num_batches_tracked") as i64)
+}
+
+#[test]
+fn running_statistics_follow_the_momentum_and_the_unbiased_variance() {
+    let batches: Vec<Vec<f64>> = vec![vec![1.0, 2.0, 4.0], vec![-3.0, 0.0, 5.0, 6.0]];
+    let tensors: Vec<Tensor> = batches.iter().map(|b| Tensor::from_vec(b.clone(), [b.len(), 1]).unwrap()).collect();
+    let [(m0, v0), (m1, v1)] = [moments(&batches[0]), moments(&batches[1])];
+    let (mean, var, count) = running(Some(0.1), &tensors);
+    assert!((mean - (0.9 * 0.1 * m0 + 0.1 * m1)).abs() < 1e-12 && count == 2);
+    assert!((var - (0.9 * (0.9 + 0.1 * v0) + 0.1 * v1)).abs() < 1e-12);
+    // Without momentum: the plain average.
+    let (mean, var, _) = running(None, &tensors);
+    assert!((mean - (m0 + m1) / 2.0).abs() < 1e-12 && (var - (v0 + v1) / 2.0).abs() < 1e-12);
+}
+
+#[test]
+fn batch_norm_without_statistics_uses_the_batch_in_evaluation_too() {
+    let params = Params::new();
+    let options = BatchNormOptions { affine: false, track_running_stats: false, ..BatchNormOptions::default() };
+    let layer = BatchNorm2d::with_options(&params, 3, options).unwrap();
+    assert!(inventory(&params).is_empty());
+    let x = ramp(&[2, 3, 2, 2]);
+    let training = layer.forward(&x).unwrap().to_vec::<f32>().unwrap();
+    params.eval();
+    assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), training);
 }

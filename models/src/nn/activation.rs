@@ -72,6 +72,16 @@ impl Module for Elu {
     }
 }
 
+/// eˣ divided by its sum along a dimension.
+#[derive(Clone, Copy, Debug)]
+pub struct Softmax(pub isize);
+
+impl Module for Softmax {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.softmax(self.0)
+    }
+}
+
 /// Merges the dimensions from `start` to `end`, both included: by default all but the first.
 #[derive(Clone, Copy, Debug)]
 pub struct Flatten {

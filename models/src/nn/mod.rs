@@ -11,18 +11,20 @@ mod init;
 mod linear;
 mod load;
 mod module;
+mod norm;
 mod param;
 mod params;
 mod pool;
 mod sequential;
 
-pub use activation::{Elu, Flatten, Gelu, GeluTanh, Hardswish, Identity, LeakyRelu, Mish, Relu, Sigmoid, Silu, Softplus, Tanh};
+pub use activation::{Elu, Flatten, Gelu, GeluTanh, Hardswish, Identity, LeakyRelu, Mish, Relu, Sigmoid, Silu, Softmax, Softplus, Tanh};
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvOptions, ConvTranspose, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, IntoKernel};
 pub use dropout::{ChannelDropout, Dropout};
 pub use init::{Fan, Init, Nonlinearity};
 pub use linear::{Embedding, Linear};
 pub use load::{LoadMode, LoadReport, Mismatch, StateDict};
 pub use module::Module;
+pub use norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};
 pub use param::{Buffer, Param};
 pub use params::{Mode, Params, ParamsOptions};
 pub use pool::{
