@@ -159,11 +159,37 @@ fn functions() -> BTreeMap<&'static str, Function> {
         "softmax.softmax" => |x| x[0].softmax(-1);
         "softmax.softmax_0" => |x| x[0].softmax(0);
         "softmax.log_softmax" => |x| x[0].log_softmax(-1);
-        "attention.plain" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], None, false, None);
-        "attention.causal" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], None, true, None);
-        "attention.scale" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], None, false, Some(0.3));
-        "attention.mask_additive" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], Some(&x[3]), false, None);
-        "attention.mask_bool" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], Some(&x[3]), false, None);
+        "attention.plain" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions::default());
+        "attention.causal" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { causal: true, ..Default::default() });
+        "attention.scale" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { scale: Some(0.3), ..Default::default() });
+        "attention.mask_additive" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { mask: Some(&x[3]), ..Default::default() });
+        "attention.mask_bool" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { mask: Some(&x[3]), ..Default::default() });
+        "loss.mse" => |x| x[0].mse_loss(&x[1]);
+        "loss.mse_sum" => |x| x[0].mse_loss_with(&x[1], Reduction::Sum);
+        "loss.mse_none" => |x| x[0].mse_loss_with(&x[1], Reduction::None);
+        "loss.l1" => |x| x[0].l1_loss(&x[1]);
+        "loss.smooth_l1" => |x| x[0].smooth_l1_loss_with(&x[1], 0.7, Reduction::Mean);
+        "loss.cross_entropy" => |x| x[0].cross_entropy(&x[1]);
+        "loss.cross_entropy_ignore" => |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions { ignore_index: 4, ..Default::default() });
+        "loss.cross_entropy_smooth" =>
+            |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions { label_smoothing: 0.1, ..Default::default() });
+        "loss.cross_entropy_weight" =>
+            |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions { weight: Some(&x[2].detach()), ..Default::default() });
+        "loss.cross_entropy_all" => |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions {
+            weight: Some(&x[2].detach()), ignore_index: 4, label_smoothing: 0.2, ..Default::default()
+        });
+        "loss.cross_entropy_sum" =>
+            |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions { reduction: Reduction::Sum, ..Default::default() });
+        "loss.cross_entropy_2d" => |x| x[0].cross_entropy(&x[1]);
+        "loss.nll" => |x| x[0].nll_loss(&x[1]);
+        "loss.bce" => |x| x[0].bce(&x[1]);
+        "loss.bce_with_logits" => |x| x[0].bce_with_logits(&x[1]);
+        "loss.bce_with_logits_pos_weight" =>
+            |x| x[0].bce_with_logits_with(&x[1], &BceOptions { pos_weight: Some(&x[2].detach()), ..Default::default() });
+        "loss.kl_div" => |x| x[0].kl_div_with(&x[1], &KlDivOptions { reduction: Reduction::Sum, ..Default::default() })?.div_scalar(3.0);
+        "loss.hinge_embedding" => |x| x[0].hinge_embedding_loss(&x[1].detach());
+        "loss.cosine_similarity" => |x| x[0].cosine_similarity(&x[1], 1, 1e-8);
+        "loss.triplet" => |x| x[0].triplet_margin_loss(&x[1], &x[2]);
     }
     all
 }

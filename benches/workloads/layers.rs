@@ -1,9 +1,9 @@
 //! Convolutions and attention, forward and with both backward passes.
 
 use crate::Bench;
-use kiln::Result;
 use kiln::nn::{Conv2d, ConvOptions};
 use kiln::prelude::*;
+use kiln::{AttentionOptions, Result};
 
 pub fn convolutions(bench: &Bench) -> Result<()> {
     let shapes = [
@@ -40,10 +40,11 @@ pub fn attention(bench: &Bench) -> Result<()> {
         }
         let leaf = || Tensor::randn([4, 8, 1024, 64], dtype)?.requires_grad_();
         let (q, k, v) = (leaf()?, leaf()?, leaf()?);
-        let causal = || q.scaled_dot_product_attention(&k, &v, None, true, None);
+        let options = AttentionOptions { causal: true, ..AttentionOptions::default() };
+        let causal = || q.scaled_dot_product_attention(&k, &v, &options);
         bench.run(&name("fwd"), || no_grad(causal))?;
         bench.run(&name("fwdbwd"), || {
-            [&q, &k, &v].map(Tensor::zero_grad);
+            [&q, &k, &v].into_iter().for_each(Tensor::zero_grad);
             causal()?.sum(())?.backward()
         })?;
     }

@@ -25,6 +25,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use generator::{Generator, manual_seed};
 pub use layout::Layout;
 pub use ops::PerAxis;
+pub use ops::attention::AttentionOptions;
 pub use ops::conv::ConvOptions;
 pub use ops::loss::{BceOptions, CosineEmbeddingOptions, CrossEntropyOptions, KlDivOptions, Reduction, TripletMarginOptions};
 pub use ops::movement::{Ellipsis, IndexItem, IntoIndex, NewAxis, PadMode};

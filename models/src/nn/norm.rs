@@ -186,7 +186,7 @@ impl LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = self.affine.get();
-        x.layer_norm(&self.shape, weight.as_ref(), bias.as_ref(), self.eps)
+        x.layer_norm(self.shape, weight.as_ref(), bias.as_ref(), self.eps)
     }
 }
 
@@ -210,7 +210,7 @@ impl RmsNorm {
 
 impl Module for RmsNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.rms_norm(&self.shape, Some(&self.weight.get()), self.eps)
+        x.rms_norm(self.shape, Some(&self.weight.get()), self.eps)
     }
 }
 

@@ -5,7 +5,9 @@
 //! is tracked ([`Needs::save_for`](crate::graph::Needs::save_for)). A rule returns gradients in the broadcast shape; the
 //! engine sums them down to each input's.
 
+pub mod attention;
 pub mod conv;
+pub mod einsum;
 pub mod index;
 pub mod loss;
 pub mod movement;

@@ -1,5 +1,6 @@
 //! The list of operations: a file a room of `tensor/src/ops/`, each with a `cases()` that [`all`] gathers.
 
+mod attention;
 mod conv;
 mod index;
 mod loss;
@@ -27,10 +28,21 @@ pub const EXCUSED: &[(&str, &str)] = &[
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [conv::cases(), index::cases(), loss::cases(), movement::cases(), norm::cases(), pointwise::cases(), pool::cases(), product::cases(), reduce::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        attention::cases(),
+        conv::cases(),
+        index::cases(),
+        loss::cases(),
+        movement::cases(),
+        norm::cases(),
+        pointwise::cases(),
+        pool::cases(),
+        product::cases(),
+        reduce::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// One test a room, so that they run side by side and a failure names its room.
@@ -42,4 +54,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(conv, index, loss, movement, norm, pointwise, pool, product, reduce);
+rooms!(attention, conv, index, loss, movement, norm, pointwise, pool, product, reduce);

@@ -1,7 +1,8 @@
 //! Matrix products.
 
 use crate::harness::{Case, DTypes, case};
-use crate::reference::Array;
+use crate::reference::{Array, indices};
+use kiln_tensor::Tensor;
 
 /// `[.., m, k]` times `[.., k, n]`, broadcasting the leading dimensions.
 fn matmul(a: &Array, b: &Array) -> Array {
@@ -24,10 +25,60 @@ fn linear(x: &[Array]) -> Array {
     y.reshape(&[&x[0].shape[..x[0].shape.len() - 1], &[x[1].shape[0]]].concat())
 }
 
+/// The sum over every assignment of the letters, straight from the definition; subscripts as in `"ij,jk->ik"`.
+fn einsum(equation: &str, x: &[Array]) -> Array {
+    let (inputs, output) = equation.split_once("->").unwrap();
+    let subscripts: Vec<&str> = inputs.split(',').collect();
+    let mut letters: Vec<char> = inputs.chars().filter(|c| c.is_alphabetic()).collect();
+    letters.sort_unstable();
+    letters.dedup();
+    let named =
+        |c: char| subscripts.iter().zip(x).flat_map(move |(s, x)| s.chars().zip(&x.shape).filter(move |(l, _)| *l == c).map(|(_, &n)| n));
+    let extents: Vec<usize> = letters.iter().map(|&c| named(c).find(|&n| n != 1).unwrap_or(1)).collect();
+    let place = |c: char| letters.iter().position(|&l| l == c).unwrap();
+    let shape: Vec<usize> = output.chars().map(|c| extents[place(c)]).collect();
+    Array::from_fn(&shape, |out| {
+        let agrees = |i: &Vec<usize>| output.chars().zip(out).all(|(c, &o)| i[place(c)] == o);
+        let value = |i: &Vec<usize>| -> f64 {
+            let factor = |(s, x): (&&str, &Array)| x.at_broadcast(&s.chars().map(|c| i[place(c)]).collect::<Vec<_>>());
+            subscripts.iter().zip(x).map(factor).product()
+        };
+        indices(&extents).filter(agrees).map(|i| value(&i)).sum()
+    })
+}
+
+/// A case of the equation; `plain` is the same with its output and ellipses spelt out.
+fn equation(equation: &'static str, plain: &'static str, shapes: &[&[usize]]) -> Case {
+    let f = move |x: &[Tensor]| Tensor::einsum(equation, &x.iter().collect::<Vec<_>>());
+    case("einsum", f, move |x| einsum(plain, x)).label(equation).sample(shapes)
+}
+
+fn einsum_cases() -> Vec<Case> {
+    vec![
+        equation("ij,jk->ik", "ij,jk->ik", &[&[2, 3], &[3, 4]]).dtypes(DTypes::Numbers),
+        equation("ij, jk", "ij,jk->ik", &[&[2, 3], &[3, 4]]),
+        equation("ba", "ba->ab", &[&[2, 3]]),
+        equation("ij->", "ij->", &[&[2, 3]]),
+        equation("bij,bjk->bki", "bij,bjk->bki", &[&[2, 2, 3], &[2, 3, 2]]),
+        equation("bhqd,bhkd->bhqk", "bhqd,bhkd->bhqk", &[&[2, 2, 2, 3], &[2, 2, 2, 3]]),
+        equation("ii->i", "ii->i", &[&[3, 3]]),
+        equation("iij,jk->ik", "iij,jk->ik", &[&[2, 2, 3], &[3, 2]]),
+        equation("i,j->ij", "i,j->ij", &[&[2], &[3]]),
+        equation("i,i->", "i,i->", &[&[3], &[3]]),
+        equation("ij,ij->ij", "ij,ij->ij", &[&[2, 3], &[2, 3]]),
+        equation("ij,k->i", "ij,k->i", &[&[2, 3], &[2]]),
+        equation("...ij,...jk->...ik", "abij,bjk->abik", &[&[2, 1, 2, 3], &[2, 3, 2]]),
+        equation("i...->...", "iab->ab", &[&[2, 3, 2]]),
+        equation("ij,ij", "ij,ij->", &[&[2, 3], &[1, 3]]),
+        equation("ij,jk,kl->il", "ij,jk,kl->il", &[&[2, 3], &[3, 2], &[2, 2]]),
+        equation("bi,io,bo->b", "bi,io,bo->b", &[&[2, 3], &[3, 2], &[2, 2]]),
+    ]
+}
+
 pub fn cases() -> Vec<Case> {
     let column = |v: &Array| v.reshape(&[v.shape[0], 1]);
     let row = |v: &Array| v.reshape(&[1, v.shape[0]]);
-    vec![
+    let mut cases = vec![
         case("matmul", |x| x[0].matmul(&x[1]), |x| matmul(&x[0], &x[1]))
             .dtypes(DTypes::Numbers)
             .sample(&[&[2, 3], &[3, 4]])
@@ -68,5 +119,7 @@ pub fn cases() -> Vec<Case> {
             .sample(&[&[2, 3], &[4, 3]])
             .sample(&[&[0, 3], &[4, 3], &[4]])
             .large(&[&[64, 784], &[512, 784], &[512]]),
-    ]
+    ];
+    cases.extend(einsum_cases());
+    cases
 }

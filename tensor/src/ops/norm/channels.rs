@@ -143,9 +143,9 @@ impl ChannelNorm {
 }
 
 /// Statistics as tensors: mean, 1/√(var + ε), and the variance with Bessel's correction.
-fn statistics<T: kiln_kernels::cpu::lanes::FloatElement>(images: &Images, grouping: Grouping, eps: f64) -> Result<[Tensor; 3]>
+fn statistics<T>(images: &Images, grouping: Grouping, eps: f64) -> Result<[Tensor; 3]>
 where
-    T: crate::WithDType,
+    T: crate::WithDType + kiln_kernels::cpu::lanes::FloatElement,
     T::Lane: crate::Scalar,
 {
     let count = images.channels.statistics(grouping);

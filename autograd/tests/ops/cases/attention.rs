@@ -1,0 +1,84 @@
+//! Attention.
+
+use crate::harness::{Case, case};
+use crate::reference::Array;
+use kiln_tensor::ops::attention::AttentionOptions;
+use kiln_tensor::{Result, Tensor};
+
+/// `softmax(scale · Q · Kᵀ + bias) · V` with the bias a function of (query, key); a row of -∞ gives zeros.
+fn attention(x: &[Array], scale: f64, bias: impl Fn(usize, usize) -> f64) -> Array {
+    let (q, k, v) = (&x[0], &x[1], &x[2]);
+    let rank = q.shape.len();
+    let shape = [&q.shape[..rank - 1], &[v.shape[rank - 1]]].concat();
+    Array::from_fn(&shape, |i| {
+        let (lead, at) = i.split_at(rank - 2);
+        let dot = |j: usize| {
+            (0..q.shape[rank - 1]).map(|e| q.at_broadcast(&[lead, &[at[0], e]].concat()) * k.at_broadcast(&[lead, &[j, e]].concat()))
+        };
+        let scores: Vec<f64> = (0..k.shape[k.shape.len() - 2]).map(|j| scale * dot(j).sum::<f64>() + bias(at[0], j)).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if max == f64::NEG_INFINITY {
+            return 0.0;
+        }
+        let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+        scores.iter().enumerate().map(|(j, s)| (s - max).exp() / total * v.at_broadcast(&[lead, &[j, at[1]]].concat())).sum()
+    })
+}
+
+fn sdpa(x: &[Tensor], options: &AttentionOptions<'_>) -> Result<Tensor> {
+    x[0].scaled_dot_product_attention(&x[1], &x[2], options)
+}
+
+/// Query 1 may look at no key, the others at all but key 0.
+fn opens(i: usize, j: usize) -> bool {
+    i != 1 && j != 0
+}
+
+pub fn cases() -> Vec<Case> {
+    const SHUT: f64 = f64::NEG_INFINITY;
+    let mask = |x: &[Tensor]| {
+        let (l, s) = (x[0].dim(-2)?, x[1].dim(-2)?);
+        Tensor::from_vec((0..l * s).map(|i| opens(i / s, i % s)).collect::<Vec<bool>>(), [l, s])
+    };
+    vec![
+        case("scaled_dot_product_attention", |x| sdpa(x, &AttentionOptions::default()), |x| attention(x, 0.5, |_, _| 0.0))
+            .sample(&[&[2, 4], &[3, 4], &[3, 2]])
+            .sample(&[&[2, 2, 3, 4], &[2, 1, 2, 4], &[2, 1, 2, 3]])
+            .large(&[&[2, 4, 130, 64], &[2, 4, 130, 64], &[2, 4, 130, 64]]),
+        case(
+            "scaled_dot_product_attention",
+            |x| sdpa(x, &AttentionOptions { causal: true, scale: Some(0.3), ..Default::default() }),
+            |x| attention(x, 0.3, |i, j| if j <= i { 0.0 } else { SHUT }),
+        )
+        .label("causal")
+        .sample(&[&[2, 3, 4], &[2, 3, 4], &[2, 3, 2]])
+        .sample(&[&[2, 3, 4], &[2, 4, 4], &[2, 4, 2]])
+        .large(&[&[4, 200, 64], &[4, 200, 64], &[4, 200, 64]]),
+        case(
+            "scaled_dot_product_attention",
+            move |x| sdpa(x, &AttentionOptions { mask: Some(&mask(x)?), ..Default::default() }),
+            |x| attention(x, 0.5, |i, j| if opens(i, j) { 0.0 } else { SHUT }),
+        )
+        .label("mask, with a query that sees nothing")
+        .sample(&[&[2, 3, 4], &[2, 3, 4], &[2, 3, 2]]),
+        case(
+            "scaled_dot_product_attention",
+            move |x| {
+                let shut = mask(x)?.logical_not()?;
+                let bias = Tensor::zeros(shut.shape(), x[0].dtype())?.masked_fill(&shut, SHUT)?;
+                sdpa(x, &AttentionOptions { mask: Some(&bias), causal: true, ..Default::default() })
+            },
+            |x| attention(x, 0.5, |i, j| if opens(i, j) && j <= i { 0.0 } else { SHUT }),
+        )
+        .label("added mask of -∞, and causal")
+        .sample(&[&[2, 3, 4], &[2, 3, 4], &[2, 3, 2]]),
+        case(
+            "scaled_dot_product_attention",
+            |x| sdpa(x, &AttentionOptions { mask: Some(&x[3]), ..Default::default() }),
+            |x| attention(x, 0.5, |i, j| x[3].at_broadcast(&[i, j])),
+        )
+        .label("added mask with a gradient")
+        .sample(&[&[2, 4], &[3, 4], &[3, 2], &[2, 3]])
+        .sample(&[&[2, 4], &[3, 4], &[3, 2], &[3]]),
+    ]
+}
