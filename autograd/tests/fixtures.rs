@@ -147,8 +147,8 @@ fn functions() -> BTreeMap<&'static str, Function> {
         "pool.adaptive_avg_pool2d" => |x| x[0].adaptive_avg_pool2d([3, 2]);
         "pool.adaptive_max_pool2d" => |x| x[0].adaptive_max_pool2d([3, 2]);
         "pool.upsample_nearest" => |x| x[0].upsample_nearest(2);
-        "pool.upsample_bilinear" => |x| x[0].interpolate([5, 7], Interpolation::Bilinear { align_corners: false });
-        "pool.upsample_bilinear_align" => |x| x[0].interpolate([5, 7], Interpolation::Bilinear { align_corners: true });
+        "pool.upsample_bilinear" => |x| x[0].interpolate([5, 7], Interpolation::Linear { align_corners: false });
+        "pool.upsample_bilinear_align" => |x| x[0].interpolate([5, 7], Interpolation::Linear { align_corners: true });
         "norm.layer_norm" => |x| x[0].layer_norm([6], Some(&x[1]), Some(&x[2]), 1e-5);
         "norm.layer_norm_2d" => |x| x[0].layer_norm([3, 4], None, None, 1e-5);
         "norm.rms_norm" => |x| x[0].rms_norm([6], Some(&x[1]), 1e-6);

@@ -13,7 +13,7 @@ fn attention(x: &[Array], scale: f64, bias: impl Fn(usize, usize) -> f64) -> Arr
     Array::from_fn(&shape, |i| {
         let (lead, at) = i.split_at(rank - 2);
         let dot = |j: usize| {
-            (0..q.shape[rank - 1]).map(|e| q.at_broadcast(&[lead, &[at[0], e]].concat()) * k.at_broadcast(&[lead, &[j, e]].concat()))
+            (0..q.shape[rank - 1]).map(move |e| q.at_broadcast(&[lead, &[at[0], e]].concat()) * k.at_broadcast(&[lead, &[j, e]].concat()))
         };
         let scores: Vec<f64> = (0..k.shape[k.shape.len() - 2]).map(|j| scale * dot(j).sum::<f64>() + bias(at[0], j)).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
