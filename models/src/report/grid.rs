@@ -30,7 +30,7 @@ pub fn save_grid(path: &Path, pictures: &Tensor, columns: usize) -> Result<()> {
     let size = extent(columns, w).zip(extent(n.div_ceil(columns), h)).filter(|(w, h)| u64::from(*w) * u64::from(*h) < 1 << 28);
     let (width, height) = size.ok_or_else(|| Error::shape("save_grid", format!("a grid of {} pictures is too large", pictures.shape())))?;
     let mut sheet = RgbImage::from_pixel(width, height, image::Rgb([40, 40, 40]));
-    for (i, picture) in values.chunks_exact(c * h * w).enumerate() {
+    for (i, picture) in values.chunks_exact((c * h * w).max(1)).enumerate() {
         let left = GAP + (i % columns) as u32 * (w as u32 * ZOOM + GAP);
         let top = GAP + (i / columns) as u32 * (h as u32 * ZOOM + GAP);
         for y in 0..h as u32 * ZOOM {
