@@ -6,9 +6,11 @@
 
 use super::super::alloc::OutOfMemory;
 use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile};
+use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
-use super::axis::AxisClass;
+use super::class::{Class, classes, exact_classes_if_large, phases};
 use super::pack::{Panel, Panels};
+use super::patch::Patches;
 use super::{Gather, part_start};
 
 /// Below this many source channels the taps of a pixel are copied side by side: a segment as short as this would spend
@@ -20,62 +22,6 @@ const BLOCK: usize = 96;
 
 /// Fewer tasks than this are split further by target channels: enough for some threads to share evenly.
 const MIN_TASKS: usize = 16;
-
-/// Targets of equal taps in all three dimensions.
-pub(super) struct Class<'a> {
-    pub axes: [&'a AxisClass; 3],
-    /// Images × targets.
-    pub pixels: usize,
-}
-
-impl Class<'_> {
-    /// The taps, as indices into the kernel's `kd · kh · kw`, in the order in which a tile sums them.
-    pub fn taps(&self, kernel: [usize; 3]) -> impl Iterator<Item = usize> {
-        let [d, h, w] = self.axes;
-        d.taps
-            .iter()
-            .flat_map(move |kd| h.taps.iter().flat_map(move |kh| w.taps.iter().map(move |kw| (kd * kernel[1] + kh) * kernel[2] + kw)))
-    }
-
-    pub fn tap_count(&self) -> usize {
-        self.axes.iter().map(|a| a.taps.len()).product()
-    }
-
-    /// The image and the index into each axis' targets of a pixel.
-    pub fn locate(&self, pixel: usize) -> (usize, [usize; 3]) {
-        let [d, h, w] = self.axes.map(|a| a.targets.len());
-        (pixel / (d * h * w), [pixel / (h * w) % d, pixel / w % h, pixel % w])
-    }
-}
-
-/// The classes of a gather from those of its axes.
-pub(super) fn classes<'a>(n: usize, axes: &'a [Vec<AxisClass>; 3]) -> Vec<Class<'a>> {
-    let mut classes = Vec::new();
-    for d in &axes[0] {
-        for h in &axes[1] {
-            for w in &axes[2] {
-                classes.push(Class { axes: [d, h, w], pixels: n * d.targets.len() * h.targets.len() * w.targets.len() });
-            }
-        }
-    }
-    classes
-}
-
-pub(super) fn phases(g: &Gather) -> [Vec<AxisClass>; 3] {
-    std::array::from_fn(|i| g.axes[i].phases(g.target[i], g.kernel[i]))
-}
-
-/// Exact classes, unless they would be so small (many taps over a small image) that most tiles would be, too.
-fn exact_classes_if_large(g: &Gather) -> [Vec<AxisClass>; 3] {
-    // Sorting costs a few nanoseconds for each target and tap of an axis, and only borders gain by it.
-    const LONG_AXIS: usize = 1 << 16;
-    if (0..3).any(|i| g.target[i] * g.kernel[i] > LONG_AXIS) {
-        return phases(g);
-    }
-    let exact: [_; 3] = std::array::from_fn(|i| g.axes[i].exact_classes(g.target[i], g.source[i], g.kernel[i]));
-    let count: usize = exact.iter().map(Vec::len).product();
-    if count * 4 <= g.target_pixels() { exact } else { phases(g) }
-}
 
 struct Task {
     class: usize,
@@ -139,7 +85,7 @@ impl Direct<'_> {
         } else {
             self.source_rows(class, group, task.pixels.start, tiles, segments)
         };
-        let targets: Vec<usize> = task.pixels.clone().map(|p| self.target_offset(class, group, p)).collect();
+        let targets = self.target_offsets(class, group, task.pixels.clone());
         // The taps of a patch lie together in the panel, from its first on.
         let slots: Vec<usize> = class.taps(g.kernel).take(segments).map(|tap| self.slot_of_tap[tap]).collect();
         let segments = slots.len();
@@ -163,11 +109,10 @@ impl Direct<'_> {
         len: usize,
         patches: &mut Vec<f32>,
     ) -> Vec<*const f32> {
-        patches.resize(pixels.len() * len, 0.0);
-        for (i, pixel) in pixels.clone().enumerate() {
-            copy_patch(self.g, self.x, class, group, pixel, &mut patches[i * len..][..len]);
-        }
-        (0..pixels.len()).map(|i| patches[i * len..].as_ptr()).collect()
+        let count = pixels.len();
+        patches.resize(count * len, 0.0);
+        dispatch(Patches { g: self.g, x: self.x, class, group, pixels, out: patches });
+        (0..count).map(|i| patches[i * len..].as_ptr()).collect()
     }
 
     /// For each tile the addresses of its pixels' sources, segment by segment.
@@ -176,46 +121,52 @@ impl Direct<'_> {
         if segments == 0 {
             return rows;
         }
+        let mut pixels = class.pixels_from(first);
         for tile in 0..tiles.count {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let rows = &mut rows[start * segments..(start + height) * segments];
             for r in 0..height {
-                self.pixel_sources(class, group, first + start + r, &mut rows[r..], height);
+                self.pixel_sources(class, group, pixels.image, pixels.at, &mut rows[r..], height);
+                pixels.advance();
             }
         }
         rows
     }
 
     /// Writes the address of a pixel's source under each tap that does not hit the padding to `rows[0]`, `rows[height]`, …
-    fn pixel_sources(&self, class: &Class, group: usize, pixel: usize, rows: &mut [*const f32], height: usize) {
+    fn pixel_sources(&self, class: &Class, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
         let g = self.g;
-        let (image, at) = class.locate(pixel);
         let [d, h, w] = class.axes;
-        let source = |axis: &AxisClass, at: usize, tap: usize| axis.first[at] + tap as isize * axis.step;
         let channels = g.groups * g.cin;
-        let mut slot = 0;
+        let first: [isize; 3] = std::array::from_fn(|i| class.axes[i].first[at[i]]);
+        let mut rows = rows.iter_mut().step_by(height);
         for kd in 0..d.taps.len() {
-            let sd = source(d, at[0], kd);
+            let sd = first[0] + kd as isize * d.step;
             for kh in 0..h.taps.len() {
-                let sh = source(h, at[1], kh);
+                let sh = first[1] + kh as isize * h.step;
                 let inside = (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
                 let line = if inside { ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2] } else { 0 };
-                for kw in 0..w.taps.len() {
-                    let sw = source(w, at[2], kw);
+                let mut sw = first[2];
+                for row in rows.by_ref().take(w.taps.len()) {
                     if inside && (0..g.source[2] as isize).contains(&sw) {
-                        rows[slot] = self.x[(line + sw as usize) * channels + group * g.cin..].as_ptr();
+                        *row = self.x[(line + sw as usize) * channels + group * g.cin..].as_ptr();
                     }
-                    slot += height;
+                    sw += w.step;
                 }
             }
         }
     }
 
-    fn target_offset(&self, class: &Class, group: usize, pixel: usize) -> usize {
+    /// Where the target pixels of a block start in `y`.
+    fn target_offsets(&self, class: &Class, group: usize, pixels: std::ops::Range<usize>) -> Vec<usize> {
         let g = self.g;
-        let (image, at) = class.locate(pixel);
-        let [d, h, w] = std::array::from_fn(|i| class.axes[i].targets[at[i]]);
-        (((image * g.target[0] + d) * g.target[1] + h) * g.target[2] + w) * g.groups * g.cout + group * g.cout
+        let mut cursor = class.pixels_from(pixels.start);
+        let offset = |_| {
+            let target = cursor.target(g);
+            cursor.advance();
+            (target * g.groups + group) * g.cout
+        };
+        pixels.map(offset).collect()
     }
 
     #[inline(always)]
@@ -234,42 +185,5 @@ impl Direct<'_> {
         // patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
         // pixels, panels and groups part the channels, so each value of `y` is written by one tile only, and no tile reads `y`.
         unsafe { MicroKernels::get().tile(targets.len(), &tile) }
-    }
-}
-
-/// Copies the sources of a target pixel under all taps of its class side by side, zeros for the padding.
-pub(super) fn copy_patch(g: &Gather, x: &[f32], class: &Class, group: usize, pixel: usize, patch: &mut [f32]) {
-    let (image, at) = class.locate(pixel);
-    let [d, h, w] = class.axes;
-    let channels = g.groups * g.cin;
-    let first = w.first[at[2]];
-    let taps = w.taps.len();
-    // Taps of the row whose sources lie inside of the image: a range, as sources rise.
-    let low = if first >= 0 { 0 } else { ((-first) as usize).div_ceil(w.step as usize) }.min(taps);
-    let inside = g.source[2] as isize - first;
-    let high = if inside <= 0 { low } else { (inside as usize).div_ceil(w.step as usize).clamp(low, taps) };
-    let mut patch = patch.chunks_exact_mut((taps * g.cin).max(1));
-    for kd in 0..d.taps.len() {
-        let sd = d.first[at[0]] + kd as isize * d.step;
-        for kh in 0..h.taps.len() {
-            let sh = h.first[at[1]] + kh as isize * h.step;
-            let Some(row) = patch.next() else { return };
-            if low == high || !(0..g.source[0] as isize).contains(&sd) || !(0..g.source[1] as isize).contains(&sh) {
-                row.fill(0.0);
-                continue;
-            }
-            row[..low * g.cin].fill(0.0);
-            row[high * g.cin..].fill(0.0);
-            let line = ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2];
-            let start = (line as isize + first + low as isize * w.step) as usize * channels + group * g.cin;
-            let row = &mut row[low * g.cin..high * g.cin];
-            if w.step == 1 && channels == g.cin {
-                row.copy_from_slice(&x[start..start + row.len()]);
-            } else {
-                for (tap, pixel) in row.chunks_exact_mut(g.cin).enumerate() {
-                    pixel.copy_from_slice(&x[start + tap * w.step as usize * channels..][..g.cin]);
-                }
-            }
-        }
     }
 }

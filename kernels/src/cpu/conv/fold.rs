@@ -36,9 +36,9 @@ struct Band {
 pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
     let panels = Panels::by_channel(g, w)?;
     let axes: [Vec<AxisClass>; 3] = std::array::from_fn(|i| g.axes[i].exact_classes(g.target[i], g.source[i], g.kernel[i]));
-    let targets: [Vec<Target>; 3] = std::array::from_fn(|i| by_target(g.target[i], &axes[i]));
+    let targets: [Vec<Target>; 2] = std::array::from_fn(|i| by_target(g.target[i], &axes[i]));
     let bands = bands(g, &targets);
-    let run = Fold { g, x, bias, y: SharedMut::new(y), panels: &panels, targets: &targets };
+    let run = Fold { g, x, bias, y: SharedMut::new(y), panels: &panels, targets: &targets, rows: &axes[2] };
     let ns = g.source_pixels() * g.groups * g.taps() * g.cout * g.cin / 50 + g.target_pixels() * g.taps_per_target();
     let failed = std::sync::Mutex::new(None);
     parallel::for_each(bands.len() * g.groups, ns, |i| {
@@ -76,7 +76,7 @@ fn sources(targets: &[Target]) -> std::ops::Range<usize> {
 }
 
 /// Cuts the targets of each image so that the product of a band's sources stays below [`BAND`], or at one target row.
-fn bands(g: &Gather, targets: &[Vec<Target>; 3]) -> Vec<Band> {
+fn bands(g: &Gather, targets: &[Vec<Target>; 2]) -> Vec<Band> {
     let row = g.source[2] * g.taps() * g.cout;
     let plane = row * g.source[1];
     // Neighbouring bands both compute the sources that they share, so a band is as large as fits.
@@ -110,7 +110,10 @@ struct Fold<'a> {
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
     panels: &'a Panels,
-    targets: &'a [Vec<Target<'a>>; 3],
+    /// Along depth and height.
+    targets: &'a [Vec<Target<'a>>; 2],
+    /// Along width.
+    rows: &'a [AxisClass],
 }
 
 impl Fold<'_> {
@@ -126,9 +129,10 @@ impl Fold<'_> {
             let plane = &mut product[i * band.source[1].len() * row_len..][..band.source[1].len() * row_len];
             self.multiply(group, start, plane);
         }
+        let mut row = vec![0f32; g.target[2] * g.cout];
         for d in band.target[0].clone() {
             for h in band.target[1].clone() {
-                self.sum_row(band, group, d, h, product);
+                self.sum_row(band, group, d, h, product, &mut row);
             }
         }
         Ok(())
@@ -162,36 +166,75 @@ impl Fold<'_> {
         }
     }
 
-    /// Sums the entries of one row of targets.
-    fn sum_row(&self, band: &Band, group: usize, d: usize, h: usize, product: &[f32]) {
+    /// Sums the entries of one row of targets, tap after tap.
+    fn sum_row(&self, band: &Band, group: usize, d: usize, h: usize, product: &[f32], row: &mut [f32]) {
         let g = self.g;
         let (td, th) = (self.targets[0][d], self.targets[1][h]);
         let cols = g.taps() * g.cout;
-        let line = ((band.image * g.target[0] + d) * g.target[1] + h) * g.target[2];
-        for w in 0..g.target[2] {
-            let tw = self.targets[2][w];
-            let mut sum = [0f32; MAX_CHANNELS];
-            let sum = &mut sum[..g.cout];
-            if let Some(bias) = self.bias {
-                sum.copy_from_slice(&bias[group * g.cout..][..g.cout]);
-            }
-            for (i, kd) in td.taps.iter().enumerate() {
-                let sd = td.first + i * td.step - band.source[0].start;
-                for (i, kh) in th.taps.iter().enumerate() {
-                    let sh = th.first + i * th.step - band.source[1].start;
-                    let source = (sd * band.source[1].len() + sh) * g.source[2];
-                    let tap = (kd * g.kernel[1] + kh) * g.kernel[2];
-                    for (i, kw) in tw.taps.iter().enumerate() {
-                        let at = (source + tw.first + i * tw.step) * cols + (tap + kw) * g.cout;
-                        for (sum, value) in sum.iter_mut().zip(&product[at..at + g.cout]) {
-                            *sum += value;
+        match self.bias {
+            Some(bias) => row.chunks_exact_mut(g.cout).for_each(|pixel| pixel.copy_from_slice(&bias[group * g.cout..][..g.cout])),
+            None => row.fill(0.0),
+        }
+        for (i, kd) in td.taps.iter().enumerate() {
+            let sd = td.first + i * td.step - band.source[0].start;
+            for (i, kh) in th.taps.iter().enumerate() {
+                let sh = th.first + i * th.step - band.source[1].start;
+                let tap = (kd * g.kernel[1] + kh) * g.kernel[2];
+                let line = &product[(sd * band.source[1].len() + sh) * g.source[2] * cols..][..g.source[2] * cols];
+                for class in self.rows {
+                    for (i, kw) in class.taps.iter().enumerate() {
+                        let entries = Entries { class, tap: i, start: (tap + kw) * g.cout, cols };
+                        match g.cout {
+                            1 => entries.add::<1>(line, row),
+                            2 => entries.add::<2>(line, row),
+                            3 => entries.add::<3>(line, row),
+                            4 => entries.add::<4>(line, row),
+                            _ => entries.add_any(line, row, g.cout),
                         }
                     }
                 }
             }
-            let at = (line + w) * g.groups * g.cout + group * g.cout;
+        }
+        let line = ((band.image * g.target[0] + d) * g.target[1] + h) * g.target[2];
+        for (w, pixel) in row.chunks_exact(g.cout).enumerate() {
+            let at = ((line + w) * g.groups + group) * g.cout;
             // SAFETY: bands and groups part the targets, so this pixel's channels are written here only; `y` holds all targets.
-            unsafe { std::slice::from_raw_parts_mut(self.y.get().add(at), g.cout) }.copy_from_slice(sum);
+            unsafe { std::slice::from_raw_parts_mut(self.y.get().add(at), g.cout) }.copy_from_slice(pixel);
+        }
+    }
+}
+
+/// The entries of one tap for the targets of a class along a row.
+struct Entries<'a> {
+    class: &'a AxisClass,
+    /// Index into the class' taps.
+    tap: usize,
+    /// The tap's first column.
+    start: usize,
+    /// Columns of the product.
+    cols: usize,
+}
+
+impl Entries<'_> {
+    #[inline(always)]
+    fn add<const C: usize>(&self, line: &[f32], row: &mut [f32]) {
+        let shift = self.tap * self.class.step as usize;
+        for (&target, &first) in self.class.targets.iter().zip(&self.class.first) {
+            let at = (first as usize + shift) * self.cols + self.start;
+            let (sum, values) = (&mut row[target * C..target * C + C], &line[at..at + C]);
+            for j in 0..C {
+                sum[j] += values[j];
+            }
+        }
+    }
+
+    fn add_any(&self, line: &[f32], row: &mut [f32], channels: usize) {
+        let shift = self.tap * self.class.step as usize;
+        for (&target, &first) in self.class.targets.iter().zip(&self.class.first) {
+            let at = (first as usize + shift) * self.cols + self.start;
+            for (sum, value) in row[target * channels..][..channels].iter_mut().zip(&line[at..at + channels]) {
+                *sum += value;
+            }
         }
     }
 }

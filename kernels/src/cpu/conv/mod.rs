@@ -14,10 +14,12 @@
 //! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
 
 mod axis;
+mod class;
 mod depthwise;
 mod direct;
 mod fold;
 mod pack;
+mod patch;
 mod plain;
 mod weight;
 

@@ -7,8 +7,11 @@
 
 use super::super::alloc::{Buffer, OutOfMemory};
 use super::super::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, OuterTile, Output};
+use super::super::isa::dispatch;
 use super::super::parallel;
-use super::direct::{self, Class, PATCH_CHANNELS};
+use super::class::{self, Class};
+use super::direct::PATCH_CHANNELS;
+use super::patch::Patches;
 use super::{Gather, part_start};
 
 /// Pixels whose addresses are gathered at once: enough that loading and storing a tile does not count (24 against
@@ -51,10 +54,16 @@ impl Tail {
         Self { start, limit: image.len(), values }
     }
 
-    /// An address where `image[at..]` can be read for `width` values at least.
-    #[inline(always)]
-    fn address(&self, image: &[f32], at: usize, width: usize) -> *const f32 {
-        if at + width <= self.limit { image[at..].as_ptr() } else { self.values[at - self.start..].as_ptr() }
+    /// Addresses where `image[at + first..]` can be read for `width` values at least, for each `at`.
+    fn addresses(&self, image: &[f32], at: &[usize], first: usize, width: usize, out: &mut Vec<*const f32>) {
+        out.clear();
+        let furthest = at.iter().max().map_or(0, |&at| at + first + width);
+        if furthest <= self.limit {
+            out.extend(at.iter().map(|&at| image.as_ptr().wrapping_add(at + first)));
+        } else {
+            let one = |at: usize| if at + width <= self.limit { image[at..].as_ptr() } else { self.values[at - self.start..].as_ptr() };
+            out.extend(at.iter().map(|&at| one(at + first)));
+        }
     }
 }
 
@@ -109,19 +118,25 @@ impl Outer<'_> {
         let pixels = g.n * d.len() * h.len() * w.len();
         let (mut a, mut b) = (Vec::with_capacity(CHUNK), Vec::with_capacity(CHUNK));
         let mut tiles = Tiles::new(sum);
-        for pixel in part_start(pixels, splits, split)..part_start(pixels, splits, split + 1) {
+        let (start, end) = (part_start(pixels, splits, split), part_start(pixels, splits, split + 1));
+        let mut pixel = start;
+        while pixel < end {
+            // A row of pixels, or what the part holds of it.
             let (line, pw) = (pixel / w.len(), pixel % w.len());
             let (plane, ph) = (line / h.len(), line % h.len());
             let (image, pd) = (plane / d.len(), plane % d.len());
-            let target = ((image * g.target[0] + d[pd].0) * g.target[1] + h[ph].0) * g.target[2] + w[pw].0;
-            let source = ((image * g.source[0] + d[pd].1) * g.source[1] + h[ph].1) * g.source[2] + w[pw].1;
-            a.push(self.x[(source * g.groups + group) * g.cin..][..g.cin].as_ptr());
-            b.push((target * g.groups + group) * g.cout + cols.start);
-            if a.len() == CHUNK {
-                // SAFETY: each address of A has `cin` readable values, each offset of B lies in `gy` with `cols` values.
-                unsafe { tiles.add(self, &a, &b) };
-                a.clear();
-                b.clear();
+            let target = ((image * g.target[0] + d[pd].0) * g.target[1] + h[ph].0) * g.target[2];
+            let source = ((image * g.source[0] + d[pd].1) * g.source[1] + h[ph].1) * g.source[2];
+            for &(tw, sw) in &w[pw..w.len().min(pw + end - pixel)] {
+                a.push(self.x[((source + sw) * g.groups + group) * g.cin..][..g.cin].as_ptr());
+                b.push(((target + tw) * g.groups + group) * g.cout + cols.start);
+                pixel += 1;
+                if a.len() == CHUNK {
+                    // SAFETY: each address of A has `cin` readable values, each offset of B lies in `gy` with `cols` values.
+                    unsafe { tiles.add(self, &a, &b) };
+                    a.clear();
+                    b.clear();
+                }
             }
         }
         // SAFETY: as above.
@@ -132,8 +147,8 @@ impl Outer<'_> {
     /// A task for each group, block of target channels, and part of the pixels: all taps at once.
     fn by_patch(&self, gw: &mut [f32]) -> Result<(), OutOfMemory> {
         let (g, blocks) = (self.g, self.col_blocks());
-        let axes = direct::phases(g);
-        let classes = direct::classes(g.n, &axes);
+        let axes = class::phases(g);
+        let classes = class::classes(g.n, &axes);
         let order: Vec<usize> = classes.iter().flat_map(|c| c.taps(g.kernel)).collect();
         let splits = splits(g.target_pixels(), g.groups * blocks);
         let part = Parts { taps: 1, groups: g.groups, blocks, splits };
@@ -173,17 +188,17 @@ impl Outer<'_> {
         let (mut a, mut b) = (Vec::with_capacity(CHUNK), Vec::with_capacity(CHUNK));
         let mut tiles = Tiles::new(sum);
         let pixels = part_start(class.pixels, splits, split)..part_start(class.pixels, splits, split + 1);
+        let mut cursor = class.pixels_from(pixels.start);
         for start in pixels.clone().step_by(CHUNK) {
+            let chunk = start..pixels.end.min(start + CHUNK);
             a.clear();
             b.clear();
-            for (pixel, patch) in (start..pixels.end.min(start + CHUNK)).zip(patches.chunks_exact_mut(len)) {
-                direct::copy_patch(g, self.x, class, group, pixel, patch);
-                let (image, at) = class.locate(pixel);
-                let [d, h, w] = std::array::from_fn(|i| class.axes[i].targets[at[i]]);
-                let target = ((image * g.target[0] + d) * g.target[1] + h) * g.target[2] + w;
-                a.push(patch.as_ptr());
-                b.push((target * g.groups + group) * g.cout + cols.start);
+            for i in 0..chunk.len() {
+                a.push(patches[i * len..].as_ptr());
+                b.push((cursor.target(g) * g.groups + group) * g.cout + cols.start);
+                cursor.advance();
             }
+            dispatch(Patches { g, x: self.x, class, group, pixels: chunk, out: &mut patches });
             // SAFETY: each address of A has a patch of `rows` values, each offset of B lies in `gy` with `cols` values.
             unsafe { tiles.add(self, &a, &b) };
         }
@@ -272,8 +287,7 @@ impl<'s, 'v> Tiles<'s, 'v> {
         for first in (0..cols).step_by(kernels.nr) {
             let width = (cols - first).min(kernels.nr);
             let readable = kernels.panel_width(width);
-            self.b.clear();
-            self.b.extend(b.iter().map(|&at| outer.tail.address(outer.gy, at + first, readable)));
+            outer.tail.addresses(outer.gy, b, first, readable, &mut self.b);
             for tile in 0..tiles.count {
                 let (row, height) = (tiles.start(tile), tiles.height(tile));
                 self.a.clear();
