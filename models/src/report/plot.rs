@@ -90,10 +90,10 @@ mod tests {
     #[test]
     fn any_values_can_be_drawn() -> Result<()> {
         let wild = vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, f64::MIN, 0.0, 1e-300, -1e300];
-        let cases = [vec![], vec![4.0], vec![7.0; 2000], vec![f64::NAN; 3], vec![f64::MAX; 3], vec![1e300, 1e300 + 1.0], vec![1e16; 3], wild];
+        let cases =
+            [vec![], vec![4.0], vec![7.0; 2000], vec![f64::NAN; 3], vec![f64::MAX; 3], vec![1e300, 1e300 + 1.0], vec![1e16; 3], wild];
         let path = std::env::temp_dir().join(format!("kiln-plot-{}", std::process::id())).join("a.png");
         for values in cases {
-            eprintln!("{values:?}");
             plot_curves(&path, "any", &[Curve::new("loss ü", values)])?;
         }
         plot_curves(&path, "", &[])?;
