@@ -170,7 +170,7 @@ fn distances() -> Vec<Case> {
     let distance = |a: &Array, b: &Array, p: f64| {
         a.zip(b, move |a, b| (a - b + 1e-6).abs().powf(p)).fold(&[1], |v| v.iter().sum::<f64>().powf(1.0 / p))
     };
-    let pair = |c: f64, i: usize, margin: f64| if i % 2 == 0 { 1.0 - c } else { (c - margin).max(0.0) };
+    let pair = |c: f64, i: usize, margin: f64| if i.is_multiple_of(2) { 1.0 - c } else { (c - margin).max(0.0) };
     let triplet = move |x: &[Array], margin: f64, p: f64| {
         mean(&distance(&x[0], &x[1], p).zip(&distance(&x[0], &x[2], p), |a, b| (a - b + margin).max(0.0)))
     };
