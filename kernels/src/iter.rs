@@ -112,29 +112,31 @@ impl<const N: usize> Walk<N> {
         Stretches { cursor: Cursor::new(self, start / run_len), skip: start % run_len }
     }
 
-    /// Calls `f(offsets)` for each run of the range, in order.
+    /// Each stretch of a run that lies in the range of elements, in order: offsets and length. The range's ends may cut runs.
     #[inline]
-    pub fn for_each_run(&self, runs: Range<usize>, mut f: impl FnMut([usize; N])) {
-        let mut cursor = Cursor::new(self, runs.start);
-        for _ in runs {
-            f(cursor.at);
-            cursor.next();
-        }
+    pub fn stretches_of(&self, elements: Range<usize>) -> StretchesOf<'_, N> {
+        StretchesOf { left: elements.len(), stretches: self.stretches(elements.start) }
     }
+}
 
-    /// Calls `f(offsets, len)` for each stretch of a run that lies in the range of elements, in order. The range's ends may cut runs.
+/// The stretches of a range of elements.
+#[derive(Clone, Debug)]
+pub struct StretchesOf<'a, const N: usize> {
+    stretches: Stretches<'a, N>,
+    left: usize,
+}
+
+impl<const N: usize> Iterator for StretchesOf<'_, N> {
+    type Item = ([usize; N], usize);
+
     #[inline]
-    pub fn for_each_stretch(&self, elements: Range<usize>, mut f: impl FnMut([usize; N], usize)) {
-        let mut left = elements.len();
-        if left == 0 {
-            return;
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
         }
-        let mut stretches = self.stretches(elements.start);
-        while left > 0 {
-            let (at, len) = stretches.next(left);
-            f(at, len);
-            left -= len;
-        }
+        let stretch = self.stretches.next(self.left);
+        self.left -= stretch.1;
+        Some(stretch)
     }
 }
 
@@ -164,7 +166,11 @@ impl<const N: usize> Stretches<'_, N> {
 /// The offsets after `steps` steps of the given strides.
 #[inline(always)]
 fn moved<const N: usize>(at: [usize; N], strides: [usize; N], steps: usize) -> [usize; N] {
-    std::array::from_fn(|k| at[k] + steps * strides[k])
+    let mut to = at;
+    for k in 0..N {
+        to[k] += steps * strides[k];
+    }
+    to
 }
 
 /// The dimensions that have not one element: extent, and each operand's stride. A dimension of none stays, alone.
@@ -251,11 +257,11 @@ mod tests {
             assert_eq!(walk.numel(), ra.len());
             let expand = |elements: Range<usize>| {
                 let (mut va, mut vb) = (vec![], vec![]);
-                walk.for_each_stretch(elements, |at, len| {
+                for (at, len) in walk.stretches_of(elements) {
                     let [sa, sb] = walk.inner_strides();
                     va.extend((0..len).map(|i| at[0] + i * sa));
                     vb.extend((0..len).map(|i| at[1] + i * sb));
-                });
+                }
                 (va, vb)
             };
             for start in 0..=ra.len() {
@@ -266,12 +272,11 @@ mod tests {
             for (i, (&a, &b)) in ra.iter().zip(&rb).enumerate() {
                 assert_eq!(walk.offsets_of(i), [a, b]);
             }
-            let mut runs = 0;
-            walk.for_each_run(0..walk.runs(), |at| {
-                assert_eq!(at, walk.offsets_of_run(runs));
-                runs += 1;
-            });
-            assert_eq!(runs, walk.runs());
+            if walk.numel() > 0 {
+                let begins: Vec<_> = (0..walk.runs()).map(|run| walk.offsets_of_run(run)).collect();
+                let stretches: Vec<_> = walk.stretches_of(0..walk.numel()).map(|(at, _)| at).collect();
+                assert_eq!(stretches, begins);
+            }
         }
     }
 

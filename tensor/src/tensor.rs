@@ -3,6 +3,7 @@
 use crate::graph::{Hook, Leaf, Source};
 use crate::storage::Storage;
 use crate::{DType, Device, Error, ErrorKind, Layout, Result, Scalar, Shape, WithDType};
+use kiln_kernels::cpu::alloc::Buffer;
 use kiln_kernels::view::StridedView;
 use std::sync::Arc;
 
@@ -46,11 +47,15 @@ impl Tensor {
     /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes in the order of memory.
     pub fn build_with_layout<T: WithDType>(layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
         debug_assert!(layout.is_dense() && layout.offset() == 0);
-        let bytes = layout.numel().checked_mul(size_of::<T>());
-        let bytes = bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {} overflow", layout.shape(), T::DTYPE)))?;
-        let mut buffer = Storage::buffer(bytes)?;
+        let mut buffer = Self::buffer_for(&layout, T::DTYPE)?;
         fill(buffer.as_slice_mut())?;
         Ok(Self::from_storage(Storage::from_buffer(buffer), layout, T::DTYPE))
+    }
+
+    fn buffer_for(layout: &Layout, dtype: DType) -> Result<Buffer> {
+        let bytes = layout.numel().checked_mul(dtype.size());
+        let bytes = bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))?;
+        Storage::buffer(bytes)
     }
 
     /// Extents of the dimensions.

@@ -140,10 +140,10 @@ unsafe fn copy_runs<W: Word>(src: Source<W>, dst: SharedMut<W>, walk: &Walk<2>) 
     let total = walk.numel();
     let strides = walk.inner_strides();
     parallel::for_each(total.div_ceil(TASK), total * size_of::<W>() / 8, |task| {
-        walk.for_each_stretch(task * TASK..total.min((task + 1) * TASK), |[to, from], n| {
+        for ([to, from], n) in walk.stretches_of(task * TASK..total.min((task + 1) * TASK)) {
             // SAFETY: the walk stays where the caller vouches for; tasks take disjoint ranges of its elements.
             unsafe { copy_run(src.get().add(from), dst.get().add(to), n, strides) };
-        });
+        }
     });
 }
 

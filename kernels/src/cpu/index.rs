@@ -195,13 +195,13 @@ pub fn gather<T: Element>(src: StridedView<T>, dim: usize, index: &[i64], shape:
     parallel::for_each_chunk(out, TASK, index.len() * 2, |task, out| {
         let first = task * TASK;
         let mut done = 0;
-        walk.for_each_stretch(first..first + out.len(), |[at], len| {
+        for ([at], len) in walk.stretches_of(first..first + out.len()) {
             let index = &index[first + done..][..len];
             for (i, (out, &j)) in out[done..done + len].iter_mut().zip(index).enumerate() {
                 *out = src.data()[at + i * step + j as usize * stride];
             }
             done += len;
-        });
+        }
     });
     Ok(())
 }
@@ -259,7 +259,7 @@ fn scatter_with<T: Element>(
     let columns_per_task = (TASK / shape[dim]).max(1);
     let target = SharedMut::new(out);
     let task = |range: Range<usize>| {
-        walk.for_each_stretch(range, |[at, to_at], len| {
+        for ([at, to_at], len) in walk.stretches_of(range) {
             for j in 0..shape[dim] {
                 for i in 0..len {
                     let k = at + j * from[dim] + i * from_step;
@@ -268,7 +268,7 @@ fn scatter_with<T: Element>(
                     put(unsafe { &mut *target.get().add(place) }, src[k]);
                 }
             }
-        });
+        }
     };
     parallel::for_each(columns.div_ceil(columns_per_task), src.len() * 2, |t| {
         task(t * columns_per_task..columns.min((t + 1) * columns_per_task));

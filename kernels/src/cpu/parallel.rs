@@ -20,27 +20,45 @@ pub fn set_threads(count: usize) -> bool {
 }
 
 /// Calls `f(i)` for each `i < count`: on the pool if all calls together are estimated at [`MIN_PARALLEL_NS`] or more, in order otherwise.
-pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync + Send) {
-    if count < 2 || estimated_ns < MIN_PARALLEL_NS || threads() == 1 {
+pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync) {
+    if is_serial(count, estimated_ns) {
         (0..count).for_each(f);
     } else {
-        (0..count).into_par_iter().with_max_len(1).for_each(f);
+        share(count, &f);
     }
 }
 
 /// Cuts `out` into chunks of `chunk` elements (the last may be shorter) and calls `f(index, chunk)` for each, as [`for_each`] does.
-pub fn for_each_chunk<T: Send>(out: &mut [T], chunk: usize, estimated_ns: usize, f: impl Fn(usize, &mut [T]) + Sync + Send) {
-    let chunk = chunk.max(1);
-    if out.len() <= chunk || estimated_ns < MIN_PARALLEL_NS || threads() == 1 {
-        out.chunks_mut(chunk).enumerate().for_each(|(i, c)| f(i, c));
-    } else {
-        out.par_chunks_mut(chunk).enumerate().with_max_len(1).for_each(|(i, c)| f(i, c));
-    }
+pub fn for_each_chunk<T: Send>(out: &mut [T], chunk: usize, estimated_ns: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    let (chunk, len) = (chunk.max(1), out.len());
+    let shared = SharedMut::new(out);
+    for_each(len.div_ceil(chunk), estimated_ns, |i| {
+        let start = i * chunk;
+        // SAFETY: the chunk lies inside of `out`, which is borrowed until all are done, and each is given to one call only.
+        f(i, unsafe { std::slice::from_raw_parts_mut(shared.get().add(start), chunk.min(len - start)) });
+    });
+}
+
+fn is_serial(count: usize, estimated_ns: usize) -> bool {
+    count < 2 || estimated_ns < MIN_PARALLEL_NS || threads() == 1
+}
+
+/// Behind a pointer, so that rayon's machinery is compiled once and not for every kernel.
+fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
+    (0..count).into_par_iter().with_max_len(1).for_each(f);
 }
 
 /// A pointer that may cross threads. The kernel that makes one must give each task its own, disjoint part of the memory.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct SharedMut<T>(*mut T);
+
+// Not derived: a derive would ask it of `T` too.
+impl<T> Clone for SharedMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for SharedMut<T> {}
 
 // SAFETY: the pointer itself is plain data; each use is an `unsafe` block that must show that the parts are disjoint.
 unsafe impl<T: Send> Send for SharedMut<T> {}

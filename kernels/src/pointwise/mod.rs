@@ -157,6 +157,48 @@ mod ints {
     int!(i64, i32, u8);
 }
 
+/// The vectors that begin `i` elements into each input.
+///
+/// # Safety
+/// A whole vector must be readable there.
+#[inline(always)]
+unsafe fn load<S: Simd, const N: usize>(s: S, inputs: [*const f32; N], i: usize) -> [S::F32; N] {
+    let mut x = [s.splat(0.0); N];
+    for k in 0..N {
+        // SAFETY: the caller's.
+        x[k] = unsafe { s.load(inputs[k].add(i)) };
+    }
+    x
+}
+
+/// The first `len` lanes of the vectors that begin `i` elements into each input.
+///
+/// # Safety
+/// `len` elements must be readable there.
+#[inline(always)]
+unsafe fn load_partial<S: Simd, const N: usize>(s: S, inputs: [*const f32; N], i: usize, len: usize) -> [S::F32; N] {
+    let mut x = [s.splat(0.0); N];
+    for k in 0..N {
+        // SAFETY: the caller's.
+        x[k] = unsafe { s.load_partial(inputs[k].add(i), len) };
+    }
+    x
+}
+
+/// Element `i` of each input.
+///
+/// # Safety
+/// It must be readable.
+#[inline(always)]
+unsafe fn element<T: Element, const N: usize>(inputs: [*const T; N], i: usize) -> [T; N] {
+    let mut x = [T::default(); N];
+    for k in 0..N {
+        // SAFETY: the caller's.
+        x[k] = unsafe { *inputs[k].add(i) };
+    }
+    x
+}
+
 struct SimdTile<P, const N: usize> {
     inputs: [*const f32; N],
     out: *mut f32,
@@ -169,18 +211,18 @@ impl<P: Pointwise<N>, const N: usize> WithSimd for SimdTile<P, N> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let p = self.params.map(|p| s.splat(p as f32));
+        let p = [s.splat(self.params[0] as f32), s.splat(self.params[1] as f32)];
         let whole = self.len / S::LANES * S::LANES;
         let mut i = 0;
         while i < whole {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { P::simd(s, self.inputs.map(|x| s.load(x.add(i))), p).store(self.out.add(i)) }
+            unsafe { P::simd(s, load(s, self.inputs, i), p).store(self.out.add(i)) }
             i += S::LANES;
         }
         let rest = self.len - whole;
         if rest > 0 {
             // SAFETY: `whole + rest == len`.
-            unsafe { P::simd(s, self.inputs.map(|x| s.load_partial(x.add(whole), rest)), p).store_partial(self.out.add(whole), rest) }
+            unsafe { P::simd(s, load_partial(s, self.inputs, whole, rest), p).store_partial(self.out.add(whole), rest) }
         }
     }
 }
@@ -196,17 +238,17 @@ unsafe fn simd_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f32; N], ou
 unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f64; N], out: *mut f64, len: usize, params: Params) {
     for i in 0..len {
         // SAFETY: `i < len`, and the caller vouches for `len` elements.
-        unsafe { *out.add(i) = P::double(inputs.map(|x| *x.add(i)), params) }
+        unsafe { *out.add(i) = P::double(element(inputs, i), params) }
     }
 }
 
 /// # Safety
 /// See [`Tile`].
 unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [*const I; N], out: *mut I, len: usize, params: Params) {
-    let params = params.map(I::from_f64);
+    let params = [I::from_f64(params[0]), I::from_f64(params[1])];
     for i in 0..len {
         // SAFETY: `i < len`, and the caller vouches for `len` elements.
-        unsafe { *out.add(i) = P::int(inputs.map(|x| *x.add(i)), params) }
+        unsafe { *out.add(i) = P::int(element(inputs, i), params) }
     }
 }
 

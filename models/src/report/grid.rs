@@ -1,6 +1,6 @@
 //! Many small pictures in one file.
 
-use image::{ImageFormat, RgbImage};
+use image::RgbImage;
 use kiln_tensor::{DType, Error, Result, Tensor};
 use std::path::Path;
 
@@ -41,6 +41,5 @@ pub fn save_grid(path: &Path, pictures: &Tensor, columns: usize) -> Result<()> {
             }
         }
     }
-    super::make_parent("save_grid", path)?;
-    sheet.save_with_format(path, ImageFormat::Png).map_err(|e| Error::format("save_grid", format!("{}: {e}", path.display())))
+    super::save_png("save_grid", path, &sheet)
 }

@@ -11,6 +11,7 @@ pub use metrics::MetricsCsv;
 pub use plot::{Curve, plot_curves};
 pub use progress::Progress;
 
+use image::{ImageFormat, RgbImage};
 use kiln_tensor::{Error, Result};
 use std::path::Path;
 
@@ -20,4 +21,9 @@ fn make_parent(op: &str, path: &Path) -> Result<()> {
         Some(folder) => std::fs::create_dir_all(folder).map_err(|e| Error::io(op, folder.display(), e)),
         None => Ok(()),
     }
+}
+
+fn save_png(op: &str, path: &Path, pixels: &RgbImage) -> Result<()> {
+    make_parent(op, path)?;
+    pixels.save_with_format(path, ImageFormat::Png).map_err(|e| Error::format(op, format!("{}: {e}", path.display())))
 }

@@ -1,10 +1,14 @@
 //! Curves over steps.
 
+use image::RgbImage;
 use kiln_tensor::{Error, Result};
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 use std::path::Path;
 use std::sync::Once;
+
+/// Width and height of the picture.
+const SIZE: (u32, u32) = (800, 450);
 
 /// Curves with more points are drawn as means over as many equal stretches as fit the width.
 const MAX_POINTS: usize = 600;
@@ -42,16 +46,17 @@ impl Curve {
 /// # Errors
 /// If the file cannot be written.
 pub fn plot_curves(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
+    let mut pixels = RgbImage::new(SIZE.0, SIZE.1);
+    draw(&mut pixels, title, curves).map_err(|e| Error::format("plot_curves", e.to_string()))?;
+    super::save_png("plot_curves", path, &pixels)
+}
+
+fn draw(pixels: &mut RgbImage, title: &str, curves: &[Curve]) -> std::result::Result<(), Box<dyn std::error::Error>> {
     static FONT: Once = Once::new();
     // A font of our own: a bare machine has none. Registering it cannot fail for a font that parses.
     FONT.call_once(|| {
         let _ = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
     });
-    super::make_parent("plot_curves", path)?;
-    draw(path, title, curves).map_err(|e| Error::format("plot_curves", format!("{}: {e}", path.display())))
-}
-
-fn draw(path: &Path, title: &str, curves: &[Curve]) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let lines: Vec<Vec<(f64, f64)>> = curves.iter().map(Curve::points).collect();
     let all = || lines.iter().flatten();
     let right = all().map(|p| p.0).fold(1.0, f64::max);
@@ -60,7 +65,7 @@ fn draw(path: &Path, title: &str, curves: &[Curve]) -> std::result::Result<(), B
     // Wide enough for the axis to tell its two ends apart, however large the values are.
     let margin = ((high - low) * 0.05).max(low.abs().max(high.abs()) * 1e-3).max(1e-6);
 
-    let area = BitMapBackend::new(path, (800, 450)).into_drawing_area();
+    let area = BitMapBackend::with_buffer(pixels, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 20))
@@ -85,4 +90,28 @@ fn draw(path: &Path, title: &str, curves: &[Curve]) -> std::result::Result<(), B
         .draw()?;
     area.present()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_values_are_drawn() {
+        let wild = [f64::MAX, f64::MIN, f64::NAN, f64::INFINITY, 1e16, 1e-300, 0.0];
+        let series =
+            [vec![], vec![f64::NAN], vec![3.0], vec![1e16; 5], vec![-1e300, -1e300], wild.to_vec(), (0..5000).map(f64::from).collect()];
+        for values in series {
+            let mut pixels = RgbImage::new(SIZE.0, SIZE.1);
+            let finite = values.iter().any(|v| v.is_finite());
+            draw(&mut pixels, "losses", &[Curve::new("loss", values.clone())]).unwrap();
+            let [r, g, b] = {
+                let (r, g, b) = Palette99::pick(0).rgb();
+                [r, g, b]
+            };
+            // Within the axes, left of the legend.
+            let drawn = (80..500).any(|x| (0..SIZE.1).any(|y| pixels.get_pixel(x, y).0 == [r, g, b]));
+            assert_eq!(drawn, finite && values.len() > 1, "{values:?}");
+        }
+    }
 }

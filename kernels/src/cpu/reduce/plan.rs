@@ -5,10 +5,11 @@
 use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::lanes::{Lane, Numeric, SUM_TILE};
-use crate::cpu::parallel;
+use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::Simd;
 use crate::iter::Walk;
 use crate::view::StridedView;
+use std::ops::Range;
 
 /// Elements of a gathered tile: a few KiB on the stack.
 const GATHER: usize = 1024;
@@ -119,14 +120,11 @@ impl Plan {
             let mut accs = vec![fold.empty(); outputs * parts];
             parallel::for_each_chunk(&mut accs, 1, self.estimated_ns::<L, F>(), |i, acc| {
                 let (output, start) = (i / parts, i % parts * part);
-                acc[0] = dispatch(Row {
-                    plan: self,
-                    source,
-                    fold,
-                    input: self.kept.offsets_of(output)[0],
-                    start,
-                    end: reduced.min(start + part),
-                });
+                let acc = SharedMut::new(acc);
+                // SAFETY: a range of one output is emitted once, and `acc` has one element.
+                let emit = |_: usize, _: usize, part: &[F::Acc]| unsafe { acc.get().write(part[0]) };
+                let elements = start..reduced.min(start + part);
+                dispatch(Rows { plan: self, source, fold, outputs: output..output + 1, elements, emit: &emit });
             });
             for (output, accs) in accs.chunks(parts).enumerate() {
                 let acc = accs[1..].iter().fold(accs[0], |a, &b| fold.merge(a, b));
@@ -135,8 +133,8 @@ impl Plan {
         } else {
             let group = TASK.div_ceil(reduced);
             parallel::for_each(outputs.div_ceil(group), self.estimated_ns::<L, F>(), |task| {
-                let range = task * group..outputs.min((task + 1) * group);
-                dispatch(Rows { plan: self, source, fold, range, emit });
+                let outputs = task * group..outputs.min((task + 1) * group);
+                dispatch(Rows { plan: self, source, fold, outputs, elements: 0..reduced, emit });
             });
         }
     }
@@ -199,46 +197,44 @@ impl Plan {
     }
 }
 
-/// Reduced elements `start..end` of the output whose elements begin at `input`.
+/// A range of the reduced elements of the output whose elements begin at `input`.
 struct Row<'a, L, F> {
     plan: &'a Plan,
     source: Source<'a, L>,
     fold: F,
     input: usize,
-    start: usize,
-    end: usize,
+    elements: Range<usize>,
 }
 
-impl<L: Lane, F: Fold<L>> WithSimd for Row<'_, L, F> {
-    type Output = F::Acc;
-
+impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> F::Acc {
+    fn folded<S: Simd>(self, s: S) -> F::Acc {
         let fold = self.fold;
         let reduced = &self.plan.reduced;
         let stride = reduced.inner_strides()[0];
+        let Range { start, end } = self.elements;
         let mut acc = fold.empty();
         match self.source.lanes {
             // Runs that are long enough to be tiles of their own.
             Some(lanes) if stride == 1 && (reduced.run_len() >= GATHER / 4 || reduced.runs() == 1) => {
-                let mut at = self.start;
-                reduced.for_each_stretch(self.start..self.end, |[offset], len| {
+                let mut at = start;
+                for ([offset], len) in reduced.stretches_of(start..end) {
                     for tile in lanes[self.input + offset..][..len].chunks(SUM_TILE) {
                         acc = fold.merge(acc, fold.row(s, tile, at));
                         at += tile.len();
                     }
-                });
+                }
             }
             _ => {
                 let mut tile = [L::default(); GATHER];
-                let mut at = self.start;
-                while at < self.end {
-                    let count = GATHER.min(self.end - at);
+                let mut at = start;
+                while at < end {
+                    let count = GATHER.min(end - at);
                     let mut filled = 0;
-                    reduced.for_each_stretch(at..at + count, |[offset], len| {
+                    for ([offset], len) in reduced.stretches_of(at..at + count) {
                         (self.source.gather)(self.input + offset, stride, &mut tile[filled..filled + len]);
                         filled += len;
-                    });
+                    }
                     acc = fold.merge(acc, fold.row(s, &tile[..count], at));
                     at += count;
                 }
@@ -248,7 +244,7 @@ impl<L: Lane, F: Fold<L>> WithSimd for Row<'_, L, F> {
     }
 }
 
-/// All elements of a range of outputs.
+/// The same range of the reduced elements of each of a range of outputs.
 struct Rows<'a, L, F: Fold<L>>
 where
     L: Lane,
@@ -256,7 +252,8 @@ where
     plan: &'a Plan,
     source: Source<'a, L>,
     fold: F,
-    range: std::ops::Range<usize>,
+    outputs: Range<usize>,
+    elements: Range<usize>,
     emit: Emit<'a, F::Acc>,
 }
 
@@ -265,14 +262,14 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let Self { plan, source, fold, emit, .. } = self;
+        let Self { plan, source, fold, outputs, elements, emit } = self;
         let [step, out_step] = plan.kept.inner_strides();
-        plan.kept.for_each_stretch(self.range, |[input, output], len| {
+        for ([input, output], len) in plan.kept.stretches_of(outputs) {
             for i in 0..len {
-                let row = Row { plan, source, fold, input: input + i * step, start: 0, end: plan.reduced.numel() };
-                emit(output + i * out_step, 1, &[row.with_simd(s)]);
+                let row = Row { plan, source, fold, input: input + i * step, elements: elements.clone() };
+                emit(output + i * out_step, 1, &[row.folded(s)]);
             }
-        });
+        }
     }
 }
 
@@ -315,20 +312,22 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
             let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
             let mut n = 0;
             match direct {
-                Some(lanes) => plan.reduced.for_each_stretch(at..at + number, |[offset], len| {
-                    for i in 0..len {
-                        rows[n] = &lanes[input + offset + i * row_stride..][..count];
-                        n += 1;
+                Some(lanes) => {
+                    for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
+                        for i in 0..len {
+                            rows[n] = &lanes[input + offset + i * row_stride..][..count];
+                            n += 1;
+                        }
                     }
-                }),
+                }
                 None => {
-                    plan.reduced.for_each_stretch(at..at + number, |[offset], len| {
+                    for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
                         for i in 0..len {
                             let row = &mut gathered[n * count..(n + 1) * count];
                             (source.gather)(input + offset + i * row_stride, column_stride, row);
                             n += 1;
                         }
-                    });
+                    }
                     for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
                         *row = lanes;
                     }
