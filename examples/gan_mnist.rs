@@ -37,7 +37,7 @@ struct Args {
     #[arg(long)]
     steps: Option<u64>,
     /// Images in a step.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 64)]
     batch_size: usize,
     /// Seed of the weights, of the noise and of the order of the images.
     #[arg(long, default_value_t = 0)]

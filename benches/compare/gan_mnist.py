@@ -21,7 +21,7 @@ args = argparse.ArgumentParser()
 args.add_argument("--data", type=Path, required=True)
 args.add_argument("--out", type=Path, required=True)
 args.add_argument("--epochs", type=int, default=25)
-args.add_argument("--batch-size", type=int, default=128)
+args.add_argument("--batch-size", type=int, default=64)
 args.add_argument("--samples", type=int, default=2000)
 args.add_argument("--seed", type=int, default=0)
 args = args.parse_args()
@@ -55,6 +55,14 @@ images = images.float() / 127.5 - 1
 
 torch.manual_seed(args.seed)
 G, D = Generator(), discriminator()
+for net in (G, D):
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, 0, 0.02)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1, 0.02)
+        if getattr(layer, "bias", None) is not None:
+            nn.init.zeros_(layer.bias)
 opt_g, opt_d = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999), fused=True) for net in (G, D))
 start, b = time.time(), args.batch_size
 one, zero = torch.ones(b, 1), torch.zeros(b, 1)

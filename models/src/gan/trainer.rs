@@ -1,7 +1,7 @@
 //! One training step of generator and discriminator, and all the state that a run must save to continue bit for bit.
 
 use super::{DcganConfig, DcganDiscriminator, DcganGenerator, GanLoss, gradient_penalty};
-use crate::nn::{LoadMode, Params, ParamsOptions, StateDict};
+use crate::nn::{Init, LoadMode, Params, ParamsOptions, StateDict};
 use crate::optim::{Adam, AdamOptions, Optimizer};
 use kiln_autograd::{TensorExt, no_grad};
 use kiln_tensor::{DType, Generator, Result, Tensor, generator::GeneratorState};
@@ -76,6 +76,8 @@ impl GanTrainer {
         let (generator_params, discriminator_params) = (scope(), scope());
         let generator = DcganGenerator::new(&generator_params, options.model)?;
         let discriminator = DcganDiscriminator::new(&discriminator_params, options.model)?;
+        initialise(&generator_params)?;
+        initialise(&discriminator_params)?;
         let adam = AdamOptions { lr: options.lr, betas: options.betas, ..AdamOptions::default() };
         Ok(Self {
             generator_optimizer: Adam::new(generator_params.params(), adam)?,
@@ -201,4 +203,15 @@ impl GanTrainer {
         self.last_generator_loss = trainer.get("generator_loss").ok_or_else(|| missing("generator_loss"))?.item()?;
         Ok(())
     }
+}
+
+/// The published start: weights of matrices and kernels from N(0, 0.02²), scales of batch norms from N(1, 0.02²), biases 0.
+fn initialise(params: &Params) -> Result<()> {
+    for param in params.params() {
+        let is_weight = param.name().ends_with("weight");
+        let is_scale = is_weight && param.shape().rank() == 1;
+        let init = if is_weight { Init::Normal { mean: if is_scale { 1.0 } else { 0.0 }, std: 0.02 } } else { Init::Zeros };
+        param.set(&init.make(&param.shape(), params.options(), params.generator())?)?;
+    }
+    Ok(())
 }
