@@ -413,14 +413,16 @@ pub(crate) fn read<'a, T: Numeric>(src: &'a [T], buffer: &'a mut [T::Lane]) -> &
 /// Lets `f` write the lanes of `dst`: in place, or into the front of `buffer`, which is narrowed afterwards.
 #[inline(always)]
 pub(crate) fn write<T: Numeric>(dst: &mut [T], buffer: &mut [T::Lane], f: impl FnOnce(&mut [T::Lane])) {
-    if let Some(lanes) = T::lanes_mut(dst) {
-        f(lanes);
-        return;
-    }
-    let buffer = &mut buffer[..dst.len()];
-    f(buffer);
-    for (d, &x) in dst.iter_mut().zip(buffer.iter()) {
-        *d = T::from_lane(x);
+    let len = dst.len();
+    // The one call keeps `f` inlined into the caller's features.
+    f(match T::lanes_mut(dst) {
+        Some(lanes) => lanes,
+        None => &mut buffer[..len],
+    });
+    if T::lanes(&[]).is_none() {
+        for (d, &x) in dst.iter_mut().zip(buffer.iter()) {
+            *d = T::from_lane(x);
+        }
     }
 }
 
