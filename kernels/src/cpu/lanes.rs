@@ -138,47 +138,58 @@ const WIDE_LANES: usize = 8;
 #[derive(Clone, Copy)]
 pub struct Lanes<L>([L; WIDE_LANES]);
 
+/// The lanes that the expression gives for each `i`. A loop, for the reason that [`sweep`] is a macro.
+macro_rules! each {
+    ($i:ident => $lane:expr) => {{
+        let mut lanes = [Default::default(); WIDE_LANES];
+        for $i in 0..WIDE_LANES {
+            lanes[$i] = $lane;
+        }
+        Lanes(lanes)
+    }};
+}
+
 macro_rules! array_pack {
     ($t:ty, $add:expr, $sub:expr, $mul:expr, $fma:expr, $nan:expr, $abs:expr) => {
         impl Pack<$t> for Lanes<$t> {
             #[inline(always)]
             fn add(self, other: Self) -> Self {
                 let f: fn($t, $t) -> $t = $add;
-                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+                each!(i => f(self.0[i], other.0[i]))
             }
             #[inline(always)]
             fn sub(self, other: Self) -> Self {
                 let f: fn($t, $t) -> $t = $sub;
-                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+                each!(i => f(self.0[i], other.0[i]))
             }
             #[inline(always)]
             fn mul(self, other: Self) -> Self {
                 let f: fn($t, $t) -> $t = $mul;
-                Lanes(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+                each!(i => f(self.0[i], other.0[i]))
             }
             #[inline(always)]
             fn mul_add(self, b: Self, c: Self) -> Self {
                 let f: fn($t, $t, $t) -> $t = $fma;
-                Lanes(std::array::from_fn(|i| f(self.0[i], b.0[i], c.0[i])))
+                each!(i => f(self.0[i], b.0[i], c.0[i]))
             }
             #[inline(always)]
             fn max(self, other: Self) -> Self {
                 let nan: fn($t) -> bool = $nan;
-                Lanes(std::array::from_fn(|i| if nan(self.0[i]) || self.0[i] > other.0[i] { self.0[i] } else { other.0[i] }))
+                each!(i => if nan(self.0[i]) || self.0[i] > other.0[i] { self.0[i] } else { other.0[i] })
             }
             #[inline(always)]
             fn min(self, other: Self) -> Self {
                 let nan: fn($t) -> bool = $nan;
-                Lanes(std::array::from_fn(|i| if nan(self.0[i]) || self.0[i] < other.0[i] { self.0[i] } else { other.0[i] }))
+                each!(i => if nan(self.0[i]) || self.0[i] < other.0[i] { self.0[i] } else { other.0[i] })
             }
             #[inline(always)]
             fn abs(self) -> Self {
                 let f: fn($t) -> $t = $abs;
-                Lanes(self.0.map(f))
+                each!(i => f(self.0[i]))
             }
             #[inline(always)]
             fn nonzero(self) -> Self {
-                Lanes(self.0.map(|x| (x != 0 as $t) as u8 as $t))
+                each!(i => (self.0[i] != 0 as $t) as u8 as $t)
             }
             #[inline(always)]
             fn store(self, dst: &mut [$t], count: usize) {
@@ -267,7 +278,7 @@ macro_rules! array_lane {
             #[inline(always)]
             fn load<S: Simd>(_: S, src: &[Self]) -> Lanes<$t> {
                 let src = &src[..WIDE_LANES];
-                Lanes(std::array::from_fn(|i| src[i]))
+                each!(i => src[i])
             }
             #[inline(always)]
             fn load_part<S: Simd>(_: S, src: &[Self], count: usize) -> Lanes<$t> {
@@ -302,7 +313,7 @@ impl FloatLane for f64 {
     }
     #[inline(always)]
     fn exp_pack<S: Simd>(_: S, x: Lanes<f64>) -> Lanes<f64> {
-        Lanes(x.0.map(f64::exp))
+        each!(i => x.0[i].exp())
     }
 }
 
@@ -437,16 +448,22 @@ pub(crate) fn at<L: Lane, S: Simd>(s: S, src: &[L], at: usize, count: usize) -> 
     if count == L::lanes::<S>() { L::load(s, &src[at..]) } else { L::load_part(s, &src[at..], count) }
 }
 
-/// Calls `f(start, count)` for each pack of a slice of `len` lanes. The one call inside keeps `f` inlined into the caller's features.
-#[inline(always)]
-pub(crate) fn sweep<L: Lane, S: Simd>(_: S, len: usize, mut f: impl FnMut(usize, usize)) {
-    let n = L::lanes::<S>();
-    let mut j = 0;
-    while j < len {
-        f(j, n.min(len - j));
-        j += n;
-    }
+/// `sweep!(L, S, len, |j, count| body)` runs the body for each pack of a slice of `len` lanes: its first lane, and how many it has.
+///
+/// A macro because a closure would be a function of its own: used by several element types it is not inlined, and so compiled
+/// without the instruction set's features, where each intrinsic is a call.
+macro_rules! sweep {
+    ($lane:ty, $simd:ty, $len:expr, |$j:ident, $count:ident| $body:expr) => {{
+        let (lanes, len): (usize, usize) = (<$lane as $crate::cpu::lanes::Lane>::lanes::<$simd>(), $len);
+        let mut start = 0;
+        while start < len {
+            let ($j, $count) = (start, lanes.min(len - start));
+            $body;
+            start += lanes;
+        }
+    }};
 }
+pub(crate) use sweep;
 
 /// Zeroes all but the first `count` lanes.
 #[inline(always)]
@@ -465,34 +482,66 @@ fn sum_lanes<L: Lane, S: Simd>(x: L::Pack<S>) -> L::Wide {
     lanes[..n].iter().fold(L::Wide::default(), |a, &b| a.plus(b.wide()))
 }
 
-/// `M` sums at once over a slice of `len` lanes: `f(start, count)` gives a pack of terms for each. Sums of [`SUM_TILE`] terms are
-/// kept in lanes (four packs of each, to hide the latency), those of the tiles in the wide type.
-#[inline(always)]
-pub(crate) fn sums<const M: usize, L: Lane, S: Simd>(s: S, len: usize, mut f: impl FnMut(usize, usize) -> [L::Pack<S>; M]) -> [L::Wide; M] {
-    let n = L::lanes::<S>();
-    let mut totals = [L::Wide::default(); M];
-    let mut tile = 0;
-    while tile < len {
-        let end = len.min(tile + SUM_TILE);
-        let mut acc = [[L::splat(s, L::default()); M]; 4];
-        let mut j = tile;
-        while j < end {
-            for acc in &mut acc {
-                if j < end {
-                    let count = n.min(end - j);
-                    let terms = f(j, count);
-                    for m in 0..M {
-                        let term = if count == n { terms[m] } else { keep::<L, S>(s, terms[m], count) };
-                        acc[m] = acc[m].add(term);
+/// `sums!(s, M, L, S, len, |j, count| body)` gives `M` sums at once over a slice of `len` lanes; the body gives a pack of terms for
+/// each. Sums of [`SUM_TILE`] terms are kept in lanes (four packs of each, to hide the latency), those of the tiles in the wide
+/// type. A macro for the reason that [`sweep`] is one.
+macro_rules! sums {
+    ($s:expr, $m:literal, $lane:ty, $simd:ty, $len:expr, |$j:ident, $count:ident| $body:expr) => {{
+        let (lanes, len): (usize, usize) = (<$lane as $crate::cpu::lanes::Lane>::lanes::<$simd>(), $len);
+        let mut sums = $crate::cpu::lanes::Sums::<$m, $lane, $simd>::new($s);
+        let mut start = 0;
+        while start < len {
+            let end = len.min(start + $crate::cpu::lanes::SUM_TILE);
+            while start < end {
+                for chain in 0..$crate::cpu::lanes::CHAINS {
+                    if start < end {
+                        let ($j, $count) = (start, lanes.min(end - start));
+                        let terms = $body;
+                        sums.add($s, chain, terms, $count);
+                        start += lanes;
                     }
-                    j += n;
                 }
             }
+            start = end;
+            sums.flush($s);
         }
-        for m in 0..M {
-            totals[m] = totals[m].plus(sum_lanes::<L, S>(acc[0][m].add(acc[1][m]).add(acc[2][m].add(acc[3][m]))));
-        }
-        tile = end;
+        sums.totals
+    }};
+}
+pub(crate) use sums;
+
+/// Packs of each sum that [`sums`] keeps, to hide the latency of the additions.
+pub(crate) const CHAINS: usize = 4;
+
+/// The running sums of [`sums`].
+pub(crate) struct Sums<const M: usize, L: Lane, S: Simd> {
+    chains: [[L::Pack<S>; M]; CHAINS],
+    pub(crate) totals: [L::Wide; M],
+}
+
+impl<const M: usize, L: Lane, S: Simd> Sums<M, L, S> {
+    /// Nothing yet.
+    #[inline(always)]
+    pub(crate) fn new(s: S) -> Self {
+        Self { chains: [[L::splat(s, L::default()); M]; CHAINS], totals: [L::Wide::default(); M] }
     }
-    totals
+
+    /// Adds the first `count` lanes of each pack to a chain.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, s: S, chain: usize, terms: [L::Pack<S>; M], count: usize) {
+        for m in 0..M {
+            let term = if count == L::lanes::<S>() { terms[m] } else { keep::<L, S>(s, terms[m], count) };
+            self.chains[chain][m] = self.chains[chain][m].add(term);
+        }
+    }
+
+    /// Moves the chains to the totals.
+    #[inline(always)]
+    pub(crate) fn flush(&mut self, s: S) {
+        for m in 0..M {
+            let [a, b, c, d] = &self.chains;
+            self.totals[m] = self.totals[m].plus(sum_lanes::<L, S>(a[m].add(b[m]).add(c[m].add(d[m]))));
+        }
+        self.chains = [[L::splat(s, L::default()); M]; CHAINS];
+    }
 }

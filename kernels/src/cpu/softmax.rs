@@ -121,35 +121,35 @@ impl<T: FloatElement> WithSimd for Rows<'_, T> {
 #[inline(always)]
 fn softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
     let max = L::splat(s, row_max(s, x));
-    let [sum] = sums::<1, L, S>(s, x.len(), |j, count| {
+    let [sum] = sums!(s, 1, L, S, x.len(), |j, count| {
         let e = L::exp_pack(s, at(s, x, j, count).sub(max));
         e.store(&mut y[j..], count);
         [e]
     });
     let scale = L::splat(s, L::round_from(1.0 / sum));
-    sweep::<L, S>(s, x.len(), |j, count| at(s, y, j, count).mul(scale).store(&mut y[j..], count));
+    sweep!(L, S, x.len(), |j, count| at(s, y, j, count).mul(scale).store(&mut y[j..], count));
 }
 
 #[inline(always)]
 fn log_softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
     let max = L::splat(s, row_max(s, x));
-    let [sum] = sums::<1, L, S>(s, x.len(), |j, count| [L::exp_pack(s, at(s, x, j, count).sub(max))]);
+    let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [L::exp_pack(s, at(s, x, j, count).sub(max))]);
     let log = L::splat(s, L::round_from(sum.ln()));
-    sweep::<L, S>(s, x.len(), |j, count| at(s, x, j, count).sub(max).sub(log).store(&mut y[j..], count));
+    sweep!(L, S, x.len(), |j, count| at(s, x, j, count).sub(max).sub(log).store(&mut y[j..], count));
 }
 
 #[inline(always)]
 fn softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
-    let [dot] = sums::<1, L, S>(s, g.len(), |j, count| [at(s, g, j, count).mul(at(s, y, j, count))]);
+    let [dot] = sums!(s, 1, L, S, g.len(), |j, count| [at(s, g, j, count).mul(at(s, y, j, count))]);
     let dot = L::splat(s, L::round_from(dot));
-    sweep::<L, S>(s, g.len(), |j, count| at(s, g, j, count).sub(dot).mul(at(s, y, j, count)).store(&mut dx[j..], count));
+    sweep!(L, S, g.len(), |j, count| at(s, g, j, count).sub(dot).mul(at(s, y, j, count)).store(&mut dx[j..], count));
 }
 
 #[inline(always)]
 fn log_softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
-    let [sum] = sums::<1, L, S>(s, g.len(), |j, count| [at(s, g, j, count)]);
+    let [sum] = sums!(s, 1, L, S, g.len(), |j, count| [at(s, g, j, count)]);
     let minus = L::splat(s, L::round_from(-sum));
-    sweep::<L, S>(s, g.len(), |j, count| {
+    sweep!(L, S, g.len(), |j, count| {
         L::exp_pack(s, at(s, y, j, count)).mul_add(minus, at(s, g, j, count)).store(&mut dx[j..], count);
     });
 }
@@ -203,27 +203,45 @@ impl<T: FloatElement> WithSimd for Strip<'_, T> {
     }
 }
 
-/// The sums of each column of a tile, whose rows `map(row number, row)` may first change.
-#[inline(always)]
-fn sum_columns<L: FloatLane, S: Simd>(s: S, tile: &mut [L], width: usize, mut map: impl FnMut(usize, &mut [L])) -> Vec<L> {
-    let mut totals = vec![0f64; width];
-    let mut part = vec![L::default(); width];
-    for (block, rows) in tile.chunks_mut(SUM_ROWS * width).enumerate() {
-        part.fill(L::default());
-        for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-            map(block * SUM_ROWS + i, row);
-            sweep::<L, S>(s, width, |j, count| at(s, &part, j, count).add(at(s, row, j, count)).store(&mut part[j..], count));
-        }
-        totals.iter_mut().zip(&part).for_each(|(total, x)| *total += x.wide());
+/// The sums of each column of a tile, row by row.
+struct ColumnSums<L> {
+    /// Of the rows since the last flush.
+    part: Vec<L>,
+    rows: usize,
+    totals: Vec<f64>,
+}
+
+impl<L: FloatLane> ColumnSums<L> {
+    fn new(width: usize) -> Self {
+        Self { part: vec![L::default(); width], rows: 0, totals: vec![0.0; width] }
     }
-    totals.into_iter().map(L::round_from).collect()
+
+    #[inline(always)]
+    fn add<S: Simd>(&mut self, s: S, row: &[L]) {
+        let part = &mut self.part;
+        sweep!(L, S, row.len(), |j, count| at(s, part, j, count).add(at(s, row, j, count)).store(&mut part[j..], count));
+        self.rows += 1;
+        if self.rows == SUM_ROWS {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        self.totals.iter_mut().zip(&mut self.part).for_each(|(total, x)| *total += std::mem::take(x).wide());
+        self.rows = 0;
+    }
+
+    fn totals(mut self) -> impl Iterator<Item = f64> {
+        self.flush();
+        self.totals.into_iter()
+    }
 }
 
 #[inline(always)]
 fn max_columns<L: FloatLane, S: Simd>(s: S, tile: &[L], width: usize) -> Vec<L> {
     let mut max = vec![L::LEAST; width];
     for row in tile.chunks_exact(width) {
-        sweep::<L, S>(s, width, |j, count| at(s, &max, j, count).max(at(s, row, j, count)).store(&mut max[j..], count));
+        sweep!(L, S, width, |j, count| at(s, &max, j, count).max(at(s, row, j, count)).store(&mut max[j..], count));
     }
     max
 }
@@ -231,40 +249,47 @@ fn max_columns<L: FloatLane, S: Simd>(s: S, tile: &[L], width: usize) -> Vec<L> 
 #[inline(always)]
 fn softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
     let max = max_columns(s, x, width);
-    let mut scale = sum_columns(s, x, width, |_, row| {
-        sweep::<L, S>(s, width, |j, count| L::exp_pack(s, at(s, row, j, count).sub(at(s, &max, j, count))).store(&mut row[j..], count));
-    });
-    scale.iter_mut().for_each(|x| *x = num_traits::Float::recip(*x));
+    let mut sums = ColumnSums::new(width);
     for row in x.chunks_exact_mut(width) {
-        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).mul(at(s, &scale, j, count)).store(&mut row[j..], count));
+        sweep!(L, S, width, |j, count| L::exp_pack(s, at(s, row, j, count).sub(at(s, &max, j, count))).store(&mut row[j..], count));
+        sums.add(s, row);
+    }
+    let scale: Vec<L> = sums.totals().map(|sum| L::round_from(1.0 / sum)).collect();
+    for row in x.chunks_exact_mut(width) {
+        sweep!(L, S, width, |j, count| at(s, row, j, count).mul(at(s, &scale, j, count)).store(&mut row[j..], count));
     }
 }
 
 #[inline(always)]
 fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
     let max = max_columns(s, x, width);
+    let mut sums = ColumnSums::new(width);
+    let mut exponentials = vec![L::default(); width];
     for row in x.chunks_exact_mut(width) {
-        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).sub(at(s, &max, j, count)).store(&mut row[j..], count));
+        sweep!(L, S, width, |j, count| {
+            let shifted = at(s, row, j, count).sub(at(s, &max, j, count));
+            shifted.store(&mut row[j..], count);
+            L::exp_pack(s, shifted).store(&mut exponentials[j..], count);
+        });
+        sums.add(s, &exponentials);
     }
-    let mut exponentials = x.to_vec();
-    let mut log = sum_columns(s, &mut exponentials, width, |_, row| {
-        sweep::<L, S>(s, width, |j, count| L::exp_pack(s, at(s, row, j, count)).store(&mut row[j..], count));
-    });
-    log.iter_mut().for_each(|x| *x = num_traits::Float::ln(*x));
+    let log: Vec<L> = sums.totals().map(|sum| L::round_from(sum.ln())).collect();
     for row in x.chunks_exact_mut(width) {
-        sweep::<L, S>(s, width, |j, count| at(s, row, j, count).sub(at(s, &log, j, count)).store(&mut row[j..], count));
+        sweep!(L, S, width, |j, count| at(s, row, j, count).sub(at(s, &log, j, count)).store(&mut row[j..], count));
     }
 }
 
 #[inline(always)]
 fn softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
-    let mut products = vec![L::default(); g.len()];
-    let dot = sum_columns(s, &mut products, width, |i, row| {
-        let (g, y) = (&g[i * width..][..width], &y[i * width..][..width]);
-        sweep::<L, S>(s, width, |j, count| at(s, g, j, count).mul(at(s, y, j, count)).store(&mut row[j..], count));
-    });
+    let mut sums = ColumnSums::new(width);
+    let mut products = vec![L::default(); width];
+    for (g, y) in g.chunks_exact(width).zip(y.chunks_exact(width)) {
+        sweep!(L, S, width, |j, count| at(s, g, j, count).mul(at(s, y, j, count)).store(&mut products[j..], count));
+        sums.add(s, &products);
+    }
+    let dot: Vec<L> = sums.totals().map(L::round_from).collect();
     for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
-        sweep::<L, S>(s, width, |j, count| {
+        sweep!(L, S, width, |j, count| {
             at(s, g, j, count).sub(at(s, &dot, j, count)).mul(at(s, y, j, count)).store(&mut g[j..], count);
         });
     }
@@ -272,10 +297,13 @@ fn softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], w
 
 #[inline(always)]
 fn log_softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
-    let mut minus = sum_columns(s, g, width, |_, _| ());
-    minus.iter_mut().for_each(|x| *x = -*x);
+    let mut sums = ColumnSums::new(width);
+    for row in g.chunks_exact(width) {
+        sums.add(s, row);
+    }
+    let minus: Vec<L> = sums.totals().map(|sum| L::round_from(-sum)).collect();
     for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
-        sweep::<L, S>(s, width, |j, count| {
+        sweep!(L, S, width, |j, count| {
             L::exp_pack(s, at(s, y, j, count)).mul_add(at(s, &minus, j, count), at(s, g, j, count)).store(&mut g[j..], count);
         });
     }

@@ -275,10 +275,10 @@ impl<L: FloatLane> Coefficients<L> {
         let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
         let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);
         match p {
-            None => sweep::<L, S>(s, n, |j, count| {
+            None => sweep!(L, S, n, |j, count| {
                 at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count)).store(&mut out[j..], count);
             }),
-            Some(p) => sweep::<L, S>(s, n, |j, count| {
+            Some(p) => sweep!(L, S, n, |j, count| {
                 let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
                 at(s, p, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
             }),
@@ -292,8 +292,8 @@ impl<L: FloatLane> Coefficients<L> {
         let (centre, a) = (L::splat(s, self.centre[channel]), L::splat(s, self.a[channel]));
         let (b, c) = (L::splat(s, self.b[channel]), L::splat(s, self.c[channel]));
         match p {
-            None => sweep::<L, S>(s, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
-            Some(p) => sweep::<L, S>(s, n, |j, count| {
+            None => sweep!(L, S, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
+            Some(p) => sweep!(L, S, n, |j, count| {
                 at(s, p, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
             }),
         }
@@ -355,7 +355,7 @@ impl<T: FloatElement> WithSimd for RowSums<'_, T> {
         for ((g, x), (out, &centre)) in rows.zip(self.out.iter_mut().zip(self.centres)) {
             let (g, x) = (lanes::read(g, &mut g_buffer), lanes::read(x, &mut x_buffer));
             let centre = T::Lane::splat(s, centre);
-            *out = sums::<2, T::Lane, S>(s, n, |j, count| {
+            *out = sums!(s, 2, T::Lane, S, n, |j, count| {
                 let g = at(s, g, j, count);
                 [g, g.mul(at(s, x, j, count).sub(centre))]
             });
@@ -400,7 +400,7 @@ impl<T: FloatElement> WithSimd for ColumnSums<'_, T> {
 fn add_rows<const N: usize, L: FloatLane, S: Simd>(s: S, centres: &[L], g: &[L], x: &[L], part: &mut [L]) {
     let c = centres.len();
     let (sum, dot) = part.split_at_mut(c);
-    sweep::<L, S>(s, c, |j, count| {
+    sweep!(L, S, c, |j, count| {
         let centre = at(s, centres, j, count);
         let (mut a, mut b) = (at(s, sum, j, count), at(s, dot, j, count));
         for i in 0..N {

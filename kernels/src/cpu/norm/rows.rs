@@ -75,11 +75,11 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
             (*mean, *rstd) = row_statistics(s, self.rows, x);
             let (mean, rstd) = (T::Lane::splat(s, *mean), T::Lane::splat(s, *rstd));
             lanes::write(y, &mut y_buffer, |y| match self.affine {
-                Some((w, b)) => sweep::<T::Lane, S>(s, n, |j, count| {
+                Some((w, b)) => sweep!(T::Lane, S, n, |j, count| {
                     let scaled = at(s, x, j, count).sub(mean).mul(rstd);
                     scaled.mul_add(at(s, w, j, count), at(s, b, j, count)).store(&mut y[j..], count);
                 }),
-                None => sweep::<T::Lane, S>(s, n, |j, count| at(s, x, j, count).sub(mean).mul(rstd).store(&mut y[j..], count)),
+                None => sweep!(T::Lane, S, n, |j, count| at(s, x, j, count).sub(mean).mul(rstd).store(&mut y[j..], count)),
             });
         }
     }
@@ -90,13 +90,13 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
 fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
     let n = x.len() as f64;
     let mean = if rows.centered {
-        let [sum] = sums::<1, L, S>(s, x.len(), |j, count| [at(s, x, j, count)]);
+        let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [at(s, x, j, count)]);
         L::round_from(sum / n)
     } else {
         L::default()
     };
     let centre = L::splat(s, mean);
-    let [squares] = sums::<1, L, S>(s, x.len(), |j, count| {
+    let [squares] = sums!(s, 1, L, S, x.len(), |j, count| {
         let d = at(s, x, j, count).sub(centre);
         [d.mul(d)]
     });
@@ -210,7 +210,7 @@ impl<L: FloatLane> Row<'_, L> {
     #[inline(always)]
     fn input_gradient<S: Simd>(&self, s: S, centered: bool, dx: &mut [L]) {
         let (n, centre) = (self.g.len(), L::splat(s, self.mean));
-        let [sum, dot] = sums::<2, L, S>(s, n, |j, count| {
+        let [sum, dot] = sums!(s, 2, L, S, n, |j, count| {
             let gw = self.weighted(s, j, count);
             [gw, gw.mul(at(s, self.x, j, count).sub(centre))]
         });
@@ -218,7 +218,7 @@ impl<L: FloatLane> Row<'_, L> {
         let b = L::splat(s, L::round_from(-rstd * rstd * rstd * dot / n as f64));
         let c = L::splat(s, L::round_from(if centered { -rstd * sum / n as f64 } else { 0.0 }));
         let rstd = L::splat(s, self.rstd);
-        sweep::<L, S>(s, n, |j, count| {
+        sweep!(L, S, n, |j, count| {
             let d = at(s, self.x, j, count).sub(centre);
             self.weighted(s, j, count).mul_add(rstd, d.mul_add(b, c)).store(&mut dx[j..], count);
         });
@@ -230,7 +230,7 @@ impl<L: FloatLane> Row<'_, L> {
         let n = self.g.len();
         let (centre, rstd) = (L::splat(s, self.mean), L::splat(s, self.rstd));
         let (dw, db) = part.split_at_mut(n);
-        sweep::<L, S>(s, n, |j, count| {
+        sweep!(L, S, n, |j, count| {
             let g = at(s, self.g, j, count);
             let h = at(s, self.x, j, count).sub(centre).mul(rstd);
             g.mul_add(h, at(s, dw, j, count)).store(&mut dw[j..], count);

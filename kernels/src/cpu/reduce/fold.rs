@@ -90,8 +90,11 @@ fn combine_rows<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[&[L]], part:
     let mut groups = rows.chunks_exact(8);
     for group in &mut groups {
         let rows: [&[L]; 8] = std::array::from_fn(|i| &group[i][..width]);
-        sweep::<L, S>(s, width, |j, count| {
-            let mut x: [L::Pack<S>; 8] = std::array::from_fn(|i| m.map(s, at(s, rows[i], j, count)));
+        sweep!(L, S, width, |j, count| {
+            let mut x = [m.map(s, at(s, rows[0], j, count)); 8];
+            for i in 1..8 {
+                x[i] = m.map(s, at(s, rows[i], j, count));
+            }
             for half in [4, 2, 1] {
                 for i in 0..half {
                     x[i] = m.combine::<S>(x[i], x[i + half]);
@@ -102,7 +105,7 @@ fn combine_rows<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[&[L]], part:
     }
     for row in groups.remainder() {
         let row = &row[..width];
-        sweep::<L, S>(s, width, |j, count| {
+        sweep!(L, S, width, |j, count| {
             m.combine::<S>(at(s, part, j, count), m.map(s, at(s, row, j, count))).store(&mut part[j..], count);
         });
     }
@@ -386,16 +389,19 @@ fn deviations<L: FloatLane, S: Simd>(s: S, rows: &[&[L]], centres: &[L], sums: &
     let mut groups = rows.chunks_exact(4);
     for group in &mut groups {
         let rows: [&[L]; 4] = std::array::from_fn(|i| &group[i][..width]);
-        sweep::<L, S>(s, width, |j, count| {
+        sweep!(L, S, width, |j, count| {
             let centre = at(s, centres, j, count);
-            let d: [L::Pack<S>; 4] = std::array::from_fn(|i| at(s, rows[i], j, count).sub(centre));
+            let mut d = [at(s, rows[0], j, count).sub(centre); 4];
+            for i in 1..4 {
+                d[i] = at(s, rows[i], j, count).sub(centre);
+            }
             let square = d[0].mul_add(d[0], d[1].mul(d[1])).add(d[2].mul_add(d[2], d[3].mul(d[3])));
             at(s, sums, j, count).add(d[0].add(d[1]).add(d[2].add(d[3]))).store(&mut sums[j..], count);
             at(s, squares, j, count).add(square).store(&mut squares[j..], count);
         });
     }
     for row in groups.remainder() {
-        sweep::<L, S>(s, width, |j, count| {
+        sweep!(L, S, width, |j, count| {
             let d = at(s, row, j, count).sub(at(s, centres, j, count));
             at(s, sums, j, count).add(d).store(&mut sums[j..], count);
             d.mul_add(d, at(s, squares, j, count)).store(&mut squares[j..], count);
@@ -419,7 +425,7 @@ impl<L: FloatLane> Fold<L> for Moments {
         let count = tile.len() as f64;
         let centre = L::round_from(Each(Sum).row(s, tile, start) / count);
         let centres = L::splat(s, centre);
-        let [sum, squares] = sums::<2, L, S>(s, tile.len(), |j, count| {
+        let [sum, squares] = sums!(s, 2, L, S, tile.len(), |j, count| {
             let d = at(s, tile, j, count).sub(centres);
             [d, d.mul(d)]
         });
@@ -486,7 +492,7 @@ impl<L: FloatLane> Fold<L> for LogSumExp {
     fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Scaled {
         let shift = shift_for(Each(Extreme::<true>).row(s, tile, start));
         let centre = L::splat(s, shift);
-        let [sum] = sums::<1, L, S>(s, tile.len(), |j, count| [L::exp_pack(s, at(s, tile, j, count).sub(centre))]);
+        let [sum] = sums!(s, 1, L, S, tile.len(), |j, count| [L::exp_pack(s, at(s, tile, j, count).sub(centre))]);
         Scaled::new(shift.wide(), sum)
     }
     #[inline(always)]
@@ -497,7 +503,7 @@ impl<L: FloatLane> Fold<L> for LogSumExp {
         combine_rows(Extreme::<true>, s, rows, shifts);
         shifts.iter_mut().for_each(|x| *x = shift_for(*x));
         for row in rows {
-            sweep::<L, S>(s, width, |j, count| {
+            sweep!(L, S, width, |j, count| {
                 let e = L::exp_pack(s, at(s, row, j, count).sub(at(s, shifts, j, count)));
                 at(s, sums, j, count).add(e).store(&mut sums[j..], count);
             });
