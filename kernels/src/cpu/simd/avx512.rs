@@ -83,19 +83,20 @@ impl Simd for Avx512 {
         unsafe {
             let row = |i: usize| src.add(i * src_stride).cast::<Unaligned<__m512>>().read().0;
             let put = |at: usize, x: __m512| dst.add(at).cast::<Unaligned<_>>().write(Unaligned(x));
-            let quad = |q: usize| {
+            // Lane k of column j of quad q is column 4k + j of rows 4q..4q+4. A loop: a closure might be compiled without the features.
+            let mut quads = [[_mm512_setzero_ps(); 4]; 4];
+            for (q, quad) in quads.iter_mut().enumerate() {
                 let (a, b, c, d) = (row(4 * q), row(4 * q + 1), row(4 * q + 2), row(4 * q + 3));
                 let (ab_low, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
                 let (cd_low, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-                [
+                *quad = [
                     _mm512_shuffle_ps::<0x44>(ab_low, cd_low),
                     _mm512_shuffle_ps::<0xEE>(ab_low, cd_low),
                     _mm512_shuffle_ps::<0x44>(ab_high, cd_high),
                     _mm512_shuffle_ps::<0xEE>(ab_high, cd_high),
-                ]
-            };
-            // Lane k of column j of quad q is column 4k + j of rows 4q..4q+4.
-            let [q0, q1, q2, q3] = [quad(0), quad(1), quad(2), quad(3)];
+                ];
+            }
+            let [q0, q1, q2, q3] = quads;
             for (j, (((a, b), c), d)) in q0.into_iter().zip(q1).zip(q2).zip(q3).enumerate() {
                 let (even_ab, even_cd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
                 let (odd_ab, odd_cd) = (_mm512_shuffle_f32x4::<0xDD>(a, b), _mm512_shuffle_f32x4::<0xDD>(c, d));
