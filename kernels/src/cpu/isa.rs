@@ -112,6 +112,28 @@ pub fn dispatch<W: WithSimd>(work: W) -> W::Output {
     work.with_simd(Scalar)
 }
 
+/// [`dispatch`] for work that is written without SIMD and not worth an instance a level.
+#[inline]
+pub fn dispatch_to_scalar<W: WithSimd>(work: W) -> W::Output {
+    work.with_simd(Scalar)
+}
+
+/// [`dispatch`] for work that AVX-512 does no faster than AVX2, loops that the compiler vectorises: an instance less to build.
+#[inline]
+pub fn dispatch_without_avx512<W: WithSimd>(work: W) -> W::Output {
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 | Isa::Avx512 => {
+            if let Some(token) = Avx2::detect() {
+                // SAFETY: the token exists, so the machine has these features.
+                return unsafe { with_avx2(token, work) };
+            }
+        }
+        _ => {}
+    }
+    work.with_simd(Scalar)
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 fn with_avx512<W: WithSimd>(token: Avx512, work: W) -> W::Output {

@@ -1,6 +1,7 @@
 //! What reductions, softmax and the norms compute in: three lane types (f32 by SIMD, f64 and i64 by plain arrays that the
 //! compiler vectorises), to which every element type widens, and sweeps over slices of them in packs with a shorter last one.
 
+use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512};
 use super::math;
 use super::simd::{F32s, Simd};
 use crate::element::{Bool, Element};
@@ -24,6 +25,8 @@ pub trait Lane: Element + PartialOrd + std::ops::Add<Output = Self> + std::ops::
     const GREATEST: Self;
     /// One.
     const ONE: Self;
+    /// Runs a kernel of this lane, compiled for the levels that it gains from.
+    fn dispatch<W: WithSimd>(work: W) -> W::Output;
     /// How many a pack holds.
     fn lanes<S: Simd>() -> usize;
     /// `x` in every lane.
@@ -218,6 +221,10 @@ impl Lane for f32 {
     const ONE: Self = 1.0;
 
     #[inline(always)]
+    fn dispatch<W: WithSimd>(work: W) -> W::Output {
+        dispatch(work)
+    }
+    #[inline(always)]
     fn lanes<S: Simd>() -> usize {
         S::LANES
     }
@@ -259,7 +266,7 @@ impl FloatLane for f32 {
 }
 
 macro_rules! array_lane {
-    ($t:ty, $least:expr, $greatest:expr, $nan:expr, $pow:expr) => {
+    ($t:ty, $dispatch:expr, $least:expr, $greatest:expr, $nan:expr, $pow:expr) => {
         impl Lane for $t {
             type Wide = $t;
             type Pack<S: Simd> = Lanes<$t>;
@@ -267,6 +274,10 @@ macro_rules! array_lane {
             const GREATEST: Self = $greatest;
             const ONE: Self = 1 as $t;
 
+            #[inline(always)]
+            fn dispatch<W: WithSimd>(work: W) -> W::Output {
+                $dispatch(work)
+            }
             #[inline(always)]
             fn lanes<S: Simd>() -> usize {
                 WIDE_LANES
@@ -303,8 +314,9 @@ macro_rules! array_lane {
         }
     };
 }
-array_lane!(f64, f64::NEG_INFINITY, f64::INFINITY, f64::is_nan, |x, p| x.abs().powf(p));
-array_lane!(i64, i64::MIN, i64::MAX, |_| false, |x, p| (x as f64).abs().powf(p) as i64);
+array_lane!(f64, dispatch_without_avx512, f64::NEG_INFINITY, f64::INFINITY, f64::is_nan, |x, p| x.abs().powf(p));
+// Most of the time of integers goes into widening them.
+array_lane!(i64, dispatch_to_scalar, i64::MIN, i64::MAX, |_| false, |x, p| (x as f64).abs().powf(p) as i64);
 
 impl FloatLane for f64 {
     #[inline(always)]

@@ -2,8 +2,8 @@
 //! maximum, so nothing overflows; a row of −∞ alone gives NaN. The last dimension (`inner` = 1) is worked on row by row, any other
 //! in strips of neighbouring columns.
 
-use super::isa::{WithSimd, dispatch};
-use super::lanes::{self, FloatElement, FloatLane, Pack, at, sums, sweep};
+use super::isa::WithSimd;
+use super::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use super::parallel::{self, SharedMut};
 use super::reduce::row_max;
 use super::simd::Simd;
@@ -70,7 +70,7 @@ fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind
         parallel::for_each_chunk(out, group * axis.n, estimated_ns, |i, out| {
             let start = i * group * axis.n;
             let inputs = inputs.map(|x| &x[start..start + out.len()]);
-            dispatch(Rows { n: axis.n, inputs, out, kind });
+            T::Lane::dispatch(Rows { n: axis.n, inputs, out, kind });
         });
     } else {
         let strip = (STRIP_ELEMENTS / axis.n).clamp(MIN_STRIP, MAX_STRIP);
@@ -80,7 +80,7 @@ fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind
             let column = task % strips * strip;
             let width = strip.min(axis.inner - column);
             let base = task / strips * axis.n * axis.inner + column;
-            dispatch(Strip { axis, base, width, inputs, out: &shared, kind });
+            T::Lane::dispatch(Strip { axis, base, width, inputs, out: &shared, kind });
         });
     }
 }

@@ -141,7 +141,7 @@ struct Family {
 
 static MNIST: Family = Family {
     folder: "mnist",
-    mirrors: &["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    mirrors: &["http://ossci-datasets.s3.amazonaws.com/mnist/", "http://storage.googleapis.com/cvdf-datasets/mnist/"],
     files: [
         Remote {
             name: "train-images-idx3-ubyte.gz",
@@ -168,10 +168,7 @@ static MNIST: Family = Family {
 
 static FASHION_MNIST: Family = Family {
     folder: "fashion-mnist",
-    mirrors: &[
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    ],
+    mirrors: &["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"],
     files: [
         Remote {
             name: "train-images-idx3-ubyte.gz",

@@ -1,29 +1,31 @@
 //! The Fréchet distance between two sets of feature vectors, each taken as a normal distribution (Heusel et al. 2017).
 
+use super::eigen::Eigen;
 use kiln_tensor::{DType, Error, Result, Tensor};
-use nalgebra::{DMatrix, DVector, SymmetricEigen};
 
 /// Mean and covariance of a set of feature vectors.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, Debug)]
 pub struct FeatureStatistics {
-    mean: DVector<f64>,
-    covariance: DMatrix<f64>,
+    /// (F), f64.
+    mean: Tensor,
+    /// (F, F), f64.
+    covariance: Tensor,
 }
 
 impl FeatureStatistics {
     /// Those of the rows of `features` (N, F); N of at least 2.
     pub fn of(features: &Tensor) -> Result<Self> {
-        let [n, f] = features.dims_n("frechet_distance")?;
+        let [n, _] = features.dims_n("frechet_distance")?;
         if n < 2 {
             return Err(Error::shape(
                 "frechet_distance",
                 format!("a covariance takes at least two feature vectors, got shape {}", features.shape()),
             ));
         }
-        let rows = DMatrix::from_row_slice(n, f, &features.detach().to_dtype(DType::F64)?.to_vec::<f64>()?);
-        let mean = rows.row_mean().transpose();
-        let centred = DMatrix::from_fn(n, f, |i, j| rows[(i, j)] - mean[j]);
-        let covariance = centred.transpose() * &centred / (n - 1) as f64;
+        let rows = features.detach().to_dtype(DType::F64)?;
+        let mean = rows.mean(0)?;
+        let centred = rows.sub(&mean)?;
+        let covariance = centred.t()?.matmul(&centred)?.div_scalar((n - 1) as f64)?;
         Ok(Self { mean, covariance })
     }
 }
@@ -33,28 +35,36 @@ impl FeatureStatistics {
 /// # Errors
 /// If the feature vectors have different lengths, or hold a value that is not finite.
 pub fn frechet_distance(a: &FeatureStatistics, b: &FeatureStatistics) -> Result<f64> {
-    if a.mean.len() != b.mean.len() {
-        return Err(Error::shape("frechet_distance", format!("features of {} and {} elements", a.mean.len(), b.mean.len())));
+    if a.mean.dims() != b.mean.dims() {
+        return Err(Error::shape("frechet_distance", format!("features of {} and {} elements", a.mean.numel(), b.mean.numel())));
     }
-    if [a, b].iter().any(|s| s.mean.iter().chain(s.covariance.iter()).any(|v| !v.is_finite())) {
-        return Err(Error::argument("frechet_distance", "a feature is not finite"));
+    for part in [&a.mean, &b.mean, &a.covariance, &b.covariance] {
+        if !part.to_vec::<f64>()?.iter().all(|v| v.is_finite()) {
+            return Err(Error::argument("frechet_distance", "a feature is not finite"));
+        }
     }
-    let root = square_root(&a.covariance);
-    let cross = &root * &b.covariance * &root;
+    let root = square_root(&a.covariance)?;
+    let cross = root.matmul(&b.covariance)?.matmul(&root)?;
     // Rounding can leave eigenvalues a little below zero.
-    let trace_of_root: f64 = SymmetricEigen::new(symmetric(&cross)).eigenvalues.iter().map(|&v| v.max(0.0).sqrt()).sum();
-    let means = (&a.mean - &b.mean).norm_squared();
-    Ok(means + a.covariance.trace() + b.covariance.trace() - 2.0 * trace_of_root)
+    let trace_of_root: f64 = eigen(&cross)?.values.iter().map(|&v| v.max(0.0).sqrt()).sum();
+    let means = a.mean.sub(&b.mean)?.square()?.sum(())?.item::<f64>()?;
+    Ok(means + trace(&a.covariance)? + trace(&b.covariance)? - 2.0 * trace_of_root)
 }
 
-fn symmetric(m: &DMatrix<f64>) -> DMatrix<f64> {
-    (m + m.transpose()) * 0.5
+fn eigen(m: &Tensor) -> Result<Eigen> {
+    Ok(Eigen::of(m.to_vec::<f64>()?, m.dims()[0]))
 }
 
-fn square_root(m: &DMatrix<f64>) -> DMatrix<f64> {
-    let eigen = SymmetricEigen::new(symmetric(m));
-    let roots = DMatrix::from_diagonal(&eigen.eigenvalues.map(|v| v.max(0.0).sqrt()));
-    &eigen.eigenvectors * roots * eigen.eigenvectors.transpose()
+fn trace(m: &Tensor) -> Result<f64> {
+    m.diagonal(0, 0, 1)?.sum(())?.item::<f64>()
+}
+
+/// The symmetric square root of a positive semidefinite matrix.
+fn square_root(m: &Tensor) -> Result<Tensor> {
+    let Eigen { values, vectors } = eigen(m)?;
+    let roots = Tensor::from_vec(values.iter().map(|&v| v.max(0.0).sqrt()).collect(), [values.len(), 1])?;
+    let vectors = Tensor::from_vec(vectors, m.dims())?;
+    vectors.t()?.matmul(&vectors.mul(&roots)?)
 }
 
 #[cfg(test)]

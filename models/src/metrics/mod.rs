@@ -1,5 +1,6 @@
 //! Figures that say how good a generator is.
 
+mod eigen;
 mod frechet;
 mod judge;
 

@@ -3,7 +3,7 @@
 //! `[pixels, C]` with a vector of coefficients, otherwise one over rows of pixels with constants.
 
 use super::{SUM_ROWS, TASK, flush, parameter};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use crate::cpu::parallel;
 use crate::cpu::reduce::{Spread, moments};
@@ -231,7 +231,7 @@ fn apply<T: FloatElement>(
     parallel::for_each_chunk(out, group * run, q.len() / 4, |i, out| {
         let range = i * group * run..i * group * run + out.len();
         let p = p.map(|p| &p[range.clone()]);
-        dispatch(Apply { layout, coefficients, first: i * group, p, q: &q[range], out });
+        T::Lane::dispatch(Apply { layout, coefficients, first: i * group, p, q: &q[range], out });
     });
 }
 
@@ -313,7 +313,7 @@ fn gradient_sums<T: FloatElement>(layout: Channels, centres: &[T::Lane], g: &[T]
         let group = TASK.div_ceil(s);
         parallel::for_each_chunk(&mut out, group, estimated_ns, |i, out| {
             let range = i * group * s..(i * group + out.len()) * s;
-            dispatch(RowSums { s, centres: &centres[i * group..][..out.len()], g: &g[range.clone()], x: &x[range], out });
+            T::Lane::dispatch(RowSums { s, centres: &centres[i * group..][..out.len()], g: &g[range.clone()], x: &x[range], out });
         });
         return out;
     }
@@ -324,7 +324,7 @@ fn gradient_sums<T: FloatElement>(layout: Channels, centres: &[T::Lane], g: &[T]
     parallel::for_each_chunk(&mut totals, 2 * c, estimated_ns, |i, totals| {
         let (sample, start) = (i / parts, i % parts * part);
         let range = (sample * s + start) * c..(sample * s + s.min(start + part)) * c;
-        dispatch(ColumnSums { centres: &centres[sample * c..][..c], g: &g[range.clone()], x: &x[range], totals });
+        T::Lane::dispatch(ColumnSums { centres: &centres[sample * c..][..c], g: &g[range.clone()], x: &x[range], totals });
     });
     for (i, out) in out.iter_mut().enumerate() {
         for part in totals[i / c * parts * 2 * c..].chunks_exact(2 * c).take(parts) {

@@ -2,7 +2,7 @@
 //! rstd = 1/√(mean x² + ε).
 
 use super::{SUM_ROWS, TASK, flush, parameter};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use crate::cpu::parallel;
 use crate::cpu::parallel::SharedMut;
@@ -46,7 +46,7 @@ pub fn layer_norm<T: FloatElement>(
         let (mean, rstd) = unsafe {
             (std::slice::from_raw_parts_mut(mean.get().add(first), count), std::slice::from_raw_parts_mut(rstd.get().add(first), count))
         };
-        dispatch(Forward { rows, x: &x[first * n..][..y.len()], affine, y, mean, rstd });
+        T::Lane::dispatch(Forward { rows, x: &x[first * n..][..y.len()], affine, y, mean, rstd });
     });
 }
 
@@ -137,7 +137,7 @@ pub fn layer_norm_backward<T: FloatElement>(
                 &mut []
             };
             let (mean, rstd) = (&mean[first..][..len / n], &rstd[first..][..len / n]);
-            dispatch(Backward { rows, g: &g[range.clone()], x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
+            T::Lane::dispatch(Backward { rows, g: &g[range.clone()], x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
         });
     }
     for (which, out) in [dw, db].into_iter().enumerate() {

@@ -3,7 +3,7 @@
 //! What does not lie in neighbouring lanes (strides, narrow types) is first gathered into a tile.
 
 use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{Lane, Numeric, SUM_TILE};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::Simd;
@@ -124,7 +124,7 @@ impl Plan {
                 // SAFETY: a range of one output is emitted once, and `acc` has one element.
                 let emit = |_: usize, _: usize, part: &[F::Acc]| unsafe { acc.get().write(part[0]) };
                 let elements = start..reduced.min(start + part);
-                dispatch(Rows { plan: self, source, fold, outputs: output..output + 1, elements, emit: &emit });
+                L::dispatch(Rows { plan: self, source, fold, outputs: output..output + 1, elements, emit: &emit });
             });
             for (output, accs) in accs.chunks(parts).enumerate() {
                 let acc = accs[1..].iter().fold(accs[0], |a, &b| fold.merge(a, b));
@@ -134,7 +134,7 @@ impl Plan {
             let group = TASK.div_ceil(reduced);
             parallel::for_each(outputs.div_ceil(group), self.estimated_ns::<L, F>(), |task| {
                 let outputs = task * group..outputs.min((task + 1) * group);
-                dispatch(Rows { plan: self, source, fold, outputs, elements: 0..reduced, emit });
+                L::dispatch(Rows { plan: self, source, fold, outputs, elements: 0..reduced, emit });
             });
         }
     }
@@ -173,7 +173,7 @@ impl Plan {
                     let strip = strip(i, 0);
                     let (output, accs) = (strip.output, &mut accs[..strip.count]);
                     accs.fill(fold.empty());
-                    dispatch(strip.into(accs));
+                    L::dispatch(strip.into(accs));
                     emit(output, stride, accs);
                 }
             });
@@ -184,7 +184,7 @@ impl Plan {
         parallel::for_each_chunk(&mut accs, width, self.estimated_ns::<L, F>(), |i, accs| {
             let strip = strip(i / parts, i % parts * part);
             let count = strip.count;
-            dispatch(strip.into(&mut accs[..count]));
+            L::dispatch(strip.into(&mut accs[..count]));
         });
         for (i, accs) in accs.chunks_mut(parts * width).enumerate() {
             let strip = strip(i, 0);
