@@ -541,9 +541,9 @@ impl<const M: usize, L: Lane, S: Simd> Sums<M, L, S> {
     /// Adds the first `count` lanes of each pack to a chain.
     #[inline(always)]
     pub(crate) fn add(&mut self, s: S, chain: usize, terms: [L::Pack<S>; M], count: usize) {
-        for m in 0..M {
-            let term = if count == L::lanes::<S>() { terms[m] } else { keep::<L, S>(s, terms[m], count) };
-            self.chains[chain][m] = self.chains[chain][m].add(term);
+        for (sum, term) in self.chains[chain].iter_mut().zip(terms) {
+            let term = if count == L::lanes::<S>() { term } else { keep::<L, S>(s, term, count) };
+            *sum = sum.add(term);
         }
     }
 
