@@ -2,7 +2,7 @@
 
 use crate::engine::{GradOptions, dependencies, grad_to_sources};
 use kiln_tensor::generator::DrawLog;
-use kiln_tensor::graph::{Ctx, Edge, Grads, Op, RecordMode, Source, id_mark, is_grad_enabled, record_edges, set_record_mode};
+use kiln_tensor::graph::{Ctx, Edge, Grads, Op, RecordMode, Source, id_mark, is_grad_enabled, recomputing, record_edges, set_record_mode};
 use kiln_tensor::{Error, Result, Tensor};
 use std::sync::Arc;
 
@@ -11,7 +11,8 @@ type Segment = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 /// `f(inputs)`, of which only the inputs and the result are kept: the backward pass runs `f` again.
 ///
 /// Gradients flow to the inputs and to every tracked tensor that `f` captured, weights included. Random numbers drawn inside
-/// of `f` are drawn again exactly. `f` must be a pure function of its inputs and of what it captured.
+/// of `f` are drawn again exactly, and the running statistics of batch norm are updated by the first run only. For the rest, `f`
+/// must be a pure function of its inputs and of what it captured.
 pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static, inputs: &[&Tensor]) -> Result<Tensor> {
     let inputs: Vec<Tensor> = inputs.iter().map(|&x| x.clone()).collect();
     if !is_grad_enabled() {
@@ -47,7 +48,7 @@ impl Op for Checkpoint {
         let create_graph = is_grad_enabled();
         let output = {
             let _mode = set_record_mode(RecordMode::On);
-            self.draws.replay(|| (self.segment)(&self.inputs))?
+            recomputing(|| self.draws.replay(|| (self.segment)(&self.inputs)))?
         };
         if output.shape() != grad.shape() || !output.is_tracked() {
             return Err(Error::graph("checkpoint", "the function gave another result when it ran again; it must be pure"));

@@ -1,6 +1,6 @@
 //! Every layer: names and shapes of its parameters, the shape of its output, modes, and that gradients reach every parameter.
 
-use kiln_autograd::TensorExt;
+use kiln_autograd::{TensorExt, checkpoint};
 use kiln_models::nn::*;
 use kiln_tensor::{DType, Result, Tensor};
 
@@ -248,4 +248,30 @@ fn batch_norm_without_statistics_uses_the_batch_in_evaluation_too() {
     let training = layer.forward(&x).unwrap().to_vec::<f32>().unwrap();
     params.eval();
     assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), training);
+}
+
+/// The sequence of `layers`, twice forward and backward, with the segment checkpointed or not: all gradients, buffers, and the next draw.
+fn two_steps(layers: impl Fn(&Params) -> Result<Sequential>, checkpointed: bool) -> Vec<Vec<f64>> {
+    let params = Params::with(ParamsOptions { generator: kiln_tensor::Generator::new(11), ..ParamsOptions::default() });
+    let model = std::sync::Arc::new(layers(&params).unwrap());
+    let x = ramp(&[4, 6]).requires_grad_().unwrap();
+    for _ in 0..2 {
+        let segment = model.clone();
+        let y = if checkpointed { checkpoint(move |x| segment.forward(&x[0]), &[&x]) } else { model.forward(&x) };
+        y.unwrap().square().unwrap().sum(()).unwrap().backward().unwrap();
+    }
+    let next_draw = params.generator().rand([3], ()).unwrap();
+    let grads = params.params().into_iter().map(|p| p.grad().unwrap());
+    let buffers = params.buffers().into_iter().map(|b| b.get());
+    let traced = grads.chain(buffers).chain([x.grad().unwrap(), next_draw]);
+    traced.map(|t| t.to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap()).collect()
+}
+
+#[test]
+fn a_checkpointed_segment_leaves_the_same_bits_behind() {
+    let dropout = |p: &Params| Sequential::new(p).push(|p| Linear::new(p, 6, 8, true))?.push(|p| Dropout::new(p, 0.5));
+    assert_eq!(two_steps(dropout, true), two_steps(dropout, false));
+    // Running statistics count each batch once, though the segment runs twice.
+    let norm = |p: &Params| Sequential::new(p).push(|p| BatchNorm1d::new(p, 6))?.push(|p| Linear::new(p, 6, 2, true));
+    assert_eq!(two_steps(norm, true), two_steps(norm, false));
 }

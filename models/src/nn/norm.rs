@@ -1,6 +1,7 @@
 //! Normalisation: over the batch, over features, over groups of channels.
 
 use super::{Buffer, Init, Mode, Module, Param, Params};
+use kiln_tensor::graph::is_recomputing;
 use kiln_tensor::{DType, Error, IntoShape, Result, Shape, Tensor};
 
 /// PyTorch's ε of all its normalisations but RMS norm.
@@ -143,7 +144,9 @@ impl<const N: usize> Module for BatchNorm<N> {
             Some(running) if !self.mode.is_training() => x.batch_norm_eval(&running.mean.get(), &running.var.get(), weight, bias, eps),
             Some(running) => {
                 let batch = x.batch_norm(weight, bias, eps)?;
-                running.update(&batch.mean, &batch.var, self.options.momentum)?;
+                if !is_recomputing() {
+                    running.update(&batch.mean, &batch.var, self.options.momentum)?;
+                }
                 Ok(batch.output)
             }
             None => Ok(x.batch_norm(weight, bias, eps)?.output),

@@ -8,7 +8,8 @@
 
 mod mode;
 
-pub use mode::{GradModeGuard, RecordMode, anomaly_mode, first_non_finite, is_anomaly_mode, is_grad_enabled, record_mode, set_record_mode};
+pub use mode::{GradModeGuard, RecordMode, anomaly_mode, first_non_finite, is_anomaly_mode, is_grad_enabled, is_recomputing};
+pub use mode::{recomputing, record_mode, set_record_mode};
 
 use crate::{DType, Error, Result, Shape, Tensor};
 use std::any::Any;

@@ -1,9 +1,10 @@
-//! Whether operations are recorded: a setting of the thread.
+//! Whether operations are recorded, checked, or run for a second time: settings of the thread.
 
 use crate::{Error, ErrorKind, Result, Tensor};
 use kiln_kernels::element::Element;
 use std::cell::Cell;
 use std::marker::PhantomData;
+use std::thread::LocalKey;
 
 /// What [`record`](super::record) does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,6 +20,7 @@ pub enum RecordMode {
 thread_local! {
     static MODE: Cell<RecordMode> = const { Cell::new(RecordMode::On) };
     static ANOMALY: Cell<bool> = const { Cell::new(false) };
+    static RECOMPUTING: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The thread's mode.
@@ -50,17 +52,33 @@ impl Drop for GradModeGuard {
     }
 }
 
+/// Sets a switch of the thread for the time of `f`, also if `f` panics.
+fn scoped<R>(switch: &'static LocalKey<Cell<bool>>, on: bool, f: impl FnOnce() -> R) -> R {
+    struct Restore(&'static LocalKey<Cell<bool>>, bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            self.0.set(self.1);
+        }
+    }
+    let _restore = Restore(switch, switch.replace(on));
+    f()
+}
+
+/// Runs `f` as the second run of something that was computed before: see [`is_recomputing`].
+pub fn recomputing<R>(f: impl FnOnce() -> R) -> R {
+    scoped(&RECOMPUTING, true, f)
+}
+
+/// Whether the thread computes again what it has computed before (`checkpoint`, in the backward pass). A layer that keeps count of
+/// what it sees, such as batch norm, must not count then.
+pub fn is_recomputing() -> bool {
+    RECOMPUTING.get()
+}
+
 /// Runs `f` with anomaly mode on or off in this thread. When on, each operation checks its output, each derivative rule its
 /// gradients: the first value that is not finite is an error that names the operation. Slow; for debugging.
 pub fn anomaly_mode<R>(on: bool, f: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            ANOMALY.set(self.0);
-        }
-    }
-    let _restore = Restore(ANOMALY.replace(on));
-    f()
+    scoped(&ANOMALY, on, f)
 }
 
 /// Whether anomaly mode is on in this thread.
