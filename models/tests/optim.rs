@@ -1,7 +1,7 @@
 //! Optimisers against PyTorch's results, and what every training run leans on: saving, clipping, averaging, threads.
 
 use kiln_autograd::TensorExt;
-use kiln_models::nn::{Param, StateDict};
+use kiln_models::nn::{Buffer, Param, StateDict};
 use kiln_models::optim::*;
 use kiln_tensor::{DType, Result, Tensor};
 use std::collections::HashMap;
@@ -359,4 +359,21 @@ fn averages_follow_and_swap() {
         assert!(other.load_state_dict(&StateDict::new()).is_err());
     }
     assert!(Ema::new([], f64::NAN).is_err());
+}
+
+#[test]
+fn averages_of_buffers_swap_too() {
+    let value = |x: f32| Tensor::from_vec(vec![x], [1]).unwrap();
+    let weight = Param::new("weight", &value(1.0)).unwrap();
+    let [mean, count] =
+        [("mean", value(2.0)), ("count", Tensor::from_vec(vec![7i64], [1]).unwrap())].map(|(n, t)| Buffer::new(n, &t).unwrap());
+    let mut ema = Ema::new([weight.clone()], 0.75).unwrap().with_buffers([mean.clone(), count.clone()]).unwrap();
+    weight.set(&value(5.0)).unwrap();
+    mean.set(&value(6.0)).unwrap();
+    ema.update().unwrap();
+    let now = || (weight.get().item::<f32>().unwrap(), mean.get().item::<f32>().unwrap(), count.get().item::<i64>().unwrap());
+    assert_eq!(ema.evaluate(|| Ok(now())).unwrap(), (2.0, 3.0, 7));
+    assert_eq!(now(), (5.0, 6.0, 7));
+    let names: Vec<String> = ema.state_dict().unwrap().into_keys().filter(|n| n.starts_with("average")).collect();
+    assert_eq!(names, ["average.mean", "average.weight"]);
 }

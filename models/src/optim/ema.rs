@@ -1,10 +1,10 @@
-//! The exponential moving average of parameters: smoother weights to evaluate and sample with.
+//! The exponential moving average of parameters and buffers: a smoother model to evaluate and sample with.
 
 use super::state::{Reader, put_count, put_number};
-use crate::nn::{Param, StateDict};
+use crate::nn::{Buffer, Param, StateDict};
 use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::{self, Average, Update, state_dtype};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_tensor::{DType, Error, Result, Shape, Tensor};
 
 /// A moving average of parameters (Polyak and Juditsky, 1992): after each step of the optimiser `a ← a + (1 − d)(p − a)`.
 ///
@@ -14,9 +14,9 @@ pub struct Ema {
     decay: f64,
     warmup: bool,
     updates: u64,
-    params: Vec<Param>,
+    members: Vec<Member>,
     averages: Vec<Tensor>,
-    /// The trained weights, while the parameters hold the averages.
+    /// The trained weights, while the members hold the averages.
     trained: Option<Vec<Tensor>>,
 }
 
@@ -26,9 +26,21 @@ impl Ema {
         if !(0.0..=1.0).contains(&decay) {
             return Err(Error::argument("Ema", format!("decay = {decay}, expected a value in [0, 1]")));
         }
-        let params: Vec<Param> = params.into_iter().collect();
-        let averages = params.iter().map(|p| in_state_dtype(&p.get())?.copy()).collect::<Result<_>>()?;
-        Ok(Self { decay, warmup: false, updates: 0, params, averages, trained: None })
+        let mut ema = Self { decay, warmup: false, updates: 0, members: Vec::new(), averages: Vec::new(), trained: None };
+        params.into_iter().try_for_each(|p| ema.push(Member::Param(p)))?;
+        Ok(ema)
+    }
+
+    /// Averages the floating-point ones of `buffers` too, from their current values: running statistics that fit the averaged weights.
+    pub fn with_buffers(mut self, buffers: impl IntoIterator<Item = Buffer>) -> Result<Self> {
+        buffers.into_iter().filter(|b| b.dtype().is_float()).try_for_each(|b| self.push(Member::Buffer(b)))?;
+        Ok(self)
+    }
+
+    fn push(&mut self, member: Member) -> Result<()> {
+        self.averages.push(in_state_dtype(&member.get())?.copy()?);
+        self.members.push(member);
+        Ok(())
     }
 
     /// With warm-up of the decay.
@@ -55,14 +67,14 @@ impl Ema {
             return Err(Error::argument("Ema", "the parameters hold the averages; call swap_out() first"));
         }
         let rule = Average { weight: 1.0 - self.current_decay() };
-        let values = self.params.iter().map(|p| in_state_dtype(&p.get())).collect::<Result<Vec<_>>>()?;
+        let values = self.members.iter().map(|m| in_state_dtype(&m.get())).collect::<Result<Vec<_>>>()?;
         let updates = self.averages.iter_mut().zip(values).map(|(param, grad)| Update { param, grad, states: [] });
         optim::step(&rule, updates.collect())?;
         self.updates += 1;
         Ok(())
     }
 
-    /// The averages, in the order of the parameters.
+    /// The averages: of the parameters in their order, then of the buffers.
     pub fn averages(&self) -> &[Tensor] {
         &self.averages
     }
@@ -73,9 +85,9 @@ impl Ema {
             return Err(Error::argument("Ema", "the averages are swapped in already"));
         }
         // Handles, not copies: the parameters get other storage below.
-        let trained: Vec<Tensor> = self.params.iter().map(|p| p.get().detach()).collect();
+        let trained: Vec<Tensor> = self.members.iter().map(Member::get).collect();
         let averages = self.averages.iter().zip(&trained).map(|(a, t)| a.to_dtype(t.dtype())).collect::<Result<Vec<_>>>()?;
-        set_all(&self.params, &averages)?;
+        set_all(&self.members, &averages)?;
         self.trained = Some(trained);
         Ok(())
     }
@@ -83,7 +95,7 @@ impl Ema {
     /// Puts the trained weights back. An error if the averages are not swapped in.
     pub fn swap_out(&mut self) -> Result<()> {
         let trained = self.trained.take().ok_or_else(|| Error::argument("Ema", "the averages are not swapped in"))?;
-        set_all(&self.params, &trained)
+        set_all(&self.members, &trained)
     }
 
     /// Runs `f` without recording while the parameters hold the averages, and puts the trained weights back after it, after an
@@ -95,14 +107,14 @@ impl Ema {
         result
     }
 
-    /// Decay, number of updates, and `average.<parameter name>`.
+    /// Decay, number of updates, and `average.<name of parameter or buffer>`.
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut dict = StateDict::new();
         put_number(&mut dict, "decay", self.decay)?;
         put_number(&mut dict, "warmup", self.warmup as u8 as f64)?;
         put_count(&mut dict, "updates", self.updates)?;
-        for (param, average) in self.params.iter().zip(&self.averages) {
-            dict.insert(format!("average.{}", param.name()), average.clone());
+        for (member, average) in self.members.iter().zip(&self.averages) {
+            dict.insert(format!("average.{}", member.name()), average.clone());
         }
         Ok(dict)
     }
@@ -117,8 +129,8 @@ impl Ema {
         if !(0.0..=1.0).contains(&decay) {
             return Err(Error::format("load_state_dict", format!("decay = {decay}, expected a value in [0, 1]")));
         }
-        let average = |p: &Param| reader.tensor(&format!("average.{}", p.name()), &p.shape(), state_dtype(p.dtype()))?.contiguous();
-        let averages = self.params.iter().map(average).collect::<Result<_>>()?;
+        let average = |m: &Member| reader.tensor(&format!("average.{}", m.name()), &m.shape(), state_dtype(m.dtype()))?.contiguous();
+        let averages = self.members.iter().map(average).collect::<Result<_>>()?;
         reader.finish()?;
         (self.decay, self.warmup, self.updates, self.averages) = (decay, warmup, updates, averages);
         Ok(())
@@ -129,6 +141,50 @@ fn in_state_dtype(tensor: &Tensor) -> Result<Tensor> {
     tensor.detach().to_dtype(state_dtype(tensor.dtype()))
 }
 
-fn set_all(params: &[Param], tensors: &[Tensor]) -> Result<()> {
-    params.iter().zip(tensors).try_for_each(|(param, tensor)| param.set(tensor))
+fn set_all(members: &[Member], tensors: &[Tensor]) -> Result<()> {
+    members.iter().zip(tensors).try_for_each(|(member, tensor)| member.set(tensor))
+}
+
+/// What is averaged.
+enum Member {
+    Param(Param),
+    Buffer(Buffer),
+}
+
+impl Member {
+    fn name(&self) -> &str {
+        match self {
+            Member::Param(p) => p.name(),
+            Member::Buffer(b) => b.name(),
+        }
+    }
+
+    fn shape(&self) -> Shape {
+        match self {
+            Member::Param(p) => p.shape(),
+            Member::Buffer(b) => b.shape(),
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        match self {
+            Member::Param(p) => p.dtype(),
+            Member::Buffer(b) => b.dtype(),
+        }
+    }
+
+    /// The content, untracked.
+    fn get(&self) -> Tensor {
+        match self {
+            Member::Param(p) => p.get().detach(),
+            Member::Buffer(b) => b.get(),
+        }
+    }
+
+    fn set(&self, tensor: &Tensor) -> Result<()> {
+        match self {
+            Member::Param(p) => p.set(tensor),
+            Member::Buffer(b) => b.set(tensor),
+        }
+    }
 }
