@@ -110,7 +110,10 @@ where
 /// As [`apply`] does.
 pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b: Operand<'_, T>, out: Output<'_, T>) {
     let condition = Source::<Bool>::new(Operand::View(condition), &out);
-    let plan = Plan::new(&out, 0.3 * cost_factor::<T>(), [Source::new(a, &out), Source::new(b, &out)]).with_tile(condition.period());
+    let mut plan = Plan::new(&out, 0.3 * cost_factor::<T>(), [Source::new(a, &out), Source::new(b, &out)]).with_tile(condition.period());
+    if !condition.is_in_place() {
+        plan = plan.tiled();
+    }
     let shared = SharedMut::new(out.data);
     plan.tasks(&|from, to| {
         let mut conditions = Reader::new(&condition, from, plan.tile);
@@ -329,6 +332,19 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     /// As [`computed`](Self::computed).
     #[inline(always)]
     unsafe fn raw(&mut self, at: usize, len: usize, out: *const T) -> *const T {
+        match self.source {
+            Source::Output => out,
+            // SAFETY: the slice has all elements of the walk.
+            Source::Direct(data) => unsafe { data.as_ptr().add(at) },
+            _ => self.brought(len),
+        }
+    }
+
+    /// The next `len` elements of a source that is not read in place: usually brought into the tile.
+    #[inline(always)]
+    fn brought(&mut self, len: usize) -> *const T {
+        // A plan whose tiles are too long for a source would write beyond this one: better a panic.
+        assert!(len <= TILE, "a tile of {len} elements");
         let tile = self.tile.as_mut_ptr().cast::<T>();
         if self.filled {
             return tile;
@@ -336,9 +352,6 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
         // The first tile is as long as any after it.
         self.filled = self.fills_once;
         match self.source {
-            Source::Output => out,
-            // SAFETY: the slice has all elements of the walk.
-            Source::Direct(data) => unsafe { data.as_ptr().add(at) },
             // SAFETY: the tile has room for `len <= TILE` elements.
             Source::Constant(x) => unsafe { fill(tile, *x, len) },
             // SAFETY: as above.
@@ -360,6 +373,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
                 }
                 tile
             }
+            Source::Output | Source::Direct(_) => tile,
         }
     }
 }
@@ -457,6 +471,38 @@ mod tests {
                         check::<bf16>(shape, b, a, out);
                         check::<i32>(shape, a, b, out);
                     }
+                }
+            }
+        }
+    }
+
+    /// condition ? a : b over layouts of the condition; a and b lie like the output.
+    fn check_select<T: Stored>(shape: &[usize], condition: &[usize], out: &[usize]) {
+        let extent = shape.iter().zip(condition).map(|(d, s)| d.saturating_sub(1) * s).sum::<usize>() + 1;
+        let conditions: Vec<Bool> = (0..extent).map(|i| Bool((i % 3 == 0) as u8)).collect();
+        let numel = shape.iter().product::<usize>();
+        let [a, b] = [0, 100].map(|start| (0..numel).map(|i| T::from_f64((start + i % 37) as f64)).collect::<Vec<T>>());
+        let view = |x| Operand::View(StridedView::new(x, 0, shape, out).unwrap());
+        let mut result = vec![T::default(); numel];
+        let choice = StridedView::new(&conditions, 0, shape, condition).unwrap();
+        select(choice, view(&a), view(&b), Output { data: &mut result, shape, strides: out });
+        for i in indices(shape) {
+            let at_out = at(out, &i);
+            let want = if conditions[at(condition, &i)].get() { a[at_out] } else { b[at_out] };
+            assert_eq!(result[at_out], want, "{shape:?} {condition:?} {out:?} at {i:?}");
+        }
+    }
+
+    #[test]
+    fn conditions_of_any_layout_select() {
+        for shape in [[67, 130], [1, 5000], [5000, 1], [300, 700], [2, 3]] {
+            let rows = [shape[1], 1];
+            let columns = [1, shape[0]];
+            for condition in [rows, columns, [0, 0], [0, 1], [1, 0], [2 * shape[1], 2]] {
+                for out in [rows, columns] {
+                    check_select::<f32>(&shape, &condition, &out);
+                    check_select::<bf16>(&shape, &condition, &out);
+                    check_select::<i64>(&shape, &condition, &out);
                 }
             }
         }
