@@ -74,7 +74,8 @@ impl Case {
         self.samples.push(shapes.iter().map(|s| s.to_vec()).collect());
         self
     }
-    /// Shapes large enough for the kernel to use threads: results must have the same bits on 1, 2 and 7. f32 only; no reference.
+    /// Shapes large enough for the kernel to use threads and to leave its tiles: results must have the same bits on 1, 2 and 7
+    /// threads, and other memory layouts must give the same results. f32 only; no reference.
     pub fn large(mut self, shapes: &[&[usize]]) -> Self {
         self.large = Some(shapes.iter().map(|s| s.to_vec()).collect());
         self
@@ -123,7 +124,7 @@ impl Case {
             self.check_specials().unwrap_or_else(|e| panic!("{}: special values: {e:?}", self.label));
         }
         if let Some(shapes) = &self.large {
-            self.check_threads(shapes).unwrap_or_else(|e| panic!("{}: threads: {e:?}", self.label));
+            self.check_large(shapes).unwrap_or_else(|e| panic!("{}: large: {e:?}", self.label));
         }
     }
 
@@ -207,11 +208,8 @@ impl Case {
             && first.dims()[0] > 1
             && !self.distinct
         {
-            let row = Array::from_fn(&array(first)?.shape, |i| {
-                let mut i = i.to_vec();
-                i[0] = 0;
-                array(first).map_or(0.0, |a| a.at(&i))
-            });
+            let values = array(first)?;
+            let row = Array::from_fn(&values.shape, |i| values.at(&[&[0], &i[1..]].concat()));
             let mut one = first.shape().to_vec();
             one[0] = 1;
             let expanded = tensor(&Array::new(&one, row.data[..one.iter().product()].to_vec()), dtype)?.expand(first.shape())?;
@@ -261,15 +259,20 @@ impl Case {
         Ok(())
     }
 
-    fn check_threads(&self, shapes: &[Vec<usize>]) -> Result<()> {
+    fn check_large(&self, shapes: &[Vec<usize>]) -> Result<()> {
         let inputs =
             shapes.iter().enumerate().map(|(j, s)| tensor(&self.values(s, j, 99 + j as u64), DType::F32)).collect::<Result<Vec<_>>>()?;
+        self.check_threads(&inputs)?;
+        self.check_layouts(&format!("{} {shapes:?}", self.label), &inputs, &array(&(self.f)(&inputs)?)?, DType::F32)
+    }
+
+    fn check_threads(&self, inputs: &[Tensor]) -> Result<()> {
         let results = [1, 2, 7].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| -> Result<Vec<Vec<f64>>> {
-                let mut all = vec![array(&(self.f)(&inputs)?)?.data];
+                let mut all = vec![array(&(self.f)(inputs)?)?.data];
                 if self.differentiable {
-                    for g in self.gradients(&inputs)? {
+                    for g in self.gradients(inputs)? {
                         all.push(array(&g)?.data);
                     }
                 }

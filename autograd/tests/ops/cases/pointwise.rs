@@ -228,6 +228,14 @@ fn selection() -> Vec<Case> {
         .sample(&[&[2, 3], &[2, 3]])
         .sample(&[&[3], &[4, 1, 1]]),
         case(
+            "where_cond",
+            move |x| mask_tensor(&[x[0].dims()[1], x[0].dims()[0]])?.t()?.where_cond(&x[0], &x[1]),
+            move |x| Array::from_fn(&x[0].shape, |i| if (i[0] + i[1]) % 3 != 0 { x[0].at(i) } else { x[1].at(i) }),
+        )
+        .label("transposed condition")
+        .sample(&[&[2, 3], &[2, 3]])
+        .large(&[&[300, 707], &[300, 707]]),
+        case(
             "masked_fill",
             move |x| x[0].masked_fill(&mask_tensor(&[2, 1])?, 1.0),
             move |x| x[0].zip(&mask(&[2, 1]), |a, m| if m != 0.0 { 1.0 } else { a }),
