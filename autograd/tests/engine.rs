@@ -173,3 +173,25 @@ fn anomalies_are_reported_with_their_operation() -> Result<()> {
     assert!(error.starts_with("exp: anomaly: the result of shape [1] holds inf; all inputs were finite"), "{error}");
     Ok(())
 }
+
+/// The fused kernel of f32 has no second derivative of its own: its rule is then taken from the composed form.
+#[test]
+fn fused_attention_has_second_derivatives() {
+    use kiln_tensor::ops::attention::AttentionOptions;
+    let second = |dtype: DType| -> Result<Vec<f64>> {
+        let value = |salt: usize| {
+            let values = (0..2 * 4 * 3).map(|i| ((i * 37 + salt * 11) % 23) as f64 / 11.0 - 1.0).collect::<Vec<_>>();
+            Tensor::from_vec(values, [2, 4, 3])?.to_dtype(dtype)?.requires_grad_()
+        };
+        let (q, k, v) = (value(1)?, value(2)?, value(3)?);
+        let options = AttentionOptions { causal: true, enable_gqa: true, ..Default::default() };
+        let y = q.scaled_dot_product_attention(&k, &v, &options)?.square()?.sum(())?;
+        let first = grad_with(&[&y], &[None], &[&q, &k, &v], GradOptions { create_graph: true, ..Default::default() })?;
+        let size = first.iter().try_fold(Tensor::zeros([], dtype)?, |sum, g| sum.add(&g.square()?.sum(())?))?;
+        let second = grad_with(&[&size], &[None], &[&q, &k, &v], GradOptions::default())?;
+        Ok(second.iter().map(|g| g.to_dtype(DType::F64)?.to_vec::<f64>()).collect::<Result<Vec<_>>>()?.concat())
+    };
+    let (single, double) = (second(DType::F32).unwrap(), second(DType::F64).unwrap());
+    assert!(double.iter().any(|x| x.abs() > 0.1));
+    assert!(single.iter().zip(&double).all(|(a, b)| (a - b).abs() < 1e-4), "{single:?} {double:?}");
+}

@@ -1,6 +1,7 @@
 //! Kernels for the host: SIMD by hand, threads from the current rayon pool.
 
 pub mod alloc;
+pub mod attention;
 pub mod cast;
 pub mod conv;
 pub mod copy;

@@ -1,6 +1,10 @@
-//! Attention, composed of products and a softmax.
+//! Attention: a fused kernel in both directions, and the same composed of products and a softmax. The composed form gives second
+//! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query.
 
-use crate::{DType, Error, Result, Tensor};
+use super::product::factor;
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::{Bool, DType, Error, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
+use kiln_kernels::cpu::attention::{self, Attended, Attention, Gradients, Heads, Mask};
 
 /// What [`scaled_dot_product_attention`](Tensor::scaled_dot_product_attention) takes besides query, key and value.
 #[derive(Clone, Copy, Default)]
@@ -11,6 +15,9 @@ pub struct AttentionOptions<'a> {
     pub causal: bool,
     /// Factor of the scores; 1/√E if `None`.
     pub scale: Option<f64>,
+    /// Grouped queries: the heads (dimension -3) of the query may be a multiple of those of key and value, whose every head then
+    /// serves as many neighbouring heads of the query.
+    pub enable_gqa: bool,
 }
 
 const NAME: &str = "scaled_dot_product_attention";
@@ -20,10 +27,10 @@ fn causal_mask(queries: usize, keys: usize) -> Result<Tensor> {
     Tensor::from_vec((0..queries).flat_map(|i| (0..keys).map(move |j| j <= i)).collect::<Vec<bool>>(), [queries, keys])
 }
 
-/// Which keys each query may look at, from the options; `None` if all.
-fn allowed(options: &AttentionOptions<'_>, queries: usize, keys: usize) -> Result<Option<Tensor>> {
-    let causal = if options.causal { Some(causal_mask(queries, keys)?) } else { None };
-    let mask = match options.mask {
+/// Which keys each query may look at; `None` if all.
+fn allowed(mask: Option<&Tensor>, causal: bool, queries: usize, keys: usize) -> Result<Option<Tensor>> {
+    let causal = if causal { Some(causal_mask(queries, keys)?) } else { None };
+    let mask = match mask {
         Some(mask) if mask.dtype() == DType::Bool => Some(mask.clone()),
         // A score of -∞ is a key that is shut off, too.
         Some(mask) => Some(mask.detach().ne_scalar(f64::NEG_INFINITY)?),
@@ -35,31 +42,214 @@ fn allowed(options: &AttentionOptions<'_>, queries: usize, keys: usize) -> Resul
     }
 }
 
-impl Tensor {
-    /// Attention of queries `[.., L, E]` (this tensor) over keys `[.., S, E]` and values `[.., S, V]`:
-    /// `softmax(scale · Q · Kᵀ + mask) · V`, of shape `[.., L, V]`. Leading dimensions (batch, heads) broadcast.
-    /// A query that may look at no key gives zeros, as in PyTorch, and sends no gradient.
-    ///
-    /// Source: Vaswani et al., *Attention Is All You Need*, 2017, equation 1.
-    pub fn scaled_dot_product_attention(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
-        self.check_attention(key, value)?;
-        let (queries, width, keys) = (self.dim(-2)?, self.dim(-1)?, key.dim(-2)?);
-        let scale = options.scale.unwrap_or(1.0 / (width as f64).sqrt());
-        // Scaling the queries touches L × E elements, scaling the scores L × S.
-        let mut scores = self.mul_scalar(scale)?.matmul(&key.transpose(-2, -1)?)?;
-        if let Some(mask) = options.mask.filter(|mask| mask.dtype() != DType::Bool) {
+/// The arguments, checked: what both forms start from, and what the fused one's rule keeps.
+#[derive(Clone)]
+struct Problem {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Option<Tensor>,
+    causal: bool,
+    scale: f64,
+    queries: usize,
+    keys: usize,
+    /// The leading dimensions of the result, and of keys and values: the same, but for the number of heads of grouped queries.
+    batch: Shape,
+    key_batch: Shape,
+}
+
+impl Problem {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions<'_>) -> Result<Self> {
+        let (queries, width, keys) = (q.dim(-2)?, q.dim(-1)?, k.dim(-2)?);
+        let lead = |x: &Tensor| Shape::new(&x.dims()[..x.rank() - 2]);
+        let mut key_batch = broadcast_shapes(NAME, &lead(k)?, &lead(v)?)?;
+        let mut batch = lead(q)?;
+        match (options.enable_gqa, batch.split_last(), key_batch.split_last()) {
+            (true, Some((&heads, before)), Some((&key_heads, key_before))) => {
+                if key_heads == 0 || !heads.is_multiple_of(key_heads) {
+                    return Err(Error::shape(NAME, format!("{heads} heads of the query are no multiple of the {key_heads} of the key")));
+                }
+                let before = broadcast_shapes(NAME, &Shape::new(before)?, &Shape::new(key_before)?)?;
+                (batch, key_batch) = (Shape::new(&[&before[..], &[heads]].concat())?, Shape::new(&[&before[..], &[key_heads]].concat())?);
+            }
+            (true, ..) => return Err(Error::shape(NAME, "grouped queries need a dimension of heads before the last two")),
+            (false, ..) => {
+                batch = broadcast_shapes(NAME, &batch, &key_batch)?;
+                key_batch = batch;
+            }
+        }
+        if let Some(mask) = options.mask {
+            mask.layout().broadcast_to(NAME, &Shape::new(&[&batch[..], &[queries, keys]].concat())?)?;
+        }
+        Ok(Self {
+            q: q.clone(),
+            k: k.clone(),
+            v: v.clone(),
+            mask: options.mask.cloned(),
+            causal: options.causal,
+            // Scaling the queries touches L × E elements, scaling the scores L × S.
+            scale: options.scale.unwrap_or(1.0 / (width as f64).sqrt()),
+            queries,
+            keys,
+            batch,
+            key_batch,
+        })
+    }
+
+    /// Keys or values with a head for each of the query's.
+    fn for_each_query_head(&self, x: &Tensor) -> Result<Tensor> {
+        let (Some(&heads), Some(&key_heads)) = (self.batch.last(), self.key_batch.last()) else { return Ok(x.clone()) };
+        if heads == key_heads {
+            return Ok(x.clone());
+        }
+        let matrix = &x.dims()[x.rank() - 2..];
+        let (before, group) = (&self.batch[..self.batch.rank() - 1], heads / key_heads);
+        let x = x.expand([&self.key_batch[..], matrix].concat())?.unsqueeze(-3)?;
+        x.expand([before, &[key_heads, group], matrix].concat())?.reshape([&self.batch[..], matrix].concat())
+    }
+
+    /// The sum of the gradients of a key head's copies.
+    fn for_each_key_head(&self, grad: Tensor) -> Result<Tensor> {
+        let (Some(&heads), Some(&key_heads)) = (self.batch.last(), self.key_batch.last()) else { return Ok(grad) };
+        if heads == key_heads {
+            return Ok(grad);
+        }
+        let matrix = &grad.dims()[grad.rank() - 2..];
+        let apart = [&self.key_batch[..], &[heads / key_heads], matrix].concat();
+        grad.reshape(apart)?.sum(-3)
+    }
+
+    /// The weights, `[.., L, S]`, in differentiable operations, for keys of as many heads as the queries.
+    fn weights(&self, k: &Tensor) -> Result<Tensor> {
+        let mut scores = self.q.mul_scalar(self.scale)?.matmul(&k.transpose(-2, -1)?)?;
+        if let Some(mask) = self.mask.as_ref().filter(|mask| mask.dtype() != DType::Bool) {
             // Shut keys are filled below: an infinity in the sum would make the gradient of a shut row NaN.
             let finite = mask.masked_fill(&mask.detach().eq_scalar(f64::NEG_INFINITY)?, 0.0)?;
             scores = scores.add(&finite)?;
         }
-        let Some(allowed) = allowed(options, queries, keys)? else {
-            return scores.softmax(-1)?.matmul(value);
+        let Some(allowed) = allowed(self.mask.as_ref(), self.causal, self.queries, self.keys)? else {
+            return scores.softmax(-1);
         };
-        let open = allowed.expand(crate::broadcast_shapes(NAME, allowed.shape(), &crate::Shape::new(&[queries, keys])?)?)?;
+        let open = allowed.expand(broadcast_shapes(NAME, allowed.shape(), &Shape::new(&[self.queries, self.keys])?)?)?;
         // A row without any key is computed over all of them and then cleared, so that no 0/0 enters it or its gradient.
         let shut_rows = open.to_dtype(DType::I64)?.sum_keepdim(-1)?.eq_scalar(0.0)?;
         let shut_keys = open.logical_or(&shut_rows)?.logical_not()?;
-        scores.masked_fill(&shut_keys, f64::NEG_INFINITY)?.softmax(-1)?.matmul(value)?.masked_fill(&shut_rows, 0.0)
+        scores.masked_fill(&shut_keys, f64::NEG_INFINITY)?.softmax(-1)?.masked_fill(&shut_rows, 0.0)
+    }
+
+    fn composed(&self) -> Result<Tensor> {
+        self.weights(&self.for_each_query_head(&self.k)?)?.matmul(&self.for_each_query_head(&self.v)?)
+    }
+
+    /// The gradients in differentiable operations: with P the weights, dV = Pᵀ·g, dS = P∘(g·Vᵀ − Σ P∘(g·Vᵀ)), dQ = scale · dS·K and
+    /// dK = scale · dSᵀ·Q.
+    fn composed_gradients(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
+        let (k, v) = (self.for_each_query_head(&self.k)?, self.for_each_query_head(&self.v)?);
+        let weights = self.weights(&k)?;
+        let d_weights = grad.matmul(&v.transpose(-2, -1)?)?;
+        let along = weights.mul(&d_weights)?.sum_keepdim(-1)?;
+        let d_scores = weights.mul(&d_weights.sub(&along)?)?.mul_scalar(self.scale)?;
+        let dk = d_scores.transpose(-2, -1)?.matmul(&self.q)?;
+        let dv = weights.transpose(-2, -1)?.matmul(grad)?;
+        Ok([d_scores.matmul(&k)?, self.for_each_key_head(dk)?, self.for_each_key_head(dv)?])
+    }
+
+    /// Calls `f` with the inputs as the kernel takes them.
+    fn with_kernel_inputs<T: WithDType + Attended, R>(&self, f: impl FnOnce(&Attention<'_, T>) -> Result<R>) -> Result<R> {
+        let ((q, q_at), (k, k_at)) = (factor::<T>(&self.q, &self.batch)?, factor::<T>(&self.k, &self.key_batch)?);
+        let (v, v_at) = factor::<T>(&self.v, &self.key_batch)?;
+        let mask = self.mask.as_ref().map(|mask| mask.expand([&self.batch[..], &[self.queries, self.keys]].concat())).transpose()?;
+        let mask = match &mask {
+            None => None,
+            Some(mask) if mask.dtype() == DType::Bool => Some((Some(factor::<Bool>(mask, &self.batch)?), None)),
+            Some(mask) => Some((None, Some(factor::<T>(mask, &self.batch)?))),
+        };
+        let mask = mask.as_ref().and_then(|(open, bias)| match (open, bias) {
+            (Some((view, offsets)), _) => Some(Mask::Open(Heads { view: *view, offsets })),
+            (_, Some((view, offsets))) => Some(Mask::Bias(Heads { view: *view, offsets })),
+            _ => None,
+        });
+        f(&Attention {
+            q: Heads { view: q, offsets: &q_at },
+            k: Heads { view: k, offsets: &k_at },
+            v: Heads { view: v, offsets: &v_at },
+            mask,
+            causal: self.causal,
+            scale: self.scale as f32,
+        })
+    }
+
+    fn fused<T: WithDType + Attended>(mut self) -> Result<Tensor> {
+        self.mask = match self.mask {
+            Some(mask) if mask.dtype() != DType::Bool => Some(mask.detach().to_dtype(T::DTYPE)?),
+            mask => mask,
+        };
+        let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
+        let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
+        let out = Tensor::build::<T>(&shape, |out| {
+            let lse = lse.as_slice_mut()?;
+            self.with_kernel_inputs(|inputs| Ok(attention::forward::<T>(inputs, out, lse)?))
+        })?;
+        let (q, k, v) = (self.q.clone(), self.k.clone(), self.v.clone());
+        let output = out.clone();
+        record(NAME, out, &[&q, &k, &v], |_| Fused { problem: self, output, lse })
+    }
+}
+
+/// The rule of the kernel; its reference is [`Problem::composed_gradients`].
+struct Fused {
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+}
+
+impl Op for Fused {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let gradients = match self.output.dtype() {
+            _ if is_grad_enabled() => self.problem.composed_gradients(grad),
+            DType::F16 => self.kernel::<f16>(grad),
+            DType::BF16 => self.kernel::<bf16>(grad),
+            _ => self.kernel::<f32>(grad),
+        };
+        Ok(gradients?.map(Some).into())
+    }
+}
+
+impl Fused {
+    fn kernel<T: WithDType + Attended>(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
+        let Problem { q, k, v, batch, key_batch, .. } = &self.problem;
+        let grad = grad.detach().contiguous()?;
+        let shape = |batch: &Shape, x: &Tensor| Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat());
+        let (mut dk, mut dv) = (Tensor::zeros(shape(key_batch, k)?, T::DTYPE)?, Tensor::zeros(shape(key_batch, v)?, T::DTYPE)?);
+        let dq = Tensor::build::<T>(&shape(batch, q)?, |dq| {
+            let given = Gradients { out: self.output.as_slice::<T>()?, grad: grad.as_slice()?, lse: self.lse.as_slice()? };
+            let (dk, dv) = (dk.as_slice_mut()?, dv.as_slice_mut()?);
+            self.problem.with_kernel_inputs(|inputs| Ok(attention::backward::<T>(inputs, given, dq, dk, dv)?))
+        })?;
+        Ok([dq, dk, dv])
+    }
+}
+
+impl Tensor {
+    /// Attention of queries `[.., L, E]` (this tensor) over keys `[.., S, E]` and values `[.., S, V]`:
+    /// `softmax(scale · Q · Kᵀ + mask) · V`, of shape `[.., L, V]`. Leading dimensions (batch, heads) broadcast.
+    /// A query that may look at no key gives zeros, as in PyTorch, and sends no gradient. The matrix of scores is not kept: memory
+    /// grows with L and S, not with L × S (but for f64, a tracked mask, and second derivatives).
+    ///
+    /// Source: Vaswani et al., *Attention Is All You Need*, 2017, equation 1.
+    pub fn scaled_dot_product_attention(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
+        self.check_attention(key, value)?;
+        let problem = Problem::new(self, key, value, options)?;
+        match self.dtype() {
+            _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) || problem.queries == 1 => problem.composed(),
+            DType::F32 => problem.fused::<f32>(),
+            DType::F16 => problem.fused::<f16>(),
+            DType::BF16 => problem.fused::<bf16>(),
+            _ => problem.composed(),
+        }
     }
 
     fn check_attention(&self, key: &Tensor, value: &Tensor) -> Result<()> {

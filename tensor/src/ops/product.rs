@@ -57,7 +57,7 @@ fn batch_offsets(batch: &[usize], strides: &[usize]) -> Vec<usize> {
 }
 
 /// A factor as the kernel takes it: the matrix of its last two dimensions, and where each item of `batch` begins.
-fn factor<'a, T: WithDType>(x: &'a Tensor, batch: &[usize]) -> Result<(MatView<'a, T>, Vec<usize>)> {
+pub(super) fn factor<'a, T: WithDType>(x: &'a Tensor, batch: &[usize]) -> Result<(MatView<'a, T>, Vec<usize>)> {
     let matrix = &x.dims()[x.rank() - 2..];
     let shape = Shape::new(&[batch, matrix].concat())?;
     let layout = x.layout().broadcast_to("matmul", &shape)?;

@@ -56,6 +56,21 @@ pub fn cases() -> Vec<Case> {
         .large(&[&[4, 200, 64], &[4, 200, 64], &[4, 200, 64]]),
         case(
             "scaled_dot_product_attention",
+            |x| sdpa(x, &AttentionOptions { causal: true, enable_gqa: true, ..Default::default() }),
+            |x| {
+                let spread = |x: &Array| {
+                    let mut shape = x.shape.clone();
+                    shape[1] *= 2;
+                    Array::from_fn(&shape, |i| x.at(&[i[0], i[1] / 2, i[2], i[3]]))
+                };
+                attention(&[x[0].clone(), spread(&x[1]), spread(&x[2])], 0.5, |i, j| if j <= i { 0.0 } else { SHUT })
+            },
+        )
+        .label("grouped queries")
+        .sample(&[&[2, 4, 3, 4], &[2, 2, 3, 4], &[2, 2, 3, 5]])
+        .large(&[&[2, 4, 300, 40], &[2, 2, 300, 40], &[2, 2, 300, 40]]),
+        case(
+            "scaled_dot_product_attention",
             move |x| sdpa(x, &AttentionOptions { mask: Some(&mask(x)?), ..Default::default() }),
             |x| attention(x, 0.5, |i, j| if opens(i, j) { 0.0 } else { SHUT }),
         )

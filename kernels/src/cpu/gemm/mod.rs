@@ -10,7 +10,7 @@ mod blocked;
 mod dot;
 mod generic;
 pub mod micro;
-mod pack;
+pub(in crate::cpu) mod pack;
 mod shared;
 #[cfg(test)]
 mod tests;

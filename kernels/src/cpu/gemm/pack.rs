@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 /// A strip of a factor: `lanes` rows of A (or columns of B), `k` elements of each.
 /// Element `k` of lane `i` lies at `src + i · lane_stride + k · k_stride`.
 #[derive(Clone, Copy)]
-pub(super) struct Strip {
+pub(in crate::cpu) struct Strip {
     pub src: *const f32,
     pub lanes: usize,
     pub lane_stride: usize,
@@ -19,7 +19,7 @@ pub(super) struct Strip {
 /// # Safety
 /// The strip must be readable, `dst` writable for `k · width` values apart from it, and `lanes <= width`.
 #[inline(always)]
-pub(super) unsafe fn pack<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
+pub(in crate::cpu) unsafe fn pack<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
     debug_assert!(strip.lanes <= width);
     // SAFETY: the caller's contract.
     unsafe {

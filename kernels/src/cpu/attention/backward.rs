@@ -1,0 +1,272 @@
+//! The gradients of queries, keys and values. The weights are computed anew from the scores and their saved sums:
+//!
+//! ```text
+//! P = exp(scale · Q·Kᵀ + mask − lse)      dV = Pᵀ·dO
+//! dS = P ∘ (dO·Vᵀ − rows of Σ dO ∘ O)     dQ = scale · dS·K      dK = scale · dSᵀ·Q
+//! ```
+//!
+//! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer. What it adds to dQ goes to a
+//! slot of its own; the slots are added in order.
+
+use super::block::{Left, Right, load_rows, pack_transposed, padded, product};
+use super::{Attended, Attention, Extents};
+use crate::cpu::alloc::{Buffer, OutOfMemory};
+use crate::cpu::gemm::micro::MicroKernels;
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::math;
+use crate::cpu::parallel::{SharedMut, for_each, for_each_chunk};
+use crate::cpu::simd::{F32s, Simd};
+use crate::view::MatView;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Keys of a block.
+const KEYS: usize = 128;
+
+/// Queries of a block: scores and their gradients, 48 KiB each, and all blocks beside them stay in the second-level cache.
+const ROWS: usize = 96;
+
+/// Tasks that there should be at least; with fewer key heads, a head's keys are shared out to at most as many tasks.
+const TASKS: usize = 8;
+
+/// What the forward pass gave, and the gradient of its output.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradients<'a, T> {
+    /// The output, row-major without gaps.
+    pub out: &'a [T],
+    /// Its gradient, likewise.
+    pub grad: &'a [T],
+    /// The logarithms of the sums of exponentials.
+    pub lse: &'a [f32],
+}
+
+/// Writes the gradients of all queries, keys and values, head after head without gaps.
+///
+/// # Errors
+/// If the memory for blocks and sums cannot be had.
+///
+/// # Panics
+/// If inputs and outputs do not fit together.
+pub fn backward<T: Attended>(
+    attention: &Attention<'_, T>,
+    given: Gradients<'_, T>,
+    dq: &mut [T],
+    dk: &mut [T],
+    dv: &mut [T],
+) -> Result<(), OutOfMemory> {
+    let x = attention.extents();
+    let key_heads = attention.k.count();
+    assert!(given.out.len() == x.heads * x.queries * x.value_width && given.grad.len() == given.out.len());
+    assert!(given.lse.len() == x.heads * x.queries && dq.len() == x.heads * x.queries * x.width);
+    assert!(dk.len() == key_heads * x.keys * x.width && dv.len() == key_heads * x.keys * x.value_width);
+    if given.out.is_empty() || dk.is_empty() {
+        [dq, dk, dv].into_iter().for_each(|d| d.fill(T::narrow(0.0)));
+        return Ok(());
+    }
+    let mut along = Buffer::new(given.lse.len() * size_of::<f32>())?;
+    sums_along(given, x.value_width, along.as_slice_mut());
+    let (slots, keys) = slots(x, key_heads);
+    let mut sums = Buffer::zeroed(slots * dq.len() * size_of::<f32>())?;
+    let shared = SharedMut::new(sums.as_slice_mut::<f32>());
+    let (dq_len, dk, dv) = (dq.len(), SharedMut::new(dk), SharedMut::new(dv));
+    let macs = x.heads * x.queries * x.keys * (3 * x.width + 2 * x.value_width);
+    let failure = OnceLock::new();
+    for_each(key_heads * slots, macs / 32, |task| {
+        let (key_head, slot) = (task / slots, task % slots);
+        let keys = slot * keys..x.keys.min((slot + 1) * keys);
+        let heads = key_head * x.group..(key_head + 1) * x.group;
+        let (first, per_head) = (key_head * x.keys + keys.start, x.queries * x.width);
+        // SAFETY: a task's keys of a key head, and its slot's queries of the heads that share it, belong to it alone; all lie inside
+        // of the outputs, whose lengths were checked, and of the slots.
+        let (dk, dv, dq) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(dk.get().add(first * x.width), keys.len() * x.width),
+                std::slice::from_raw_parts_mut(dv.get().add(first * x.value_width), keys.len() * x.value_width),
+                std::slice::from_raw_parts_mut(shared.get().add(slot * dq_len + heads.start * per_head), heads.len() * per_head),
+            )
+        };
+        let task = Task { attention, x, given, along: along.as_slice(), key_head, heads, keys, dq, dk, dv };
+        if let Err(error) = dispatch(task) {
+            failure.get_or_init(|| error);
+        }
+    });
+    add_slots(sums.as_slice(), attention.scale, dq);
+    failure.get().map_or(Ok(()), |&error| Err(error))
+}
+
+/// How many tasks share a head's keys, and how many each has: by shape alone.
+fn slots(x: Extents, key_heads: usize) -> (usize, usize) {
+    let blocks = x.keys.div_ceil(KEYS);
+    let per_task = blocks.div_ceil(TASKS.div_ceil(key_heads).min(blocks));
+    (blocks.div_ceil(per_task), per_task * KEYS)
+}
+
+/// Σ dO ∘ O of each row.
+fn sums_along<T: Attended>(given: Gradients<'_, T>, width: usize, along: &mut [f32]) {
+    const ROWS: usize = 256;
+    for_each_chunk(along, ROWS, given.out.len() / 4, |i, along| {
+        let rows = given.out[i * ROWS * width..].chunks_exact(width).zip(given.grad[i * ROWS * width..].chunks_exact(width));
+        for (along, (out, grad)) in along.iter_mut().zip(rows) {
+            *along = out.iter().zip(grad).map(|(&o, &g)| o.widen() as f64 * g.widen() as f64).sum::<f64>() as f32;
+        }
+    });
+}
+
+/// dQ from its slots.
+fn add_slots<T: Attended>(slots: &[f32], scale: f32, dq: &mut [T]) {
+    const CHUNK: usize = 1 << 14;
+    let len = dq.len();
+    for_each_chunk(dq, CHUNK, slots.len() / 4, |i, dq| {
+        for (j, dq) in dq.iter_mut().enumerate() {
+            let sum = slots[i * CHUNK + j..].iter().step_by(len).fold(0.0, |sum, x| sum + x);
+            *dq = T::narrow(scale * sum);
+        }
+    });
+}
+
+/// Some keys of a key head, and all queries.
+struct Task<'a, T> {
+    attention: &'a Attention<'a, T>,
+    x: Extents,
+    given: Gradients<'a, T>,
+    along: &'a [f32],
+    key_head: usize,
+    heads: Range<usize>,
+    keys: Range<usize>,
+    dq: &'a mut [f32],
+    dk: &'a mut [T],
+    dv: &'a mut [T],
+}
+
+/// A task's blocks; `stride` is a width padded for the micro-kernels.
+struct Scratch<'a> {
+    /// Keys, `[KEYS][stride]`, and their transpose in panels.
+    keys: &'a mut [f32],
+    key_panels: &'a mut [f32],
+    /// Values, likewise.
+    values: &'a mut [f32],
+    value_panels: &'a mut [f32],
+    /// Scaled queries, `[ROWS][stride]`.
+    q: &'a mut [f32],
+    /// Gradients of the output, `[ROWS][stride]`.
+    grad: &'a mut [f32],
+    /// Scores and then weights, `[ROWS][KEYS]`.
+    weights: &'a mut [f32],
+    /// Gradients of the weights and then of the scores, `[ROWS][KEYS]`.
+    d_scores: &'a mut [f32],
+    /// Sums of the gradients of keys and values, `[KEYS][width]`.
+    dk: &'a mut [f32],
+    dv: &'a mut [f32],
+}
+
+impl<T: Attended> WithSimd for Task<'_, T> {
+    type Output = Result<(), OutOfMemory>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let Self { attention, x, given, along, key_head, heads, keys, dq, dk, dv } = self;
+        let kernels = MicroKernels::get();
+        let (stride, value_stride, key_stride) = (padded(kernels, x.width), padded(kernels, x.value_width), padded(kernels, KEYS));
+        let sizes = [
+            KEYS * stride,
+            x.width * key_stride,
+            KEYS * value_stride,
+            x.value_width * key_stride,
+            ROWS * stride,
+            ROWS * value_stride,
+            ROWS * KEYS,
+            ROWS * KEYS,
+            KEYS * x.width,
+            KEYS * x.value_width,
+        ];
+        let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
+        let mut rest = buffer.as_slice_mut::<f32>();
+        let parts = sizes.map(|size| {
+            let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
+            rest = others;
+            part
+        });
+        let [key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, key_sums, value_sums] = parts;
+        let scratch =
+            &mut Scratch { keys: key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, dk: key_sums, dv: value_sums };
+        let (k, v) = (attention.k.matrix(key_head), attention.v.matrix(key_head));
+        for first in keys.clone().step_by(KEYS) {
+            let block = first..keys.end.min(first + KEYS);
+            load_rows(&k, block.clone(), 1.0, stride, scratch.keys);
+            load_rows(&v, block.clone(), 1.0, value_stride, scratch.values);
+            pack_transposed(s, kernels, scratch.keys, block.len(), x.width, stride, scratch.key_panels);
+            pack_transposed(s, kernels, scratch.values, block.len(), x.value_width, value_stride, scratch.value_panels);
+            scratch.dk.fill(0.0);
+            scratch.dv.fill(0.0);
+            for head in heads.clone() {
+                let dq = &mut dq[(head - heads.start) * x.queries * x.width..][..x.queries * x.width];
+                // Queries before the first key do not look at the block.
+                let start = if attention.causal { first } else { 0 };
+                for row in (start..x.queries).step_by(ROWS) {
+                    let rows = row..x.queries.min(row + ROWS);
+                    let dq = &mut dq[rows.start * x.width..rows.end * x.width];
+                    Rows { attention, x, given, along, head, rows, keys: block.clone() }.run(s, scratch, dq);
+                }
+            }
+            let at = first - keys.start;
+            let narrow = |to: &mut [T], from: &[f32]| to.iter_mut().zip(from).for_each(|(to, &x)| *to = T::narrow(x));
+            narrow(&mut dk[at * x.width..(at + block.len()) * x.width], scratch.dk);
+            narrow(&mut dv[at * x.value_width..(at + block.len()) * x.value_width], scratch.dv);
+        }
+        Ok(())
+    }
+}
+
+/// Some queries of a head against a block of keys.
+struct Rows<'a, T> {
+    attention: &'a Attention<'a, T>,
+    x: Extents,
+    given: Gradients<'a, T>,
+    along: &'a [f32],
+    head: usize,
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+impl<T: Attended> Rows<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, s: S, scratch: &mut Scratch, dq: &mut [f32]) {
+        let Extents { queries, width, value_width, .. } = self.x;
+        let kernels = MicroKernels::get();
+        let (count, keys, stride, value_stride) = (self.rows.len(), self.keys.len(), padded(kernels, width), padded(kernels, value_width));
+        let Scratch { keys: key_rows, key_panels, value_panels, q, grad, weights, d_scores, dk, dv, .. } = scratch;
+        load_rows(&self.attention.q.matrix(self.head), self.rows.clone(), self.attention.scale, stride, q);
+        let grads = &self.given.grad[self.head * queries * value_width..][..queries * value_width];
+        if let Some(grads) = MatView::row_major(grads, queries, value_width) {
+            load_rows(&grads, self.rows.clone(), 1.0, value_stride, grad);
+        }
+        let rows_of = |data, row_stride| Left { data, row_stride, k_stride: 1 };
+        let columns_of = |data| Left { data, row_stride: 1, k_stride: KEYS };
+        product(kernels, [count, width, keys], rows_of(q, stride), Right::Panels(key_panels), weights, KEYS, false);
+        product(kernels, [count, value_width, keys], rows_of(grad, value_stride), Right::Panels(value_panels), d_scores, KEYS, false);
+        for (i, row) in self.rows.clone().enumerate() {
+            self.differentiate(s, row, &mut weights[i * KEYS..(i + 1) * KEYS], &mut d_scores[i * KEYS..(i + 1) * KEYS]);
+        }
+        product(kernels, [keys, count, value_width], columns_of(weights), Right::Rows(grad, value_stride), dv, value_width, true);
+        product(kernels, [keys, count, width], columns_of(d_scores), Right::Rows(q, stride), dk, width, true);
+        product(kernels, [count, keys, width], rows_of(d_scores, KEYS), Right::Rows(key_rows, stride), dq, width, true);
+    }
+
+    /// Turns a query's scores into weights, and the gradients of the weights into those of the scores.
+    #[inline(always)]
+    fn differentiate<S: Simd>(&self, s: S, row: usize, weights: &mut [f32], gradients: &mut [f32]) {
+        let keys = self.keys.len();
+        let own = self.attention.reach(row, &self.keys);
+        let end = keys.next_multiple_of(S::LANES).min(weights.len());
+        self.attention.mask_scores(self.head, row, self.keys.start, &mut weights[..own]);
+        weights[own..end].fill(f32::NEG_INFINITY);
+        gradients[keys..end].fill(0.0);
+        let at = self.head * self.x.queries + row;
+        let (lse, along) = (s.splat(self.given.lse[at]), s.splat(self.along[at]));
+        for (w, g) in weights[..end].chunks_exact_mut(S::LANES).zip(gradients[..end].chunks_exact_mut(S::LANES)) {
+            let weight = math::exp(s, s.load_slice(w) - lse);
+            weight.store_slice(w, S::LANES);
+            ((s.load_slice(g) - along) * weight).store_slice(g, S::LANES);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Both passes against the plain formulas in f64, at extents that leave blocks, panels and vectors unfilled.
+
+use super::{Attention, Gradients, Heads, Mask, backward, forward};
+use crate::element::Bool;
+use crate::view::MatView;
+
+/// `[heads][rows][cols]` of some values between -1 and 1.
+fn values(heads: usize, rows: usize, cols: usize, salt: usize) -> Vec<f32> {
+    (0..heads * rows * cols).map(|i| ((i * 7919 + salt * 104_729) % 2003) as f32 / 1001.0 - 1.0).collect()
+}
+
+struct Inputs {
+    heads: usize,
+    group: usize,
+    queries: usize,
+    keys: usize,
+    width: usize,
+    value_width: usize,
+    causal: bool,
+    /// 0 none, 1 open, 2 bias.
+    mask: usize,
+}
+
+/// Weights, output and the gradients of q, k, v of one head in f64; `g` is the gradient of the output.
+struct Plain {
+    out: Vec<f64>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+}
+
+impl Inputs {
+    fn is_open(&self, i: usize, j: usize) -> bool {
+        (self.mask != 1 || (i % 7 != 3 && (i + j) % 5 != 0)) && (!self.causal || j <= i)
+    }
+
+    fn bias(&self, i: usize, j: usize) -> f32 {
+        match self.mask {
+            2 if (i * 3 + j) % 11 == 0 => f32::NEG_INFINITY,
+            2 => ((i * 5 + j * 3) % 17) as f32 * 0.125,
+            _ => 0.0,
+        }
+    }
+
+    fn plain(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32], scale: f32) -> Plain {
+        let &Inputs { queries, keys, width, value_width, .. } = self;
+        let mut plain = Plain {
+            out: vec![0.0; queries * value_width],
+            dq: vec![0.0; queries * width],
+            dk: vec![0.0; keys * width],
+            dv: vec![0.0; keys * value_width],
+        };
+        for i in 0..queries {
+            let dot =
+                |a: &[f32], i: usize, b: &[f32], j: usize, n: usize| (0..n).map(|e| a[i * n + e] as f64 * b[j * n + e] as f64).sum::<f64>();
+            let score = |j: usize| {
+                if self.is_open(i, j) { scale as f64 * dot(q, i, k, j, width) + self.bias(i, j) as f64 } else { f64::NEG_INFINITY }
+            };
+            let scores: Vec<f64> = (0..keys).map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            if max == f64::NEG_INFINITY {
+                continue;
+            }
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let p: Vec<f64> = scores.iter().map(|s| (s - max).exp() / total).collect();
+            let dp: Vec<f64> = (0..keys).map(|j| dot(g, i, v, j, value_width)).collect();
+            let along: f64 = p.iter().zip(&dp).map(|(p, d)| p * d).sum();
+            for j in 0..keys {
+                let ds = p[j] * (dp[j] - along) * scale as f64;
+                for e in 0..value_width {
+                    plain.out[i * value_width + e] += p[j] * v[j * value_width + e] as f64;
+                    plain.dv[j * value_width + e] += p[j] * g[i * value_width + e] as f64;
+                }
+                for e in 0..width {
+                    plain.dq[i * width + e] += ds * k[j * width + e] as f64;
+                    plain.dk[j * width + e] += ds * q[i * width + e] as f64;
+                }
+            }
+        }
+        plain
+    }
+
+    fn check(&self) {
+        let &Inputs { heads, group, queries, keys, width, value_width, causal, mask } = self;
+        let key_heads = heads / group;
+        let (q, g) = (values(heads, queries, width, 1), values(heads, queries, value_width, 4));
+        let (k, v) = (values(key_heads, keys, width, 2), values(key_heads, keys, value_width, 3));
+        let offsets = |count: usize, step: usize| (0..count).map(|i| i * step).collect::<Vec<_>>();
+        let (q_at, k_at, v_at) =
+            (offsets(heads, queries * width), offsets(key_heads, keys * width), offsets(key_heads, keys * value_width));
+        let open: Vec<Bool> = (0..queries * keys).map(|i| Bool(self.is_open(i / keys, i % keys) as u8)).collect();
+        let bias: Vec<f32> = (0..queries * keys).map(|i| self.bias(i / keys, i % keys)).collect();
+        let same = vec![0; heads];
+        let scale = 0.25;
+        let attention = Attention {
+            q: Heads { view: MatView::row_major(&q, queries, width).unwrap(), offsets: &q_at },
+            k: Heads { view: MatView::row_major(&k, keys, width).unwrap(), offsets: &k_at },
+            v: Heads { view: MatView::row_major(&v, keys, value_width).unwrap(), offsets: &v_at },
+            mask: match mask {
+                1 => Some(Mask::Open(Heads { view: MatView::row_major(&open, queries, keys).unwrap(), offsets: &same })),
+                2 => Some(Mask::Bias(Heads { view: MatView::row_major(&bias, queries, keys).unwrap(), offsets: &same })),
+                _ => None,
+            },
+            causal,
+            scale,
+        };
+        let (mut out, mut lse) = (vec![0f32; heads * queries * value_width], vec![0f32; heads * queries]);
+        forward(&attention, &mut out, &mut lse).unwrap();
+        let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
+        backward(&attention, Gradients { out: &out, grad: &g, lse: &lse }, &mut dq, &mut dk, &mut dv).unwrap();
+        let (mut all_dk, mut all_dv) = (vec![0f64; k.len()], vec![0f64; v.len()]);
+        let label = format!("{heads}/{group} {queries}x{keys} {width} {value_width} causal {causal} mask {mask}");
+        for h in 0..heads {
+            let part = |x: &[f32], h: usize, n: usize| x[h * n..(h + 1) * n].to_vec();
+            let (kh, kn, vn) = (h / group, keys * width, keys * value_width);
+            let q = part(&q, h, queries * width);
+            let plain = self.plain(&q, &part(&k, kh, kn), &part(&v, kh, vn), &part(&g, h, queries * value_width), scale);
+            close(&label, "out", &part(&out, h, queries * value_width), &plain.out);
+            close(&label, "dq", &part(&dq, h, queries * width), &plain.dq);
+            all_dk[kh * kn..].iter_mut().zip(&plain.dk).for_each(|(all, x)| *all += x);
+            all_dv[kh * vn..].iter_mut().zip(&plain.dv).for_each(|(all, x)| *all += x);
+        }
+        close(&label, "dk", &dk, &all_dk);
+        close(&label, "dv", &dv, &all_dv);
+    }
+}
+
+fn close(label: &str, what: &str, got: &[f32], want: &[f64]) {
+    let scale = want.iter().fold(0f64, |m, x| m.max(x.abs()));
+    assert_eq!(got.len(), want.len());
+    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
+        assert!((got as f64 - want).abs() <= 1e-5 * scale.max(1e-2), "{label}: {what}[{i}] = {got}, not {want}");
+    }
+}
+
+#[test]
+fn both_passes_match_f64() {
+    let shapes = [(2, 1, 5, 7, 4, 3), (4, 2, 130, 300, 64, 64), (2, 2, 100, 90, 40, 17), (1, 1, 260, 513, 33, 80), (3, 1, 1, 600, 16, 32)];
+    for (heads, group, queries, keys, width, value_width) in shapes {
+        for causal in [false, true] {
+            for mask in 0..3 {
+                Inputs { heads, group, queries, keys, width, value_width, causal, mask }.check();
+            }
+        }
+    }
+}
