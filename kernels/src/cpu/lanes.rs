@@ -7,8 +7,7 @@ use super::simd::{F32s, Simd};
 use crate::element::{Bool, Element};
 use half::{bf16, f16};
 
-/// Lanes of the widest pack (AVX-512).
-pub(crate) const MAX_LANES: usize = 16;
+pub(crate) use super::simd::MAX_LANES;
 
 /// Elements whose sum is kept in single lanes before it is added to the wide total: one L1-sized tile.
 pub(crate) const SUM_TILE: usize = 4096;

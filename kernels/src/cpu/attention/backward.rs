@@ -63,7 +63,7 @@ pub fn backward<T: Attended>(
         [dq, dk, dv].into_iter().for_each(|d| d.fill(T::narrow(0.0)));
         return Ok(());
     }
-    let mut along = Buffer::new(given.lse.len() * size_of::<f32>())?;
+    let mut along = Buffer::new(size_of_val(given.lse))?;
     sums_along(given, x.value_width, along.as_slice_mut());
     let (slots, keys) = slots(x, key_heads);
     let mut sums = Buffer::zeroed(slots * dq.len() * size_of::<f32>())?;

@@ -31,12 +31,12 @@ struct Plain {
 
 impl Inputs {
     fn is_open(&self, i: usize, j: usize) -> bool {
-        (self.mask != 1 || (i % 7 != 3 && (i + j) % 5 != 0)) && (!self.causal || j <= i)
+        (self.mask != 1 || (i % 7 != 3 && !(i + j).is_multiple_of(5))) && (!self.causal || j <= i)
     }
 
     fn bias(&self, i: usize, j: usize) -> f32 {
         match self.mask {
-            2 if (i * 3 + j) % 11 == 0 => f32::NEG_INFINITY,
+            2 if (i * 3 + j).is_multiple_of(11) => f32::NEG_INFINITY,
             2 => ((i * 5 + j * 3) % 17) as f32 * 0.125,
             _ => 0.0,
         }

@@ -11,7 +11,8 @@
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
 use super::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, RowTiles, Tile};
-use super::pack::{Strip, pack};
+use super::pack::Strip;
+use super::packing::{Packing, Plain};
 use super::{Gemm, GemmElement, Item, Out, dot, shared};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -38,22 +39,24 @@ const MAX_TASKS: usize = 32;
 
 impl GemmElement for f32 {
     fn gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
-        if dot::try_gemm(gemm, out, row_stride) {
-            return Ok(());
-        }
-        let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-        let c = SharedMut::new(out);
-        // Packing once pays from 256³ on if both factors are used often enough.
-        if m >= 192 && n >= 192 && m * n * k >= 1 << 24 {
-            (0..gemm.batch()).try_for_each(|i| shared::gemm(gemm, i, c, row_stride))
-        } else {
-            small(gemm, c, row_stride)
-        }
+        if dot::try_gemm(gemm, out, row_stride) { Ok(()) } else { multiply::<Plain>(gemm, out, row_stride) }
+    }
+}
+
+/// The product by packed panels.
+pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
+    let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
+    let c = SharedMut::new(out);
+    // Packing once pays from 256³ on if both factors are used often enough.
+    if m >= 192 && n >= 192 && m * n * k >= 1 << 24 {
+        (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, c, row_stride))
+    } else {
+        small::<P>(gemm, c, row_stride)
     }
 }
 
 /// How C's tiles begin: the first block of K sees the caller's wish, the others add.
-pub(super) fn init_of(gemm: &Gemm<f32>, first_k: bool, col: usize) -> Init {
+pub(super) fn init_of<T>(gemm: &Gemm<T, f32>, first_k: bool, col: usize) -> Init {
     match gemm.bias {
         _ if !first_k || gemm.accumulate => Init::C,
         // A tile begins at a column below N, the bias' length.
@@ -114,9 +117,9 @@ impl Grid {
 }
 
 /// Products whose tasks pack for themselves.
-fn small(gemm: &Gemm<f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
     let (batch, m, n, k) = (gemm.batch(), gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    let grid = Grid::new(MicroKernels::get(), m, n, k, MAX_TASKS.div_ceil(batch));
+    let grid = Grid::new(P::kernels(), m, n, k, MAX_TASKS.div_ceil(batch));
     let total = batch * grid.count();
     // Tiny items go to a thread by the dozen.
     let group = (TASK_MACS * grid.count() / (m * n * k).max(1)).clamp(1, total.div_ceil(MAX_TASKS).max(1));
@@ -126,7 +129,7 @@ fn small(gemm: &Gemm<f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), O
             let (item, part) = (i / grid.count(), i % grid.count());
             let (tiles, cols) = grid.task(part);
             let out = Out { c: c.get().wrapping_add(item * m * row_stride), row_stride };
-            if let Err(error) = dispatch(Block { gemm, item: gemm.item(item), rows: grid.rows, tiles, cols, out }) {
+            if let Err(error) = dispatch(Block::<P> { gemm, item: gemm.item(item), rows: grid.rows, tiles, cols, out }) {
                 failure.get_or_init(|| error);
             }
         }
@@ -135,68 +138,73 @@ fn small(gemm: &Gemm<f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), O
 }
 
 /// One task: some row tiles and some columns of one C, over all of K.
-struct Block<'a> {
-    gemm: &'a Gemm<'a, f32>,
-    item: Item<f32>,
+struct Block<'a, P: Packing> {
+    gemm: &'a Gemm<'a, P::Element, f32>,
+    item: Item<P::Element>,
     rows: RowTiles,
     tiles: Range<usize>,
     cols: Range<usize>,
     out: Out<f32>,
 }
 
-impl Block<'_> {
+impl<P: Packing> Block<'_, P> {
     /// Rows that are read in place must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
     fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
         let a = self.item.a;
         let few_panels = self.cols.len() <= 4 * kernels.nr || self.item.k <= 32;
         let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
-        few_panels && contiguous && !stride.is_multiple_of(512)
+        P::in_place(a.data).is_some() && few_panels && contiguous && !stride.is_multiple_of(512)
     }
 }
 
-impl WithSimd for Block<'_> {
+impl<P: Packing> WithSimd for Block<'_, P> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let kernels = MicroKernels::get();
+        let kernels = P::kernels();
+        let block = KC * P::TERMS;
         let Item { a, b, k, .. } = self.item;
         let (first_row, end_row) = (self.rows.start(self.tiles.start), self.rows.start(self.tiles.end));
         let a_in_place = self.reads_a_in_place(kernels);
-        let mut a_packed = Buffer::new(if a_in_place { 0 } else { (end_row - first_row) * k.min(KC) * size_of::<f32>() })?;
+        let mut a_packed =
+            Buffer::new(if a_in_place { 0 } else { (end_row - first_row) * k.div_ceil(P::TERMS).min(KC) * size_of::<f32>() })?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
         let mut panel = MaybeUninit::<[f32; KC * MAX_NR]>::uninit();
         let b_in_place = b.col_stride == 1 && self.tiles.len() <= 2;
-        for k0 in (0..k).step_by(KC) {
-            let kc = KC.min(k - k0);
+        for k0 in (0..k).step_by(block) {
+            let terms = block.min(k - k0);
+            let kc = terms.div_ceil(P::TERMS);
             if !a_in_place {
                 for tile in self.tiles.clone() {
                     let (row, lanes) = (self.rows.start(tile), self.rows.height(tile));
-                    let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: kc, k_stride: a.col_stride };
+                    let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
                     // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
-                    unsafe { pack(s, strip, lanes, a_packed.add((row - first_row) * kc)) };
+                    unsafe { P::pack(s, strip, lanes, a_packed.add((row - first_row) * kc)) };
                 }
             }
             for col in self.cols.clone().step_by(kernels.nr) {
                 let cols = kernels.nr.min(self.cols.end - col);
                 let width = kernels.panel_width(cols);
                 // A tile reads whole vectors, so only full panels can be read in place.
-                let (b_data, b_stride) = if b_in_place && cols == width {
-                    (b.at(k0, col), b.row_stride)
-                } else {
-                    let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: kc, k_stride: b.row_stride };
-                    let panel = panel.as_mut_ptr().cast::<f32>();
-                    // SAFETY: the strip lies inside B; the panel holds KC × NR values.
-                    unsafe { pack(s, strip, width, panel) };
-                    (panel.cast_const(), width)
+                let (b_data, b_stride) = match P::in_place(b.at(k0, col)) {
+                    Some(data) if b_in_place && cols == width => (data, b.row_stride),
+                    _ => {
+                        let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: terms, k_stride: b.row_stride };
+                        let panel = panel.as_mut_ptr().cast::<f32>();
+                        // SAFETY: the strip lies inside B; the panel holds KC × NR entries.
+                        unsafe { P::pack(s, strip, width, panel) };
+                        (panel.cast_const(), width)
+                    }
                 };
                 for tile in self.tiles.clone() {
                     let (row, height) = (self.rows.start(tile), self.rows.height(tile));
-                    let (a_rows, a_stride) = if a_in_place {
-                        (std::array::from_fn(|r| a.at(row + r, k0)), a.col_stride)
-                    } else {
-                        let first = a_packed.wrapping_add((row - first_row) * kc).cast_const();
-                        (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
+                    let (a_rows, a_stride) = match P::in_place(a.at(row, k0)) {
+                        Some(first) if a_in_place => (std::array::from_fn(|r| first.wrapping_add(r * a.row_stride)), a.col_stride),
+                        _ => {
+                            let first = a_packed.wrapping_add((row - first_row) * kc).cast_const();
+                            (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
+                        }
                     };
                     let c = c_rows(self.out, row, col);
                     let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, k0 == 0, col) };

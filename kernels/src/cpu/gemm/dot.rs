@@ -8,7 +8,9 @@ use super::blocked::FLOP_PER_NS;
 use super::{Gemm, Item, Matrix};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::{F32s, MAX_LANES, Simd};
+use crate::element::{Element, Float};
+use half::{bf16, f16};
 use std::ops::Range;
 
 /// Up to so many rows of the small factor, dot products beat packing: measured on 16×768×3072 and 32×768×3072.
@@ -23,8 +25,57 @@ const TASK_MACS: usize = 1 << 18;
 /// Columns of an [`Axpys`] task: its accumulators fill 4 KiB of L1, and each row that it reads is a page.
 const AXPY_LANES: usize = 1024;
 
+/// Values that are read as vectors of f32.
+pub(super) trait Lanes: Element {
+    /// The first `count <= LANES` values, and zeros.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load<S: Simd>(s: S, src: *const Self, count: usize) -> S::F32;
+
+    /// One value.
+    fn value(self) -> f32;
+}
+
+impl Lanes for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, src: *const f32, count: usize) -> S::F32 {
+        // SAFETY: the caller's contract.
+        unsafe { if count == S::LANES { s.load(src) } else { s.load_partial(src, count) } }
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+}
+
+macro_rules! half_lanes {
+    ($($t:ident by $load:ident),*) => { $(
+        impl Lanes for $t {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(s: S, src: *const $t, count: usize) -> S::F32 {
+                if count == S::LANES {
+                    // SAFETY: the caller's contract.
+                    return unsafe { s.$load(src) };
+                }
+                let mut lanes = [$t::ZERO; MAX_LANES];
+                // SAFETY: `count` values are readable, and the array has room for them and for a whole vector.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(src, lanes.as_mut_ptr(), count);
+                    s.$load(lanes.as_ptr())
+                }
+            }
+            #[inline(always)]
+            fn value(self) -> f32 {
+                self.widen()
+            }
+        }
+    )* };
+}
+half_lanes!(f16 by load_f16, bf16 by load_bf16);
+
 /// Computes the product if it has one of the two forms.
-pub(super) fn try_gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> bool {
+pub(super) fn try_gemm<T: Lanes>(gemm: &Gemm<T, f32>, out: &mut [f32], row_stride: usize) -> bool {
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let wide = m <= n;
     let (rows, lanes) = if wide { (m, n) } else { (n, m) };
@@ -63,13 +114,13 @@ enum Form {
 }
 
 /// Some lanes of one product: `out[r][l] = init + alpha · Σ_k small[r][k] · large[l][k]`.
-struct Job<'a> {
-    gemm: &'a Gemm<'a, f32>,
+struct Job<'a, T> {
+    gemm: &'a Gemm<'a, T, f32>,
     /// `rows × k`.
-    small: Matrix<f32>,
+    small: Matrix<T>,
     rows: usize,
     /// `lanes × k`.
-    large: Matrix<f32>,
+    large: Matrix<T>,
     lanes: Range<usize>,
     k: usize,
     out: *mut f32,
@@ -79,8 +130,8 @@ struct Job<'a> {
     wide: bool,
 }
 
-impl<'a> Job<'a> {
-    fn new(gemm: &'a Gemm<'a, f32>, item: Item<f32>, wide: bool, lanes: Range<usize>, out: *mut f32, row_stride: usize) -> Self {
+impl<'a, T: Lanes> Job<'a, T> {
+    fn new(gemm: &'a Gemm<'a, T, f32>, item: Item<T>, wide: bool, lanes: Range<usize>, out: *mut f32, row_stride: usize) -> Self {
         let Item { m, n, k, a, b } = item;
         if wide {
             Self { gemm, small: a, rows: m, large: b.t(), lanes, k, out, row_stride, lane_stride: 1, wide }
@@ -109,9 +160,9 @@ impl<'a> Job<'a> {
 }
 
 /// Dot products of rows that are contiguous in both factors.
-struct Dots<'a>(Job<'a>);
+struct Dots<'a, T>(Job<'a, T>);
 
-impl WithSimd for Dots<'_> {
+impl<T: Lanes> WithSimd for Dots<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -127,7 +178,7 @@ impl WithSimd for Dots<'_> {
     }
 }
 
-impl Dots<'_> {
+impl<T: Lanes> Dots<'_, T> {
     /// All rows with `L` lanes; the order of a sum does not depend on the tile that it is in.
     #[inline(always)]
     fn rows<S: Simd, const L: usize>(&self, s: S, lane: usize) {
@@ -146,20 +197,19 @@ impl Dots<'_> {
     #[inline(always)]
     fn tile<S: Simd, const R: usize, const L: usize>(&self, s: S, row: usize, lane: usize) {
         let job = &self.0;
-        let small: [*const f32; R] = std::array::from_fn(|r| job.small.at(row + r, 0));
-        let large: [*const f32; L] = std::array::from_fn(|l| job.large.at(lane + l, 0));
+        let small: [*const T; R] = std::array::from_fn(|r| job.small.at(row + r, 0));
+        let large: [*const T; L] = std::array::from_fn(|l| job.large.at(lane + l, 0));
         let mut acc = [[s.zero(); L]; R];
         let full = job.k / S::LANES * S::LANES;
         for k in (0..full).step_by(S::LANES) {
             // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
-            let (x, y) = unsafe { (small.map(|row| s.load(row.add(k))), large.map(|row| s.load(row.add(k)))) };
+            let (x, y) = unsafe { (small.map(|row| T::load(s, row.add(k), S::LANES)), large.map(|row| T::load(s, row.add(k), S::LANES))) };
             add_products(&mut acc, &x, &y);
         }
         if full < job.k {
             let count = job.k - full;
             // SAFETY: as above, with the rest of K.
-            let (x, y) =
-                unsafe { (small.map(|row| s.load_partial(row.add(full), count)), large.map(|row| s.load_partial(row.add(full), count))) };
+            let (x, y) = unsafe { (small.map(|row| T::load(s, row.add(full), count)), large.map(|row| T::load(s, row.add(full), count))) };
             add_products(&mut acc, &x, &y);
         }
         for (r, sums) in acc.iter().enumerate() {
@@ -182,9 +232,9 @@ fn add_products<V: F32s, const R: usize, const L: usize>(acc: &mut [[V; L]; R], 
 }
 
 /// One row times a factor whose lanes are contiguous.
-struct Axpys<'a>(Job<'a>);
+struct Axpys<'a, T>(Job<'a, T>);
 
-impl WithSimd for Axpys<'_> {
+impl<T: Lanes> WithSimd for Axpys<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -201,7 +251,7 @@ impl WithSimd for Axpys<'_> {
             let mut from = [job.large.at(job.lanes.start, k); ROWS];
             for r in 0..rows {
                 // SAFETY: element k + r of the one row, which lies inside its factor.
-                x[r] = s.splat(unsafe { job.small.at(0, k + r).read() });
+                x[r] = s.splat(unsafe { job.small.at(0, k + r).read() }.value());
                 from[r] = job.large.at(job.lanes.start, k + r);
             }
             let mut lane = 0;
@@ -212,11 +262,11 @@ impl WithSimd for Axpys<'_> {
                     let mut sum = s.load(at);
                     if rows == ROWS {
                         for (x, from) in x.iter().zip(&from) {
-                            sum = x.mul_add(s.load(from.add(lane)), sum);
+                            sum = x.mul_add(T::load(s, from.add(lane), S::LANES), sum);
                         }
                     } else {
                         for (x, from) in x.iter().zip(&from).take(rows) {
-                            sum = x.mul_add(s.load(from.add(lane)), sum);
+                            sum = x.mul_add(T::load(s, from.add(lane), S::LANES), sum);
                         }
                     }
                     sum.store(at);
@@ -230,7 +280,7 @@ impl WithSimd for Axpys<'_> {
                     let at = sums.as_mut_ptr().add(lane);
                     let mut sum = s.load_partial(at, count);
                     for (x, from) in x.iter().zip(&from).take(rows) {
-                        sum = x.mul_add(s.load_partial(from.add(lane), count), sum);
+                        sum = x.mul_add(T::load(s, from.add(lane), count), sum);
                     }
                     sum.store_partial(at, count);
                 }

@@ -11,7 +11,9 @@
 //! ([`MicroKernels::row_tiles`]) and no row is computed in vain; a tile that is one vector wide or less takes the narrow kernels.
 
 use crate::cpu::isa::{Isa, isa};
-use crate::cpu::simd::{F32s, Scalar, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Avx512, Avx512Bf16};
+use crate::cpu::simd::{F32s, I32s, Scalar, Simd};
 
 /// The most rows that a tile has at any level: the size of a caller's array of row pointers.
 pub const MAX_MR: usize = 12;
@@ -114,6 +116,25 @@ impl MicroKernels {
         }
     }
 
+    /// The batch-reduce kernels whose entries, 32 bits each, are pairs of bf16 (the lower half first): an entry of A and one of B add
+    /// two products to a sum. Emulated on machines without [`has_bf16_pairs`](Self::has_bf16_pairs), where they are slow.
+    pub fn bf16_pairs() -> &'static Self {
+        #[cfg(target_arch = "x86_64")]
+        if Self::has_bf16_pairs() {
+            return &avx512_bf16::KERNELS;
+        }
+        &scalar_bf16::KERNELS
+    }
+
+    /// Whether this process multiplies pairs of bf16 faster than the same values as f32. Intel's cores have the instruction, at half the
+    /// rate of f32.
+    pub fn has_bf16_pairs() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return isa() == Isa::Avx512 && Avx512Bf16::detect().is_some_and(Avx512Bf16::is_fast);
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// How many values of B a tile of `cols` columns reads at each k: one vector, or NR. A packed panel has this width
     /// (padded with anything finite), and unpacked B must be readable this far.
     #[inline]
@@ -186,10 +207,48 @@ impl RowTiles {
     }
 }
 
+/// What entries of the factors add to a sum.
+trait Multiply<S: Simd>: Copy {
+    fn mul_add(self, x: S::F32, y: S::F32, sum: S::F32) -> S::F32;
+}
+
+/// An entry is an f32.
+#[derive(Clone, Copy)]
+struct Single;
+
+impl<S: Simd> Multiply<S> for Single {
+    #[inline(always)]
+    fn mul_add(self, x: S::F32, y: S::F32, sum: S::F32) -> S::F32 {
+        x.mul_add(y, sum)
+    }
+}
+
+/// An entry is a pair of bf16; without an instruction for it.
+#[derive(Clone, Copy)]
+struct EmulatedPair;
+
+impl Multiply<Scalar> for EmulatedPair {
+    #[inline(always)]
+    fn mul_add(self, x: <Scalar as Simd>::F32, y: <Scalar as Simd>::F32, sum: <Scalar as Simd>::F32) -> <Scalar as Simd>::F32 {
+        let low = |x: <Scalar as Simd>::F32| x.to_bits().shl::<16>().from_bits();
+        let high = |x: <Scalar as Simd>::F32| (x.to_bits() & Scalar.splat_i32(!0xFFFF)).from_bits();
+        low(x).mul_add(low(y), high(x).mul_add(high(y), sum))
+    }
+}
+
+/// An entry is a pair of bf16.
+#[cfg(target_arch = "x86_64")]
+impl Multiply<Avx512> for Avx512Bf16 {
+    #[inline(always)]
+    fn mul_add(self, x: <Avx512 as Simd>::F32, y: <Avx512 as Simd>::F32, sum: <Avx512 as Simd>::F32) -> <Avx512 as Simd>::F32 {
+        sum.add_bf16_products(self, x, y)
+    }
+}
+
 /// # Safety
 /// As for [`MicroKernels::tile`] with `R` rows and a panel of `NV` vectors.
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const NV: usize>(s: S, t: &Tile) {
+unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, multiply: M, t: &Tile) {
     for r in 0..R {
         // C is needed when the sums are done; by then its lines have arrived.
         // SAFETY: there are R row addresses.
@@ -209,7 +268,7 @@ unsafe fn tile<S: Simd, const R: usize, const NV: usize>(s: S, t: &Tile) {
                 for (row, sums) in a.iter().zip(&mut acc) {
                     let x = s.splat(row.wrapping_add(at).read());
                     for (sum, &y) in sums.iter_mut().zip(&bv) {
-                        *sum = x.mul_add(y, *sum);
+                        *sum = multiply.mul_add(x, y, *sum);
                     }
                 }
             }
@@ -289,7 +348,7 @@ macro_rules! level {
             $(#[$feature])?
             unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
                 // SAFETY: the caller's word.
-                unsafe { super::tile::<$simd, R, NV>($token, t) }
+                unsafe { super::tile::<$simd, _, R, NV>($token, Single, t) }
             }
 
             $(#[$feature])?
@@ -310,6 +369,36 @@ macro_rules! level {
         }
     };
 }
+
+/// [`level!`] for pairs of bf16, which have no outer-product form.
+macro_rules! pairs {
+    ($name:ident, $simd:ty, $token:expr, $multiply:expr, $nv:literal, [$($rows:literal)*] $(, #[$feature:meta])?) => {
+        mod $name {
+            use super::*;
+
+            $(#[$feature])?
+            unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
+                // SAFETY: the caller's word.
+                unsafe { super::tile::<$simd, _, R, NV>($token, $multiply, t) }
+            }
+
+            pub static KERNELS: MicroKernels = MicroKernels {
+                mr: [$($rows),*].len(),
+                nr: $nv * <$simd as Simd>::LANES,
+                lanes: <$simd as Simd>::LANES,
+                wide: &[$(tile::<$rows, $nv>),*],
+                narrow: &[$(tile::<$rows, 1>),*],
+                outer_wide: &[],
+                outer_narrow: &[],
+            };
+        }
+    };
+}
+
+pairs!(scalar_bf16, Scalar, Scalar, EmulatedPair, 4, [1 2 3 4]);
+#[cfg(target_arch = "x86_64")]
+pairs!(avx512_bf16, Avx512, token(Avx512::detect()), token(Avx512Bf16::detect()), 2, [1 2 3 4 5 6 7 8 9 10 11 12],
+    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
 
 level!(scalar, Scalar, Scalar, 4, [1 2 3 4]);
 #[cfg(target_arch = "x86_64")]

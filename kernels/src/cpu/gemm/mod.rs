@@ -1,8 +1,8 @@
 //! Matrix products `C = alpha · A · B (+ C, or + bias)`, batched, of any strides and any numeric element type.
 //!
-//! This file holds the argument struct and the choice of a path; the work is done by [`micro`] (register tiles), `pack` (panels),
-//! `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory) and `generic` (f64 and integers).
-//! f16 and bf16 are widened to f32, computed as f32, and rounded once.
+//! This file holds the argument struct and the choice of a path; the work is done by [`micro`] (register tiles), `pack` and `packing`
+//! (panels), `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory) and `generic`
+//! (f64 and integers). f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
 //!
 //! The path, the blocks and the order of every sum depend on shapes, strides and dtype only, never on the number of threads.
 
@@ -11,10 +11,11 @@ mod dot;
 mod generic;
 pub mod micro;
 pub(in crate::cpu) mod pack;
+mod packing;
+mod rounded;
 mod shared;
 #[cfg(test)]
 mod tests;
-mod widen;
 
 use super::alloc::OutOfMemory;
 use crate::element::Element;
@@ -24,9 +25,9 @@ use crate::view::MatView;
 /// `C_i[m][n] = init + alpha · Σ_k A_i[m][k] · B_i[k][n]`.
 ///
 /// `A_i` is the matrix `a` moved by `a_offsets[i]` elements, and `B_i` is `b` moved by `b_offsets[i]`, so that any broadcast or strided batch
-/// works without a copy; a transposed factor is `view.t()`.
+/// works without a copy; a transposed factor is `view.t()`. `B` is the type of the bias: inside, that of the sums.
 #[derive(Clone, Copy, Debug)]
-pub struct Gemm<'a, T> {
+pub struct Gemm<'a, T, B = T> {
     /// The left factor, M×K: shape and strides of each item.
     pub a: MatView<'a, T>,
     /// The right factor, K×N.
@@ -38,7 +39,7 @@ pub struct Gemm<'a, T> {
     /// Factor of the product (of integers: truncated).
     pub alpha: f64,
     /// A value per column, added to every row.
-    pub bias: Option<&'a [T]>,
+    pub bias: Option<&'a [B]>,
     /// Adds to what C holds instead of overwriting it. Not together with a bias.
     pub accumulate: bool,
 }
@@ -52,11 +53,6 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
     /// A product per pair of offsets.
     pub fn batched(a: MatView<'a, T>, a_offsets: &'a [usize], b: MatView<'a, T>, b_offsets: &'a [usize]) -> Self {
         Self { a, b, a_offsets, b_offsets, alpha: 1.0, bias: None, accumulate: false }
-    }
-
-    /// Number of items.
-    pub fn batch(&self) -> usize {
-        self.a_offsets.len()
     }
 
     /// Computes into `out`: item `i` begins at `i · M · row_stride`, and its rows are `row_stride` elements apart
@@ -101,6 +97,16 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
                 None => row[..n].fill(T::default()),
             }
         }
+    }
+}
+
+impl<'a, T: Copy, B> Gemm<'a, T, B>
+where
+    B: Copy,
+{
+    /// Number of items.
+    pub fn batch(&self) -> usize {
+        self.a_offsets.len()
     }
 
     /// One tall product instead of a batch whose left factors follow one another and whose right factor is the same:

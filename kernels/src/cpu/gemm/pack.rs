@@ -1,13 +1,13 @@
 //! Packing: strips of a factor are copied into panels that the micro-kernels read in order, transposed on the way if need be.
 
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::{F32s, MAX_LANES, Simd};
 use std::mem::MaybeUninit;
 
 /// A strip of a factor: `lanes` rows of A (or columns of B), `k` elements of each.
 /// Element `k` of lane `i` lies at `src + i · lane_stride + k · k_stride`.
 #[derive(Clone, Copy)]
-pub(in crate::cpu) struct Strip {
-    pub src: *const f32,
+pub(in crate::cpu) struct Strip<T = f32> {
+    pub src: *const T,
     pub lanes: usize,
     pub lane_stride: usize,
     pub k: usize,
@@ -65,7 +65,7 @@ unsafe fn copy_rows<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
 /// # Safety
 /// As for [`pack`].
 #[inline(always)]
-unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
+pub(super) unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
     let full_k = strip.k / S::LANES * S::LANES;
     for i in (0..strip.lanes).step_by(S::LANES) {
         let lanes = S::LANES.min(strip.lanes - i);
@@ -84,9 +84,6 @@ unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
     // SAFETY: the last k, fewer than a vector, of all lanes.
     unsafe { gather(strip, 0..strip.lanes, full_k..strip.k, width, dst) };
 }
-
-/// The widest vector of any level.
-const MAX_LANES: usize = 16;
 
 /// Transposes `LANES` values of `lanes < LANES` rows by way of the stack: the row tiles of A are 12 high, vectors are 16 wide.
 ///

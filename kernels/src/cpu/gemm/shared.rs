@@ -1,15 +1,17 @@
-//! Large f32 products: super-blocks of both factors are packed once by all threads, then multiplied by all threads.
+//! Large products with f32 sums: super-blocks of both factors are packed once by all threads, then multiplied by all threads.
 //!
 //! Packed A is `[block of K][row tile][kc][height]`, packed B `[block of K][panel][kc][width]`, both without gaps.
 
 use super::blocked::{KC, c_rows, init_of};
 use super::micro::{MAX_MR, MicroKernels, Output, RowTiles, Tile};
-use super::pack::{Strip, pack};
+use super::pack::Strip;
+use super::packing::Packing;
 use super::{Gemm, Matrix, Out};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Values of a packed super-block of each factor: 8 MiB, so that both fit the L3 of most machines.
@@ -31,21 +33,22 @@ fn parts(total: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<u
 }
 
 /// Computes one item of a batch.
-pub(super) fn gemm(gemm: &Gemm<f32>, item: usize, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
-    let kernels = MicroKernels::get();
+pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+    let kernels = P::kernels();
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    for ks in parts(k, SUPER_K, KC) {
-        let most = SUPER_BLOCK / ks.len();
+    for ks in parts(k, SUPER_K * P::TERMS, KC * P::TERMS) {
+        let entries = ks.len().div_ceil(P::TERMS);
+        let most = SUPER_BLOCK / entries;
         for cols in parts(n, most, kernels.nr) {
             // The last panel may be narrower; room for a full one is never too little.
-            let mut b = Buffer::new(cols.len().next_multiple_of(kernels.nr) * ks.len() * size_of::<f32>())?;
+            let mut b = Buffer::new(cols.len().next_multiple_of(kernels.nr) * entries * size_of::<f32>())?;
             let b = SharedMut::new(b.as_slice_mut());
             for rows in parts(m, most, kernels.mr) {
-                let mut a = Buffer::new(rows.len() * ks.len() * size_of::<f32>())?;
+                let mut a = Buffer::new(rows.len() * entries * size_of::<f32>())?;
                 let a = SharedMut::new(a.as_slice_mut());
                 let tiles = kernels.row_tiles(rows.len());
                 let new_b = rows.start == 0;
-                let block = SuperBlock { gemm, item, kernels, tiles, rows, cols: cols.clone(), ks: ks.clone(), a, b };
+                let block = SuperBlock::<P> { gemm, item, kernels, tiles, rows, cols: cols.clone(), ks: ks.clone(), a, b };
                 block.pack(new_b);
                 block.multiply(c, row_stride);
             }
@@ -55,8 +58,8 @@ pub(super) fn gemm(gemm: &Gemm<f32>, item: usize, c: SharedMut<f32>, row_stride:
 }
 
 /// A super-block of an item, and its packed factors.
-struct SuperBlock<'a> {
-    gemm: &'a Gemm<'a, f32>,
+struct SuperBlock<'a, P: Packing> {
+    gemm: &'a Gemm<'a, P::Element, f32>,
     item: usize,
     kernels: &'static MicroKernels,
     tiles: RowTiles,
@@ -67,52 +70,59 @@ struct SuperBlock<'a> {
     b: SharedMut<f32>,
 }
 
-impl SuperBlock<'_> {
+impl<P: Packing> SuperBlock<'_, P> {
+    /// Terms of a block of K.
+    const TERMS: usize = KC * P::TERMS;
+
     /// Packs A, and B if it is new, a few strips of one block of K a task.
     fn pack(&self, new_b: bool) {
         let panels = self.cols.len().div_ceil(self.kernels.nr);
         let (a_groups, b_groups) = (self.tiles.count.div_ceil(TILES), if new_b { panels.div_ceil(PANELS) } else { 0 });
         let groups = a_groups + b_groups;
         let values = self.ks.len() * (self.rows.len() + self.cols.len());
-        for_each(groups * self.ks.len().div_ceil(KC), values, |task| {
-            let (k, group) = (task / groups * KC, task % groups);
-            let kc = KC.min(self.ks.len() - k);
+        for_each(groups * self.ks.len().div_ceil(Self::TERMS), values, |task| {
+            let (k, group) = (task / groups * Self::TERMS, task % groups);
+            let terms = Self::TERMS.min(self.ks.len() - k);
             if group < a_groups {
                 let strips = group * TILES..self.tiles.count.min((group + 1) * TILES);
-                dispatch(PackStrips { strips, strip: |i| self.a_strip(k, kc, i) });
+                dispatch(PackStrips { strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> });
             } else {
                 let first = (group - a_groups) * PANELS;
-                dispatch(PackStrips { strips: first..panels.min(first + PANELS), strip: |i| self.b_strip(k, kc, i) });
+                dispatch(PackStrips {
+                    strips: first..panels.min(first + PANELS),
+                    strip: |i| self.b_strip(k, terms, i),
+                    packing: PhantomData::<P>,
+                });
             }
         });
     }
 
     /// Row tile `i` of A in the block of K that begins at `k`: the strip, its panel's width and place.
-    fn a_strip(&self, k: usize, kc: usize, i: usize) -> (Strip, usize, *mut f32) {
+    fn a_strip(&self, k: usize, terms: usize, i: usize) -> (Strip<P::Element>, usize, *mut f32) {
         let (row, height) = (self.tiles.start(i), self.tiles.height(i));
         let Matrix { row_stride, col_stride, .. } = self.gemm.item(self.item).a;
         let src = self.gemm.item(self.item).a.at(self.rows.start + row, self.ks.start + k);
-        (Strip { src, lanes: height, lane_stride: row_stride, k: kc, k_stride: col_stride }, height, self.packed_a(k, kc, row))
+        (Strip { src, lanes: height, lane_stride: row_stride, k: terms, k_stride: col_stride }, height, self.packed_a(k, terms, row))
     }
 
     /// Panel `i` of B, likewise.
-    fn b_strip(&self, k: usize, kc: usize, i: usize) -> (Strip, usize, *mut f32) {
+    fn b_strip(&self, k: usize, terms: usize, i: usize) -> (Strip<P::Element>, usize, *mut f32) {
         let col = i * self.kernels.nr;
         let cols = self.kernels.nr.min(self.cols.len() - col);
         let Matrix { row_stride, col_stride, .. } = self.gemm.item(self.item).b;
         let src = self.gemm.item(self.item).b.at(self.ks.start + k, self.cols.start + col);
-        let strip = Strip { src, lanes: cols, lane_stride: col_stride, k: kc, k_stride: row_stride };
-        (strip, self.kernels.panel_width(cols), self.packed_b(k, kc, col))
+        let strip = Strip { src, lanes: cols, lane_stride: col_stride, k: terms, k_stride: row_stride };
+        (strip, self.kernels.panel_width(cols), self.packed_b(k, terms, col))
     }
 
-    /// Where the row tile that begins at `row` lies in packed A.
-    fn packed_a(&self, k: usize, kc: usize, row: usize) -> *mut f32 {
-        self.a.get().wrapping_add(k * self.rows.len() + row * kc)
+    /// Where the row tile that begins at `row` lies in packed A, in the block of `terms` of K that begins at `k`.
+    fn packed_a(&self, k: usize, terms: usize, row: usize) -> *mut f32 {
+        self.a.get().wrapping_add(k / P::TERMS * self.rows.len() + row * terms.div_ceil(P::TERMS))
     }
 
     /// Where the panel that begins at `col` lies in packed B: blocks of K are a full last panel apart.
-    fn packed_b(&self, k: usize, kc: usize, col: usize) -> *mut f32 {
-        self.b.get().wrapping_add(k * self.cols.len().next_multiple_of(self.kernels.nr) + col * kc)
+    fn packed_b(&self, k: usize, terms: usize, col: usize) -> *mut f32 {
+        self.b.get().wrapping_add(k / P::TERMS * self.cols.len().next_multiple_of(self.kernels.nr) + col * terms.div_ceil(P::TERMS))
     }
 
     /// Multiplies the packed factors into C, a few tiles by a few panels a task.
@@ -125,7 +135,7 @@ impl SuperBlock<'_> {
             let (row, col) = (task % row_groups * TILES, task / row_groups * PANELS);
             let (tiles, panels) = (row..self.tiles.count.min(row + TILES), col..panels.min(col + PANELS));
             let out = Out { c: c.get().wrapping_add(self.item * self.gemm.a.rows() * row_stride), row_stride };
-            for k in (0..self.ks.len()).step_by(KC) {
+            for k in (0..self.ks.len()).step_by(Self::TERMS) {
                 for panel in panels.clone() {
                     for tile in tiles.clone() {
                         self.tile(out, k, tile, panel * self.kernels.nr);
@@ -137,17 +147,17 @@ impl SuperBlock<'_> {
 
     /// One tile of C over one block of K.
     fn tile(&self, out: Out<f32>, k: usize, tile: usize, col: usize) {
-        let kc = KC.min(self.ks.len() - k);
+        let terms = Self::TERMS.min(self.ks.len() - k);
         let (row, height) = (self.tiles.start(tile), self.tiles.height(tile));
         let cols = self.kernels.nr.min(self.cols.len() - col);
-        let a = self.packed_a(k, kc, row).cast_const();
+        let a = self.packed_a(k, terms, row).cast_const();
         let a: [*const f32; MAX_MR] = std::array::from_fn(|r| a.wrapping_add(r));
-        let b = self.packed_b(k, kc, col).cast_const();
+        let b = self.packed_b(k, terms, col).cast_const();
         let c = c_rows(out, self.rows.start + row, self.cols.start + col);
         let first = self.ks.start + k == 0;
         let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, first, self.cols.start + col) };
         let b_stride = self.kernels.panel_width(cols);
-        let tile = Tile { segments: 1, kc, a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
+        let tile = Tile { segments: 1, kc: terms.div_ceil(P::TERMS), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
         // SAFETY: both panels were packed before any task began; the first `height` rows of C lie inside it (`Gemm::run` checked
         // its extent), and no two tasks share a tile.
         unsafe { self.kernels.tile(height, &tile) }
@@ -155,13 +165,14 @@ impl SuperBlock<'_> {
 }
 
 /// Packs some strips of one factor.
-struct PackStrips<F> {
+struct PackStrips<P, F> {
     strips: Range<usize>,
     /// A strip, its panel's width and place.
     strip: F,
+    packing: PhantomData<P>,
 }
 
-impl<F: Fn(usize) -> (Strip, usize, *mut f32)> WithSimd for PackStrips<F> {
+impl<P: Packing, F: Fn(usize) -> (Strip<P::Element>, usize, *mut f32)> WithSimd for PackStrips<P, F> {
     type Output = ();
 
     #[inline(always)]
@@ -170,7 +181,7 @@ impl<F: Fn(usize) -> (Strip, usize, *mut f32)> WithSimd for PackStrips<F> {
             let (strip, width, to) = (self.strip)(i);
             // SAFETY: the strip lies inside its factor, whose extent `Gemm::run` checked; each strip has its own panel, and the buffers
             // hold all of them.
-            unsafe { pack(s, strip, width, to) };
+            unsafe { P::pack(s, strip, width, to) };
         }
     }
 }

@@ -271,3 +271,34 @@ fn the_same_bits_for_any_number_of_threads() {
     let bits = |pool: &rayon::ThreadPool| pool.install(|| case.check::<f64>(1.0, 1e-14)).iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     assert!(bits(&pools[0]) == bits(&pools[1]) && bits(&pools[0]) == bits(&pools[2]));
 }
+
+/// Pairs of bf16 go through packing and blocking on every machine, emulated where it lacks the instruction.
+#[test]
+fn pairs_of_bf16_match_f64() {
+    for (m, n, k) in [(1, 1, 1), (5, 40, 7), (33, 17, 64), (70, 130, 901), (200, 300, 1537)] {
+        for (a_strides, b_strides) in [((k, 1), (n, 1)), ((1, m), (1, k)), ((k + 3, 1), (1, k + 1)), ((2 * k, 2), (2 * n, 2))] {
+            let (a, b): (Vec<bf16>, Vec<bf16>) = (values(2 * m * (k + 3), 1, 1.0), values(2 * k * (n + 3) + n * (k + 1), 2, 1.0));
+            let bias: Vec<bf16> = values(n, 3, 1.0);
+            let gemm = Gemm {
+                bias: Some(&bias[..]),
+                alpha: 0.5,
+                ..Gemm::new(
+                    MatView::new(&a, m, k, a_strides.0, a_strides.1).unwrap(),
+                    MatView::new(&b, k, n, b_strides.0, b_strides.1).unwrap(),
+                )
+            };
+            let mut c = vec![bf16::ZERO; m * n];
+            rounded::rounded::<packing::Pairs>(&gemm, &mut c, n).unwrap();
+            for (at, c) in c.iter().enumerate() {
+                let (i, j) = (at / n, at % n);
+                let term = |p: usize| a[i * a_strides.0 + p * a_strides.1].to_f64() * b[p * b_strides.0 + j * b_strides.1].to_f64();
+                let want = bias[j].to_f64() + 0.5 * (0..k).map(term).sum::<f64>();
+                let size = bias[j].to_f64().abs() + (0..k).map(|p| term(p).abs()).sum::<f64>();
+                assert!(
+                    (c.to_f64() - want).abs() <= 0.004 * want.abs() + 1e-5 * size,
+                    "{m}x{n}x{k} {a_strides:?} {b_strides:?}: C[{i}][{j}] = {c}, not {want}"
+                );
+            }
+        }
+    }
+}

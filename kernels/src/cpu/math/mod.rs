@@ -19,7 +19,7 @@ pub use log::{log, log1p};
 pub use pow::pow;
 pub use trig::{atan2, cos, sin};
 
-use super::simd::{F32s, I32s, Masks, Simd};
+use super::simd::{F32s, I32s, MAX_LANES, Masks, Simd};
 
 /// `c[0] + c[1]·x + c[2]·x² + …` by Horner's rule.
 #[inline(always)]
@@ -96,6 +96,3 @@ fn lanewise<S: Simd, const N: usize>(s: S, x: [S::F32; N], f: fn([f32; N]) -> f3
     }
     s.load_slice(&out)
 }
-
-/// Lanes of the widest level.
-const MAX_LANES: usize = 16;

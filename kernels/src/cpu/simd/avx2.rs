@@ -4,6 +4,7 @@
 //! if a token did, so the instruction exists.
 
 use super::{F32s, I32s, Masks, Simd, Unaligned};
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
@@ -76,6 +77,19 @@ impl Simd for Avx2 {
     unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x8 {
         // SAFETY: the token proves the feature; masked lanes are not read.
         F32x8(unsafe { _mm256_maskload_ps(src, first(count)) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, src: *const bf16) -> F32x8 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        F32x8(unsafe {
+            let bits = src.cast::<Unaligned<__m128i>>().read().0;
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, src: *const f16) -> F32x8 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        F32x8(unsafe { _mm256_cvtph_ps(src.cast::<Unaligned<__m128i>>().read().0) })
     }
     #[inline(always)]
     fn prefetch(self, address: *const f32) {

@@ -4,8 +4,10 @@
 //! if a token did, so the instruction exists.
 
 use super::{F32s, I32s, Masks, Simd, Unaligned};
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
+use std::sync::OnceLock;
 
 /// Token: the machine has AVX-512 F, BW, DQ, VL, and AVX2, FMA, F16C with it.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,38 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vl")
             && super::Avx2::detect().is_some())
         .then_some(Avx512(()))
+    }
+}
+
+/// Token: the machine has AVX512-BF16 besides.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512Bf16(());
+
+impl Avx512Bf16 {
+    /// The token, if the machine and the operating system support the instructions.
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512bf16") && Avx512::detect().is_some()).then_some(Self(()))
+    }
+
+    /// Whether its products run at twice the rate of f32: on AMD's cores; on Intel's at half of it.
+    pub fn is_fast(self) -> bool {
+        static FAST: OnceLock<bool> = OnceLock::new();
+        *FAST.get_or_init(|| {
+            let leaf = __cpuid(0);
+            (leaf.ebx, leaf.edx, leaf.ecx) == (u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"enti"), u32::from_le_bytes(*b"cAMD"))
+        })
+    }
+}
+
+impl F32x16 {
+    /// Adds two products to each lane: `a` and `b` hold a pair of bf16 in each. Denormals count as zero.
+    #[inline(always)]
+    pub fn add_bf16_products(self, _: Avx512Bf16, a: Self, b: Self) -> Self {
+        // SAFETY: the token proves the feature; all bit patterns are valid in both types, which have one size.
+        F32x16(unsafe {
+            _mm512_dpbf16_ps(self.0, std::mem::transmute::<__m512, __m512bh>(a.0), std::mem::transmute::<__m512, __m512bh>(b.0))
+        })
     }
 }
 
@@ -71,6 +105,19 @@ impl Simd for Avx512 {
     unsafe fn load_partial(self, src: *const f32, count: usize) -> F32x16 {
         // SAFETY: the token proves the feature; masked lanes are not read.
         F32x16(unsafe { _mm512_maskz_loadu_ps(first(count), src) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, src: *const bf16) -> F32x16 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        F32x16(unsafe {
+            let bits = src.cast::<Unaligned<__m256i>>().read().0;
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, src: *const f16) -> F32x16 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        F32x16(unsafe { _mm512_cvtph_ps(src.cast::<Unaligned<__m256i>>().read().0) })
     }
     #[inline(always)]
     fn prefetch(self, address: *const f32) {

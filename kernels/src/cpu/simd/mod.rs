@@ -15,11 +15,12 @@ mod scalar;
 #[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-pub use avx512::Avx512;
+pub use avx512::{Avx512, Avx512Bf16};
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use scalar::Scalar;
 
+use half::{bf16, f16};
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
 /// A vector at an address of any alignment.
@@ -30,10 +31,14 @@ use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 #[repr(C, packed)]
 struct Unaligned<T>(T);
 
+/// Lanes of the widest vector of any level.
+pub(crate) const MAX_LANES: usize = 16;
+
 /// An instruction set: makes vectors.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.
     const LANES: usize;
+
     /// A vector of f32.
     type F32: F32s<I32 = Self::I32, Mask = Self::Mask>;
     /// A vector of i32 with as many lanes.
@@ -56,6 +61,32 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `src` must be valid for reading `count` values, and `count <= LANES`.
     unsafe fn load_partial(self, src: *const f32, count: usize) -> Self::F32;
 
+    /// Loads `LANES` values of bf16, widened.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` values.
+    #[inline(always)]
+    unsafe fn load_bf16(self, src: *const bf16) -> Self::F32 {
+        let mut lanes = [0f32; MAX_LANES];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's contract.
+            *lane = f32::from_bits((unsafe { src.add(i).read() }.to_bits() as u32) << 16);
+        }
+        self.load_slice(&lanes)
+    }
+    /// Loads `LANES` values of f16, widened.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` values.
+    #[inline(always)]
+    unsafe fn load_f16(self, src: *const f16) -> Self::F32 {
+        let mut lanes = [0f32; MAX_LANES];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's contract.
+            *lane = unsafe { src.add(i).read() }.to_f32();
+        }
+        self.load_slice(&lanes)
+    }
     /// Asks for the cache line of an address, which need not be valid, so that a later access finds it in L1.
     #[inline(always)]
     fn prefetch(self, _address: *const f32) {}

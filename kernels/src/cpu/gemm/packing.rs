@@ -1,0 +1,173 @@
+//! What panels are made of: the values of f32 factors, those of f16 and bf16 widened, or pairs of bf16 for machines that multiply these.
+
+use super::micro::MicroKernels;
+use super::pack::{self, Strip};
+use crate::cpu::simd::Simd;
+use crate::element::{Element, Float};
+use half::bf16;
+use std::marker::PhantomData;
+
+/// How the values of factors go into panels, and which micro-kernels multiply these. An entry of a panel has 32 bits.
+pub(super) trait Packing: Copy + Send + Sync + 'static {
+    /// What factors hold.
+    type Element: Element;
+
+    /// Values (of neighbouring k) in an entry.
+    const TERMS: usize;
+
+    /// The micro-kernels for such entries.
+    fn kernels() -> &'static MicroKernels;
+
+    /// Copies a strip into a panel `[entries of k][width]`; lanes from `lanes` to `width` are zero, and so is what a last entry lacks.
+    ///
+    /// # Safety
+    /// The strip must be readable, `dst` writable for all entries apart from it, and `lanes <= width`.
+    unsafe fn pack<S: Simd>(s: S, strip: Strip<Self::Element>, width: usize, dst: *mut f32);
+
+    /// The address as one that micro-kernels may read in place of a panel.
+    fn in_place(_: *const Self::Element) -> Option<*const f32> {
+        None
+    }
+}
+
+/// f32 as it is.
+#[derive(Clone, Copy)]
+pub(super) struct Plain;
+
+impl Packing for Plain {
+    type Element = f32;
+    const TERMS: usize = 1;
+
+    fn kernels() -> &'static MicroKernels {
+        MicroKernels::get()
+    }
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { pack::pack(s, strip, width, dst) }
+    }
+    #[inline(always)]
+    fn in_place(src: *const f32) -> Option<*const f32> {
+        Some(src)
+    }
+}
+
+/// f16 or bf16, widened.
+#[derive(Clone, Copy)]
+pub(super) struct Widened<T>(PhantomData<T>);
+
+/// Neighbouring k of bf16 in one entry.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs;
+
+/// A packing that makes entries of other values.
+trait Convert: Packing {
+    /// The entry of the values at `first` and, `stride` further, of those that follow it, `terms` in all.
+    ///
+    /// # Safety
+    /// The values must be readable.
+    unsafe fn entry(first: *const Self::Element, stride: usize, terms: usize) -> f32;
+}
+
+impl<T: Float<Compute = f32>> Convert for Widened<T> {
+    #[inline(always)]
+    unsafe fn entry(first: *const T, _: usize, _: usize) -> f32 {
+        // SAFETY: the caller's contract.
+        unsafe { first.read() }.widen()
+    }
+}
+
+impl Convert for Pairs {
+    #[inline(always)]
+    unsafe fn entry(first: *const bf16, stride: usize, terms: usize) -> f32 {
+        // SAFETY: the caller's contract.
+        let bits = |i: usize| unsafe { first.add(i * stride).read() }.to_bits() as u32;
+        f32::from_bits(if terms > 1 { bits(0) | bits(1) << 16 } else { bits(0) })
+    }
+}
+
+impl<T: Float<Compute = f32>> Packing for Widened<T> {
+    type Element = T;
+    const TERMS: usize = 1;
+
+    fn kernels() -> &'static MicroKernels {
+        MicroKernels::get()
+    }
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(s: S, strip: Strip<T>, width: usize, dst: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { convert::<S, Self>(s, strip, width, dst) }
+    }
+}
+
+impl Packing for Pairs {
+    type Element = bf16;
+    const TERMS: usize = 2;
+
+    fn kernels() -> &'static MicroKernels {
+        MicroKernels::bf16_pairs()
+    }
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(s: S, strip: Strip<bf16>, width: usize, dst: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { convert::<S, Self>(s, strip, width, dst) }
+    }
+}
+
+/// [`Packing::pack`]: row by row where lanes are neighbours, by squares that are converted first and then transposed otherwise.
+///
+/// # Safety
+/// As for [`Packing::pack`].
+#[inline(always)]
+unsafe fn convert<S: Simd, P: Convert>(s: S, strip: Strip<P::Element>, width: usize, dst: *mut f32) {
+    /// Lanes and entries of a square: 4 KiB.
+    const LANES: usize = 16;
+    const ENTRIES: usize = 64;
+    let Strip { src, lanes, lane_stride, k, k_stride } = strip;
+    let (entries, whole) = (k.div_ceil(P::TERMS), k / P::TERMS);
+    debug_assert!(lanes <= width);
+    // SAFETY: entry `e` of lane `i` holds the values from element e · TERMS of the lane on, of which the last has what is left; the panel has
+    // room for all entries, and a square for LANES × ENTRIES.
+    unsafe {
+        if lanes < width {
+            std::slice::from_raw_parts_mut(dst, entries * width).fill(0.0);
+        }
+        if lane_stride == 1 {
+            for e in 0..whole {
+                let (src, dst) = (src.add(e * P::TERMS * k_stride), dst.add(e * width));
+                (0..lanes).for_each(|i| dst.add(i).write(P::entry(src.add(i), k_stride, P::TERMS)));
+            }
+            for e in whole..entries {
+                let (src, dst) = (src.add(e * P::TERMS * k_stride), dst.add(e * width));
+                (0..lanes).for_each(|i| dst.add(i).write(P::entry(src.add(i), k_stride, 1)));
+            }
+            return;
+        }
+        let mut square = [0f32; LANES * ENTRIES];
+        for lane in (0..lanes).step_by(LANES) {
+            let lanes = LANES.min(lanes - lane);
+            for first in (0..entries).step_by(ENTRIES) {
+                let count = ENTRIES.min(entries - first);
+                let whole = whole.clamp(first, first + count) - first;
+                for i in 0..lanes {
+                    let src = src.add((lane + i) * lane_stride + first * P::TERMS * k_stride);
+                    let row = &mut square[i * ENTRIES..(i + 1) * ENTRIES];
+                    // A stride that the compiler knows lets it use whole vectors.
+                    if k_stride == 1 {
+                        row[..whole].iter_mut().enumerate().for_each(|(e, to)| *to = P::entry(src.add(e * P::TERMS), 1, P::TERMS));
+                    } else {
+                        row[..whole]
+                            .iter_mut()
+                            .enumerate()
+                            .for_each(|(e, to)| *to = P::entry(src.add(e * P::TERMS * k_stride), k_stride, P::TERMS));
+                    }
+                    for (e, to) in row.iter_mut().enumerate().take(count).skip(whole) {
+                        *to = P::entry(src.add(e * P::TERMS * k_stride), k_stride, 1);
+                    }
+                }
+                let strip = Strip { src: square.as_ptr(), lanes, lane_stride: ENTRIES, k: count, k_stride: 1 };
+                pack::transpose(s, strip, width, dst.add(first * width + lane));
+            }
+        }
+    }
+}
