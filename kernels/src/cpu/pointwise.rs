@@ -166,6 +166,10 @@ impl<'a, T: Stored> Source<'a, T> {
 
     fn of_view<U>(view: StridedView<'a, T>, out: &Output<'_, U>) -> Self {
         assert_eq!(view.shape(), out.shape, "a view must have the output's shape");
+        if view.strides() == out.strides && !out.data.is_empty() {
+            // The output is dense, so this is one stretch: small operations should not pay for a walk.
+            return Source::Direct(&view.data()[view.offset()..][..out.data.len()]);
+        }
         let walk = Walk::in_memory_order(out.shape, [out.strides, view.strides()], [0, view.offset()]);
         let data = view.data();
         let (runs, len, [_, stride]) = (walk.runs(), walk.run_len(), walk.inner_strides());

@@ -67,7 +67,7 @@ struct Prepared<'a, const N: usize> {
     args: [Arg<'a>; N],
     dtype: DType,
     layout: Layout,
-    /// The layouts of the operands, broadcast; `None` for a number.
+    /// The layouts of the operands that are broadcast; `None` for a number, and where the tensor has the result's shape.
     layouts: [Option<Layout>; N],
 }
 
@@ -81,7 +81,8 @@ impl<'a, const N: usize> Prepared<'a, N> {
         let shape = common_shape(op, tensors())?;
         let mut layouts = [None; N];
         for (layout, arg) in layouts.iter_mut().zip(&args) {
-            *layout = arg.tensor().map(|t| t.layout().broadcast_to(op, &shape)).transpose()?;
+            let other_shape = arg.tensor().filter(|t| *t.shape() != shape);
+            *layout = other_shape.map(|t| t.layout().broadcast_to(op, &shape)).transpose()?;
         }
         Ok(Self { op, args, dtype: first.dtype(), layout: result_layout(&shape, tensors()), layouts })
     }
@@ -183,8 +184,9 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
     let tensors = || [a, b].into_iter().filter_map(|arg| if let Arg::Tensor(t) = arg { Some(t) } else { None });
     let shape = broadcast_shapes(op, p.layout.shape(), mask.shape())?;
     p.layout = result_layout(&shape, tensors());
-    for layout in p.layouts.iter_mut().flatten() {
-        *layout = layout.broadcast_to(op, &shape)?;
+    for (layout, arg) in p.layouts.iter_mut().zip(&p.args) {
+        let own = layout.or_else(|| arg.tensor().map(|t| *t.layout()));
+        *layout = own.map(|layout| layout.broadcast_to(op, &shape)).transpose()?;
     }
     let mask_layout = mask.layout().broadcast_to(op, &shape)?;
     let mask = view::<Bool>(op, mask, &mask_layout)?;
