@@ -100,10 +100,7 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
     }
 }
 
-impl<'a, T: Copy, B> Gemm<'a, T, B>
-where
-    B: Copy,
-{
+impl<'a, T: Copy, B: Copy> Gemm<'a, T, B> {
     /// Number of items.
     pub fn batch(&self) -> usize {
         self.a_offsets.len()
