@@ -195,3 +195,23 @@ fn fused_attention_has_second_derivatives() {
     assert!(double.iter().any(|x| x.abs() > 0.1));
     assert!(single.iter().zip(&double).all(|(a, b)| (a - b).abs() < 1e-4), "{single:?} {double:?}");
 }
+
+#[test]
+fn odd_attention_inputs_are_results_or_errors() -> Result<()> {
+    use kiln_tensor::ops::attention::AttentionOptions;
+    let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32);
+    // Keys of no width: all scores are empty sums, so the values are averaged.
+    let options = AttentionOptions { scale: Some(1.0), ..Default::default() };
+    let y = ones(&[2, 0])?.scaled_dot_product_attention(&ones(&[3, 0])?, &ones(&[3, 4])?, &options)?;
+    assert!(y.to_vec::<f32>()?.iter().all(|x| (x - 1.0).abs() < 1e-6));
+    let y = ones(&[2, 4])?.scaled_dot_product_attention(&ones(&[0, 4])?, &ones(&[0, 3])?, &options)?;
+    assert_eq!(y.to_vec::<f32>()?, [0.0; 6]);
+    // A mask of ones and zeros must not be taken for a bias.
+    let mask = Tensor::ones([2, 3], DType::I64)?;
+    let options = AttentionOptions { mask: Some(&mask), ..Default::default() };
+    let result = ones(&[2, 4])?.scaled_dot_product_attention(&ones(&[3, 4])?, &ones(&[3, 4])?, &options);
+    assert!(result.is_err_and(|e| e.to_string().contains("mask")));
+    let options = AttentionOptions { enable_gqa: true, ..Default::default() };
+    assert!(ones(&[3, 2, 4])?.scaled_dot_product_attention(&ones(&[2, 2, 4])?, &ones(&[2, 2, 4])?, &options).is_err());
+    Ok(())
+}

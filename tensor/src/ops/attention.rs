@@ -1,9 +1,9 @@
 //! Attention: a fused kernel in both directions, and the same composed of products and a softmax. The composed form gives second
-//! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query.
+//! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query, keys of no width.
 
 use super::product::factor;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
-use crate::{Bool, DType, Error, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
+use crate::{Bool, DType, Error, ErrorKind, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
 use kiln_kernels::cpu::attention::{self, Attended, Attention, Gradients, Heads, Mask};
 
 /// What [`scaled_dot_product_attention`](Tensor::scaled_dot_product_attention) takes besides query, key and value.
@@ -79,6 +79,10 @@ impl Problem {
             }
         }
         if let Some(mask) = options.mask {
+            if mask.dtype() != DType::Bool && mask.dtype() != q.dtype() {
+                let message = format!("the mask is {}; expected bool (true: look) or the query's {} (added)", mask.dtype(), q.dtype());
+                return Err(Error::new(ErrorKind::DType, NAME, message));
+            }
             mask.layout().broadcast_to(NAME, &Shape::new(&[&batch[..], &[queries, keys]].concat())?)?;
         }
         Ok(Self {
@@ -180,10 +184,7 @@ impl Problem {
     }
 
     fn fused<T: WithDType + Attended>(mut self) -> Result<Tensor> {
-        self.mask = match self.mask {
-            Some(mask) if mask.dtype() != DType::Bool => Some(mask.detach().to_dtype(T::DTYPE)?),
-            mask => mask,
-        };
+        self.mask = self.mask.map(|mask| mask.detach());
         let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
         let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
         let out = Tensor::build::<T>(&shape, |out| {
@@ -244,7 +245,8 @@ impl Tensor {
         self.check_attention(key, value)?;
         let problem = Problem::new(self, key, value, options)?;
         match self.dtype() {
-            _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) || problem.queries == 1 => problem.composed(),
+            _ if problem.queries == 1 || self.dim(-1)? == 0 => problem.composed(),
+            _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) => problem.composed(),
             DType::F32 => problem.fused::<f32>(),
             DType::F16 => problem.fused::<f16>(),
             DType::BF16 => problem.fused::<bf16>(),

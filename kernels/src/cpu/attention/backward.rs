@@ -8,7 +8,7 @@
 //! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer. What it adds to dQ goes to a
 //! slot of its own; the slots are added in order.
 
-use super::block::{Left, Right, load_rows, pack_transposed, padded, product};
+use super::block::{Left, Right, cut, load_rows, pack_transposed, padded, product};
 use super::{Attended, Attention, Extents};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::MicroKernels;
@@ -180,12 +180,7 @@ impl<T: Attended> WithSimd for Task<'_, T> {
             KEYS * x.value_width,
         ];
         let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
-        let mut rest = buffer.as_slice_mut::<f32>();
-        let parts = sizes.map(|size| {
-            let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
-            rest = others;
-            part
-        });
+        let parts = cut(buffer.as_slice_mut(), sizes);
         let [key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, key_sums, value_sums] = parts;
         let scratch =
             &mut Scratch { keys: key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, dk: key_sums, dv: value_sums };

@@ -13,6 +13,16 @@ pub(super) fn padded(kernels: &MicroKernels, cols: usize) -> usize {
     cols - rest + if rest > 0 { kernels.panel_width(rest) } else { 0 }
 }
 
+/// Cuts scratch memory into parts of these sizes.
+#[inline(always)]
+pub(super) fn cut<const N: usize>(mut scratch: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
+    sizes.map(|size| {
+        let (part, rest) = std::mem::take(&mut scratch).split_at_mut(size);
+        scratch = rest;
+        part
+    })
+}
+
 /// Copies some rows, times `scale`, to rows of `width` values in `to`; what is beyond the matrix's columns becomes zero.
 #[inline(always)]
 pub(super) fn load_rows<T: Attended>(from: &MatView<T>, rows: Range<usize>, scale: f32, width: usize, to: &mut [f32]) {

@@ -1,6 +1,6 @@
 //! The output, and the logarithm of each query's sum of exponentials.
 
-use super::block::{Left, Right, load_rows, pack_transposed, padded, product};
+use super::block::{Left, Right, cut, load_rows, pack_transposed, padded, product};
 use super::{Attended, Attention, Extents};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::MicroKernels;
@@ -112,12 +112,7 @@ impl<T: Attended> WithSimd for Task<'_, T> {
             count,
         ];
         let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
-        let mut rest = buffer.as_slice_mut::<f32>();
-        let [q, keys, panels, values, scores, sums, max, total] = sizes.map(|size| {
-            let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
-            rest = others;
-            part
-        });
+        let [q, keys, panels, values, scores, sums, max, total] = cut(buffer.as_slice_mut(), sizes);
         sums.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         total.fill(0.0);

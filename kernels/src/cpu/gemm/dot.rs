@@ -203,13 +203,13 @@ impl<T: Lanes> Dots<'_, T> {
         let full = job.k / S::LANES * S::LANES;
         for k in (0..full).step_by(S::LANES) {
             // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
-            let (x, y) = unsafe { (small.map(|row| T::load(s, row.add(k), S::LANES)), large.map(|row| T::load(s, row.add(k), S::LANES))) };
+            let (x, y) = unsafe { (load_rows(s, &small, k, S::LANES), load_rows(s, &large, k, S::LANES)) };
             add_products(&mut acc, &x, &y);
         }
         if full < job.k {
             let count = job.k - full;
             // SAFETY: as above, with the rest of K.
-            let (x, y) = unsafe { (small.map(|row| T::load(s, row.add(full), count)), large.map(|row| T::load(s, row.add(full), count))) };
+            let (x, y) = unsafe { (load_rows(s, &small, full, count), load_rows(s, &large, full, count)) };
             add_products(&mut acc, &x, &y);
         }
         for (r, sums) in acc.iter().enumerate() {
@@ -219,6 +219,20 @@ impl<T: Lanes> Dots<'_, T> {
             }
         }
     }
+}
+
+/// `count` values of each row, from `k` on. (A loop: `array::map` may become a function of its own, without the level's instructions.)
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn load_rows<S: Simd, T: Lanes, const N: usize>(s: S, rows: &[*const T; N], k: usize, count: usize) -> [S::F32; N] {
+    let mut x = [s.zero(); N];
+    for i in 0..N {
+        // SAFETY: the caller's contract.
+        x[i] = unsafe { T::load(s, rows[i].add(k), count) };
+    }
+    x
 }
 
 /// Adds the product of each pair.

@@ -100,13 +100,14 @@ impl Simd for Avx2 {
         // Row `i` beside row `i + 4`, half a row each: two rounds of interleaving then stay inside 128-bit lanes.
         // SAFETY: the token proves the features, the caller the memory.
         unsafe {
-            let quad = |at: usize| src.add(at).cast::<Unaligned<__m128>>().read().0;
             for half in 0..2 {
-                let row = |i: usize| {
-                    let low = quad(i * src_stride + 4 * half);
-                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), quad((i + 4) * src_stride + 4 * half))
-                };
-                let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+                let mut rows = [_mm256_setzero_ps(); 4];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    let quad = src.add(i * src_stride + 4 * half).cast::<Unaligned<__m128>>();
+                    let below = src.add((i + 4) * src_stride + 4 * half).cast::<Unaligned<__m128>>();
+                    *row = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(quad.read().0), below.read().0);
+                }
+                let [a, b, c, d] = rows;
                 let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
                 let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
                 let columns = [
