@@ -154,9 +154,15 @@ impl<R: Rule<N>, const N: usize> WithSimd for Apply<'_, '_, '_, R, N> {
             // SAFETY: `i + LANES <= n`, the length of every slice.
             unsafe {
                 let (p, g) = (s.load(param.add(i)), s.load(grad.as_ptr().add(i)));
-                let (p, new) = self.rule.update(p, g, states.map(|x| s.load(x.add(i))));
+                let mut old = [s.zero(); N];
+                for (v, x) in old.iter_mut().zip(states) {
+                    *v = s.load(x.add(i));
+                }
+                let (p, new) = self.rule.update(p, g, old);
                 p.store(param.add(i));
-                states.into_iter().zip(new).for_each(|(x, v)| v.store(x.add(i)));
+                for (x, v) in states.into_iter().zip(new) {
+                    v.store(x.add(i));
+                }
             }
         }
         let rest = n - whole;
@@ -164,9 +170,15 @@ impl<R: Rule<N>, const N: usize> WithSimd for Apply<'_, '_, '_, R, N> {
             // SAFETY: `whole + rest` is `n`, the length of every slice.
             unsafe {
                 let (p, g) = (s.load_partial(param.add(whole), rest), s.load_partial(grad.as_ptr().add(whole), rest));
-                let (p, new) = self.rule.update(p, g, states.map(|x| s.load_partial(x.add(whole), rest)));
+                let mut old = [s.zero(); N];
+                for (v, x) in old.iter_mut().zip(states) {
+                    *v = s.load_partial(x.add(whole), rest);
+                }
+                let (p, new) = self.rule.update(p, g, old);
                 p.store_partial(param.add(whole), rest);
-                states.into_iter().zip(new).for_each(|(x, v)| v.store_partial(x.add(whole), rest));
+                for (x, v) in states.into_iter().zip(new) {
+                    v.store_partial(x.add(whole), rest);
+                }
             }
         }
     }
