@@ -48,8 +48,11 @@ impl From<&Tensor> for TensorOptions {
 impl Tensor {
     /// A tensor of `shape` with every element `value` (rounded to the dtype).
     pub fn full(shape: impl IntoShape, value: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        let shape = shape.into_shape()?;
-        for_any!(options.into().dtype, T => Tensor::build::<T>(&shape, |out| {
+        Self::filled(shape.into_shape()?, value, options.into().dtype)
+    }
+
+    fn filled(shape: Shape, value: f64, dtype: DType) -> Result<Tensor> {
+        for_any!(dtype, T => Tensor::build::<T>(&shape, |out| {
             out.fill(<T as Element>::from_f64(value));
             Ok(())
         }))
@@ -166,12 +169,16 @@ impl Tensor {
 
     /// `start, start + step, …` while before `end`.
     pub fn arange(start: f64, end: f64, step: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        Self::range(start, end, step, options.into().dtype)
+    }
+
+    fn range(start: f64, end: f64, step: f64, dtype: DType) -> Result<Tensor> {
         let count = ((end - start) / step).ceil();
         if step == 0.0 || !count.is_finite() || count >= isize::MAX as f64 {
             return Err(Error::argument("arange", format!("cannot step from {start} to {end} by {step}")));
         }
         let shape = Shape::new(&[count.max(0.0) as usize])?;
-        for_any!(options.into().dtype, T => Tensor::build::<T>(&shape, |out| {
+        for_any!(dtype, T => Tensor::build::<T>(&shape, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 *o = <T as Element>::from_f64(start + i as f64 * step);
             }
@@ -181,8 +188,12 @@ impl Tensor {
 
     /// `count` values from `start` to `end`, both included, evenly spaced.
     pub fn linspace(start: f64, end: f64, count: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
+        Self::spaced(start, end, count, options.into().dtype)
+    }
+
+    fn spaced(start: f64, end: f64, count: usize, dtype: DType) -> Result<Tensor> {
         let step = if count > 1 { (end - start) / (count - 1) as f64 } else { 0.0 };
-        for_any!(options.into().dtype, T => Tensor::build::<T>(&Shape::new(&[count])?, |out| {
+        for_any!(dtype, T => Tensor::build::<T>(&Shape::new(&[count])?, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 // From the nearer end, so that both ends are exact.
                 let x = if i < count / 2 { start + i as f64 * step } else { end - (count - 1 - i) as f64 * step };
@@ -194,7 +205,11 @@ impl Tensor {
 
     /// The identity matrix of `n` rows.
     pub fn eye(n: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        for_any!(options.into().dtype, T => Tensor::build::<T>(&Shape::new(&[n, n])?, |out| {
+        Self::eye_of(n, options.into().dtype)
+    }
+
+    fn eye_of(n: usize, dtype: DType) -> Result<Tensor> {
+        for_any!(dtype, T => Tensor::build::<T>(&Shape::new(&[n, n])?, |out| {
             out.fill(T::default());
             out.iter_mut().step_by(n + 1).for_each(|o| *o = <T as Element>::from_f64(1.0));
             Ok(())

@@ -4,7 +4,7 @@ use super::Optimizer;
 use super::state::{Reader, put_count, put_number};
 use crate::nn::{Param, StateDict};
 use kiln_autograd::no_grad;
-use kiln_tensor::ops::optim::{self, Rule, Update, state_dtype};
+use kiln_tensor::ops::optim::{self, FusedRule, Update, state_dtype};
 use kiln_tensor::{DType, Error, Result, Shape, Tensor};
 use std::collections::{BTreeMap, HashSet};
 
@@ -106,7 +106,7 @@ pub(super) fn unless_decay(name: &str, value: f64) -> Option<String> {
 }
 
 /// One fused pass over all parameters, or one for each step number where these differ.
-pub(super) fn fused<const N: usize, R: Rule<N>>(work: Vec<Work<'_>>, rule: impl Fn(u64) -> R) -> Result<()> {
+pub(super) fn fused<const N: usize, R: FusedRule<N>>(work: Vec<Work<'_>>, rule: impl Fn(u64) -> R) -> Result<()> {
     let mut by_step: BTreeMap<u64, Vec<Update<'_, N>>> = BTreeMap::new();
     for Work { param, grad, states, step } in work {
         let states = states.try_into().map_err(|_| Error::argument("optimizer step", "the rule has another number of states"))?;

@@ -39,11 +39,42 @@ pub fn state_dtype(dtype: DType) -> DType {
     if matches!(dtype, DType::F16 | DType::BF16) { DType::F32 } else { dtype }
 }
 
+/// A rule with `N` states that this crate has compiled for all dtypes. Another [`Rule`] goes through [`step_with`].
+pub trait FusedRule<const N: usize>: Rule<N> {
+    /// [`step`].
+    fn step(&self, updates: Vec<Update<'_, N>>) -> Result<()>;
+}
+
+macro_rules! fused_rules {
+    ($($rule:ty, $states:literal;)*) => { $(
+        impl FusedRule<$states> for $rule {
+            fn step(&self, updates: Vec<Update<'_, $states>>) -> Result<()> {
+                step_with(self, updates)
+            }
+        }
+    )* };
+}
+fused_rules! {
+    Sgd, 0; Sgd, 1;
+    Adam, 2; Adam, 3;
+    RmsProp, 1; RmsProp, 2; RmsProp, 3;
+    Lion, 1;
+    Average, 0;
+}
+
 /// Applies `rule` to every parameter of the list, in place. f16 and bf16 parameters are updated in f32 and rounded once.
 ///
 /// # Errors
 /// Before anything changes: a parameter that is not float, or a gradient or state of another shape, dtype or device.
-pub fn step<const N: usize>(rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
+pub fn step<const N: usize>(rule: &impl FusedRule<N>, updates: Vec<Update<'_, N>>) -> Result<()> {
+    rule.step(updates)
+}
+
+/// [`step`] for any rule. It is compiled in the calling crate, with that crate's optimisation.
+///
+/// # Errors
+/// As for [`step`].
+pub fn step_with<const N: usize>(rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
     updates.iter().try_for_each(check)?;
     let (double, single): (Vec<_>, Vec<_>) = updates.iter_mut().partition(|u| u.param.dtype() == DType::F64);
     step_as::<f64, N>(rule, double)?;

@@ -235,8 +235,10 @@ impl Tensor {
 
     /// [`max_pool2d`](Tensor::max_pool2d) of `[n, c, h, w]`, and where each maximum lies: i64 indices into the `h · w` positions of its channel.
     pub fn max_pool2d_with_indices(&self, options: impl Into<PoolOptions>) -> Result<(Tensor, Tensor)> {
-        let name = "max_pool2d_with_indices";
-        let options = Windows::Sliding(options.into());
+        self.max_pool_with_indices("max_pool2d_with_indices", Windows::Sliding(options.into()))
+    }
+
+    fn max_pool_with_indices(&self, name: &'static str, options: Windows) -> Result<(Tensor, Tensor)> {
         let mut indices = None;
         let values = by_image(name, self, 2, |x| {
             let (values, at) = max_pool(name, x, 2, options)?;

@@ -14,9 +14,7 @@ fn stream(state: GeneratorState) -> Stream {
 }
 
 impl Generator {
-    fn float(&self, op: &str, shape: impl IntoShape, options: impl Into<TensorOptions>, draw: Draw) -> Result<Tensor> {
-        let shape = shape.into_shape()?;
-        let options = options.into();
+    fn float(&self, op: &str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
         for_float!(options.dtype, op, T => {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
             Tensor::build::<T>(&shape, |out| {
@@ -31,20 +29,23 @@ impl Generator {
 
     /// Uniform numbers in [0, 1).
     pub fn rand(&self, shape: impl IntoShape, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        self.float("rand", shape, options, Draw::Uniform)
+        self.float("rand", shape.into_shape()?, options.into(), Draw::Uniform)
     }
 
     /// Standard normal numbers.
     pub fn randn(&self, shape: impl IntoShape, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        self.float("randn", shape, options, Draw::Normal)
+        self.float("randn", shape.into_shape()?, options.into(), Draw::Normal)
     }
 
     /// Integers in `low..high`, as i64.
     pub fn randint(&self, low: i64, high: i64, shape: impl IntoShape) -> Result<Tensor> {
+        self.integers(low, high, shape.into_shape()?)
+    }
+
+    fn integers(&self, low: i64, high: i64, shape: Shape) -> Result<Tensor> {
         if low >= high {
             return Err(Error::argument("randint", format!("the range {low}..{high} is empty")));
         }
-        let shape = shape.into_shape()?;
         let stream = stream(self.reserve(random::groups_of_longs(shape.numel())));
         Tensor::build::<i64>(&shape, |out| {
             random::integers(stream, low, high.wrapping_sub(low) as u64, out);
@@ -84,8 +85,11 @@ impl Generator {
 
     /// Booleans that are true with probability `p`.
     pub fn rand_bool(&self, p: f64, shape: impl IntoShape) -> Result<Tensor> {
+        self.booleans(p, shape.into_shape()?)
+    }
+
+    fn booleans(&self, p: f64, shape: Shape) -> Result<Tensor> {
         check_probability("rand_bool", p)?;
-        let shape = shape.into_shape()?;
         let stream = stream(self.reserve(random::groups_of_words(shape.numel())));
         Tensor::build::<Bool>(&shape, |out| {
             random::bernoulli(stream, p, out);

@@ -60,8 +60,12 @@ impl Tensor {
     /// # Ok(()) }
     /// ```
     pub fn interpolate(&self, size: impl Into<PerAxis>, mode: Interpolation) -> Result<Tensor> {
+        self.resized(size.into(), mode)
+    }
+
+    fn resized(&self, size: PerAxis, mode: Interpolation) -> Result<Tensor> {
         let rank = image_rank("interpolate", self)?;
-        let size = size.into().resolve("interpolate", "size", rank, 1)?;
+        let size = size.resolve("interpolate", "size", rank, 1)?;
         by_image("interpolate", self, rank, |x| {
             let input = Extents::of("interpolate", x, rank)?;
             if input.axes.contains(&0) || size.contains(&0) {
@@ -77,12 +81,12 @@ impl Tensor {
 
     /// Each pixel of `[n, c, …]` repeated `factor` times along each axis.
     pub fn upsample_nearest(&self, factor: impl Into<PerAxis>) -> Result<Tensor> {
-        self.interpolate(self.scaled("upsample_nearest", factor.into())?, Interpolation::Nearest)
+        self.resized(self.scaled("upsample_nearest", factor.into())?, Interpolation::Nearest)
     }
 
     /// Images `[n, c, h, w]` enlarged by `factor`, bilinearly.
     pub fn upsample_bilinear(&self, factor: impl Into<PerAxis>, align_corners: bool) -> Result<Tensor> {
-        self.interpolate(self.scaled("upsample_bilinear", factor.into())?, Interpolation::Linear { align_corners })
+        self.resized(self.scaled("upsample_bilinear", factor.into())?, Interpolation::Linear { align_corners })
     }
 
     /// The extents of the spatial axes times `factor`.

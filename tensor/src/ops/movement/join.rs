@@ -146,11 +146,14 @@ fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Te
 impl Tensor {
     /// The tensors one behind the other along dimension `dim`; their other extents must agree.
     pub fn cat<T: AsRef<Tensor>>(tensors: &[T], dim: isize) -> Result<Tensor> {
-        let tensors: Vec<&Tensor> = tensors.iter().map(AsRef::as_ref).collect();
+        Self::cat_all(&tensors.iter().map(AsRef::as_ref).collect::<Vec<_>>(), dim)
+    }
+
+    fn cat_all(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
         let first = *tensors.first().ok_or_else(|| Error::argument("cat", "no tensors were given"))?;
         let axis = first.shape().dim("cat", dim)?;
         let mut extent = 0;
-        for t in &tensors {
+        for t in tensors {
             first.expect_same("cat", t)?;
             if t.rank() != first.rank() || (0..t.rank()).any(|d| d != axis && t.shape()[d] != first.shape()[d]) {
                 let message = format!("shapes {} and {} differ in another dimension than {axis}", first.shape(), t.shape());
@@ -168,7 +171,7 @@ impl Tensor {
             }
             Ok(())
         }))?;
-        record("cat", out, &tensors, |_| Cat { dim: axis, extents: tensors.iter().map(|t| t.shape()[axis]).collect() })
+        record("cat", out, tensors, |_| Cat { dim: axis, extents: tensors.iter().map(|t| t.shape()[axis]).collect() })
     }
 
     /// Tensors of one shape as the slices of a new dimension `dim`.
@@ -233,7 +236,11 @@ impl Tensor {
 
     /// The elements in reverse order along `dims`.
     pub fn flip(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let dims = dims.into().resolve("flip", self.shape())?;
+        self.flipped(dims.into())
+    }
+
+    fn flipped(&self, dims: Dims) -> Result<Tensor> {
+        let dims = dims.resolve("flip", self.shape())?;
         let mut out = self.detach().contiguous()?;
         for &d in &dims {
             let (outer, n, inner) = out.shape().around(d);

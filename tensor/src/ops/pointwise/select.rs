@@ -57,7 +57,10 @@ impl Tensor {
     /// and between them, 0 outside. If the bounds are
     /// in the wrong order, every number becomes `high`.
     pub fn clamp(&self, low: impl Into<Option<f64>>, high: impl Into<Option<f64>>) -> Result<Tensor> {
-        let (low, high) = (low.into().unwrap_or(f64::NEG_INFINITY), high.into().unwrap_or(f64::INFINITY));
+        self.clamp_between(low.into().unwrap_or(f64::NEG_INFINITY), high.into().unwrap_or(f64::INFINITY))
+    }
+
+    fn clamp_between(&self, low: f64, high: f64) -> Result<Tensor> {
         // The whole numbers between the bounds are those between their nearest whole numbers inwards.
         let params = if self.dtype().is_float() { [low, high] } else { [low.ceil(), high.floor()] };
         let out = apply(unary::Clamp::ROW, params, [Arg::Tensor(self)])?;

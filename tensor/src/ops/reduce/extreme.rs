@@ -45,12 +45,12 @@ impl Op for AtIndex {
 impl Tensor {
     /// The largest element along `dims` (`()` for all); NaN if any is. Equal maxima share the gradient evenly.
     pub fn max(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("max", dims.into(), Tensor::max_keepdim)
+        self.without_dims("max", dims.into(), &|x, dims| x.extreme("max", dims, true))
     }
 
     /// The smallest element along `dims` (`()` for all); NaN if any is. Equal minima share the gradient evenly.
     pub fn min(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("min", dims.into(), Tensor::min_keepdim)
+        self.without_dims("min", dims.into(), &|x, dims| x.extreme("min", dims, false))
     }
 
     /// [`max`](Tensor::max) that leaves the dimensions with extent 1.

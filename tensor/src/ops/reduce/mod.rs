@@ -121,7 +121,11 @@ impl Product {
 impl Tensor {
     /// The sum along `dims`, which stay with extent 1. Sums of integers and booleans are i64 and wrap.
     pub fn sum_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("sum", self, dims.into())?;
+        self.sum_over(dims.into())
+    }
+
+    fn sum_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("sum", self, dims)?;
         let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
             reduce::sum::<T>(self.view_of()?, &axes.reduced, out);
             Ok(())
@@ -131,12 +135,16 @@ impl Tensor {
 
     /// The sum along `dims` (`()` for all). Sums of integers and booleans are i64 and wrap.
     pub fn sum(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("sum", dims.into(), Tensor::sum_keepdim)
+        self.without_dims("sum", dims.into(), &Tensor::sum_over)
     }
 
     /// The mean along `dims`, which stay with extent 1; NaN for no elements. Floats only.
     pub fn mean_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("mean", self, dims.into())?;
+        self.mean_over(dims.into())
+    }
+
+    fn mean_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("mean", self, dims)?;
         let out = for_float!(self.dtype(), "mean", T => Tensor::build::<T>(&axes.keepdim, |out| {
             reduce::mean(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
@@ -147,12 +155,16 @@ impl Tensor {
 
     /// The mean along `dims` (`()` for all); NaN for no elements. Floats only.
     pub fn mean(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("mean", dims.into(), Tensor::mean_keepdim)
+        self.without_dims("mean", dims.into(), &Tensor::mean_over)
     }
 
     /// The product along `dims`, which stay with extent 1. Products of integers and booleans are i64 and wrap.
     pub fn prod_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("prod", self, dims.into())?;
+        self.prod_over(dims.into())
+    }
+
+    fn prod_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("prod", self, dims)?;
         let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
             reduce::prod::<T>(self.view_of()?, &axes.reduced, out);
             Ok(())
@@ -164,12 +176,16 @@ impl Tensor {
     /// The product along `dims` (`()` for all). Products of integers and booleans are i64 and wrap. The gradient is right where
     /// factors are zero, too.
     pub fn prod(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("prod", dims.into(), Tensor::prod_keepdim)
+        self.without_dims("prod", dims.into(), &Tensor::prod_over)
     }
 
     /// Whether any element along `dims` (`()` for all) is not zero; false for none.
     pub fn any(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("any", self, dims.into())?;
+        self.any_over(dims.into())
+    }
+
+    fn any_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("any", self, dims)?;
         for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
             reduce::any(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
@@ -178,7 +194,11 @@ impl Tensor {
 
     /// Whether all elements along `dims` (`()` for all) are not zero; true for none.
     pub fn all(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("all", self, dims.into())?;
+        self.all_over(dims.into())
+    }
+
+    fn all_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("all", self, dims)?;
         for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
             reduce::all(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
@@ -186,7 +206,7 @@ impl Tensor {
     }
 
     /// A reduction without the dimensions that its `keepdim` form leaves.
-    fn without_dims(&self, op: &str, dims: Dims, keepdim: impl Fn(&Tensor, Dims) -> Result<Tensor>) -> Result<Tensor> {
+    fn without_dims(&self, op: &str, dims: Dims, keepdim: &dyn Fn(&Tensor, Dims) -> Result<Tensor>) -> Result<Tensor> {
         let kept = Axes::new(op, self, dims.clone())?.kept();
         keepdim(self, dims)?.reshape(kept)
     }

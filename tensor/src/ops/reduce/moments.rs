@@ -94,7 +94,7 @@ impl Tensor {
     /// The variance along `dims` (`()` for all): Σ (x − mean)² / (n − correction). Bessel's correction is 1; 0 gives the
     /// variance of a whole population. Floats only.
     pub fn var(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.without_dims("var", dims.into(), |x, dims| x.var_keepdim(dims, correction))
+        self.without_dims("var", dims.into(), &|x, dims| x.spread_keepdim("var", dims, correction, false))
     }
 
     /// [`var`](Tensor::var) that leaves the dimensions with extent 1.
@@ -104,7 +104,7 @@ impl Tensor {
 
     /// The standard deviation along `dims` (`()` for all): the square root of [`var`](Tensor::var). Floats only.
     pub fn std(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.without_dims("std", dims.into(), |x, dims| x.std_keepdim(dims, correction))
+        self.without_dims("std", dims.into(), &|x, dims| x.spread_keepdim("std", dims, correction, true))
     }
 
     /// [`std`](Tensor::std) that leaves the dimensions with extent 1.
@@ -130,12 +130,16 @@ impl Tensor {
     /// The p-norm along `dims` (`()` for all): (Σ |x|^p)^(1/p); p = ∞ gives the largest |x|, −∞ the smallest, 0 the number of
     /// elements that are not zero. Floats only. The gradient is 0 where the norm is.
     pub fn norm(&self, p: f64, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("norm", dims.into(), |x, dims| x.norm_keepdim(p, dims))
+        self.without_dims("norm", dims.into(), &|x, dims| x.norm_over(p, dims))
     }
 
     /// [`norm`](Tensor::norm) that leaves the dimensions with extent 1.
     pub fn norm_keepdim(&self, p: f64, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("norm", self, dims.into())?;
+        self.norm_over(p, dims.into())
+    }
+
+    fn norm_over(&self, p: f64, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("norm", self, dims)?;
         if p == f64::NEG_INFINITY {
             axes.refuse_empty("norm")?;
         }
@@ -149,12 +153,16 @@ impl Tensor {
 
     /// log Σ exp(x) along `dims` (`()` for all), which never overflows; −∞ for no elements. Floats only.
     pub fn logsumexp(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("logsumexp", dims.into(), Tensor::logsumexp_keepdim)
+        self.without_dims("logsumexp", dims.into(), &Tensor::logsumexp_over)
     }
 
     /// [`logsumexp`](Tensor::logsumexp) that leaves the dimensions with extent 1.
     pub fn logsumexp_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        let axes = Axes::new("logsumexp", self, dims.into())?;
+        self.logsumexp_over(dims.into())
+    }
+
+    fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {
+        let axes = Axes::new("logsumexp", self, dims)?;
         let out = for_float!(self.dtype(), "logsumexp", T => Tensor::build::<T>(&axes.keepdim, |out| {
             reduce::logsumexp(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
