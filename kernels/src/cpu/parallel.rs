@@ -2,11 +2,11 @@
 //!
 //! How work is cut may depend on shapes and dtypes only, never on the number of threads: then no result does either.
 
-use rayon::prelude::*;
+mod share;
 
-/// Below this estimate of serial time, in nanoseconds, handing work to another thread costs more than it saves
-/// (a rayon join wakes a sleeping worker in 5 to 20 µs).
-pub const MIN_PARALLEL_NS: usize = 30_000;
+/// Below this estimate of serial time, in nanoseconds, handing work to another thread costs more than it saves: a helper that waits for
+/// work takes it within a microsecond, one that sleeps in 5 to 50 µs, during which the caller has gone ahead.
+pub const MIN_PARALLEL_NS: usize = 10_000;
 
 /// Number of threads that the current pool offers.
 pub fn threads() -> usize {
@@ -24,7 +24,8 @@ pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync) {
     if is_serial(count, estimated_ns) {
         (0..count).for_each(f);
     } else {
-        share(count, &f);
+        // Behind a pointer, so that the machinery is compiled once and not for every kernel.
+        share::share(count, &f);
     }
 }
 
@@ -41,11 +42,6 @@ pub fn for_each_chunk<T: Send>(out: &mut [T], chunk: usize, estimated_ns: usize,
 
 fn is_serial(count: usize, estimated_ns: usize) -> bool {
     count < 2 || estimated_ns < MIN_PARALLEL_NS || threads() == 1
-}
-
-/// Behind a pointer, so that rayon's machinery is compiled once and not for every kernel.
-fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
-    (0..count).into_par_iter().with_max_len(1).for_each(f);
 }
 
 /// A pointer that may cross threads. The kernel that makes one must give each task its own, disjoint part of the memory.
