@@ -18,18 +18,23 @@ const LINGER: Duration = Duration::from_micros(100);
 /// Looks at [`POSTS`] between two offers of the processor to others.
 const LOOKS: usize = 64;
 
-/// The latest job, for those that linger.
+/// How long a thread that has called helpers waits before it calls more: by then they are awake, or their pool has no thread to spare.
+const WAKING: Duration = Duration::from_micros(50);
+
+/// The latest job.
 static LATEST: Mutex<Option<Arc<Job>>> = Mutex::new(None);
 
-/// How many jobs were posted in [`LATEST`]: what lingering threads look at.
+/// How many jobs were posted in [`LATEST`]: what helpers look at.
 static POSTS: AtomicUsize = AtomicUsize::new(0);
 
-/// How many threads linger.
-static LINGERING: AtomicUsize = AtomicUsize::new(0);
+/// How many helpers are at work or looking for it.
+static AWAKE: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    /// Whether this thread lingers further up its stack.
-    static LINGERS: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread is a helper further up its stack.
+    static SERVES: Cell<bool> = const { Cell::new(false) };
+    /// When this thread last called helpers.
+    static CALLED: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 /// Set in [`Job::state`] once the caller has returned or is about to.
@@ -123,20 +128,10 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
         state: AtomicUsize::new(0),
         panic: Mutex::new(None),
     });
-    // A caller that lingers further up its stack does not look for jobs now.
-    let awake = LINGERING.load(Ordering::Relaxed).saturating_sub(usize::from(LINGERS.get()));
-    if awake > 0 {
-        *lock(&LATEST) = Some(job.clone());
-        POSTS.fetch_add(1, Ordering::Release);
-    }
-    for _ in awake..helpers {
-        let job = job.clone();
-        rayon::spawn(move || {
-            job.help();
-            drop(job);
-            linger();
-        });
-    }
+    *lock(&LATEST) = Some(job.clone());
+    POSTS.fetch_add(1, Ordering::Release);
+    // A caller that is a helper further up its stack does not look for jobs now.
+    call_helpers(helpers.saturating_sub(AWAKE.load(Ordering::Relaxed).saturating_sub(usize::from(SERVES.get()))));
     // SAFETY: `f` is borrowed until this function returns.
     unsafe { job.work() };
     job.close();
@@ -145,19 +140,28 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-/// Helps with jobs that are posted soon; meanwhile, does what else the pool has to do.
-fn linger() {
-    if LINGERS.replace(true) {
+/// Asks the current pool for `count` more helpers.
+fn call_helpers(count: usize) {
+    if count == 0 || CALLED.get().is_some_and(|at| at.elapsed() < WAKING) {
         return;
     }
-    LINGERING.fetch_add(1, Ordering::Relaxed);
-    let mut seen = POSTS.load(Ordering::Acquire);
+    CALLED.set(Some(Instant::now()));
+    (0..count).for_each(|_| rayon::spawn(serve));
+}
+
+/// Helps with the latest job and those that are posted soon after; meanwhile, does what else the pool has to do.
+fn serve() {
+    if SERVES.replace(true) {
+        return;
+    }
+    AWAKE.fetch_add(1, Ordering::Relaxed);
+    let mut seen = None;
     let mut since = Instant::now();
     while since.elapsed() < LINGER {
         for _ in 0..LOOKS {
             let posts = POSTS.load(Ordering::Acquire);
-            if posts != seen {
-                seen = posts;
+            if seen != Some(posts) {
+                seen = Some(posts);
                 let job = lock(&LATEST).clone();
                 if let Some(job) = job {
                     job.help();
@@ -170,8 +174,8 @@ fn linger() {
             std::thread::yield_now();
         }
     }
-    LINGERING.fetch_sub(1, Ordering::Relaxed);
-    LINGERS.set(false);
+    AWAKE.fetch_sub(1, Ordering::Relaxed);
+    SERVES.set(false);
 }
 
 #[cfg(test)]
