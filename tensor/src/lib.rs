@@ -37,6 +37,7 @@ pub use tensor::Tensor;
 
 pub use half::{bf16, f16};
 pub use kiln_kernels::cpu::alloc::{MemoryStats, empty_cache, memory_stats, reset_peak};
+pub use kiln_kernels::cpu::gemm::{MatmulPrecision, matmul_precision, set_matmul_precision};
 pub use kiln_kernels::element::Bool;
 
 /// Uses `count` threads for all operations outside of an explicit rayon pool. Results do not depend on it.

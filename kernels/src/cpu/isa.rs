@@ -1,8 +1,10 @@
-//! Which instructions this machine has: detected once, forced lower by `KILN_ISA=scalar|avx2|avx512|neon`.
+//! Which instructions this machine has: detected once, forced lower by `KILN_ISA=scalar|avx2|avx512|amx|neon`.
 //!
 //! A kernel is written once over [`Simd`](super::simd::Simd) and handed to [`dispatch`], which instantiates it
 //! under the right `#[target_feature]` and passes the token that proves that the instructions exist.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Amx;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Scalar, Simd};
@@ -19,6 +21,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512, and matrix tiles for products.
+    Amx,
 }
 
 impl Isa {
@@ -29,6 +33,7 @@ impl Isa {
             Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 
@@ -40,6 +45,8 @@ impl Isa {
             Isa::Avx2 => Avx2::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Amx::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => true,
             #[allow(unreachable_patterns)]
@@ -49,18 +56,20 @@ impl Isa {
 
     /// The levels that this machine can run, lowest first.
     pub fn available() -> impl Iterator<Item = Isa> {
-        [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available())
+        ALL.into_iter().filter(|isa| isa.is_available())
     }
 }
+
+/// Lowest first.
+const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
 fn choose(forced: Option<&str>) -> Result<Isa, String> {
     let best = Isa::available().last().unwrap_or(Isa::Scalar);
     let Some(name) = forced else { return Ok(best) };
-    let all = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512];
-    match all.into_iter().find(|isa| isa.name() == name) {
+    match ALL.into_iter().find(|isa| isa.name() == name) {
         Some(isa) if isa.is_available() => Ok(isa),
         Some(_) => Err(format!("KILN_ISA={name}: this machine has no {name}; its best level is {}", best.name())),
-        None => Err(format!("KILN_ISA={name}: expected scalar, neon, avx2 or avx512")),
+        None => Err(format!("KILN_ISA={name}: expected scalar, neon, avx2, avx512 or amx")),
     }
 }
 
@@ -92,7 +101,7 @@ pub trait WithSimd {
 pub fn dispatch<W: WithSimd>(work: W) -> W::Output {
     match isa() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
+        Isa::Avx512 | Isa::Amx => {
             if let Some(token) = Avx512::detect() {
                 // SAFETY: the token exists, so the machine has these features.
                 return unsafe { with_avx512(token, work) };
@@ -123,7 +132,7 @@ pub fn dispatch_to_scalar<W: WithSimd>(work: W) -> W::Output {
 pub fn dispatch_without_avx512<W: WithSimd>(work: W) -> W::Output {
     match isa() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => {
+        Isa::Avx2 | Isa::Avx512 | Isa::Amx => {
             if let Some(token) = Avx2::detect() {
                 // SAFETY: the token exists, so the machine has these features.
                 return unsafe { with_avx2(token, work) };
@@ -132,6 +141,17 @@ pub fn dispatch_without_avx512<W: WithSimd>(work: W) -> W::Output {
         _ => {}
     }
     work.with_simd(Scalar)
+}
+
+/// [`dispatch`] for work that belongs to micro-kernels which only machines with AVX-512 have, and tests.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub fn dispatch_widest<W: WithSimd>(work: W) -> W::Output {
+    match Avx512::detect() {
+        // SAFETY: the token exists, so the machine has these features.
+        Some(token) => unsafe { with_avx512(token, work) },
+        None => work.with_simd(Scalar),
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,8 @@
 //! Kernels for the host: SIMD by hand, threads from the current rayon pool.
 
 pub mod alloc;
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod attention;
 pub mod cast;
 pub mod conv;

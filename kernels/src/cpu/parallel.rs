@@ -73,6 +73,15 @@ impl<T> SharedMut<T> {
         self.0
     }
 
+    /// The address of an element further on.
+    ///
+    /// # Safety
+    /// It must lie in the shared memory.
+    pub unsafe fn add(self, count: usize) -> Self {
+        // SAFETY: the caller's contract.
+        Self(unsafe { self.0.add(count) })
+    }
+
     /// The same address for elements of another type.
     pub fn cast<U>(self) -> SharedMut<U> {
         SharedMut(self.0.cast())

@@ -12,17 +12,20 @@
 
 use super::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, RowTiles, Tile};
 use super::pack::Strip;
-use super::packing::{Packing, Plain};
+use super::packing::{Magnitudes, Packing, Plain, Side};
 use super::{Gemm, GemmElement, Item, Out, dot, shared};
+#[cfg(target_arch = "x86_64")]
+use super::{MatmulPrecision, matmul_precision, tiles};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Terms that a tile sums in registers before it goes to C: measured best of 96, 128, 192, 256 and 384 on Zen 4.
+/// Words of a lane that a tile reads (terms, if the words are values) before its sums go to C: measured best of 96, 128, 192, 256 and 384
+/// on Zen 4.
 pub(super) const KC: usize = 384;
 
 /// Row tiles that a task of the small path covers at most: A's packed block (480 × KC, 720 KiB) fits a 1 MiB L2.
@@ -39,7 +42,18 @@ const MAX_TASKS: usize = 32;
 
 impl GemmElement for f32 {
     fn gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
-        if dot::try_gemm(gemm, out, row_stride) { Ok(()) } else { multiply::<Plain>(gemm, out, row_stride) }
+        if dot::try_gemm(gemm, out, row_stride) {
+            return Ok(());
+        }
+        #[cfg(target_arch = "x86_64")]
+        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
+            return match matmul_precision() {
+                MatmulPrecision::Highest => multiply::<tiles::Split<f32, 3>>(gemm, out, row_stride),
+                MatmulPrecision::High => multiply::<tiles::Split<f32, 2>>(gemm, out, row_stride),
+                MatmulPrecision::Medium => multiply::<tiles::Split<f32, 1>>(gemm, out, row_stride),
+            };
+        }
+        multiply::<Plain>(gemm, out, row_stride)
     }
 }
 
@@ -65,8 +79,11 @@ pub(super) fn init_of<T>(gemm: &Gemm<T, f32>, first_k: bool, col: usize) -> Init
     }
 }
 
+/// The most rows of a tile of any micro-kernels.
+const MAX_ROWS: usize = 32;
+
 /// Row pointers of a tile of C.
-pub(super) fn c_rows(out: Out<f32>, row: usize, col: usize) -> [*mut f32; MAX_MR] {
+pub(super) fn c_rows(out: Out<f32>, row: usize, col: usize) -> [*mut f32; MAX_ROWS] {
     std::array::from_fn(|r| out.at(row + r, col))
 }
 
@@ -105,14 +122,14 @@ impl Grid {
         self.row_blocks * self.col_blocks
     }
 
-    /// The row tiles and the columns of a task.
+    /// The rows and the columns of a task.
     fn task(&self, i: usize) -> (Range<usize>, Range<usize>) {
         let (row, col) = (i % self.row_blocks, i / self.row_blocks);
         let cut = |parts: usize, total: usize, i: usize| i * total / parts;
         let tiles = cut(self.row_blocks, self.rows.count, row)..cut(self.row_blocks, self.rows.count, row + 1);
         let start = cut(self.col_blocks, self.panels, col) * self.nr;
         let end = (cut(self.col_blocks, self.panels, col + 1) * self.nr).min(self.n);
-        (tiles, start..end)
+        (self.rows.start(tiles.start)..self.rows.start(tiles.end), start..end)
     }
 }
 
@@ -127,9 +144,9 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride
     for_each(total.div_ceil(group), 2 * batch * m * n * k / FLOP_PER_NS, |task| {
         for i in task * group..total.min((task + 1) * group) {
             let (item, part) = (i / grid.count(), i % grid.count());
-            let (tiles, cols) = grid.task(part);
+            let (rows, cols) = grid.task(part);
             let out = Out { c: c.get().wrapping_add(item * m * row_stride), row_stride };
-            if let Err(error) = dispatch(Block::<P> { gemm, item: gemm.item(item), rows: grid.rows, tiles, cols, out }) {
+            if let Err(error) = P::dispatch(Block::<P> { gemm, item: gemm.item(item), rows, cols, ks: 0..k, out }) {
                 failure.get_or_init(|| error);
             }
         }
@@ -137,13 +154,13 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride
     failure.get().map_or(Ok(()), |&error| Err(error))
 }
 
-/// One task: some row tiles and some columns of one C, over all of K.
+/// Some rows and columns of one C, over some of K.
 struct Block<'a, P: Packing> {
     gemm: &'a Gemm<'a, P::Element, f32>,
     item: Item<P::Element>,
-    rows: RowTiles,
-    tiles: Range<usize>,
+    rows: Range<usize>,
     cols: Range<usize>,
+    ks: Range<usize>,
     out: Out<f32>,
 }
 
@@ -151,9 +168,16 @@ impl<P: Packing> Block<'_, P> {
     /// Rows that are read in place must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
     fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
         let a = self.item.a;
-        let few_panels = self.cols.len() <= 4 * kernels.nr || self.item.k <= 32;
+        let few_panels = self.cols.len() <= 4 * kernels.nr || self.ks.len() <= 32;
         let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
         P::in_place(a.data).is_some() && few_panels && contiguous && !stride.is_multiple_of(512)
+    }
+
+    /// A part of the block by the micro-kernels for any values.
+    #[cold]
+    fn fall_back(&self, cols: Range<usize>, ks: Range<usize>) -> Result<(), OutOfMemory> {
+        let Self { gemm, item, out, .. } = *self;
+        <P::Fallback as Packing>::dispatch(Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks, out })
     }
 }
 
@@ -163,25 +187,32 @@ impl<P: Packing> WithSimd for Block<'_, P> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
         let kernels = P::kernels();
-        let block = KC * P::TERMS;
-        let Item { a, b, k, .. } = self.item;
-        let (first_row, end_row) = (self.rows.start(self.tiles.start), self.rows.start(self.tiles.end));
+        let started = kernels.start();
+        let block = P::KC * P::TERMS;
+        let Item { a, b, .. } = self.item;
+        let tiles = kernels.row_tiles(self.rows.len());
+        let panel_rows = P::panel_rows(tiles.height(0));
         let a_in_place = self.reads_a_in_place(kernels);
-        let mut a_packed =
-            Buffer::new(if a_in_place { 0 } else { (end_row - first_row) * k.div_ceil(P::TERMS).min(KC) * size_of::<f32>() })?;
+        let a_words = if a_in_place { 0 } else { tiles.count * panel_rows * P::words(block.min(self.ks.len())) };
+        let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
         let mut panel = MaybeUninit::<[f32; KC * MAX_NR]>::uninit();
-        let b_in_place = b.col_stride == 1 && self.tiles.len() <= 2;
-        for k0 in (0..k).step_by(block) {
-            let terms = block.min(k - k0);
-            let kc = terms.div_ceil(P::TERMS);
+        let b_in_place = b.col_stride == 1 && tiles.count <= 2;
+        for k0 in self.ks.clone().step_by(block) {
+            let terms = block.min(self.ks.end - k0);
+            let a_panel = |tile: usize| a_packed.wrapping_add(tile * panel_rows * P::words(terms));
+            let mut a_seen = Magnitudes::NONE;
             if !a_in_place {
-                for tile in self.tiles.clone() {
-                    let (row, lanes) = (self.rows.start(tile), self.rows.height(tile));
+                for tile in 0..tiles.count {
+                    let (row, lanes) = (self.rows.start + tiles.start(tile), tiles.height(tile));
                     let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
                     // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
-                    unsafe { P::pack(s, strip, lanes, a_packed.add((row - first_row) * kc)) };
+                    a_seen = a_seen.union(unsafe { P::pack(s, Side::A, strip, lanes, a_panel(tile)) });
                 }
+            }
+            if !P::multiplies(a_seen, Magnitudes::ONE, terms) {
+                self.fall_back(self.cols.clone(), k0..k0 + terms)?;
+                continue;
             }
             for col in self.cols.clone().step_by(kernels.nr) {
                 let cols = kernels.nr.min(self.cols.end - col);
@@ -192,26 +223,31 @@ impl<P: Packing> WithSimd for Block<'_, P> {
                     _ => {
                         let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: terms, k_stride: b.row_stride };
                         let panel = panel.as_mut_ptr().cast::<f32>();
-                        // SAFETY: the strip lies inside B; the panel holds KC × NR entries.
-                        unsafe { P::pack(s, strip, width, panel) };
+                        // SAFETY: the strip lies inside B; the panel holds KC words of MAX_NR lanes.
+                        let b_seen = unsafe { P::pack(s, Side::B, strip, width, panel) };
+                        if !P::multiplies(a_seen, b_seen, terms) {
+                            self.fall_back(col..col + cols, k0..k0 + terms)?;
+                            continue;
+                        }
                         (panel.cast_const(), width)
                     }
                 };
-                for tile in self.tiles.clone() {
-                    let (row, height) = (self.rows.start(tile), self.rows.height(tile));
+                for tile in 0..tiles.count {
+                    let (row, height) = (self.rows.start + tiles.start(tile), tiles.height(tile));
                     let (a_rows, a_stride) = match P::in_place(a.at(row, k0)) {
                         Some(first) if a_in_place => (std::array::from_fn(|r| first.wrapping_add(r * a.row_stride)), a.col_stride),
                         _ => {
-                            let first = a_packed.wrapping_add((row - first_row) * kc).cast_const();
+                            let first = a_panel(tile).cast_const();
                             (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
                         }
                     };
                     let c = c_rows(self.out, row, col);
                     let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, k0 == 0, col) };
+                    let kc = P::entries(terms);
                     let tile = Tile { segments: 1, kc, a: a_rows.as_ptr(), a_stride, b: &b_data, b_stride, out };
                     // SAFETY: the first `height` row pointers address rows of A and C inside their matrices, B is a full panel,
                     // and the tiles of all tasks are disjoint.
-                    unsafe { kernels.tile(height, &tile) };
+                    unsafe { kernels.panel_tile(&started, height, &tile) };
                 }
             }
         }

@@ -10,6 +10,8 @@
 //! There is a kernel for each number of rows, so that M can be cut into tiles of nearly equal height
 //! ([`MicroKernels::row_tiles`]) and no row is computed in vain; a tile that is one vector wide or less takes the narrow kernels.
 
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::amx::{SIDE, Session};
 use crate::cpu::isa::{Isa, isa};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx512, Avx512Bf16};
@@ -84,6 +86,8 @@ pub struct OuterTile {
 }
 
 type TileFn = unsafe fn(&Tile);
+#[cfg(target_arch = "x86_64")]
+type TilesFn = unsafe fn(usize, &Tile, &Session);
 type OuterFn = unsafe fn(&OuterTile);
 
 /// The micro-kernels of one instruction set.
@@ -100,6 +104,16 @@ pub struct MicroKernels {
     narrow: &'static [TileFn],
     outer_wide: &'static [OuterFn],
     outer_narrow: &'static [OuterFn],
+    /// Instead of all of these: matrix tiles, for any number of rows.
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<TilesFn>,
+}
+
+/// What a thread needs while it computes tiles.
+#[derive(Debug)]
+pub(super) struct Started {
+    #[cfg(target_arch = "x86_64")]
+    session: Option<Session>,
 }
 
 impl MicroKernels {
@@ -107,7 +121,7 @@ impl MicroKernels {
     pub fn get() -> &'static Self {
         match isa() {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => &avx512::KERNELS,
+            Isa::Avx512 | Isa::Amx => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "aarch64")]
@@ -133,6 +147,20 @@ impl MicroKernels {
         return isa() == Isa::Avx512 && Avx512Bf16::detect().is_some_and(Avx512Bf16::is_fast);
         #[cfg(not(target_arch = "x86_64"))]
         false
+    }
+
+    /// Kernels that multiply panels of chunks on matrix tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const fn of_tiles(tiles: TilesFn) -> Self {
+        Self { mr: SIDE, nr: SIDE, lanes: SIDE, wide: &[], narrow: &[], outer_wide: &[], outer_narrow: &[], tiles: Some(tiles) }
+    }
+
+    /// To be called by a thread before it computes tiles, and kept until it has.
+    pub(super) fn start(&self) -> Started {
+        Started {
+            #[cfg(target_arch = "x86_64")]
+            session: self.tiles.map(|_| Session::begin()),
+        }
     }
 
     /// How many values of B a tile of `cols` columns reads at each k: one vector, or NR. A packed panel has this width
@@ -164,6 +192,26 @@ impl MicroKernels {
         let kernels = if tile.out.cols <= self.lanes { self.narrow } else { self.wide };
         // SAFETY: `get` returns a table of a level that `isa` found; the memory is the caller's word.
         unsafe { kernels[rows - 1](tile) }
+    }
+
+    /// [`tile`](Self::tile) of two packed panels, by kernels of any kind.
+    ///
+    /// # Panics
+    /// As for `tile`.
+    ///
+    /// # Safety
+    /// As for `tile`, with the panels that such kernels take. [`start`](Self::start) of these kernels returned `started` on this thread.
+    #[inline]
+    pub(super) unsafe fn panel_tile(&self, started: &Started, rows: usize, tile: &Tile) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(tiles), Some(session)) = (self.tiles, &started.session) {
+            assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&tile.out.cols));
+            // SAFETY: the memory is the caller's word.
+            return unsafe { tiles(rows, tile, session) };
+        }
+        let Started { .. } = started;
+        // SAFETY: the caller's contract.
+        unsafe { self.tile(rows, tile) }
     }
 
     /// Computes an outer-product tile of `rows` rows.
@@ -308,32 +356,41 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile) {
 unsafe fn store<S: Simd, const R: usize, const NV: usize>(s: S, acc: &[[S::F32; NV]; R], out: &Output) {
     let alpha = s.splat(out.alpha);
     for (r, sums) in acc.iter().enumerate() {
-        // SAFETY: there are R row addresses.
-        let row = unsafe { out.c.add(r).read() };
         for (v, &sum) in sums.iter().enumerate() {
-            let first = v * S::LANES;
-            if first + S::LANES <= out.cols {
-                // SAFETY: the row has `cols` values, and so has the bias.
-                unsafe {
-                    let init = match out.init {
-                        Init::Zero => s.zero(),
-                        Init::C => s.load(row.add(first)),
-                        Init::Bias(bias) => s.load(bias.add(first)),
-                    };
-                    sum.mul_add(alpha, init).store(row.add(first));
-                }
-            } else if first < out.cols {
-                let count = out.cols - first;
-                // SAFETY: `count` values are left of the row and of the bias.
-                unsafe {
-                    let init = match out.init {
-                        Init::Zero => s.zero(),
-                        Init::C => s.load_partial(row.add(first), count),
-                        Init::Bias(bias) => s.load_partial(bias.add(first), count),
-                    };
-                    sum.mul_add(alpha, init).store_partial(row.add(first), count);
-                }
-            }
+            // SAFETY: the caller's contract.
+            unsafe { store_vector(s, sum, alpha, r, v * S::LANES, out) };
+        }
+    }
+}
+
+/// Puts the sums of row `r`, from column `first` on, where they go.
+///
+/// # Safety
+/// As for the output of [`MicroKernels::tile`].
+#[inline(always)]
+pub(super) unsafe fn store_vector<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, first: usize, out: &Output) {
+    // SAFETY: there is an address for each row.
+    let row = unsafe { out.c.add(r).read() };
+    if first + S::LANES <= out.cols {
+        // SAFETY: the row has `cols` values, and so has the bias.
+        unsafe {
+            let init = match out.init {
+                Init::Zero => s.zero(),
+                Init::C => s.load(row.add(first)),
+                Init::Bias(bias) => s.load(bias.add(first)),
+            };
+            sum.mul_add(alpha, init).store(row.add(first));
+        }
+    } else if first < out.cols {
+        let count = out.cols - first;
+        // SAFETY: `count` values are left of the row and of the bias.
+        unsafe {
+            let init = match out.init {
+                Init::Zero => s.zero(),
+                Init::C => s.load_partial(row.add(first), count),
+                Init::Bias(bias) => s.load_partial(bias.add(first), count),
+            };
+            sum.mul_add(alpha, init).store_partial(row.add(first), count);
         }
     }
 }
@@ -365,6 +422,8 @@ macro_rules! level {
                 narrow: &[$(tile::<$rows, 1>),*],
                 outer_wide: &[$(outer::<$rows, $nv>),*],
                 outer_narrow: &[$(outer::<$rows, 1>),*],
+                #[cfg(target_arch = "x86_64")]
+                tiles: None,
             };
         }
     };
@@ -390,6 +449,8 @@ macro_rules! pairs {
                 narrow: &[$(tile::<$rows, 1>),*],
                 outer_wide: &[],
                 outer_narrow: &[],
+                #[cfg(target_arch = "x86_64")]
+                tiles: None,
             };
         }
     };

@@ -2,31 +2,99 @@
 
 use super::micro::MicroKernels;
 use super::pack::{self, Strip};
+use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::simd::Simd;
 use crate::element::{Element, Float};
 use half::bf16;
 use std::marker::PhantomData;
 
-/// How the values of factors go into panels, and which micro-kernels multiply these. An entry of a panel has 32 bits.
+/// Which factor a strip belongs to: one of rows of A, or of columns of B.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    A,
+    B,
+}
+
+/// The smallest and largest magnitudes among packed values, where a packing looks at them.
+#[derive(Clone, Copy)]
+pub(super) struct Magnitudes {
+    /// One less than the bits of the smallest that is not zero; `u32::MAX` if there is none.
+    pub least: u32,
+    /// The bits of the largest, NaN being above infinity.
+    pub most: u32,
+}
+
+impl Magnitudes {
+    /// Of no values.
+    pub const NONE: Self = Self { least: u32::MAX, most: 0 };
+    /// Of ones.
+    pub const ONE: Self = Self { least: 1f32.to_bits() - 1, most: 1f32.to_bits() };
+
+    pub fn union(self, other: Self) -> Self {
+        Self { least: self.least.min(other.least), most: self.most.max(other.most) }
+    }
+
+    /// The binary exponents of both, 128 for infinities and NaN; `None` if all values are zero.
+    pub fn exponents(self) -> Option<(i32, i32)> {
+        let exponent = |bits: u32| (bits >> 23) as i32 - 127;
+        (self.least != u32::MAX).then(|| (exponent(self.least + 1), exponent(self.most)))
+    }
+}
+
+/// How the values of factors go into panels, and which micro-kernels multiply these.
 pub(super) trait Packing: Copy + Send + Sync + 'static {
     /// What factors hold.
     type Element: Element;
+    /// The packing for blocks that this one's micro-kernels cannot multiply.
+    type Fallback: Packing<Element = Self::Element>;
 
     /// Values (of neighbouring k) in an entry.
     const TERMS: usize;
+    /// 32-bit words that an entry takes.
+    const WORDS: usize = 1;
+    /// Entries of a panel are a multiple of this.
+    const UNIT: usize = 1;
+    /// Entries of a block of K.
+    const KC: usize = super::blocked::KC / Self::WORDS;
 
-    /// The micro-kernels for such entries.
+    /// The micro-kernels for such panels.
     fn kernels() -> &'static MicroKernels;
 
-    /// Copies a strip into a panel `[entries of k][width]`; lanes from `lanes` to `width` are zero, and so is what a last entry lacks.
+    /// Copies a strip into a panel, `[entries of k][width]` if the packing does not say otherwise; lanes from `lanes` to `width` are zero, and
+    /// so is what the last entries lack. Returns the values' magnitudes if [`multiplies`](Self::multiplies) asks for them.
     ///
     /// # Safety
-    /// The strip must be readable, `dst` writable for all entries apart from it, and `lanes <= width`.
-    unsafe fn pack<S: Simd>(s: S, strip: Strip<Self::Element>, width: usize, dst: *mut f32);
+    /// The strip must be readable, `dst` writable for a panel's words apart from it, and `lanes <= width`.
+    unsafe fn pack<S: Simd>(s: S, side: Side, strip: Strip<Self::Element>, width: usize, dst: *mut f32) -> Magnitudes;
 
     /// The address as one that micro-kernels may read in place of a panel.
     fn in_place(_: *const Self::Element) -> Option<*const f32> {
         None
+    }
+
+    /// Whether the micro-kernels multiply values of such magnitudes as exactly as they should, `terms` to a sum.
+    fn multiplies(_a: Magnitudes, _b: Magnitudes, _terms: usize) -> bool {
+        true
+    }
+
+    /// Rows of a panel of A that is to hold `height`.
+    fn panel_rows(height: usize) -> usize {
+        height
+    }
+
+    /// Entries of a panel of so many terms.
+    fn entries(terms: usize) -> usize {
+        terms.div_ceil(Self::TERMS).next_multiple_of(Self::UNIT)
+    }
+
+    /// Words of a lane of a panel of so many terms.
+    fn words(terms: usize) -> usize {
+        Self::entries(terms) * Self::WORDS
+    }
+
+    /// Runs work that packs, at the level that the micro-kernels need.
+    fn dispatch<W: WithSimd>(work: W) -> W::Output {
+        dispatch(work)
     }
 }
 
@@ -36,15 +104,17 @@ pub(super) struct Plain;
 
 impl Packing for Plain {
     type Element = f32;
+    type Fallback = Self;
     const TERMS: usize = 1;
 
     fn kernels() -> &'static MicroKernels {
         MicroKernels::get()
     }
     #[inline(always)]
-    unsafe fn pack<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
+    unsafe fn pack<S: Simd>(s: S, _: Side, strip: Strip, width: usize, dst: *mut f32) -> Magnitudes {
         // SAFETY: the caller's contract.
-        unsafe { pack::pack(s, strip, width, dst) }
+        unsafe { pack::pack(s, strip, width, dst) };
+        Magnitudes::NONE
     }
     #[inline(always)]
     fn in_place(src: *const f32) -> Option<*const f32> {
@@ -88,29 +158,33 @@ impl Convert for Pairs {
 
 impl<T: Float<Compute = f32>> Packing for Widened<T> {
     type Element = T;
+    type Fallback = Self;
     const TERMS: usize = 1;
 
     fn kernels() -> &'static MicroKernels {
         MicroKernels::get()
     }
     #[inline(always)]
-    unsafe fn pack<S: Simd>(s: S, strip: Strip<T>, width: usize, dst: *mut f32) {
+    unsafe fn pack<S: Simd>(s: S, _: Side, strip: Strip<T>, width: usize, dst: *mut f32) -> Magnitudes {
         // SAFETY: the caller's contract.
-        unsafe { convert::<S, Self>(s, strip, width, dst) }
+        unsafe { convert::<S, Self>(s, strip, width, dst) };
+        Magnitudes::NONE
     }
 }
 
 impl Packing for Pairs {
     type Element = bf16;
+    type Fallback = Self;
     const TERMS: usize = 2;
 
     fn kernels() -> &'static MicroKernels {
         MicroKernels::bf16_pairs()
     }
     #[inline(always)]
-    unsafe fn pack<S: Simd>(s: S, strip: Strip<bf16>, width: usize, dst: *mut f32) {
+    unsafe fn pack<S: Simd>(s: S, _: Side, strip: Strip<bf16>, width: usize, dst: *mut f32) -> Magnitudes {
         // SAFETY: the caller's contract.
-        unsafe { convert::<S, Self>(s, strip, width, dst) }
+        unsafe { convert::<S, Self>(s, strip, width, dst) };
+        Magnitudes::NONE
     }
 }
 

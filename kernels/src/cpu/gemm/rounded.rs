@@ -3,6 +3,8 @@
 use super::blocked::multiply;
 use super::micro::MicroKernels;
 use super::packing::{Packing, Pairs, Widened};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{Gemm, GemmElement, dot};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -16,12 +18,21 @@ const CHUNK: usize = 1 << 15;
 
 impl GemmElement for f16 {
     fn gemm(gemm: &Gemm<f16>, out: &mut [f16], row_stride: usize) -> Result<(), OutOfMemory> {
+        #[cfg(target_arch = "x86_64")]
+        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
+            // Two parts hold an f16 exactly.
+            return rounded::<tiles::Split<f16, 2>>(gemm, out, row_stride);
+        }
         rounded::<Widened<f16>>(gemm, out, row_stride)
     }
 }
 
 impl GemmElement for bf16 {
     fn gemm(gemm: &Gemm<bf16>, out: &mut [bf16], row_stride: usize) -> Result<(), OutOfMemory> {
+        #[cfg(target_arch = "x86_64")]
+        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
+            return rounded::<tiles::Split<bf16, 1>>(gemm, out, row_stride);
+        }
         if MicroKernels::has_bf16_pairs() {
             rounded::<Pairs>(gemm, out, row_stride)
         } else {

@@ -2,28 +2,33 @@
 //!
 //! Packed A is `[block of K][row tile][kc][height]`, packed B `[block of K][panel][kc][width]`, both without gaps.
 
-use super::blocked::{KC, c_rows, init_of};
-use super::micro::{MAX_MR, MicroKernels, Output, RowTiles, Tile};
+use super::blocked::{FLOP_PER_NS, KC, c_rows, init_of};
+use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
 use super::pack::Strip;
-use super::packing::Packing;
-use super::{Gemm, Matrix, Out};
+use super::packing::{Magnitudes, Packing, Side};
+use super::{Gemm, Out};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Values of a packed super-block of each factor: 8 MiB, so that both fit the L3 of most machines.
 const SUPER_BLOCK: usize = 2 << 20;
 
-/// Most terms of a super-block: with it, a super-block has at least 1024 rows or columns.
+/// Most words of a lane of a super-block: with them, a super-block has at least 1024 rows or columns.
 const SUPER_K: usize = 8 * KC;
 
-/// Row tiles and panels of a task. At AVX-512 its block of A (192 × KC) is 288 KiB of L2, each panel of B comes from L3 once for 16 tiles,
+/// Most row tiles and panels of a task. At AVX-512 its block of A (192 × KC) is 288 KiB of L2, each panel of B comes from L3 once for 16 tiles,
 /// and it lasts about 0.8 ms at K = 1024: short enough to keep threads evenly busy, long enough to hide the hand-over.
 const TILES: usize = 16;
 const PANELS: usize = 8;
+
+/// Smaller products are cut into this many tasks or more, so that threads end at about the same time.
+const MIN_TASKS: usize = 8;
 
 /// Nearly equal parts of `0..total`, none larger than `most`, cut at multiples of `unit`.
 fn parts(total: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
@@ -36,63 +41,143 @@ fn parts(total: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<u
 pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
     let kernels = P::kernels();
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    for ks in parts(k, SUPER_K * P::TERMS, KC * P::TERMS) {
-        let entries = ks.len().div_ceil(P::TERMS);
-        let most = SUPER_BLOCK / entries;
+    // SAFETY: `Gemm::run` checked that all items of C lie in its memory.
+    let c = unsafe { c.add(item * m * row_stride) };
+    for ks in parts(k, SUPER_K / P::WORDS * P::TERMS, P::KC * P::TERMS) {
+        let most = SUPER_BLOCK / P::words(ks.len());
         for cols in parts(n, most, kernels.nr) {
-            // The last panel may be narrower; room for a full one is never too little.
-            let mut b = Buffer::new(cols.len().next_multiple_of(kernels.nr) * entries * size_of::<f32>())?;
-            let b = SharedMut::new(b.as_slice_mut());
+            let mut b = Panels::<P>::of_b(cols.len(), ks.len())?;
             for rows in parts(m, most, kernels.mr) {
-                let mut a = Buffer::new(rows.len() * entries * size_of::<f32>())?;
-                let a = SharedMut::new(a.as_slice_mut());
-                let tiles = kernels.row_tiles(rows.len());
+                let mut a = Panels::<P>::of_a(rows.len(), ks.len())?;
                 let new_b = rows.start == 0;
-                let block = SuperBlock::<P> { gemm, item, kernels, tiles, rows, cols: cols.clone(), ks: ks.clone(), a, b };
-                block.pack(new_b);
-                block.multiply(c, row_stride);
+                SuperBlock { gemm, item, rows, cols: cols.clone(), ks: ks.clone() }.compute(&mut a, &mut b, new_b, c, row_stride)?;
             }
         }
     }
     Ok(())
 }
 
-/// A super-block of an item, and its packed factors.
+/// The packed panels of a factor's part in a super-block.
+struct Panels<P> {
+    buffer: Buffer,
+    /// Lanes of all panels: words of a block of K for each of its words of a lane.
+    lanes: usize,
+    /// Magnitudes of the values: [`Magnitudes::least`] and [`Magnitudes::most`].
+    seen: (AtomicU32, AtomicU32),
+    packing: PhantomData<P>,
+}
+
+impl<P: Packing> Panels<P> {
+    fn new(lanes: usize, terms: usize) -> Result<Self, OutOfMemory> {
+        let buffer = Buffer::new(lanes * P::words(terms) * size_of::<f32>())?;
+        let Magnitudes { least, most } = Magnitudes::NONE;
+        Ok(Self { buffer, lanes, seen: (least.into(), most.into()), packing: PhantomData })
+    }
+
+    /// For row tiles.
+    fn of_a(rows: usize, terms: usize) -> Result<Self, OutOfMemory> {
+        let tiles = P::kernels().row_tiles(rows);
+        Self::new(tiles.count * P::panel_rows(tiles.height(0)), terms)
+    }
+
+    /// For columns; the last panel may be narrower, and room for a full one is never too little.
+    fn of_b(cols: usize, terms: usize) -> Result<Self, OutOfMemory> {
+        Self::new(cols.next_multiple_of(P::kernels().nr), terms)
+    }
+
+    fn see(&self, values: Magnitudes) {
+        self.seen.0.fetch_min(values.least, Relaxed);
+        self.seen.1.fetch_max(values.most, Relaxed);
+    }
+
+    fn magnitudes(&self) -> Magnitudes {
+        Magnitudes { least: self.seen.0.load(Relaxed), most: self.seen.1.load(Relaxed) }
+    }
+}
+
+/// A super-block of an item.
 struct SuperBlock<'a, P: Packing> {
     gemm: &'a Gemm<'a, P::Element, f32>,
     item: usize,
-    kernels: &'static MicroKernels,
-    tiles: RowTiles,
     rows: Range<usize>,
     cols: Range<usize>,
     ks: Range<usize>,
-    a: SharedMut<f32>,
-    b: SharedMut<f32>,
 }
 
 impl<P: Packing> SuperBlock<'_, P> {
     /// Terms of a block of K.
-    const TERMS: usize = KC * P::TERMS;
+    const TERMS: usize = P::KC * P::TERMS;
+
+    /// Packs A, and B if it is new, and multiplies them.
+    fn compute(self, a: &mut Panels<P>, b: &mut Panels<P>, new_b: bool, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+        let at = Addresses {
+            a: SharedMut::new(a.buffer.as_slice_mut()),
+            a_lanes: a.lanes,
+            b: SharedMut::new(b.buffer.as_slice_mut()),
+            b_lanes: b.lanes,
+        };
+        let packed = Packed { block: &self, tiles: P::kernels().row_tiles(self.rows.len()), at };
+        packed.pack(a, b, new_b);
+        if P::multiplies(a.magnitudes(), b.magnitudes(), self.ks.len()) {
+            packed.multiply(c, row_stride);
+            return Ok(());
+        }
+        self.fall_back(c, row_stride)
+    }
+
+    /// The same with the micro-kernels for any values.
+    #[cold]
+    fn fall_back(self, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+        let Self { gemm, item, rows, cols, ks } = self;
+        let (mut a, mut b) = (Panels::of_a(rows.len(), ks.len())?, Panels::of_b(cols.len(), ks.len())?);
+        SuperBlock::<P::Fallback> { gemm, item, rows, cols, ks }.compute(&mut a, &mut b, true, c, row_stride)
+    }
+}
+
+/// Where the panels of a super-block lie.
+#[derive(Clone, Copy)]
+struct Addresses {
+    a: SharedMut<f32>,
+    a_lanes: usize,
+    b: SharedMut<f32>,
+    b_lanes: usize,
+}
+
+/// A super-block and its panels.
+struct Packed<'a, P: Packing> {
+    block: &'a SuperBlock<'a, P>,
+    tiles: RowTiles,
+    at: Addresses,
+}
+
+/// Number `i` of `count` nearly equal parts of `0..total`.
+fn cut(total: usize, count: usize, i: usize) -> Range<usize> {
+    i * total / count..(i + 1) * total / count
+}
+
+impl<P: Packing> Packed<'_, P> {
+    const TERMS: usize = SuperBlock::<P>::TERMS;
+
+    fn panels(&self) -> usize {
+        self.block.cols.len().div_ceil(P::kernels().nr)
+    }
 
     /// Packs A, and B if it is new, a few strips of one block of K a task.
-    fn pack(&self, new_b: bool) {
-        let panels = self.cols.len().div_ceil(self.kernels.nr);
+    fn pack(&self, a: &Panels<P>, b: &Panels<P>, new_b: bool) {
+        let panels = self.panels();
+        let SuperBlock { rows, cols, ks, .. } = self.block;
         let (a_groups, b_groups) = (self.tiles.count.div_ceil(TILES), if new_b { panels.div_ceil(PANELS) } else { 0 });
         let groups = a_groups + b_groups;
-        let values = self.ks.len() * (self.rows.len() + self.cols.len());
-        for_each(groups * self.ks.len().div_ceil(Self::TERMS), values, |task| {
+        let values = ks.len() * (rows.len() + if new_b { cols.len() } else { 0 });
+        for_each(groups * ks.len().div_ceil(Self::TERMS), values, |task| {
             let (k, group) = (task / groups * Self::TERMS, task % groups);
-            let terms = Self::TERMS.min(self.ks.len() - k);
+            let terms = Self::TERMS.min(ks.len() - k);
             if group < a_groups {
-                let strips = group * TILES..self.tiles.count.min((group + 1) * TILES);
-                dispatch(PackStrips { strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> });
+                let strips = cut(self.tiles.count, a_groups, group);
+                a.see(P::dispatch(PackStrips { side: Side::A, strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> }));
             } else {
-                let first = (group - a_groups) * PANELS;
-                dispatch(PackStrips {
-                    strips: first..panels.min(first + PANELS),
-                    strip: |i| self.b_strip(k, terms, i),
-                    packing: PhantomData::<P>,
-                });
+                let strips = cut(panels, b_groups, group - a_groups);
+                b.see(P::dispatch(PackStrips { side: Side::B, strips, strip: |i| self.b_strip(k, terms, i), packing: PhantomData::<P> }));
             }
         });
     }
@@ -100,45 +185,57 @@ impl<P: Packing> SuperBlock<'_, P> {
     /// Row tile `i` of A in the block of K that begins at `k`: the strip, its panel's width and place.
     fn a_strip(&self, k: usize, terms: usize, i: usize) -> (Strip<P::Element>, usize, *mut f32) {
         let (row, height) = (self.tiles.start(i), self.tiles.height(i));
-        let Matrix { row_stride, col_stride, .. } = self.gemm.item(self.item).a;
-        let src = self.gemm.item(self.item).a.at(self.rows.start + row, self.ks.start + k);
-        (Strip { src, lanes: height, lane_stride: row_stride, k: terms, k_stride: col_stride }, height, self.packed_a(k, terms, row))
+        let a = self.block.gemm.item(self.block.item).a;
+        let src = a.at(self.block.rows.start + row, self.block.ks.start + k);
+        let strip = Strip { src, lanes: height, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
+        (strip, height, self.packed_a(k, terms, i))
     }
 
     /// Panel `i` of B, likewise.
     fn b_strip(&self, k: usize, terms: usize, i: usize) -> (Strip<P::Element>, usize, *mut f32) {
-        let col = i * self.kernels.nr;
-        let cols = self.kernels.nr.min(self.cols.len() - col);
-        let Matrix { row_stride, col_stride, .. } = self.gemm.item(self.item).b;
-        let src = self.gemm.item(self.item).b.at(self.ks.start + k, self.cols.start + col);
-        let strip = Strip { src, lanes: cols, lane_stride: col_stride, k: terms, k_stride: row_stride };
-        (strip, self.kernels.panel_width(cols), self.packed_b(k, terms, col))
+        let kernels = P::kernels();
+        let col = i * kernels.nr;
+        let cols = kernels.nr.min(self.block.cols.len() - col);
+        let b = self.block.gemm.item(self.block.item).b;
+        let src = b.at(self.block.ks.start + k, self.block.cols.start + col);
+        let strip = Strip { src, lanes: cols, lane_stride: b.col_stride, k: terms, k_stride: b.row_stride };
+        (strip, kernels.panel_width(cols), self.packed_b(k, terms, i))
     }
 
-    /// Where the row tile that begins at `row` lies in packed A, in the block of `terms` of K that begins at `k`.
-    fn packed_a(&self, k: usize, terms: usize, row: usize) -> *mut f32 {
-        self.a.get().wrapping_add(k / P::TERMS * self.rows.len() + row * terms.div_ceil(P::TERMS))
+    /// Where row tile `i` lies in packed A, in the block of `terms` of K that begins at `k`.
+    fn packed_a(&self, k: usize, terms: usize, i: usize) -> *mut f32 {
+        let panel_rows = P::panel_rows(self.tiles.height(0));
+        self.at.a.get().wrapping_add(k / P::TERMS * P::WORDS * self.at.a_lanes + i * panel_rows * P::words(terms))
     }
 
-    /// Where the panel that begins at `col` lies in packed B: blocks of K are a full last panel apart.
-    fn packed_b(&self, k: usize, terms: usize, col: usize) -> *mut f32 {
-        self.b.get().wrapping_add(k / P::TERMS * self.cols.len().next_multiple_of(self.kernels.nr) + col * terms.div_ceil(P::TERMS))
+    /// Where panel `i` lies in packed B.
+    fn packed_b(&self, k: usize, terms: usize, i: usize) -> *mut f32 {
+        self.at.b.get().wrapping_add(k / P::TERMS * P::WORDS * self.at.b_lanes + i * P::kernels().nr * P::words(terms))
     }
 
     /// Multiplies the packed factors into C, a few tiles by a few panels a task.
     fn multiply(&self, c: SharedMut<f32>, row_stride: usize) {
-        let panels = self.cols.len().div_ceil(self.kernels.nr);
-        let (row_groups, col_groups) = (self.tiles.count.div_ceil(TILES), panels.div_ceil(PANELS));
-        let macs = self.rows.len() * self.cols.len() * self.ks.len();
-        for_each(row_groups * col_groups, macs, |task| {
+        let SuperBlock { rows, cols, ks, .. } = self.block;
+        let (tiles, panels) = (self.tiles.count, self.panels());
+        let (mut row_groups, mut col_groups) = (tiles.div_ceil(TILES), panels.div_ceil(PANELS));
+        while row_groups * col_groups < MIN_TASKS && (row_groups < tiles || col_groups < panels) {
+            // Square parts share most.
+            let higher = rows.len() * col_groups >= cols.len() * row_groups;
+            if col_groups == panels || (higher && row_groups < tiles) {
+                row_groups += 1;
+            } else {
+                col_groups += 1;
+            }
+        }
+        for_each(row_groups * col_groups, rows.len() * cols.len() * ks.len() / FLOP_PER_NS * 2, |task| {
+            let started = P::kernels().start();
             // Neighbouring tasks share their panels of B, the larger part of what they read.
-            let (row, col) = (task % row_groups * TILES, task / row_groups * PANELS);
-            let (tiles, panels) = (row..self.tiles.count.min(row + TILES), col..panels.min(col + PANELS));
-            let out = Out { c: c.get().wrapping_add(self.item * self.gemm.a.rows() * row_stride), row_stride };
-            for k in (0..self.ks.len()).step_by(Self::TERMS) {
+            let (tiles, panels) = (cut(tiles, row_groups, task % row_groups), cut(panels, col_groups, task / row_groups));
+            for k in (0..ks.len()).step_by(Self::TERMS) {
                 for panel in panels.clone() {
                     for tile in tiles.clone() {
-                        self.tile(out, k, tile, panel * self.kernels.nr);
+                        let out = Out { c: c.get(), row_stride };
+                        self.tile(&started, out, k, tile, panel);
                     }
                 }
             }
@@ -146,26 +243,30 @@ impl<P: Packing> SuperBlock<'_, P> {
     }
 
     /// One tile of C over one block of K.
-    fn tile(&self, out: Out<f32>, k: usize, tile: usize, col: usize) {
-        let terms = Self::TERMS.min(self.ks.len() - k);
-        let (row, height) = (self.tiles.start(tile), self.tiles.height(tile));
-        let cols = self.kernels.nr.min(self.cols.len() - col);
-        let a = self.packed_a(k, terms, row).cast_const();
+    fn tile(&self, started: &Started, out: Out<f32>, k: usize, tile: usize, panel: usize) {
+        let SuperBlock { gemm, rows, cols, ks, .. } = self.block;
+        let kernels = P::kernels();
+        let terms = Self::TERMS.min(ks.len() - k);
+        let (row, height) = (rows.start + self.tiles.start(tile), self.tiles.height(tile));
+        let col = cols.start + panel * kernels.nr;
+        let width = kernels.nr.min(cols.end - col);
+        let a = self.packed_a(k, terms, tile).cast_const();
         let a: [*const f32; MAX_MR] = std::array::from_fn(|r| a.wrapping_add(r));
-        let b = self.packed_b(k, terms, col).cast_const();
-        let c = c_rows(out, self.rows.start + row, self.cols.start + col);
-        let first = self.ks.start + k == 0;
-        let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, first, self.cols.start + col) };
-        let b_stride = self.kernels.panel_width(cols);
-        let tile = Tile { segments: 1, kc: terms.div_ceil(P::TERMS), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
+        let b = self.packed_b(k, terms, panel).cast_const();
+        let c = c_rows(out, row, col);
+        let first = ks.start + k == 0;
+        let out = Output { c: c.as_ptr(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
+        let b_stride = kernels.panel_width(width);
+        let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
         // SAFETY: both panels were packed before any task began; the first `height` rows of C lie inside it (`Gemm::run` checked
         // its extent), and no two tasks share a tile.
-        unsafe { self.kernels.tile(height, &tile) }
+        unsafe { kernels.panel_tile(started, height, &tile) }
     }
 }
 
-/// Packs some strips of one factor.
+/// Packs some strips of one factor; returns the values' magnitudes.
 struct PackStrips<P, F> {
+    side: Side,
     strips: Range<usize>,
     /// A strip, its panel's width and place.
     strip: F,
@@ -173,15 +274,17 @@ struct PackStrips<P, F> {
 }
 
 impl<P: Packing, F: Fn(usize) -> (Strip<P::Element>, usize, *mut f32)> WithSimd for PackStrips<P, F> {
-    type Output = ();
+    type Output = Magnitudes;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) {
+    fn with_simd<S: Simd>(self, s: S) -> Magnitudes {
+        let mut seen = Magnitudes::NONE;
         for i in self.strips {
             let (strip, width, to) = (self.strip)(i);
             // SAFETY: the strip lies inside its factor, whose extent `Gemm::run` checked; each strip has its own panel, and the buffers
             // hold all of them.
-            unsafe { P::pack(s, strip, width, to) };
+            seen = seen.union(unsafe { P::pack(s, self.side, strip, width, to) });
         }
+        seen
     }
 }

@@ -302,3 +302,145 @@ fn pairs_of_bf16_match_f64() {
         }
     }
 }
+
+/// The rest of this file: products on matrix tiles, in hardware or under the emulator.
+#[cfg(target_arch = "x86_64")]
+mod on_tiles {
+    use super::*;
+    use crate::cpu::gemm::blocked::multiply;
+    use crate::cpu::gemm::packing::{Packing, Plain};
+    use crate::cpu::gemm::tiles::Split;
+
+    fn product<P: Packing>(a: &[P::Element], b: &[P::Element], [m, n, k]: [usize; 3], strides: [(usize, usize); 2]) -> Vec<f32> {
+        let view = |data, rows, cols, (row, col)| MatView::new(data, rows, cols, row, col).unwrap();
+        let (a, b) = (view(a, m, k, strides[0]), view(b, k, n, strides[1]));
+        let gemm = Gemm { a, b, a_offsets: &[0], b_offsets: &[0], alpha: 1.0, bias: None, accumulate: false };
+        let mut c = vec![f32::NAN; m * n];
+        multiply::<P>(&gemm, &mut c, n).unwrap();
+        c
+    }
+
+    fn row_major<P: Packing>(a: &[P::Element], b: &[P::Element], shape: [usize; 3]) -> Vec<f32> {
+        product::<P>(a, b, shape, [(shape[2], 1), (shape[1], 1)])
+    }
+
+    /// The relative error of a whole product, against f64: ‖C − C₆₄‖ / ‖C₆₄‖; and its largest |C − C₆₄| / Σ |a||b|.
+    fn errors<T: Element>(c: &[f32], a: &[T], b: &[T], [_, n, k]: [usize; 3]) -> (f64, f64) {
+        let (mut error, mut size, mut worst) = (0.0, 0.0, 0f64);
+        for (i, &c) in c.iter().enumerate() {
+            let term = |p: usize| a[i / n * k + p].to_f64() * b[p * n + i % n].to_f64();
+            let (want, sum) = (0..k).map(term).fold((0.0, 0.0), |(s, t), x| (s + x, t + x.abs()));
+            error += (c as f64 - want).powi(2);
+            size += want.powi(2);
+            if sum > 0.0 {
+                worst = worst.max((c as f64 - want).abs() / sum);
+            }
+        }
+        ((error / size.max(f64::MIN_POSITIVE)).sqrt(), worst)
+    }
+
+    #[test]
+    fn parts_match_f64_in_any_layout() {
+        fn check<T: Float<Compute = f32>, P: Packing<Element = T>>(bound: f64) {
+            for [m, n, k] in [[1, 1, 1], [16, 16, 32], [33, 40, 70], [70, 130, 301], [200, 193, 450]] {
+                let all =
+                    [((k, 1), (n, 1)), ((1, m), (1, k)), ((k + 3, 1), (1, k + 1)), ((1, m + 1), (n + 5, 1)), ((2 * k, 2), (2 * n, 2))];
+                // The emulator takes its time.
+                let layouts = if m < 200 { &all[..] } else { &all[..1] };
+                for &(a_strides, b_strides) in layouts {
+                    let (a, b): (Vec<T>, Vec<T>) = (values(2 * m * (k + 3), 1, 1.0), values(2 * k * (n + 5) + n * (k + 1), 2, 1.0));
+                    let c = product::<P>(&a, &b, [m, n, k], [a_strides, b_strides]);
+                    for (at, &c) in c.iter().enumerate() {
+                        let (i, j) = (at / n, at % n);
+                        let term = |p: usize| a[i * a_strides.0 + p * a_strides.1].to_f64() * b[p * b_strides.0 + j * b_strides.1].to_f64();
+                        let (want, size) = (0..k).map(term).fold((0.0, 0.0), |(s, t), x| (s + x, t + x.abs()));
+                        let error = (c as f64 - want).abs();
+                        assert!(error <= bound * size, "{m}x{n}x{k} {a_strides:?} {b_strides:?}: C[{i}][{j}] = {c}, not {want}");
+                    }
+                }
+            }
+        }
+        check::<f32, Split<f32, 3>>(3e-7);
+        check::<f32, Split<f32, 2>>(1.0 / 65536.0);
+        check::<f32, Split<f32, 1>>(1.0 / 128.0);
+        check::<f16, Split<f16, 2>>(1.0 / 65536.0);
+        check::<bf16, Split<bf16, 1>>(3e-7);
+    }
+
+    /// Three parts against the plain kernel: on what people multiply, on all magnitudes, on sums that cancel, and on values whose
+    /// rounding goes one way.
+    #[test]
+    fn three_parts_are_as_exact_as_plain_products() {
+        let shape @ [m, n, k] = [48, 64, 512];
+        let normal = |seed| -> Vec<f32> {
+            let uniform: Vec<f32> = values(12 * m.max(n) * k, seed, 0.5);
+            uniform.chunks(12).map(|x| x.iter().sum()).collect()
+        };
+        let scaled = |seed, low: i32, high: i32| -> Vec<f32> {
+            let exponents: Vec<f32> = values(m.max(n) * k, seed + 100, 1.0);
+            let scale = |e: f32| 2f32.powf(low as f32 + (e + 1.0) / 2.0 * (high - low) as f32);
+            normal(seed).iter().zip(exponents).map(|(x, e)| x * scale(e)).collect()
+        };
+        let cancelling = |seed, sign: f32| -> Vec<f32> {
+            let mut x = normal(seed);
+            (1..x.len()).step_by(2).for_each(|i| x[i] = sign * x[i - 1] * (1.0 + 1e-5 * x[i]));
+            x
+        };
+        let ones_below = |seed| -> Vec<f32> { normal(seed).iter().map(|x| f32::from_bits(x.to_bits() | 0xFFFF)).collect() };
+        let cases: [(&str, Vec<f32>, Vec<f32>); 7] = [
+            ("normal", normal(1), normal(2)),
+            ("wide", scaled(1, -40, 40), scaled(2, -40, 40)),
+            ("whole range", scaled(1, -126, 0), scaled(2, -20, 120)),
+            ("denormal", scaled(1, -148, -120), scaled(2, -2, 100)),
+            ("cancelling", cancelling(1, -1.0), normal(2).iter().map(|x| 1.0 + 1e-3 * x).collect()),
+            ("ones below", ones_below(1), ones_below(2)),
+            ("positive", normal(1).iter().map(|x| x.abs()).collect(), normal(2).iter().map(|x| x.abs()).collect()),
+        ];
+        for (name, a, b) in cases {
+            let (a, b) = (&a[..m * k], &b[..n * k]);
+            let plain = errors(&row_major::<Plain>(a, b, shape), a, b, shape);
+            let split = errors(&row_major::<Split<f32, 3>>(a, b, shape), a, b, shape);
+            assert!(split.0 <= plain.0 * 1.05 + 1e-12, "{name}: relative error {:e}, plain {:e}", split.0, plain.0);
+            assert!(split.1 <= plain.1 * 1.5 + 6e-8, "{name}: worst element {:e}, plain {:e}", split.1, plain.1);
+        }
+    }
+
+    #[test]
+    fn special_values_go_where_they_go_in_plain_products() {
+        let shape @ [m, n, k] = [40, 64, 300];
+        let places = [(0, 5), (35, 290)];
+        let specials = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, 1e-45, -0.0, f32::MIN_POSITIVE];
+        for special in specials {
+            for (row, col) in places {
+                for in_a in [true, false] {
+                    let (mut a, mut b): (Vec<f32>, Vec<f32>) = (values(m * k, 1, 1.0), values(k * n, 2, 1.0));
+                    if in_a {
+                        a[row * k + col] = special
+                    } else {
+                        b[col * n + row] = special
+                    }
+                    let (plain, split) = (row_major::<Plain>(&a, &b, shape), row_major::<Split<f32, 3>>(&a, &b, shape));
+                    for (i, (x, y)) in plain.iter().zip(&split).enumerate() {
+                        let near = (x - y).abs() <= 1e-4 * (1.0 + x.abs());
+                        assert!(near || x == y || (x.is_nan() && y.is_nan()), "{special} in {row}, {col}: C[{i}] = {y}, plain {x}");
+                    }
+                }
+            }
+        }
+        let zeros = vec![0f32; k * n];
+        assert!(row_major::<Split<f32, 3>>(&values(m * k, 1, 1.0), &zeros, shape).iter().all(|&x| x == 0.0));
+    }
+
+    #[test]
+    fn the_same_bits_on_any_number_of_threads() {
+        for shape @ [m, n, k] in [[70, 90, 200], [200, 200, 420]] {
+            let (a, b): (Vec<f32>, Vec<f32>) = (values(m * k, 1, 1.0), values(k * n, 2, 1.0));
+            let bits = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| row_major::<Split<f32, 3>>(&a, &b, shape)).iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let one = bits(1);
+            assert!(one == bits(2) && one == bits(7));
+        }
+    }
+}
