@@ -124,7 +124,6 @@ impl State {
     /// Does what an instruction says; `None` if it is not one of tiles, or not allowed.
     fn run(&mut self, i: &Instruction) -> Option<()> {
         const NONE: u8 = 0;
-        const P66: u8 = 1;
         const PF3: u8 = 2;
         const PF2: u8 = 3;
         match (i.opcode, i.prefix, i.operand) {
@@ -150,7 +149,7 @@ impl State {
             }
             (0x5C, PF3, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, bf16_entry)?,
             (0x5E, PF2, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, i8_entry)?,
-            (0x5E, P66 | PF3 | NONE, _) | _ => return None,
+            _ => return None,
         }
         Some(())
     }
@@ -170,7 +169,7 @@ impl State {
     }
 
     /// `sums[m][n] ← entry(sums[m][n], the 16 entries of row m of a, those of column n of b)`.
-    fn multiply(&mut self, sums: usize, a: usize, b: usize, entry: fn([u8; 4], &[([u8; 4], [u8; 4]); 16]) -> [u8; 4]) -> Option<()> {
+    fn multiply(&mut self, sums: usize, a: usize, b: usize, entry: fn([u8; 4], &Terms) -> [u8; 4]) -> Option<()> {
         let (a, b) = (*self.tiles.get(a)?, *self.tiles.get(b)?);
         let sums = self.tiles.get_mut(sums)?;
         let word = |row: &[u8; ROW_BYTES], i: usize| [row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]];
@@ -185,8 +184,11 @@ impl State {
     }
 }
 
+/// The entries of a row of A and a column of B.
+type Terms = [([u8; 4], [u8; 4]); 16];
+
 /// TDPBF16PS: the even and the odd terms are summed apart, then together, then to the old sum; denormals count as zero throughout.
-fn bf16_entry(old: [u8; 4], terms: &[([u8; 4], [u8; 4]); 16]) -> [u8; 4] {
+fn bf16_entry(old: [u8; 4], terms: &Terms) -> [u8; 4] {
     let flush = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
     let value = |word: [u8; 4], half: usize| flush(bf16::from_le_bytes([word[2 * half], word[2 * half + 1]]).to_f32());
     let mut sums = [0f32; 2];
@@ -199,7 +201,7 @@ fn bf16_entry(old: [u8; 4], terms: &[([u8; 4], [u8; 4]); 16]) -> [u8; 4] {
 }
 
 /// TDPBSSD.
-fn i8_entry(old: [u8; 4], terms: &[([u8; 4], [u8; 4]); 16]) -> [u8; 4] {
+fn i8_entry(old: [u8; 4], terms: &Terms) -> [u8; 4] {
     let product = |&(a, b): &([u8; 4], [u8; 4])| (0..4).map(|i| a[i] as i8 as i32 * b[i] as i8 as i32).sum::<i32>();
     terms.iter().map(product).fold(i32::from_le_bytes(old), i32::wrapping_add).to_le_bytes()
 }

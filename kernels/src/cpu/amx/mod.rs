@@ -263,7 +263,8 @@ mod tests {
     #[test]
     fn blocks_multiply_their_parts() {
         type Products = unsafe fn(&Session, *const u8, *const u8, usize, &mut Sums<f32>);
-        let cases: [(usize, Products, &[(usize, usize)]); 3] = [
+        type Pairs = &'static [(usize, usize)];
+        let cases: [(usize, Products, Pairs); 3] = [
             (1, bf16_products, &[(0, 0)]),
             (2, two_part_products, &[(0, 0), (0, 1), (1, 0)]),
             (3, three_part_products, &[(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)]),

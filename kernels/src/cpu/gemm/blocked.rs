@@ -61,12 +61,16 @@ impl GemmElement for f32 {
 pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let c = SharedMut::new(out);
-    // Packing once pays from 256³ on if both factors are used often enough.
-    if m >= 192 && n >= 192 && m * n * k >= 1 << 24 {
+    if is_large(m, n, k) {
         (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, c, row_stride))
     } else {
-        small::<P>(gemm, c, row_stride)
+        small::<P>(gemm, |item, block| block.compute(Out { c: c.get().wrapping_add(item * m * row_stride), row_stride }))
     }
+}
+
+/// Whether packing both factors once pays: from 256³ on, if they are used often enough.
+pub(super) fn is_large(m: usize, n: usize, k: usize) -> bool {
+    m >= 192 && n >= 192 && m * n * k >= 1 << 24
 }
 
 /// How C's tiles begin: the first block of K sees the caller's wish, the others add.
@@ -133,8 +137,11 @@ impl Grid {
     }
 }
 
-/// Products whose tasks pack for themselves.
-fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+/// Products whose tasks pack for themselves: calls `compute` for each part of each item.
+pub(super) fn small<P: Packing>(
+    gemm: &Gemm<P::Element, f32>,
+    compute: impl Fn(usize, Block<P>) -> Result<(), OutOfMemory> + Sync,
+) -> Result<(), OutOfMemory> {
     let (batch, m, n, k) = (gemm.batch(), gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let grid = Grid::new(P::kernels(), m, n, k, MAX_TASKS.div_ceil(batch));
     let total = batch * grid.count();
@@ -145,8 +152,7 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride
         for i in task * group..total.min((task + 1) * group) {
             let (item, part) = (i / grid.count(), i % grid.count());
             let (rows, cols) = grid.task(part);
-            let out = Out { c: c.get().wrapping_add(item * m * row_stride), row_stride };
-            if let Err(error) = P::dispatch(Block::<P> { gemm, item: gemm.item(item), rows, cols, ks: 0..k, out }) {
+            if let Err(error) = compute(item, Block { gemm, item: gemm.item(item), rows, cols, ks: 0..k }) {
                 failure.get_or_init(|| error);
             }
         }
@@ -155,16 +161,20 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, c: SharedMut<f32>, row_stride
 }
 
 /// Some rows and columns of one C, over some of K.
-struct Block<'a, P: Packing> {
+pub(super) struct Block<'a, P: Packing> {
     gemm: &'a Gemm<'a, P::Element, f32>,
     item: Item<P::Element>,
-    rows: Range<usize>,
-    cols: Range<usize>,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
     ks: Range<usize>,
-    out: Out<f32>,
 }
 
 impl<P: Packing> Block<'_, P> {
+    /// Computes it into `out`, where its item begins.
+    pub fn compute(self, out: Out<f32>) -> Result<(), OutOfMemory> {
+        P::dispatch(Compute { block: self, out })
+    }
+
     /// Rows that are read in place must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
     fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
         let a = self.item.a;
@@ -175,47 +185,54 @@ impl<P: Packing> Block<'_, P> {
 
     /// A part of the block by the micro-kernels for any values.
     #[cold]
-    fn fall_back(&self, cols: Range<usize>, ks: Range<usize>) -> Result<(), OutOfMemory> {
-        let Self { gemm, item, out, .. } = *self;
-        <P::Fallback as Packing>::dispatch(Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks, out })
+    fn fall_back(&self, cols: Range<usize>, ks: Range<usize>, out: Out<f32>) -> Result<(), OutOfMemory> {
+        let Self { gemm, item, .. } = *self;
+        Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks }.compute(out)
     }
 }
 
-impl<P: Packing> WithSimd for Block<'_, P> {
+/// Some of one C, and where its item begins.
+struct Compute<'a, P: Packing> {
+    block: Block<'a, P>,
+    out: Out<f32>,
+}
+
+impl<P: Packing> WithSimd for Compute<'_, P> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        let Self { block, out: c } = self;
         let kernels = P::kernels();
         let started = kernels.start();
-        let block = P::KC * P::TERMS;
-        let Item { a, b, .. } = self.item;
-        let tiles = kernels.row_tiles(self.rows.len());
+        let most = P::KC * P::TERMS;
+        let Item { a, b, .. } = block.item;
+        let tiles = kernels.row_tiles(block.rows.len());
         let panel_rows = P::panel_rows(tiles.height(0));
-        let a_in_place = self.reads_a_in_place(kernels);
-        let a_words = if a_in_place { 0 } else { tiles.count * panel_rows * P::words(block.min(self.ks.len())) };
+        let a_in_place = block.reads_a_in_place(kernels);
+        let a_words = if a_in_place { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
         let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
         let mut panel = MaybeUninit::<[f32; KC * MAX_NR]>::uninit();
         let b_in_place = b.col_stride == 1 && tiles.count <= 2;
-        for k0 in self.ks.clone().step_by(block) {
-            let terms = block.min(self.ks.end - k0);
+        for k0 in block.ks.clone().step_by(most) {
+            let terms = most.min(block.ks.end - k0);
             let a_panel = |tile: usize| a_packed.wrapping_add(tile * panel_rows * P::words(terms));
             let mut a_seen = Magnitudes::NONE;
             if !a_in_place {
                 for tile in 0..tiles.count {
-                    let (row, lanes) = (self.rows.start + tiles.start(tile), tiles.height(tile));
+                    let (row, lanes) = (block.rows.start + tiles.start(tile), tiles.height(tile));
                     let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
                     // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
                     a_seen = a_seen.union(unsafe { P::pack(s, Side::A, strip, lanes, a_panel(tile)) });
                 }
             }
             if !P::multiplies(a_seen, Magnitudes::ONE, terms) {
-                self.fall_back(self.cols.clone(), k0..k0 + terms)?;
+                block.fall_back(block.cols.clone(), k0..k0 + terms, c)?;
                 continue;
             }
-            for col in self.cols.clone().step_by(kernels.nr) {
-                let cols = kernels.nr.min(self.cols.end - col);
+            for col in block.cols.clone().step_by(kernels.nr) {
+                let cols = kernels.nr.min(block.cols.end - col);
                 let width = kernels.panel_width(cols);
                 // A tile reads whole vectors, so only full panels can be read in place.
                 let (b_data, b_stride) = match P::in_place(b.at(k0, col)) {
@@ -226,14 +243,14 @@ impl<P: Packing> WithSimd for Block<'_, P> {
                         // SAFETY: the strip lies inside B; the panel holds KC words of MAX_NR lanes.
                         let b_seen = unsafe { P::pack(s, Side::B, strip, width, panel) };
                         if !P::multiplies(a_seen, b_seen, terms) {
-                            self.fall_back(col..col + cols, k0..k0 + terms)?;
+                            block.fall_back(col..col + cols, k0..k0 + terms, c)?;
                             continue;
                         }
                         (panel.cast_const(), width)
                     }
                 };
                 for tile in 0..tiles.count {
-                    let (row, height) = (self.rows.start + tiles.start(tile), tiles.height(tile));
+                    let (row, height) = (block.rows.start + tiles.start(tile), tiles.height(tile));
                     let (a_rows, a_stride) = match P::in_place(a.at(row, k0)) {
                         Some(first) if a_in_place => (std::array::from_fn(|r| first.wrapping_add(r * a.row_stride)), a.col_stride),
                         _ => {
@@ -241,8 +258,8 @@ impl<P: Packing> WithSimd for Block<'_, P> {
                             (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
                         }
                     };
-                    let c = c_rows(self.out, row, col);
-                    let out = Output { c: c.as_ptr(), cols, alpha: self.gemm.alpha as f32, init: init_of(self.gemm, k0 == 0, col) };
+                    let rows = c_rows(c, row, col);
+                    let out = Output { c: rows.as_ptr(), cols, alpha: block.gemm.alpha as f32, init: init_of(block.gemm, k0 == 0, col) };
                     let kc = P::entries(terms);
                     let tile = Tile { segments: 1, kc, a: a_rows.as_ptr(), a_stride, b: &b_data, b_stride, out };
                     // SAFETY: the first `height` row pointers address rows of A and C inside their matrices, B is a full panel,

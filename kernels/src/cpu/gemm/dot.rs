@@ -5,9 +5,13 @@
 //! sums of scaled rows ([`Axpys`], one row times a factor whose lanes are contiguous).
 
 use super::blocked::FLOP_PER_NS;
+#[cfg(target_arch = "x86_64")]
+use super::micro::MicroKernels;
 use super::{Gemm, Item, Matrix};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::{Avx512, Avx512Bf16};
 use crate::cpu::simd::{F32s, MAX_LANES, Simd};
 use crate::element::{Element, Float};
 use half::{bf16, f16};
@@ -35,6 +39,11 @@ pub(super) trait Lanes: Element {
 
     /// One value.
     fn value(self) -> f32;
+
+    /// Computes some lanes as dot products.
+    fn dots(job: Job<Self>) {
+        dispatch(Dots(job));
+    }
 }
 
 impl Lanes for f32 {
@@ -50,7 +59,7 @@ impl Lanes for f32 {
 }
 
 macro_rules! half_lanes {
-    ($($t:ident by $load:ident),*) => { $(
+    ($($t:ident by $load:ident $(, $dots:item)?;)*) => { $(
         impl Lanes for $t {
             #[inline(always)]
             unsafe fn load<S: Simd>(s: S, src: *const $t, count: usize) -> S::F32 {
@@ -69,27 +78,115 @@ macro_rules! half_lanes {
             fn value(self) -> f32 {
                 self.widen()
             }
+            $($dots)?
         }
     )* };
 }
-half_lanes!(f16 by load_f16, bf16 by load_bf16);
+half_lanes! {
+    f16 by load_f16;
+    bf16 by load_bf16,
+    fn dots(job: Job<bf16>) {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(simd), Some(pairs)) = (MicroKernels::has_bf16_pairs(), Avx512::detect(), Avx512Bf16::detect()) {
+            // SAFETY: the tokens prove the features.
+            return unsafe { paired_dots(simd, pairs, job) };
+        }
+        dispatch(Dots(job));
+    };
+}
 
-/// Computes the product if it has one of the two forms.
-pub(super) fn try_gemm<T: Lanes>(gemm: &Gemm<T, f32>, out: &mut [f32], row_stride: usize) -> bool {
+/// What a step of K adds to the sums of dot products.
+trait Step<S: Simd, T>: Copy {
+    /// Values that it takes for each lane of a vector.
+    const TERMS: usize;
+
+    /// The first `count <= TERMS · LANES` values, and zeros.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load(self, s: S, src: *const T, count: usize) -> S::F32;
+
+    fn mul_add(self, x: S::F32, y: S::F32, sum: S::F32) -> S::F32;
+}
+
+/// A value a lane.
+#[derive(Clone, Copy)]
+struct Single;
+
+impl<S: Simd, T: Lanes> Step<S, T> for Single {
+    const TERMS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(self, s: S, src: *const T, count: usize) -> S::F32 {
+        // SAFETY: the caller's contract.
+        unsafe { T::load(s, src, count) }
+    }
+    #[inline(always)]
+    fn mul_add(self, x: S::F32, y: S::F32, sum: S::F32) -> S::F32 {
+        x.mul_add(y, sum)
+    }
+}
+
+/// A pair of bf16 a lane.
+#[cfg(target_arch = "x86_64")]
+impl Step<Avx512, bf16> for Avx512Bf16 {
+    const TERMS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load(self, s: Avx512, src: *const bf16, count: usize) -> <Avx512 as Simd>::F32 {
+        const WHOLE: usize = 2 * Avx512::LANES;
+        if count == WHOLE {
+            // SAFETY: 32 values are as long as 16 of f32, and a load takes any address.
+            return unsafe { s.load(src.cast()) };
+        }
+        let mut values = [bf16::ZERO; WHOLE];
+        // SAFETY: `count` values are readable, and the array has room for them and for a whole vector.
+        unsafe {
+            std::ptr::copy_nonoverlapping(src, values.as_mut_ptr(), count);
+            s.load(values.as_ptr().cast())
+        }
+    }
+    #[inline(always)]
+    fn mul_add(self, x: <Avx512 as Simd>::F32, y: <Avx512 as Simd>::F32, sum: <Avx512 as Simd>::F32) -> <Avx512 as Simd>::F32 {
+        sum.add_bf16_products(self, x, y)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+fn paired_dots(simd: Avx512, pairs: Avx512Bf16, job: Job<bf16>) {
+    Dots(job).run(simd, pairs);
+}
+
+/// Which form a product has, if one of the two, for rows of C `row_stride` apart.
+fn form<T>(gemm: &Gemm<T, f32>, row_stride: usize) -> Option<Form> {
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let wide = m <= n;
-    let (rows, lanes) = if wide { (m, n) } else { (n, m) };
+    let rows = m.min(n);
     let contiguous = |stride: usize, extent: usize| stride == 1 || extent == 1;
     let k_contiguous = contiguous(gemm.a.col_stride(), k) && contiguous(gemm.b.row_stride(), k);
     let lanes_contiguous = if wide { contiguous(gemm.b.col_stride(), n) } else { contiguous(gemm.a.row_stride(), m) && row_stride == 1 };
-    let c = SharedMut::new(out);
-    let form = if rows <= MAX_DOT_ROWS && k_contiguous && k >= MIN_DOT_K {
-        Form::Dots
+    if rows <= MAX_DOT_ROWS && k_contiguous && k >= MIN_DOT_K {
+        Some(Form::Dots)
     } else if rows == 1 && lanes_contiguous {
-        Form::Axpys
+        Some(Form::Axpys)
     } else {
-        return false;
-    };
+        None
+    }
+}
+
+/// Whether [`try_gemm`] computes the product.
+pub(super) fn is_one<T>(gemm: &Gemm<T, f32>, row_stride: usize) -> bool {
+    form(gemm, row_stride).is_some()
+}
+
+/// Computes the product if it has one of the two forms.
+pub(super) fn try_gemm<T: Lanes>(gemm: &Gemm<T, f32>, out: &mut [f32], row_stride: usize) -> bool {
+    let Some(form) = form(gemm, row_stride) else { return false };
+    let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
+    let wide = m <= n;
+    let (rows, lanes) = if wide { (m, n) } else { (n, m) };
+    let c = SharedMut::new(out);
     let chunk = match form {
         Form::Dots => (TASK_MACS / (rows * k)).next_multiple_of(4).max(4),
         Form::Axpys => AXPY_LANES.min((TASK_MACS / k).next_multiple_of(64)).max(64),
@@ -100,7 +197,7 @@ pub(super) fn try_gemm<T: Lanes>(gemm: &Gemm<T, f32>, out: &mut [f32], row_strid
         let lanes = part * chunk..lanes.min((part + 1) * chunk);
         let job = Job::new(gemm, gemm.item(i), wide, lanes, c.get().wrapping_add(i * m * row_stride), row_stride);
         match form {
-            Form::Dots => dispatch(Dots(job)),
+            Form::Dots => T::dots(job),
             Form::Axpys => dispatch(Axpys(job)),
         }
     });
@@ -114,7 +211,7 @@ enum Form {
 }
 
 /// Some lanes of one product: `out[r][l] = init + alpha · Σ_k small[r][k] · large[l][k]`.
-struct Job<'a, T> {
+pub(super) struct Job<'a, T> {
     gemm: &'a Gemm<'a, T, f32>,
     /// `rows × k`.
     small: Matrix<T>,
@@ -167,50 +264,53 @@ impl<T: Lanes> WithSimd for Dots<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let Range { start, end } = self.0.lanes;
-        let full = start + (end - start) / 4 * 4;
-        for lane in (start..full).step_by(4) {
-            self.rows::<S, 4>(s, lane);
-        }
-        for lane in full..end {
-            self.rows::<S, 1>(s, lane);
-        }
+        self.run(s, Single);
     }
 }
 
 impl<T: Lanes> Dots<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd, P: Step<S, T>>(&self, s: S, step: P) {
+        let Range { start, end } = self.0.lanes;
+        let full = start + (end - start) / 4 * 4;
+        for lane in (start..full).step_by(4) {
+            self.rows::<S, P, 4>(s, step, lane);
+        }
+        for lane in full..end {
+            self.rows::<S, P, 1>(s, step, lane);
+        }
+    }
+
     /// All rows with `L` lanes; the order of a sum does not depend on the tile that it is in.
     #[inline(always)]
-    fn rows<S: Simd, const L: usize>(&self, s: S, lane: usize) {
+    fn rows<S: Simd, P: Step<S, T>, const L: usize>(&self, s: S, step: P, lane: usize) {
         let (four, two) = (self.0.rows / 4 * 4, self.0.rows / 2 * 2);
         for row in (0..four).step_by(4) {
-            self.tile::<S, 4, L>(s, row, lane);
+            self.tile::<S, P, 4, L>(s, step, row, lane);
         }
         for row in (four..two).step_by(2) {
-            self.tile::<S, 2, L>(s, row, lane);
+            self.tile::<S, P, 2, L>(s, step, row, lane);
         }
         for row in two..self.0.rows {
-            self.tile::<S, 1, L>(s, row, lane);
+            self.tile::<S, P, 1, L>(s, step, row, lane);
         }
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const L: usize>(&self, s: S, row: usize, lane: usize) {
+    fn tile<S: Simd, P: Step<S, T>, const R: usize, const L: usize>(&self, s: S, step: P, row: usize, lane: usize) {
         let job = &self.0;
         let small: [*const T; R] = std::array::from_fn(|r| job.small.at(row + r, 0));
         let large: [*const T; L] = std::array::from_fn(|l| job.large.at(lane + l, 0));
         let mut acc = [[s.zero(); L]; R];
-        let full = job.k / S::LANES * S::LANES;
-        for k in (0..full).step_by(S::LANES) {
+        let terms = P::TERMS * S::LANES;
+        let full = job.k / terms * terms;
+        for k in (0..full).step_by(terms) {
             // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
-            let (x, y) = unsafe { (load_rows(s, &small, k, S::LANES), load_rows(s, &large, k, S::LANES)) };
-            add_products(&mut acc, &x, &y);
+            unsafe { add_products(s, step, &mut acc, &small, &large, k, terms) };
         }
         if full < job.k {
-            let count = job.k - full;
             // SAFETY: as above, with the rest of K.
-            let (x, y) = unsafe { (load_rows(s, &small, full, count), load_rows(s, &large, full, count)) };
-            add_products(&mut acc, &x, &y);
+            unsafe { add_products(s, step, &mut acc, &small, &large, full, job.k - full) };
         }
         for (r, sums) in acc.iter().enumerate() {
             for (l, sum) in sums.iter().enumerate() {
@@ -221,26 +321,31 @@ impl<T: Lanes> Dots<'_, T> {
     }
 }
 
-/// `count` values of each row, from `k` on. (A loop: `array::map` may become a function of its own, without the level's instructions.)
+/// Adds the products of `count` values of each pair of rows, from `k` on. (Loops: `array::map` may become a function of its own, without the
+/// level's instructions.)
 ///
 /// # Safety
-/// They must be readable.
+/// The values must be readable.
 #[inline(always)]
-unsafe fn load_rows<S: Simd, T: Lanes, const N: usize>(s: S, rows: &[*const T; N], k: usize, count: usize) -> [S::F32; N] {
-    let mut x = [s.zero(); N];
-    for i in 0..N {
+unsafe fn add_products<S: Simd, T, P: Step<S, T>, const R: usize, const L: usize>(
+    s: S,
+    step: P,
+    acc: &mut [[S::F32; L]; R],
+    small: &[*const T; R],
+    large: &[*const T; L],
+    k: usize,
+    count: usize,
+) {
+    let mut y = [s.zero(); L];
+    for l in 0..L {
         // SAFETY: the caller's contract.
-        x[i] = unsafe { T::load(s, rows[i].add(k), count) };
+        y[l] = unsafe { step.load(s, large[l].add(k), count) };
     }
-    x
-}
-
-/// Adds the product of each pair.
-#[inline(always)]
-fn add_products<V: F32s, const R: usize, const L: usize>(acc: &mut [[V; L]; R], x: &[V; R], y: &[V; L]) {
-    for (sums, &x) in acc.iter_mut().zip(x) {
-        for (sum, &y) in sums.iter_mut().zip(y) {
-            *sum = x.mul_add(y, *sum);
+    for r in 0..R {
+        // SAFETY: the caller's contract.
+        let x = unsafe { step.load(s, small[r].add(k), count) };
+        for l in 0..L {
+            acc[r][l] = step.mul_add(x, y[l], acc[r][l]);
         }
     }
 }

@@ -1,14 +1,14 @@
 //! Products of f16 and bf16: converted as they are packed or read, summed in f32, and rounded once.
 
-use super::blocked::multiply;
+use super::blocked::{Block, is_large, multiply, small};
 use super::micro::MicroKernels;
 use super::packing::{Packing, Pairs, Widened};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
-use super::{Gemm, GemmElement, dot};
+use super::{Gemm, GemmElement, Out, dot};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::parallel::for_each_chunk;
+use crate::cpu::parallel::{SharedMut, for_each_chunk};
 use crate::cpu::simd::Simd;
 use crate::element::Float;
 use half::{bf16, f16};
@@ -48,11 +48,16 @@ pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32>>>(
     row_stride: usize,
 ) -> Result<(), OutOfMemory> {
     let bias = gemm.bias.map(|bias| bias.iter().map(|x| x.widen()).collect::<Vec<_>>());
-    let (rows, n) = (gemm.batch() * gemm.a.rows(), gemm.b.cols());
-    let mut sums = Buffer::new(rows * n * size_of::<f32>())?;
-    let sums = sums.as_slice_mut::<f32>();
+    let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let Gemm { a, b, a_offsets, b_offsets, alpha, accumulate, .. } = *gemm;
     let product = Gemm { a, b, a_offsets, b_offsets, alpha, bias: bias.as_deref(), accumulate: false };
+    if !dot::is_one(&product, n) && !is_large(m, n, k) {
+        let c = SharedMut::new(out);
+        return small::<P>(&product, |item, block| round_block(item, block, m, accumulate, c, row_stride));
+    }
+    let rows = gemm.batch() * m;
+    let mut sums = Buffer::new(rows * n * size_of::<f32>())?;
+    let sums = sums.as_slice_mut::<f32>();
     if !dot::try_gemm(&product, sums, n) {
         multiply::<P>(&product, sums, n)?;
     }
@@ -60,26 +65,50 @@ pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32>>>(
     let sums = &*sums;
     for_each_chunk(&mut out[..(rows - 1) * row_stride + n], rows_per_task * row_stride, rows * n / 8, |i, out| {
         let sums = &sums[i * rows_per_task * n..];
-        for (out, sums) in out.chunks_mut(row_stride).zip(sums.chunks(n)) {
-            dispatch(Narrow { sums, out: &mut out[..n], accumulate });
-        }
+        dispatch(Narrow { sums: sums.chunks(n), out: out.chunks_mut(row_stride).map(|row| &mut row[..n]), accumulate });
     });
     Ok(())
 }
 
-struct Narrow<'a, T> {
-    sums: &'a [f32],
-    out: &'a mut [T],
+/// A part of an item: its sums stay in the cache until they are rounded.
+fn round_block<P: Packing<Element: Float<Compute = f32>>>(
+    item: usize,
+    block: Block<P>,
+    m: usize,
+    accumulate: bool,
+    c: SharedMut<P::Element>,
+    row_stride: usize,
+) -> Result<(), OutOfMemory> {
+    let (rows, cols) = (block.rows.clone(), block.cols.clone());
+    let mut sums = Buffer::new(rows.len() * cols.len() * size_of::<f32>())?;
+    let sums = sums.as_slice_mut::<f32>();
+    // The part lies at the start of the buffer, not where it would in its item.
+    let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
+    block.compute(Out { c: first, row_stride: cols.len() })?;
+    let out = rows.clone().map(|row| {
+        let first = c.get().wrapping_add((item * m + row) * row_stride + cols.start);
+        // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
+        unsafe { std::slice::from_raw_parts_mut(first, cols.len()) }
+    });
+    dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate });
+    Ok(())
+}
+
+struct Narrow<A, B> {
+    sums: A,
+    out: B,
     accumulate: bool,
 }
 
-impl<T: Float<Compute = f32>> WithSimd for Narrow<'_, T> {
+impl<'a, T: Float<Compute = f32>, A: Iterator<Item = &'a [f32]>, B: Iterator<Item = &'a mut [T]>> WithSimd for Narrow<A, B> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        for (out, &sum) in self.out.iter_mut().zip(self.sums) {
-            *out = T::narrow(if self.accumulate { out.widen() + sum } else { sum });
+        for (out, sums) in self.out.zip(self.sums) {
+            for (out, &sum) in out.iter_mut().zip(sums) {
+                *out = T::narrow(if self.accumulate { out.widen() + sum } else { sum });
+            }
         }
     }
 }

@@ -27,6 +27,10 @@ const SUPER_K: usize = 8 * KC;
 const TILES: usize = 16;
 const PANELS: usize = 8;
 
+/// Row tiles and panels that a task packs: some 10 µs.
+const PACKED_TILES: usize = 4;
+const PACKED_PANELS: usize = 2;
+
 /// Smaller products are cut into this many tasks or more, so that threads end at about the same time.
 const MIN_TASKS: usize = 8;
 
@@ -166,7 +170,7 @@ impl<P: Packing> Packed<'_, P> {
     fn pack(&self, a: &Panels<P>, b: &Panels<P>, new_b: bool) {
         let panels = self.panels();
         let SuperBlock { rows, cols, ks, .. } = self.block;
-        let (a_groups, b_groups) = (self.tiles.count.div_ceil(TILES), if new_b { panels.div_ceil(PANELS) } else { 0 });
+        let (a_groups, b_groups) = (self.tiles.count.div_ceil(PACKED_TILES), if new_b { panels.div_ceil(PACKED_PANELS) } else { 0 });
         let groups = a_groups + b_groups;
         let values = ks.len() * (rows.len() + if new_b { cols.len() } else { 0 });
         for_each(groups * ks.len().div_ceil(Self::TERMS), values, |task| {
@@ -222,9 +226,9 @@ impl<P: Packing> Packed<'_, P> {
             // Square parts share most.
             let higher = rows.len() * col_groups >= cols.len() * row_groups;
             if col_groups == panels || (higher && row_groups < tiles) {
-                row_groups += 1;
+                row_groups = (2 * row_groups).min(tiles);
             } else {
-                col_groups += 1;
+                col_groups = (2 * col_groups).min(panels);
             }
         }
         for_each(row_groups * col_groups, rows.len() * cols.len() * ks.len() / FLOP_PER_NS * 2, |task| {
