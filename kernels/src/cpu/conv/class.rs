@@ -19,6 +19,14 @@ impl Class<'_> {
             .flat_map(move |kd| h.taps.iter().flat_map(move |kh| w.taps.iter().map(move |kw| (kd * kernel[1] + kh) * kernel[2] + kw)))
     }
 
+    /// How many taps along the last axis make one segment: all, if their sources are neighbours in memory and inside of the image for every
+    /// target.
+    pub fn run(&self, g: &Gather) -> usize {
+        let AxisClass { taps, first, step, .. } = self.axes[2];
+        let inside = |first: &isize| *first >= 0 && (*first as usize) + taps.len() <= g.source[2];
+        if g.groups == 1 && *step == 1 && first.iter().all(inside) { taps.len().max(1) } else { 1 }
+    }
+
     pub fn tap_count(&self) -> usize {
         self.axes.iter().map(|a| a.taps.len()).product()
     }

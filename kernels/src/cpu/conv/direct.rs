@@ -13,8 +13,8 @@ use super::pack::{Panel, Panels};
 use super::patch::Patches;
 use super::{Gather, part_start};
 
-/// Below this many source channels the taps of a pixel are copied side by side: a segment as short as this would spend
-/// as long on its row addresses as on its products.
+/// Segments shorter than this spend as long on their row addresses as on their products: with fewer source channels, and without runs of
+/// taps that are longer, the taps of a pixel are copied side by side.
 pub(super) const PATCH_CHANNELS: usize = 8;
 
 /// Pixels of a task: eight full tiles of AVX-512. Their addresses, and a panel of weights, stay in L2 for all panels.
@@ -30,11 +30,15 @@ struct Task {
 
 /// See [`super::forward`]; `x` and `y` are the source and target images.
 pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
-    let patches = g.cin < PATCH_CHANNELS;
-    let axes = if patches { phases(g) } else { exact_classes_if_large(g) };
+    let mut axes = exact_classes_if_large(g);
+    let patches = g.cin < PATCH_CHANNELS && !classes(g.n, &axes).iter().any(|c| c.run(g) * g.cin >= PATCH_CHANNELS);
+    if patches {
+        axes = phases(g);
+    }
     let classes = classes(g.n, &axes);
-    // Where each class' weights start. A patch is multiplied in one segment, so its taps lie together (no tap is in two phases).
-    let order: Vec<usize> = if patches { classes.iter().flat_map(|c| c.taps(g.kernel)).collect() } else { (0..g.taps()).collect() };
+    // Where each class' weights start. A patch is multiplied in one segment, so its taps lie together (no tap is in two phases); so do the
+    // taps of a run.
+    let order: Vec<usize> = if patches { classes.iter().flat_map(|c| c.taps(g.kernel)).collect() } else { by_runs(g) };
     let mut slot_of_tap = vec![0; g.taps()];
     for (slot, &tap) in order.iter().enumerate() {
         slot_of_tap[tap] = slot;
@@ -47,9 +51,20 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
         tasks.extend((0..blocks).map(|b| Task { class, pixels: part_start(pixels, blocks, b)..part_start(pixels, blocks, b + 1) }));
     }
     let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(panels.count());
-    let zeros = vec![0f32; g.cin];
-    let run =
-        Direct { g, x, bias, y: SharedMut::new(y), classes: &classes, panels: &panels, slot_of_tap: &slot_of_tap, zeros: &zeros, patches };
+    let runs: Vec<usize> = classes.iter().map(|c| c.run(g)).collect();
+    let zeros = vec![0f32; g.cin * runs.iter().copied().max().unwrap_or(1)];
+    let run = Direct {
+        g,
+        x,
+        bias,
+        y: SharedMut::new(y),
+        classes: &classes,
+        runs: &runs,
+        panels: &panels,
+        slot_of_tap: &slot_of_tap,
+        zeros: &zeros,
+        patches,
+    };
     let multiplications = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target();
     parallel::for_each(tasks.len() * g.groups * splits, multiplications / 50 + g.target_pixels(), |i| {
         let (i, split) = (i / splits, i % splits);
@@ -59,15 +74,23 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     Ok(())
 }
 
+/// All taps, those of a phase of the last axis side by side in the order of their sources.
+fn by_runs(g: &Gather) -> Vec<usize> {
+    let last: Vec<usize> = g.axes[2].phases(g.target[2], g.kernel[2]).into_iter().flat_map(|phase| phase.taps).collect();
+    (0..g.kernel[0] * g.kernel[1]).flat_map(|line| last.iter().map(move |kw| line * g.kernel[2] + kw)).collect()
+}
+
 struct Direct<'a> {
     g: &'a Gather,
     x: &'a [f32],
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
     classes: &'a [Class<'a>],
+    /// For each class the taps that make a segment.
+    runs: &'a [usize],
     panels: &'a Panels,
     slot_of_tap: &'a [usize],
-    /// A source pixel in the padding.
+    /// The source pixels of a segment in the padding.
     zeros: &'a [f32],
     patches: bool,
 }
@@ -78,16 +101,17 @@ impl Direct<'_> {
         let (g, class) = (self.g, &self.classes[task.class]);
         let kernels = MicroKernels::get();
         let tiles = kernels.row_tiles(task.pixels.len());
-        let (segments, kc) = if self.patches { (1, class.tap_count() * g.cin) } else { (class.tap_count(), g.cin) };
+        let run = self.runs[task.class];
+        let (segments, kc) = if self.patches { (1, class.tap_count() * g.cin) } else { (class.tap_count() / run, g.cin * run) };
         let mut patches = Vec::new();
         let rows = if self.patches {
             self.patch_rows(class, group, task.pixels.clone(), kc, &mut patches)
         } else {
-            self.source_rows(class, group, task.pixels.start, tiles, segments)
+            self.source_rows(class, run, group, task.pixels.start, tiles, segments)
         };
         let targets = self.target_offsets(class, group, task.pixels.clone());
         // The taps of a patch lie together in the panel, from its first on.
-        let slots: Vec<usize> = class.taps(g.kernel).take(segments).map(|tap| self.slot_of_tap[tap]).collect();
+        let slots: Vec<usize> = class.taps(g.kernel).step_by(run).take(segments).map(|tap| self.slot_of_tap[tap]).collect();
         let segments = slots.len();
         for panel in panels {
             let panel = self.panels.panel(group, panel);
@@ -116,7 +140,7 @@ impl Direct<'_> {
     }
 
     /// For each tile the addresses of its pixels' sources, segment by segment.
-    fn source_rows(&self, class: &Class, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const f32> {
+    fn source_rows(&self, class: &Class, run: usize, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const f32> {
         let mut rows = vec![self.zeros.as_ptr(); tiles.start(tiles.count) * segments];
         if segments == 0 {
             return rows;
@@ -126,15 +150,17 @@ impl Direct<'_> {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let rows = &mut rows[start * segments..(start + height) * segments];
             for r in 0..height {
-                self.pixel_sources(class, group, pixels.image, pixels.at, &mut rows[r..], height);
+                self.pixel_sources(class, run, group, pixels.image, pixels.at, &mut rows[r..], height);
                 pixels.advance();
             }
         }
         rows
     }
 
-    /// Writes the address of a pixel's source under each tap that does not hit the padding to `rows[0]`, `rows[height]`, …
-    fn pixel_sources(&self, class: &Class, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
+    /// Writes the address of a pixel's source under the first tap of each segment that does not lie in the padding to `rows[0]`,
+    /// `rows[height]`, …
+    #[allow(clippy::too_many_arguments)]
+    fn pixel_sources(&self, class: &Class, run: usize, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
         let g = self.g;
         let [d, h, w] = class.axes;
         let channels = g.groups * g.cin;
@@ -147,11 +173,11 @@ impl Direct<'_> {
                 let inside = (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
                 let line = if inside { ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2] } else { 0 };
                 let mut sw = first[2];
-                for row in rows.by_ref().take(w.taps.len()) {
+                for row in rows.by_ref().take(w.taps.len() / run) {
                     if inside && (0..g.source[2] as isize).contains(&sw) {
                         *row = self.x[(line + sw as usize) * channels + group * g.cin..].as_ptr();
                     }
-                    sw += w.step;
+                    sw += w.step * run as isize;
                 }
             }
         }
@@ -181,8 +207,8 @@ impl Direct<'_> {
         };
         let out = Output { c: c.as_ptr(), cols: panel.cols, alpha: 1.0, init };
         let tile = Tile { segments: weights.len(), kc, a: rows.as_ptr(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
-        // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: a source pixel's channels, zeros, or a
-        // patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
+        // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: the channels of a run of source pixels that
+        // lie inside of a line, zeros, or a patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
         // pixels, panels and groups part the channels, so each value of `y` is written by one tile only, and no tile reads `y`.
         unsafe { MicroKernels::get().tile(targets.len(), &tile) }
     }
