@@ -1,9 +1,9 @@
 //! Single operations: matrix products, and what is bound by memory.
 
 use crate::Bench;
-use kiln::Result;
 use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
+use kiln::{Result, fuse};
 
 pub fn products(bench: &Bench) -> Result<()> {
     for (dtype, tag) in [(DType::F32, "f32"), (DType::BF16, "bf16")] {
@@ -32,7 +32,8 @@ pub fn memory_bound(bench: &Bench) -> Result<()> {
     bench.run("sum_last_4096x1024", || x.sum(-1))?;
     bench.run("sum_first_4096x1024", || x.sum(0))?;
     bench.run("transpose_copy_4096x1024", || x.t()?.contiguous())?;
-    bench.run("bias_gelu_residual_4M", || y.add(&x.add(&b)?.gelu()?))?;
+    let bias_gelu_residual = fuse(|[x, b, y]| y + (x + b).gelu())?;
+    bench.run("bias_gelu_residual_4M", || bias_gelu_residual.call([&x, &b, &y]))?;
     bench.run("randn_4M", || normal(&[4096, 1024]))?;
     let s = normal(&[64])?;
     bench.run("add_64", || s.add(&s))?;

@@ -4,6 +4,8 @@
 //! (broadcast, strided, of a half type) is brought into a tile on the stack that the first-level cache holds, so that a row needs
 //! one kernel over contiguous elements and no other. A bias along the fastest dimension fills its tile once per task, not per tile.
 
+pub mod chain;
+
 use super::cast::{Convert, Stored};
 use super::parallel::{self, SharedMut};
 use crate::element::{Bool, Element};
@@ -28,6 +30,8 @@ pub enum Operand<'a, T> {
     Scalar(f64),
     /// What the output holds at the start: the function works in place.
     Output,
+    /// Nothing: the function does not read it.
+    Unused,
 }
 
 /// Where results go: dense memory, and the strides that the output's dimensions have in it.
@@ -116,8 +120,10 @@ pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b:
     }
     let shared = SharedMut::new(out.data);
     plan.tasks(&|from, to| {
-        let mut conditions = Reader::new(&condition, from, plan.tile);
-        let mut sources = plan.readers(from);
+        let mut condition_room = Room::new();
+        let mut conditions = Reader::new(&condition, from, plan.tile, &mut condition_room);
+        let mut rooms = Room::array();
+        let mut sources = plan.readers(from, &mut rooms);
         plan.tiles(from, to, |at, len| {
             // SAFETY: `at + len` is at most the number of elements, tasks do not overlap, and readers give `len` elements.
             unsafe {
@@ -143,6 +149,8 @@ fn cost_factor<T: Stored>() -> f32 {
 
 /// How an operand's elements are found in walk order.
 enum Source<'a, T> {
+    /// Nobody reads them.
+    Unused,
     /// They are the output's.
     Output,
     /// They lie in this order.
@@ -160,6 +168,7 @@ impl<'a, T: Stored> Source<'a, T> {
         match operand {
             Operand::Scalar(x) => Source::Scalar(x),
             Operand::Output => Source::Output,
+            Operand::Unused => Source::Unused,
             Operand::View(view) => Self::of_view(view, out),
         }
     }
@@ -198,7 +207,7 @@ impl<'a, T: Stored> Source<'a, T> {
 
     /// Whether any stretch can be read in place, without a tile.
     fn is_in_place(&self) -> bool {
-        !T::CONVERTS && matches!(self, Source::Direct(_) | Source::Output)
+        matches!(self, Source::Unused) || (!T::CONVERTS && matches!(self, Source::Direct(_) | Source::Output))
     }
 }
 
@@ -261,15 +270,20 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         }
     }
 
-    fn readers(&self, from: usize) -> [Reader<'_, 'a, T>; N] {
-        std::array::from_fn(|k| Reader::new(&self.sources[k], from, self.tile))
+    fn readers<'p>(&'p self, from: usize, rooms: &'p mut [Room<T>; N]) -> [Reader<'p, 'a, T>; N] {
+        let mut rooms = rooms.iter_mut();
+        self.sources.each_ref().map(|source| match rooms.next() {
+            Some(room) => Reader::new(source, from, self.tile, room),
+            None => unreachable!("there is room for each source"),
+        })
     }
 
     /// Calls `f(inputs, out, len)` for every tile: `inputs` have `len` elements each, in the type of the arithmetic.
     fn run<U: Element>(&self, out: &mut [U], f: &(dyn Fn([*const T::Compute; N], *mut U, usize) + Sync)) {
         let shared = SharedMut::new(out);
         self.tasks(&|from, to| {
-            let mut readers = self.readers(from);
+            let mut rooms = Room::array();
+            let mut readers = self.readers(from, &mut rooms);
             self.tiles(from, to, |at, len| {
                 // SAFETY: `at + len` is at most the number of elements, which `Plan::new` compared with the output's length.
                 let out = unsafe { shared.get().add(at) };
@@ -281,6 +295,24 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     }
 }
 
+/// Where a source that is not read in place brings its tiles. Apart from the [`Reader`], which moves: this is never copied.
+struct Room<T: Stored> {
+    tile: MaybeUninit<[T; TILE]>,
+    converted: MaybeUninit<[T::Compute; TILE]>,
+}
+
+impl<T: Stored> Room<T> {
+    #[inline(always)]
+    const fn new() -> Self {
+        Self { tile: MaybeUninit::uninit(), converted: MaybeUninit::uninit() }
+    }
+
+    #[inline(always)]
+    const fn array<const N: usize>() -> [Self; N] {
+        [const { Self::new() }; N]
+    }
+}
+
 /// A source while a task reads it, front to back.
 struct Reader<'s, 'a, T: Stored> {
     source: &'s Source<'a, T>,
@@ -288,19 +320,18 @@ struct Reader<'s, 'a, T: Stored> {
     /// Whether the first tile serves for all.
     fills_once: bool,
     filled: bool,
-    tile: MaybeUninit<[T; TILE]>,
-    converted: MaybeUninit<[T::Compute; TILE]>,
+    room: &'s mut Room<T>,
 }
 
 impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     #[inline(always)]
-    fn new(source: &'s Source<'a, T>, from: usize, tile: usize) -> Self {
+    fn new(source: &'s Source<'a, T>, from: usize, tile: usize, room: &'s mut Room<T>) -> Self {
         let stretches = match source {
             Source::Strided(_, walk) => Some(walk.stretches(from)),
             _ => None,
         };
         let fills_once = source.fills_once(tile);
-        Self { source, stretches, fills_once, filled: false, tile: MaybeUninit::uninit(), converted: MaybeUninit::uninit() }
+        Self { source, stretches, fills_once, filled: false, room }
     }
 
     /// The `len` elements from `at` on, in the type of the arithmetic.
@@ -310,7 +341,10 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     /// place; `out` is the output's element `at`, of type `T`, if the source is the output.
     #[inline(always)]
     unsafe fn computed(&mut self, at: usize, len: usize, out: *const T) -> *const T::Compute {
-        let to = self.converted.as_mut_ptr().cast();
+        if matches!(self.source, Source::Unused) {
+            return std::ptr::null();
+        }
+        let to = self.room.converted.as_mut_ptr().cast();
         if T::CONVERTS && self.filled {
             return to;
         }
@@ -349,7 +383,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     fn brought(&mut self, len: usize) -> *const T {
         // A plan whose tiles are too long for a source would write beyond this one: better a panic.
         assert!(len <= TILE, "a tile of {len} elements");
-        let tile = self.tile.as_mut_ptr().cast::<T>();
+        let tile = self.room.tile.as_mut_ptr().cast::<T>();
         if self.filled {
             return tile;
         }
@@ -377,7 +411,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
                 }
                 tile
             }
-            Source::Output | Source::Direct(_) => tile,
+            Source::Unused | Source::Output | Source::Direct(_) => tile,
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::harness::{Case, DTypes, case};
 use crate::reference::Array;
 use kiln_kernels::cpu::math::double;
-use kiln_tensor::{DType, Result, Tensor};
+use kiln_tensor::{DType, Result, Tensor, fuse};
 
 pub fn cases() -> Vec<Case> {
     [unary(), activations(), binary(), scalars(), comparisons(), selection()].into_iter().flatten().collect()
@@ -118,6 +118,14 @@ fn binary() -> Vec<Case> {
         })
         .distinct(),
         two("atan2", Tensor::atan2, f64::atan2).domain(&[(0.2, 2.0), (-2.0, -0.2)]),
+        case(
+            "call",
+            |x| fuse(|[x, b, y]| y + (x * b).tanh())?.call([&x[0], &x[1], &x[2]]),
+            |x| x[0].zip(&x[1], |x, b| (x * b).tanh()).zip(&x[2], |t, y| y + t),
+        )
+        .sample(&[&[2, 3], &[3], &[2, 3]])
+        .sample(&[&[2, 0], &[1], &[2, 0]])
+        .large(&[&[300, 1001], &[1001], &[300, 1001]]),
         case("lerp", |x| x[0].lerp(&x[1], &x[2]), |x| x[0].zip(&x[1].zip(&x[0], |b, a| b - a).zip(&x[2], |d, w| d * w), |a, d| a + d))
             .sample(&[&[2, 3], &[2, 3], &[3]]),
         case(

@@ -105,6 +105,7 @@ fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
 
 /// The gradients of input, weight and bias, from that of the output `g`. With h = (x − mean)·rstd:
 /// dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)) (without the second term if not centred), dw = Σ g·h and db = Σ g over the rows.
+/// `g` may be one row that stands for all.
 #[allow(clippy::too_many_arguments)] // The operands of one formula.
 pub fn layer_norm_backward<T: FloatElement>(
     rows: Rows,
@@ -118,7 +119,8 @@ pub fn layer_norm_backward<T: FloatElement>(
     db: Option<&mut [T]>,
 ) {
     let n = rows.n;
-    assert!(g.len() == x.len() && dx.len() == x.len() && mean.len() == rstd.len() && x.len() == n * mean.len());
+    assert!(dx.len() == x.len() && mean.len() == rstd.len() && x.len() == n * mean.len());
+    assert!(g.len() == x.len() || g.len() == n);
     let w = weight.map(|_| parameter(weight, n, T::Lane::ONE));
     // At most 64 partial sums of the parameters' gradients, each over enough rows to be a task.
     let group = mean.len().div_ceil(64).max(TASK.div_ceil(n.max(1)));
@@ -137,7 +139,8 @@ pub fn layer_norm_backward<T: FloatElement>(
                 &mut []
             };
             let (mean, rstd) = (&mean[first..][..len / n], &rstd[first..][..len / n]);
-            T::Lane::dispatch(Backward { rows, g: &g[range.clone()], x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
+            let g = if g.len() == x.len() { &g[range.clone()] } else { g };
+            T::Lane::dispatch(Backward { rows, g, x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
         });
     }
     for (which, out) in [dw, db].into_iter().enumerate() {
@@ -150,6 +153,7 @@ pub fn layer_norm_backward<T: FloatElement>(
 
 struct Backward<'a, T: FloatElement> {
     rows: Rows,
+    /// Of each row, or one row.
     g: &'a [T],
     x: &'a [T],
     w: Option<&'a [T::Lane]>,
@@ -169,17 +173,22 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
         let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(n));
         let [g_buffer, x_buffer, dx_buffer] = &mut buffers;
         let mut part = vec![T::Lane::default(); self.totals.len()];
-        let inputs = self.g.chunks_exact(n).zip(self.x.chunks_exact(n));
+        let wants_parameters = !part.is_empty();
+        let g_row = |i: usize| if self.g.len() == n { self.g } else { &self.g[i * n..(i + 1) * n] };
+        let outputs = self.x.chunks_exact(n).zip(self.dx.chunks_exact_mut(n));
         let statistics = self.mean.iter().zip(self.rstd);
-        for (i, (((g, x), dx), (&mean, &rstd))) in inputs.zip(self.dx.chunks_exact_mut(n)).zip(statistics).enumerate() {
-            let (g, x) = (lanes::read(g, g_buffer), lanes::read(x, x_buffer));
+        for (i, ((x, dx), (&mean, &rstd))) in outputs.zip(statistics).enumerate() {
+            let (g, x) = (lanes::read(g_row(i), g_buffer), lanes::read(x, x_buffer));
             let row = Row { g, x, w: self.w, mean, rstd };
-            lanes::write(dx, dx_buffer, |dx| row.input_gradient(s, self.rows.centered, dx));
-            if !part.is_empty() {
-                row.add_parameter_gradients(s, &mut part);
-                if (i + 1) % SUM_ROWS == 0 {
-                    flush(&mut part, self.totals);
+            lanes::write(dx, dx_buffer, |dx| {
+                if wants_parameters {
+                    row.gradients::<S, true>(s, self.rows.centered, dx, &mut part);
+                } else {
+                    row.gradients::<S, false>(s, self.rows.centered, dx, &mut []);
                 }
+            });
+            if (i + 1) % SUM_ROWS == 0 {
+                flush(&mut part, self.totals);
             }
         }
         flush(&mut part, self.totals);
@@ -206,9 +215,10 @@ impl<L: FloatLane> Row<'_, L> {
         }
     }
 
-    /// dx = rstd·g·w + (x − mean)·b + c, b and c being constants of the row.
+    /// dx = rstd·g·w + (x − mean)·b + c, b and c being constants of the row; with `PARAMETERS`, adds g·h to the first half of `part`, and g
+    /// to the second.
     #[inline(always)]
-    fn input_gradient<S: Simd>(&self, s: S, centered: bool, dx: &mut [L]) {
+    fn gradients<S: Simd, const PARAMETERS: bool>(&self, s: S, centered: bool, dx: &mut [L], part: &mut [L]) {
         let (n, centre) = (self.g.len(), L::splat(s, self.mean));
         let [sum, dot] = sums!(s, 2, L, S, n, |j, count| {
             let gw = self.weighted(s, j, count);
@@ -218,23 +228,15 @@ impl<L: FloatLane> Row<'_, L> {
         let b = L::splat(s, L::round_from(-rstd * rstd * rstd * dot / n as f64));
         let c = L::splat(s, L::round_from(if centered { -rstd * sum / n as f64 } else { 0.0 }));
         let rstd = L::splat(s, self.rstd);
+        let (dw, db) = part.split_at_mut(part.len() / 2);
         sweep!(L, S, n, |j, count| {
             let d = at(s, self.x, j, count).sub(centre);
             self.weighted(s, j, count).mul_add(rstd, d.mul_add(b, c)).store(&mut dx[j..], count);
-        });
-    }
-
-    /// Adds g·h to the first half of `part`, and g to the second.
-    #[inline(always)]
-    fn add_parameter_gradients<S: Simd>(&self, s: S, part: &mut [L]) {
-        let n = self.g.len();
-        let (centre, rstd) = (L::splat(s, self.mean), L::splat(s, self.rstd));
-        let (dw, db) = part.split_at_mut(n);
-        sweep!(L, S, n, |j, count| {
-            let g = at(s, self.g, j, count);
-            let h = at(s, self.x, j, count).sub(centre).mul(rstd);
-            g.mul_add(h, at(s, dw, j, count)).store(&mut dw[j..], count);
-            at(s, db, j, count).add(g).store(&mut db[j..], count);
+            if PARAMETERS {
+                let g = at(s, self.g, j, count);
+                g.mul_add(d.mul(rstd), at(s, dw, j, count)).store(&mut dw[j..], count);
+                at(s, db, j, count).add(g).store(&mut db[j..], count);
+            }
         });
     }
 }

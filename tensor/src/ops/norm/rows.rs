@@ -38,7 +38,11 @@ impl LayerNorm {
     }
 
     fn fused(&self, ctx: &Ctx, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
-        let (g, x) = (grad.detach().contiguous()?, self.x.detach().contiguous()?);
+        let x = self.x.detach().contiguous()?;
+        let g = match one_row(grad, self.normalized.rank())? {
+            Some(row) => row,
+            None => grad.detach().contiguous()?,
+        };
         let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
         let wants = |i: usize| self.given[i] && ctx.needs(1 + (i.min(1) * self.given[0] as usize));
         let (wants_weight, wants_bias) = (wants(0), wants(1));
@@ -54,6 +58,19 @@ impl LayerNorm {
             Ok([Some(dx), dw, db])
         })
     }
+}
+
+/// The one row of a gradient whose rows are all the same in memory, as that of a sum's operand is.
+fn one_row(grad: &Tensor, rank: usize) -> Result<Option<Tensor>> {
+    let rows = grad.rank() - rank;
+    if grad.numel() == 0 || !grad.layout().strides()[..rows].iter().zip(grad.dims()).all(|(&stride, &extent)| stride == 0 || extent == 1) {
+        return Ok(None);
+    }
+    let mut row = grad.detach();
+    for _ in 0..rows {
+        row = row.select(0, 0)?;
+    }
+    row.contiguous().map(Some)
 }
 
 /// Room for the gradient of a parameter, if it is wanted.

@@ -21,7 +21,7 @@ pub(super) enum Arg<'a> {
 }
 
 impl Arg<'_> {
-    fn tensor(&self) -> Option<&Tensor> {
+    pub(super) fn tensor(&self) -> Option<&Tensor> {
         match self {
             Arg::Tensor(t) => Some(t),
             Arg::Scalar(_) => None,
@@ -30,7 +30,7 @@ impl Arg<'_> {
 }
 
 /// The shape that all tensors broadcast to.
-fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Shape> {
+pub(super) fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Shape> {
     let mut shape: Option<Shape> = None;
     for t in tensors {
         shape = Some(match shape {
@@ -42,7 +42,7 @@ fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tensor>) -> Resu
 }
 
 /// The layout of a result of `shape`: that of the first operand that is dense in this shape.
-fn result_layout<'a>(shape: &Shape, mut tensors: impl Iterator<Item = &'a Tensor>) -> Layout {
+pub(super) fn result_layout<'a>(shape: &Shape, mut tensors: impl Iterator<Item = &'a Tensor>) -> Layout {
     let dense = tensors.find(|t| t.shape() == shape && t.layout().is_dense());
     dense.map_or_else(|| Layout::contiguous(*shape), |t| t.layout().dense_like())
 }
@@ -53,7 +53,7 @@ fn view<'a, T: WithDType>(op: &str, x: &'a Tensor, layout: &'a Layout) -> Result
         .ok_or_else(|| Error::shape(op, format!("layout {layout:?} leaves the storage")))
 }
 
-fn operand<'a, T: WithDType>(op: &str, arg: &Arg<'a>, layout: &'a Option<Layout>) -> Result<Operand<'a, T>> {
+pub(super) fn operand<'a, T: WithDType>(op: &str, arg: &Arg<'a>, layout: &'a Option<Layout>) -> Result<Operand<'a, T>> {
     Ok(match (arg, layout) {
         (Arg::Tensor(t), Some(layout)) => Operand::View(view(op, t, layout)?),
         (Arg::Tensor(t), None) => Operand::View(view(op, t, t.layout())?),

@@ -4,8 +4,11 @@ mod activation;
 mod binary;
 mod cast;
 mod compare;
+mod fuse;
 mod kernel;
 mod operators;
 mod scalar;
 mod select;
 mod unary;
+
+pub use fuse::{Expr, Fused, fuse};

@@ -1,0 +1,162 @@
+//! Fused chains against the operations that they stand for: bit for bit, forward and gradients, and second derivatives.
+
+use kiln_autograd::{TensorExt, gradcheck, gradgradcheck};
+use kiln_tensor::graph::Source;
+use kiln_tensor::{DType, Expr, Fused, Generator, Result, Tensor, fuse};
+
+type Composed = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+type Traced = fn([Expr; 3]) -> Expr;
+
+/// Functions of x, of a bias that broadcasts, and of y, traced and composed.
+fn cases() -> Vec<(&'static str, Traced, Composed)> {
+    vec![
+        ("bias, gelu, residual", |[x, b, y]| y + (x + b).gelu(), |x, b, y| y.add(&x.add(b)?.gelu()?)),
+        ("uses again", |[x, b, y]| (&x * &b) + (&x * &y) + x * 3.0, |x, b, y| x.mul(b)?.add(&x.mul(y)?)?.add(&x.mul_scalar(3.0)?)),
+        ("squares", |[x, b, y]| (&x + &b) * (x + b) - y.square(), |x, b, y| x.add(b)?.mul(&x.add(b)?)?.sub(&y.square()?)),
+        ("quotients", |[x, b, y]| (x + b) / (y.exp() + 0.5), |x, b, y| x.add(b)?.div(&y.exp()?.add_scalar(0.5)?)),
+        (
+            "numbers",
+            |[x, b, y]| (1.0 - (x + b)) / 3.0 * (2.0 / (y.square() + 1.0)) - 0.25,
+            |x, b, y| {
+                let right = y.square()?.add_scalar(1.0)?.rdiv_scalar(2.0)?;
+                x.add(b)?.rsub_scalar(1.0)?.div_scalar(3.0)?.mul(&right)?.sub_scalar(0.25)
+            },
+        ),
+        (
+            "gates",
+            |[x, b, y]| (&x + &b).sigmoid() * (x + b).tanh() + y.silu().relu(),
+            |x, b, y| x.add(b)?.sigmoid()?.mul(&x.add(b)?.tanh()?)?.add(&y.silu()?.relu()?),
+        ),
+        (
+            "elementary",
+            |[x, b, y]| ((x * b).abs() + 1.0).log().sqrt() * y.sin() - y.cos().erf(),
+            |x, b, y| x.mul(b)?.abs()?.add_scalar(1.0)?.log()?.sqrt()?.mul(&y.sin()?)?.sub(&y.cos()?.erf()?),
+        ),
+        (
+            "roots",
+            |[x, b, y]| ((x + b).square() + 1.0).rsqrt() + (y.square() + 2.0).recip() - y.expm1(),
+            |x, b, y| {
+                let left = x.add(b)?.square()?.add_scalar(1.0)?.rsqrt()?;
+                left.add(&y.square()?.add_scalar(2.0)?.recip()?)?.sub(&y.expm1()?)
+            },
+        ),
+        (
+            "activations",
+            |[x, b, y]| (x + b).leaky_relu(0.1) + y.elu(0.7).mish() - (-y).gelu_tanh().hardswish().clamp(-0.5, 0.8),
+            |x, b, y| {
+                let right = y.neg()?.gelu_tanh()?.hardswish()?.clamp(-0.5, 0.8)?;
+                x.add(b)?.leaky_relu(0.1)?.add(&y.elu(0.7)?.mish()?)?.sub(&right)
+            },
+        ),
+        ("logs", |[x, b, y]| (x * b).square().log1p() - y, |x, b, y| x.mul(b)?.square()?.log1p()?.sub(y)),
+    ]
+}
+
+fn inputs(dtype: DType) -> Result<[Tensor; 3]> {
+    // Tests run side by side, so none can rely on the global generator.
+    let generator = Generator::new(3);
+    let make = |shape: &[usize]| generator.randn(shape, ())?.to_dtype(dtype);
+    Ok([make(&[37, 65])?, make(&[65])?, make(&[65, 37])?.t()?])
+}
+
+/// The bits of a result and of the gradients of all inputs for a gradient that varies.
+fn bits(f: impl Fn(&[Tensor; 3]) -> Result<Tensor>, dtype: DType) -> Result<Vec<Vec<u64>>> {
+    let leaves = inputs(dtype)?.map(|x| x.requires_grad_());
+    let [x, b, y] = leaves;
+    let leaves = [x?, b?, y?];
+    let out = f(&leaves)?;
+    let weight = Tensor::linspace(-1.0, 2.0, out.numel(), DType::F32)?.reshape(out.shape())?.to_dtype(dtype)?;
+    out.mul(&weight)?.sum(())?.backward()?;
+    let all = std::iter::once(Ok(out.detach())).chain(leaves.iter().map(|x| x.grad().map_or_else(|| x.zeros_like(), Ok)));
+    all.map(|t| Ok(t?.to_dtype(DType::F64)?.to_vec::<f64>()?.into_iter().map(f64::to_bits).collect())).collect()
+}
+
+#[test]
+fn results_and_gradients_are_those_of_the_operations() -> Result<()> {
+    for (name, traced, composed) in cases() {
+        let fused = fuse(traced)?;
+        for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+            let one = bits(|[x, b, y]| fused.call([x, b, y]), dtype)?;
+            let other = bits(|[x, b, y]| composed(x, b, y), dtype)?;
+            for (i, what) in ["result", "gradient of x", "gradient of b", "gradient of y"].iter().enumerate() {
+                assert!(one[i] == other[i], "{name}, {dtype}: {what} differs");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_chain_is_one_node() -> Result<()> {
+    for (name, traced, _) in cases() {
+        let [x, b, y] = inputs(DType::F32)?;
+        let out = fuse(traced)?.call([&x.requires_grad_()?, &b, &y])?;
+        assert!(matches!(out.source(), Some(Source::Node(node)) if node.name() == "fuse"), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn integers_and_small_steps_take_the_operations() -> Result<()> {
+    let fused = fuse(|[x, b]| x * (&b * 2.0 + 1.0) + b)?;
+    let x = Tensor::arange(0.0, 12.0, 1.0, DType::I64)?.reshape([3, 4])?;
+    let b = Tensor::arange(0.0, 4.0, 1.0, DType::I64)?;
+    assert_eq!(fused.call([&x, &b])?.to_vec::<i64>()?, x.mul(&b.mul_scalar(2.0)?.add_scalar(1.0)?)?.add(&b)?.to_vec::<i64>()?);
+    let (x, b) = (Tensor::randn([300, 40], ())?.requires_grad_()?, Tensor::randn(40, ())?.requires_grad_()?);
+    fused.call([&x, &b])?.sum(())?.backward()?;
+    let (x2, b2) = (x.detach().requires_grad_()?, b.detach().requires_grad_()?);
+    x2.mul(&b2.mul_scalar(2.0)?.add_scalar(1.0)?)?.add(&b2)?.sum(())?.backward()?;
+    for (one, other) in [(x, x2), (b, b2)] {
+        assert_eq!(one.grad().unwrap().to_vec::<f32>()?, other.grad().unwrap().to_vec::<f32>()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_twice() -> Result<()> {
+    for (name, traced, _) in cases() {
+        let fused = fuse(traced)?;
+        let [x, b, y] = inputs(DType::F64)?;
+        let small = [x.narrow(0, 0, 3)?.narrow(1, 0, 4)?, b.narrow(0, 0, 4)?, y.narrow(0, 0, 3)?.narrow(1, 0, 4)?];
+        let f = |t: &[Tensor]| fused.call([&t[0], &t[1], &t[2]]);
+        gradcheck(f, &small).unwrap_or_else(|e| panic!("{name}: {e}"));
+        gradgradcheck(f, &small).unwrap_or_else(|e| panic!("{name}, second order: {e}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn only_what_is_wanted_is_computed_and_saved() -> Result<()> {
+    let fused: Fused<2> = fuse(|[x, y]| x.exp() + y)?;
+    let (x, y) = (Tensor::randn([4], ())?, Tensor::randn([4], ())?.requires_grad_()?);
+    fused.call([&x, &y])?.sum(())?.backward()?;
+    assert_eq!(y.grad().unwrap().to_vec::<f32>()?, [1.0; 4]);
+    assert!(x.grad().is_none());
+    Ok(())
+}
+
+#[test]
+fn mistakes_are_errors() -> Result<()> {
+    let fused = fuse(|[x, y]| x + y)?;
+    let (a, b) = (Tensor::zeros([2, 3], DType::F32)?, Tensor::zeros([4], DType::F32)?);
+    assert!(fused.call([&a, &b]).unwrap_err().to_string().contains("[2, 3]"));
+    assert!(fused.call([&a, &a.to_dtype(DType::F64)?]).is_err());
+    let mut other = None;
+    fuse(|[x]| {
+        other = Some(x.clone());
+        x.exp()
+    })?;
+    let other = other.unwrap();
+    assert!(fuse(|[x]| x + &other).is_err());
+    assert!(fuse(|[_x]| other.exp()).is_err());
+    Ok(())
+}
+
+#[test]
+fn empty_tensors_and_a_function_that_does_nothing() -> Result<()> {
+    let x = Tensor::zeros([0, 3], DType::F32)?;
+    assert_eq!(fuse(|[x]| x.exp() * 2.0)?.call([&x])?.dims(), [0, 3]);
+    let x = Tensor::randn([3], ())?;
+    assert_eq!(fuse(|[x]| x)?.call([&x])?.to_vec::<f32>()?, x.to_vec::<f32>()?);
+    Ok(())
+}
