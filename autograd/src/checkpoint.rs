@@ -3,7 +3,7 @@
 use crate::engine::{GradOptions, dependencies, grad_to_sources};
 use kiln_tensor::generator::DrawLog;
 use kiln_tensor::graph::{Ctx, Edge, Grads, Op, RecordMode, Source, id_mark, is_grad_enabled, recomputing, record_edges, set_record_mode};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_tensor::{DType, Error, Result, Tensor, autocast_dtype, with_autocast};
 use std::sync::Arc;
 
 type Segment = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
@@ -28,7 +28,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'stati
     let output = output?;
     let edges: Vec<Edge> = dependencies(&output, start);
     let sources = edges.iter().map(|e| e.source.clone()).collect();
-    let rule = Checkpoint { segment, inputs, draws, sources };
+    let rule = Checkpoint { segment, inputs, draws, sources, autocast: autocast_dtype() };
     Ok(record_edges("checkpoint", output.detach(), edges, rule))
 }
 
@@ -37,6 +37,7 @@ struct Checkpoint {
     inputs: Vec<Tensor>,
     draws: DrawLog,
     sources: Vec<Source>,
+    autocast: Option<DType>,
 }
 
 impl Op for Checkpoint {
@@ -48,7 +49,7 @@ impl Op for Checkpoint {
         let create_graph = is_grad_enabled();
         let output = {
             let _mode = set_record_mode(RecordMode::On);
-            recomputing(|| self.draws.replay(|| (self.segment)(&self.inputs)))?
+            recomputing(|| self.draws.replay(|| with_autocast(self.autocast, || (self.segment)(&self.inputs))))?
         };
         if output.shape() != grad.shape() || !output.is_tracked() {
             return Err(Error::graph("checkpoint", "the function gave another result when it ran again; it must be pure"));

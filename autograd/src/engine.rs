@@ -4,7 +4,7 @@
 //! turn comes its gradient is complete. The order of summation follows from the ids alone: the same bits every time.
 
 use kiln_tensor::graph::{Ctx, Edge, Leaf, Node, RecordMode, Source, first_non_finite, is_anomaly_mode, set_record_mode};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_tensor::{Error, Result, Tensor, with_autocast};
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -140,7 +140,12 @@ impl Ord for Pending {
 }
 
 /// Carries gradients from `roots` down: to the `targets` and no further than needed, or to every leaf.
+/// Without autocast: gradients have the dtypes of their tensors.
 fn walk(roots: Vec<(Source, Tensor)>, targets: Option<&Targets>, options: GradOptions) -> Result<Found> {
+    with_autocast(None, || walk_graph(roots, targets, options))
+}
+
+fn walk_graph(roots: Vec<(Source, Tensor)>, targets: Option<&Targets>, options: GradOptions) -> Result<Found> {
     let useful = targets.map(|targets| leading_to(roots.iter().map(|(s, _)| s), targets));
     let wanted = |source: &Source| useful.as_ref().is_none_or(|useful| useful.contains(&source.id()));
     let _mode = set_record_mode(if options.create_graph { RecordMode::On } else { RecordMode::Off });

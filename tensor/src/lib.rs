@@ -5,6 +5,7 @@
 
 #[macro_use]
 mod dtype;
+mod autocast;
 mod creation;
 mod device;
 mod display;
@@ -18,6 +19,7 @@ mod shape;
 mod storage;
 mod tensor;
 
+pub use autocast::{autocast, autocast_dtype, with_autocast};
 pub use creation::TensorOptions;
 pub use device::Device;
 pub use dtype::{DType, Scalar, WithDType};

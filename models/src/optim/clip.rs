@@ -43,7 +43,7 @@ pub fn clip_grad_value(params: &[Param], limit: f64) -> Result<()> {
 }
 
 /// Changes each gradient by `f`, in place if nobody else holds it.
-fn for_each_grad(params: &[Param], f: impl Fn(&mut Tensor) -> Result<()>) -> Result<()> {
+pub(super) fn for_each_grad(params: &[Param], f: impl Fn(&mut Tensor) -> Result<()>) -> Result<()> {
     for param in params {
         let Some(mut grad) = param.grad() else { continue };
         // The parameter lets go of it, so that it need not be copied.

@@ -1,4 +1,4 @@
-//! Optimisers, learning-rate schedules, gradient clipping and moving averages of weights.
+//! Optimisers, learning-rate schedules, gradient clipping, loss scaling and moving averages of weights.
 //!
 //! A method is a plain struct of hyper-parameters ([`AdamOptions`]); its optimiser ([`Adam`]) is a [`GroupOptimizer`] over it, which
 //! keeps the parameter groups, the states and their saving in one place. Formulas and their order of operations are PyTorch's.
@@ -29,6 +29,7 @@ mod group;
 mod lion;
 mod muon;
 mod rmsprop;
+mod scaler;
 mod schedule;
 mod sgd;
 mod state;
@@ -41,11 +42,17 @@ pub use group::{Field, GroupOptimizer, Method, Work};
 pub use lion::{Lion, LionOptions};
 pub use muon::{Muon, MuonOptions, newton_schulz};
 pub use rmsprop::{RmsProp, RmsPropOptions};
+pub use scaler::{GradScaler, GradScalerOptions};
 pub use schedule::{Schedule, Scheduler};
 pub use sgd::{Sgd, SgdOptions};
 
 use crate::nn::StateDict;
-use kiln_tensor::Result;
+use kiln_tensor::{Error, Result};
+
+/// An error unless a hyper-parameter fits its domain.
+fn unless_in(op: &str, fits: bool, name: &str, value: f64, domain: &str) -> Result<()> {
+    if fits { Ok(()) } else { Err(Error::argument(op, format!("{name} = {value}, expected {domain}"))) }
+}
 
 /// Changes parameters along their gradients.
 pub trait Optimizer {

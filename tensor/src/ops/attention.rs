@@ -2,8 +2,11 @@
 //! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query, keys of no width.
 
 use super::product::factor;
+use crate::autocast::lowered;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Bool, DType, Error, ErrorKind, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
+use std::borrow::Cow;
+
 use kiln_kernels::cpu::attention::{self, Attended, Attention, Gradients, Heads, Mask};
 
 /// What [`scaled_dot_product_attention`](Tensor::scaled_dot_product_attention) takes besides query, key and value.
@@ -242,6 +245,12 @@ impl Tensor {
     ///
     /// Source: Vaswani et al., *Attention Is All You Need*, 2017, equation 1.
     pub fn scaled_dot_product_attention(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
+        let (query, key, value) = (lowered(self)?, lowered(key)?, lowered(value)?);
+        let mask = options.mask.map(|mask| if mask.dtype().is_float() { lowered(mask) } else { Ok(Cow::Borrowed(mask)) }).transpose()?;
+        query.attention_of_one_dtype(&key, &value, &AttentionOptions { mask: mask.as_deref(), ..*options })
+    }
+
+    fn attention_of_one_dtype(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
         self.check_attention(key, value)?;
         let problem = Problem::new(self, key, value, options)?;
         match self.dtype() {

@@ -3,6 +3,7 @@
 //! Factors of any strides go to the kernel as they are: a transposed or broadcast factor is never copied, so neither are
 //! the transposes in the gradients.
 
+use crate::autocast::{lowered, lowered_option};
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Error, Result, Shape, Tensor, WithDType, broadcast_shapes};
 use kiln_kernels::cpu::gemm::{Gemm, GemmElement};
@@ -116,6 +117,10 @@ impl Tensor {
     /// # Ok(()) }
     /// ```
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
+        lowered(self)?.matmul_of_one_dtype(&*lowered(other)?)
+    }
+
+    fn matmul_of_one_dtype(&self, other: &Tensor) -> Result<Tensor> {
         self.expect_same("matmul", other)?;
         let (a_rank, b_rank) = (self.rank(), other.rank());
         let inner = if b_rank > 0 { other.dims()[b_rank.saturating_sub(2)] } else { 0 };
@@ -142,6 +147,10 @@ impl Tensor {
 
     /// The affine map of a layer: `x · weightᵀ + bias` for x `[.., in]`, weight `[out, in]`, bias `[out]`; the result is `[.., out]`.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        lowered(self)?.linear_of_one_dtype(&*lowered(weight)?, lowered_option(bias)?.as_deref())
+    }
+
+    fn linear_of_one_dtype(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         self.expect_same("linear", weight)?;
         let [out, k] = weight.dims_n::<2>("linear")?;
         if self.dims().last() != Some(&k) {

@@ -1,6 +1,7 @@
 //! Softmax and log-softmax.
 
 use super::reduce::axis_of;
+use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Error, Result, Tensor};
 use kiln_kernels::cpu::softmax;
@@ -44,12 +45,12 @@ impl Softmax {
 impl Tensor {
     /// exp(x) / Σ exp(x) along `dim`. Never overflows; a line of −∞ alone gives NaN. Floats only.
     pub fn softmax(&self, dim: isize) -> Result<Tensor> {
-        self.soft("softmax", dim, false)
+        raised(self)?.soft("softmax", dim, false)
     }
 
     /// x − log Σ exp(x) along `dim`. Never overflows; a line of −∞ alone gives NaN. Floats only.
     pub fn log_softmax(&self, dim: isize) -> Result<Tensor> {
-        self.soft("log_softmax", dim, true)
+        raised(self)?.soft("log_softmax", dim, true)
     }
 
     fn soft(&self, op: &'static str, dim: isize, log: bool) -> Result<Tensor> {

@@ -4,6 +4,7 @@
 mod rules;
 
 use super::spatial::{Extents, PerAxis, by_image};
+use crate::autocast::{lowered, lowered_option};
 use crate::{DType, Error, Result, Tensor};
 use kiln_kernels::cpu::conv::{output_extent, transposed_extent};
 use rules::Conv;
@@ -207,15 +208,17 @@ impl Tensor {
         options: &ConvOptions,
         transposed: bool,
     ) -> Result<Tensor> {
-        self.expect_same(op, weight)?;
-        by_image(op, self, rank, |x| {
+        let (input, weight, bias) = (lowered(self)?, lowered(weight)?, lowered_option(bias)?);
+        let (input, weight, bias) = (&*input, &*weight, bias.as_deref());
+        input.expect_same(op, weight)?;
+        by_image(op, input, rank, |x| {
             // Halves compute in f32 and round once, after the bias.
             let half = weight.dtype() != x.dtype();
             let widen = |t: &Tensor| if half { t.to_dtype(DType::F32) } else { Ok(t.clone()) };
             let weight = widen(weight)?;
             check_bias(
                 op,
-                self,
+                input,
                 bias,
                 if transposed {
                     weight.dims().get(1).map_or(0, |c| c * options.groups)

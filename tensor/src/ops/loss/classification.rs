@@ -1,6 +1,7 @@
 //! Cross-entropy of classes (dimension 1 is the classes) and of independent bits.
 
 use super::{Reduction, expect_alike};
+use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{DType, Error, Result, Shape, Tensor};
 use std::sync::Arc;
@@ -278,8 +279,9 @@ impl Tensor {
 
     /// −t·log σ(x) − (1 − t)·log(1 − σ(x)), computed from the logits x without overflow or cancellation.
     pub fn bce_with_logits_with(&self, target: &Tensor, options: &BceOptions<'_>) -> Result<Tensor> {
-        expect_alike("bce_with_logits", self, target)?;
-        let losses = bce_of_logits(self, target, options.pos_weight)?;
+        let (x, target) = (raised(self)?, raised(target)?);
+        expect_alike("bce_with_logits", &x, &target)?;
+        let losses = bce_of_logits(&x, &target, options.pos_weight)?;
         options.reduction.of(&match options.weight {
             Some(weight) => losses.mul(weight)?,
             None => losses,

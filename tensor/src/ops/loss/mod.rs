@@ -7,6 +7,7 @@ mod distance;
 pub use classification::{BceOptions, CrossEntropyOptions};
 pub use distance::{CosineEmbeddingOptions, KlDivOptions, TripletMarginOptions};
 
+use crate::autocast::raised;
 use crate::{Error, Result, Tensor};
 
 /// What becomes of the losses of the elements.
@@ -48,8 +49,9 @@ impl Tensor {
 
     /// (x − t)².
     pub fn mse_loss_with(&self, target: &Tensor, reduction: Reduction) -> Result<Tensor> {
-        expect_alike("mse_loss", self, target)?;
-        reduction.of(&self.sub(target)?.square()?)
+        let (x, target) = (raised(self)?, raised(target)?);
+        expect_alike("mse_loss", &x, &target)?;
+        reduction.of(&x.sub(&target)?.square()?)
     }
 
     /// The mean of |x − t|.
@@ -59,8 +61,9 @@ impl Tensor {
 
     /// |x − t|.
     pub fn l1_loss_with(&self, target: &Tensor, reduction: Reduction) -> Result<Tensor> {
-        expect_alike("l1_loss", self, target)?;
-        reduction.of(&self.sub(target)?.abs()?)
+        let (x, target) = (raised(self)?, raised(target)?);
+        expect_alike("l1_loss", &x, &target)?;
+        reduction.of(&x.sub(&target)?.abs()?)
     }
 
     /// The mean of [`smooth_l1_loss_with`](Tensor::smooth_l1_loss_with) with β = 1.
@@ -88,6 +91,7 @@ impl Tensor {
 }
 
 fn huber(x: &Tensor, target: &Tensor, op: &str, delta: f64) -> Result<Tensor> {
+    let (x, target) = (&*raised(x)?, &*raised(target)?);
     expect_alike(op, x, target)?;
     if delta.is_nan() || delta <= 0.0 {
         return Err(Error::argument(op, format!("the bound between square and line must be positive, got {delta}")));

@@ -1,7 +1,8 @@
 //! Several tensors, or several copies of one, side by side: cat, stack, repeat, pad, roll, flip; and triangles of matrices.
 
+use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Dims, Error, Layout, Result, Shape, Tensor};
+use crate::{DType, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
 use kiln_kernels::element::Element;
@@ -150,6 +151,15 @@ impl Tensor {
     }
 
     fn cat_all(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
+        if tensors.iter().any(|t| t.dtype() == DType::F32) && tensors.iter().any(|t| t.dtype() != DType::F32) {
+            // Only inside of a scope does this change anything.
+            let raised = tensors.iter().map(|&t| raised(t)).collect::<Result<Vec<_>>>()?;
+            return Self::cat_of_one_dtype(&raised.iter().map(|t| &**t).collect::<Vec<_>>(), dim);
+        }
+        Self::cat_of_one_dtype(tensors, dim)
+    }
+
+    fn cat_of_one_dtype(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
         let first = *tensors.first().ok_or_else(|| Error::argument("cat", "no tensors were given"))?;
         let axis = first.shape().dim("cat", dim)?;
         let mut extent = 0;

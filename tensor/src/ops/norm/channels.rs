@@ -2,6 +2,7 @@
 
 use super::rows::parameter_gradient;
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::{FloatLane, Numeric};
@@ -212,28 +213,30 @@ impl Tensor {
     /// Batch norm in training: (x − mean) / √(var + ε) · weight + bias, with each channel's mean and (population) variance over
     /// all other dimensions of this `[N, C, ...]`. Parameters have shape `[C]`. An error if a channel has fewer than two values. Floats only.
     pub fn batch_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<BatchNorm> {
-        let plan = Plan { op: "batch_norm", grouping: Grouping::Batch, weight, bias, eps };
+        let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
+        let plan = Plan { op: "batch_norm", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps };
         if self.rank() >= 2 && self.dims()[1] > 0 && self.numel() / self.dims()[1] < 2 {
             return Err(Error::shape(plan.op, format!("each channel of shape {} needs more than one value in training", self.shape())));
         }
-        plan.with_own_statistics(self)
+        plan.with_own_statistics(&x)
     }
 
     /// Batch norm in evaluation: (x − mean) / √(var + ε) · weight + bias with the given statistics, of shape `[C]` as the parameters.
     /// They are constants: no gradient flows to them. Floats only.
     pub fn batch_norm_eval(&self, mean: &Tensor, var: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        let plan = Plan { op: "batch_norm_eval", grouping: Grouping::Batch, weight, bias, eps };
-        let images = plan.images(self)?;
+        let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
+        let plan = Plan { op: "batch_norm_eval", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let images = plan.images(&x)?;
         for (what, statistic) in [("mean", mean), ("var", var)] {
             if statistic.dims() != [images.channels.c] {
                 let message = format!("{what} must have shape [{}], got {}", images.channels.c, statistic.shape());
                 return Err(Error::shape(plan.op, message));
             }
         }
-        let dtype = statistics_dtype(self.dtype());
+        let dtype = statistics_dtype(x.dtype());
         let mean = mean.detach().to_dtype(dtype)?.contiguous()?;
         let rstd = var.detach().to_dtype(dtype)?.add_scalar(eps)?.rsqrt()?.contiguous()?;
-        plan.apply(self, &images, mean, rstd, true)
+        plan.apply(&x, &images, mean, rstd, true)
     }
 
     /// Group norm: as batch norm, with statistics over each of `groups` groups of neighbouring channels of each sample of this
@@ -242,15 +245,17 @@ impl Tensor {
         if self.rank() >= 2 && (groups == 0 || !self.dims()[1].is_multiple_of(groups)) {
             return Err(Error::shape("group_norm", format!("{} channels do not make {groups} groups", self.dims()[1])));
         }
-        let plan = Plan { op: "group_norm", grouping: Grouping::Groups(groups), weight, bias, eps };
-        Ok(plan.with_own_statistics(self)?.output)
+        let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
+        let plan = Plan { op: "group_norm", grouping: Grouping::Groups(groups), weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        Ok(plan.with_own_statistics(&x)?.output)
     }
 
     /// Instance norm: as batch norm, with statistics over each channel of each sample of this `[N, C, ...]`. Parameters have
     /// shape `[C]`. Floats only.
     pub fn instance_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
         let groups = self.dims().get(1).copied().unwrap_or(1).max(1);
-        let plan = Plan { op: "instance_norm", grouping: Grouping::Groups(groups), weight, bias, eps };
-        Ok(plan.with_own_statistics(self)?.output)
+        let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
+        let plan = Plan { op: "instance_norm", grouping: Grouping::Groups(groups), weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        Ok(plan.with_own_statistics(&x)?.output)
     }
 }

@@ -1,6 +1,7 @@
 //! Layer norm and RMS norm, over the last dimensions.
 
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Error, IntoShape, Result, Shape, Tensor};
 use kiln_kernels::cpu::norm::{self, Rows};
@@ -82,13 +83,25 @@ impl Tensor {
     /// (x − mean) / √(var + ε) · weight + bias, with mean and (population) variance over the trailing dimensions `normalized_shape`,
     /// which is also the parameters' shape. Floats only.
     pub fn layer_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        self.row_norm("layer_norm", normalized_shape.into_shape()?, weight, bias, eps, true)
+        self.raised_row_norm("layer_norm", normalized_shape.into_shape()?, weight, bias, eps, true)
     }
 
     /// x / √(mean x² + ε) · weight, with the mean over the trailing dimensions `normalized_shape`, which is also the weight's shape.
     /// Floats only.
     pub fn rms_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        self.row_norm("rms_norm", normalized_shape.into_shape()?, weight, None, eps, false)
+        self.raised_row_norm("rms_norm", normalized_shape.into_shape()?, weight, None, eps, false)
+    }
+
+    fn raised_row_norm(
+        &self,
+        op: &'static str,
+        normalized: Shape,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        centered: bool,
+    ) -> Result<Tensor> {
+        raised(self)?.row_norm(op, normalized, raised_option(weight)?.as_deref(), raised_option(bias)?.as_deref(), eps, centered)
     }
 
     fn row_norm(

@@ -1,6 +1,7 @@
 //! Functions of two tensors that broadcast together. Both must have the same dtype.
 
 use super::kernel::{Arg, apply, zip};
+use crate::autocast::{raised, together};
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Error, ErrorKind, Result, Tensor};
 use kiln_kernels::pointwise::binary;
@@ -106,67 +107,76 @@ fn refuse_zero_divisor(op: &'static str, b: &Tensor) -> Result<()> {
 impl Tensor {
     /// a + b. Every numeric dtype; integers wrap.
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Add::ROW)?;
-        record("add", out, &[self, other], |_| Sum { name: "add", negate: false })
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Add::ROW)?;
+        record("add", out, &[a, b], |_| Sum { name: "add", negate: false })
     }
 
     /// a − b. Every numeric dtype; integers wrap.
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Sub::ROW)?;
-        record("sub", out, &[self, other], |_| Sum { name: "sub", negate: true })
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Sub::ROW)?;
+        record("sub", out, &[a, b], |_| Sum { name: "sub", negate: true })
     }
 
     /// a · b, element by element. Every numeric dtype; integers wrap.
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Mul::ROW)?;
-        record("mul", out, &[self, other], |needs| Mul { a: needs.save_for(1, self), b: needs.save_for(0, other) })
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Mul::ROW)?;
+        record("mul", out, &[a, b], |needs| Mul { a: needs.save_for(1, a), b: needs.save_for(0, b) })
     }
 
     /// a / b. Integers round towards zero; a zero divisor is an error for them.
     pub fn div(&self, other: &Tensor) -> Result<Tensor> {
-        refuse_zero_divisor("div", other)?;
-        let out = zip(self, other, binary::Div::ROW)?;
-        record_operands("div", out, self, other, [|_, b, g| g.div(b), |a, b, g| g.div(b)?.mul(&a.div(b)?)?.neg()])
+        let [a, b] = &together([self, other])?;
+        refuse_zero_divisor("div", b)?;
+        let out = zip(a, b, binary::Div::ROW)?;
+        record_operands("div", out, a, b, [|_, b, g| g.div(b), |a, b, g| g.div(b)?.mul(&a.div(b)?)?.neg()])
     }
 
     /// a − b·⌊a/b⌋: the remainder with the sign of the divisor. A zero divisor is an error for integers.
     pub fn rem(&self, other: &Tensor) -> Result<Tensor> {
-        refuse_zero_divisor("rem", other)?;
-        let out = zip(self, other, binary::Rem::ROW)?;
-        record_operands("rem", out, self, other, [|_, _, g| Ok(g.clone()), |a, b, g| g.mul(&a.div(b)?.floor()?)?.neg()])
+        let [a, b] = &together([self, other])?;
+        refuse_zero_divisor("rem", b)?;
+        let out = zip(a, b, binary::Rem::ROW)?;
+        record_operands("rem", out, a, b, [|_, _, g| Ok(g.clone()), |a, b, g| g.mul(&a.div(b)?.floor()?)?.neg()])
     }
 
     /// a^b.
     ///
     /// The derivative with respect to a is 0 where b is 0; that with respect to b is 0 where a is 0 and b is not negative.
     pub fn pow(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Pow::ROW)?;
+        let [a, b] = &[raised(self)?, raised(other)?];
+        let out = zip(a, b, binary::Pow::ROW)?;
         let base: Side = |a, b, g| g.mul(b)?.mul(&a.pow(&b.add_scalar(-1.0)?)?)?.masked_fill(&b.eq_scalar(0.0)?, 0.0);
         let exponent: Side = |a, b, g| {
             let zero = a.eq_scalar(0.0)?.logical_and(&b.ge_scalar(0.0)?)?;
             g.mul(&a.pow(b)?)?.mul(&a.log()?)?.masked_fill(&zero, 0.0)
         };
-        record_operands("pow", out, self, other, [base, exponent])
+        record_operands("pow", out, a, b, [base, exponent])
     }
 
     /// The larger element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
     pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Maximum::ROW)?;
-        record_operands("maximum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Maximum::ROW)?;
+        record_operands("maximum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
     }
 
     /// The smaller element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
     pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Minimum::ROW)?;
-        record_operands("minimum", out, self, other, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Minimum::ROW)?;
+        record_operands("minimum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
     }
 
     /// The angle of the point (x, y) = (other, self), in (−π, π].
     pub fn atan2(&self, other: &Tensor) -> Result<Tensor> {
-        let out = zip(self, other, binary::Atan2::ROW)?;
+        let [a, b] = &together([self, other])?;
+        let out = zip(a, b, binary::Atan2::ROW)?;
         let y: Side = |y, x, g| g.mul(x)?.div(&x.square()?.add(&y.square()?)?);
         let x: Side = |y, x, g| g.mul(y)?.div(&x.square()?.add(&y.square()?)?)?.neg();
-        record_operands("atan2", out, self, other, [y, x])
+        record_operands("atan2", out, a, b, [y, x])
     }
 
     /// a + weight·(b − a): a at weight 0, b at weight 1.

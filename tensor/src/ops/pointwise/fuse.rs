@@ -5,6 +5,7 @@
 //! than the result by broadcasting, second derivatives) is done by the operations themselves.
 
 use super::kernel::{Arg, common_shape, operand, result_layout};
+use crate::autocast::together;
 use crate::graph::{Ctx, Grads, Op, Source, is_grad_enabled, record};
 use crate::{Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, Step, Value};
@@ -462,6 +463,11 @@ impl<const N: usize> Fused<N> {
     /// # Errors
     /// Those of the operations, in their order.
     pub fn call(&self, operands: [&Tensor; N]) -> Result<Tensor> {
+        let operands = together(operands)?;
+        self.call_of_one_dtype(operands.each_ref().map(|x| &**x))
+    }
+
+    fn call_of_one_dtype(&self, operands: [&Tensor; N]) -> Result<Tensor> {
         let program = &self.program;
         let (Some(chain), Some(first)) = (&program.chain, operands.first()) else { return program.result(&operands) };
         for x in &operands {

@@ -1,6 +1,7 @@
 //! Choosing between values, and holding them in a range.
 
 use super::kernel::{Arg, Fused, apply, record_input, select};
+use crate::autocast::together;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{DType, Error, Result, Tensor};
 use kiln_kernels::pointwise::{backward, unary};
@@ -42,6 +43,7 @@ impl Tensor {
     /// `a` where this bool tensor is true, else `b`. The three broadcast together; any dtype.
     pub fn where_cond(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         expect_bool("where_cond", self)?;
+        let [a, b] = &together([a, b])?;
         let out = select("where_cond", self, Arg::Tensor(a), Arg::Tensor(b))?;
         record("where_cond", out, &[a, b], |_| Where { condition: self.clone() })
     }

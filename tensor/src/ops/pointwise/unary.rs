@@ -1,6 +1,7 @@
 //! Elementary functions of one tensor. Float dtypes, unless the text says more; f16 and bf16 compute in f32 and round once.
 
 use super::kernel::{Fused, map, record_flat, record_input, record_linear, record_output};
+use crate::autocast::raised;
 use crate::{Result, Tensor};
 use kiln_kernels::pointwise::{backward, unary};
 use std::f64::consts::PI;
@@ -23,22 +24,26 @@ impl Tensor {
 
     /// e^x.
     pub fn exp(&self) -> Result<Tensor> {
-        record_output("exp", map(self, unary::Exp::ROW)?, self, None, |y, g| g.mul(y))
+        let x = &*raised(self)?;
+        record_output("exp", map(x, unary::Exp::ROW)?, x, None, |y, g| g.mul(y))
     }
 
     /// e^x − 1, accurate near 0.
     pub fn expm1(&self) -> Result<Tensor> {
-        record_output("expm1", map(self, unary::Expm1::ROW)?, self, Fused::new(backward::Expm1::ROW), |y, g| g.mul(&y.add_scalar(1.0)?))
+        let x = &*raised(self)?;
+        record_output("expm1", map(x, unary::Expm1::ROW)?, x, Fused::new(backward::Expm1::ROW), |y, g| g.mul(&y.add_scalar(1.0)?))
     }
 
     /// The natural logarithm; −∞ at 0, NaN below.
     pub fn log(&self) -> Result<Tensor> {
-        record_input("log", map(self, unary::Log::ROW)?, self, None, |x, g| g.div(x))
+        let x = &*raised(self)?;
+        record_input("log", map(x, unary::Log::ROW)?, x, None, |x, g| g.div(x))
     }
 
     /// ln(1 + x), accurate near 0.
     pub fn log1p(&self) -> Result<Tensor> {
-        record_input("log1p", map(self, unary::Log1p::ROW)?, self, Fused::new(backward::Log1p::ROW), |x, g| g.div(&x.add_scalar(1.0)?))
+        let x = &*raised(self)?;
+        record_input("log1p", map(x, unary::Log1p::ROW)?, x, Fused::new(backward::Log1p::ROW), |x, g| g.div(&x.add_scalar(1.0)?))
     }
 
     /// √x; NaN below 0.
@@ -48,14 +53,16 @@ impl Tensor {
 
     /// 1/√x.
     pub fn rsqrt(&self) -> Result<Tensor> {
-        record_output("rsqrt", map(self, unary::Rsqrt::ROW)?, self, Fused::new(backward::Rsqrt::ROW), |y, g| {
+        let x = &*raised(self)?;
+        record_output("rsqrt", map(x, unary::Rsqrt::ROW)?, x, Fused::new(backward::Rsqrt::ROW), |y, g| {
             g.mul(&y.square()?.mul(y)?)?.mul_scalar(-0.5)
         })
     }
 
     /// 1/x.
     pub fn recip(&self) -> Result<Tensor> {
-        record_output("recip", map(self, unary::Recip::ROW)?, self, Fused::new(backward::Recip::ROW), |y, g| g.mul(&y.square()?)?.neg())
+        let x = &*raised(self)?;
+        record_output("recip", map(x, unary::Recip::ROW)?, x, Fused::new(backward::Recip::ROW), |y, g| g.mul(&y.square()?)?.neg())
     }
 
     /// x². Every numeric dtype.

@@ -8,6 +8,7 @@ mod scan;
 
 pub(super) use scan::axis_of;
 
+use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Bool, DType, Dims, Error, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::Numeric;
@@ -121,7 +122,7 @@ impl Product {
 impl Tensor {
     /// The sum along `dims`, which stay with extent 1. Sums of integers and booleans are i64 and wrap.
     pub fn sum_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.sum_over(dims.into())
+        raised(self)?.sum_over(dims.into())
     }
 
     fn sum_over(&self, dims: Dims) -> Result<Tensor> {
@@ -135,12 +136,12 @@ impl Tensor {
 
     /// The sum along `dims` (`()` for all). Sums of integers and booleans are i64 and wrap.
     pub fn sum(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("sum", dims.into(), &Tensor::sum_over)
+        self.without_dims("sum", dims.into(), &|x, dims| raised(x)?.sum_over(dims))
     }
 
     /// The mean along `dims`, which stay with extent 1; NaN for no elements. Floats only.
     pub fn mean_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.mean_over(dims.into())
+        raised(self)?.mean_over(dims.into())
     }
 
     fn mean_over(&self, dims: Dims) -> Result<Tensor> {
@@ -155,12 +156,12 @@ impl Tensor {
 
     /// The mean along `dims` (`()` for all); NaN for no elements. Floats only.
     pub fn mean(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("mean", dims.into(), &Tensor::mean_over)
+        self.without_dims("mean", dims.into(), &|x, dims| raised(x)?.mean_over(dims))
     }
 
     /// The product along `dims`, which stay with extent 1. Products of integers and booleans are i64 and wrap.
     pub fn prod_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.prod_over(dims.into())
+        raised(self)?.prod_over(dims.into())
     }
 
     fn prod_over(&self, dims: Dims) -> Result<Tensor> {
@@ -176,7 +177,7 @@ impl Tensor {
     /// The product along `dims` (`()` for all). Products of integers and booleans are i64 and wrap. The gradient is right where
     /// factors are zero, too.
     pub fn prod(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("prod", dims.into(), &Tensor::prod_over)
+        self.without_dims("prod", dims.into(), &|x, dims| raised(x)?.prod_over(dims))
     }
 
     /// Whether any element along `dims` (`()` for all) is not zero; false for none.

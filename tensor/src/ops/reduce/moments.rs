@@ -1,6 +1,7 @@
 //! Variance and standard deviation, norms, and log-sum-exp.
 
 use super::Axes;
+use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Dims, Result, Tensor};
 use kiln_kernels::cpu::reduce;
@@ -94,22 +95,22 @@ impl Tensor {
     /// The variance along `dims` (`()` for all): Σ (x − mean)² / (n − correction). Bessel's correction is 1; 0 gives the
     /// variance of a whole population. Floats only.
     pub fn var(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.without_dims("var", dims.into(), &|x, dims| x.spread_keepdim("var", dims, correction, false))
+        self.without_dims("var", dims.into(), &|x, dims| raised(x)?.spread_keepdim("var", dims, correction, false))
     }
 
     /// [`var`](Tensor::var) that leaves the dimensions with extent 1.
     pub fn var_keepdim(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.spread_keepdim("var", dims.into(), correction, false)
+        raised(self)?.spread_keepdim("var", dims.into(), correction, false)
     }
 
     /// The standard deviation along `dims` (`()` for all): the square root of [`var`](Tensor::var). Floats only.
     pub fn std(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.without_dims("std", dims.into(), &|x, dims| x.spread_keepdim("std", dims, correction, true))
+        self.without_dims("std", dims.into(), &|x, dims| raised(x)?.spread_keepdim("std", dims, correction, true))
     }
 
     /// [`std`](Tensor::std) that leaves the dimensions with extent 1.
     pub fn std_keepdim(&self, dims: impl Into<Dims>, correction: f64) -> Result<Tensor> {
-        self.spread_keepdim("std", dims.into(), correction, true)
+        raised(self)?.spread_keepdim("std", dims.into(), correction, true)
     }
 
     fn spread_keepdim(&self, op: &'static str, dims: Dims, correction: f64, root: bool) -> Result<Tensor> {
@@ -130,12 +131,12 @@ impl Tensor {
     /// The p-norm along `dims` (`()` for all): (Σ |x|^p)^(1/p); p = ∞ gives the largest |x|, −∞ the smallest, 0 the number of
     /// elements that are not zero. Floats only. The gradient is 0 where the norm is.
     pub fn norm(&self, p: f64, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("norm", dims.into(), &|x, dims| x.norm_over(p, dims))
+        self.without_dims("norm", dims.into(), &|x, dims| raised(x)?.norm_over(p, dims))
     }
 
     /// [`norm`](Tensor::norm) that leaves the dimensions with extent 1.
     pub fn norm_keepdim(&self, p: f64, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.norm_over(p, dims.into())
+        raised(self)?.norm_over(p, dims.into())
     }
 
     fn norm_over(&self, p: f64, dims: Dims) -> Result<Tensor> {
@@ -153,12 +154,12 @@ impl Tensor {
 
     /// log Σ exp(x) along `dims` (`()` for all), which never overflows; −∞ for no elements. Floats only.
     pub fn logsumexp(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.without_dims("logsumexp", dims.into(), &Tensor::logsumexp_over)
+        self.without_dims("logsumexp", dims.into(), &|x, dims| raised(x)?.logsumexp_over(dims))
     }
 
     /// [`logsumexp`](Tensor::logsumexp) that leaves the dimensions with extent 1.
     pub fn logsumexp_keepdim(&self, dims: impl Into<Dims>) -> Result<Tensor> {
-        self.logsumexp_over(dims.into())
+        raised(self)?.logsumexp_over(dims.into())
     }
 
     fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {

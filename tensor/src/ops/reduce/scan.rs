@@ -29,7 +29,7 @@ pub(in crate::ops) fn axis_of(shape: &Shape, dim: usize) -> Axis {
 impl Tensor {
     /// The sums of all elements along `dim` up to and including each. Sums of integers and booleans are i64 and wrap.
     pub fn cumsum(&self, dim: isize) -> Result<Tensor> {
-        self.scan(self.shape().dim("cumsum", dim)?, false)
+        crate::autocast::raised(self)?.scan(self.shape().dim("cumsum", dim)?, false)
     }
 
     fn scan(&self, dim: usize, reverse: bool) -> Result<Tensor> {

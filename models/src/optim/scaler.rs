@@ -1,0 +1,140 @@
+//! Loss scaling, for gradients in f16.
+
+use super::clip::{for_each_grad, grad_norm};
+use super::state::{Reader, put_count, put_number};
+use super::{Optimizer, unless_in};
+use crate::nn::{Param, StateDict};
+use kiln_tensor::ops::optim::scale_;
+use kiln_tensor::{Result, Tensor};
+
+/// Hyper-parameters of a [`GradScaler`].
+#[derive(Clone, Copy, Debug)]
+pub struct GradScalerOptions {
+    /// The first factor.
+    pub init_scale: f64,
+    /// What the factor is multiplied by after `growth_interval` good steps in a row.
+    pub growth_factor: f64,
+    /// What it is multiplied by after a step whose gradients overflowed.
+    pub backoff_factor: f64,
+    /// Good steps before the factor grows.
+    pub growth_interval: u64,
+}
+
+impl Default for GradScalerOptions {
+    fn default() -> Self {
+        Self { init_scale: 65536.0, growth_factor: 2.0, backoff_factor: 0.5, growth_interval: 2000 }
+    }
+}
+
+/// Keeps gradients that pass through f16 away from zero: the loss is multiplied by a large factor, the gradients by its inverse before the
+/// step. A factor so large that gradients overflow costs a step, which is left out, and is made smaller.
+///
+/// bf16 has f32's range and needs none of this.
+///
+/// Source: Micikevicius et al., *Mixed Precision Training*, 2018, section 3.2; names and defaults are PyTorch's.
+///
+/// ```
+/// # use kiln_models::nn::Param;
+/// # use kiln_models::optim::{GradScaler, GradScalerOptions, Optimizer, Sgd, SgdOptions};
+/// # use kiln_autograd::TensorExt;
+/// # use kiln_tensor::{DType, Result, Tensor, autocast};
+/// # fn main() -> Result<()> {
+/// let (x, w) = (Tensor::ones([2, 3], ())?, Param::new("w", &Tensor::ones([1, 3], ())?)?);
+/// let params = [w.clone()];
+/// let mut optimizer = Sgd::new(params.clone(), SgdOptions { lr: 0.1, ..Default::default() })?;
+/// let mut scaler = GradScaler::new(GradScalerOptions::default())?;
+/// for _ in 0..3 {
+///     optimizer.zero_grad();
+///     let loss = autocast(DType::F16, || x.linear(&w.get(), None)?.mean(()))??;
+///     scaler.scale(&loss)?.backward()?;
+///     scaler.step(&mut optimizer, &params)?;
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct GradScaler {
+    options: GradScalerOptions,
+    scale: f64,
+    /// Good steps since the factor changed.
+    good_steps: u64,
+    /// Whether the gradients of the step at hand were unscaled, and were finite.
+    unscaled: Option<bool>,
+}
+
+impl GradScaler {
+    /// A scaler that has seen no step.
+    ///
+    /// # Errors
+    /// If a factor or the interval is out of its domain.
+    pub fn new(options: GradScalerOptions) -> Result<Self> {
+        let GradScalerOptions { init_scale, growth_factor, backoff_factor, growth_interval } = options;
+        unless_in("GradScaler", init_scale > 0.0 && init_scale.is_finite(), "init_scale", init_scale, "a positive number")?;
+        unless_in("GradScaler", growth_factor >= 1.0 && growth_factor.is_finite(), "growth_factor", growth_factor, "a number from 1 on")?;
+        unless_in("GradScaler", backoff_factor > 0.0 && backoff_factor <= 1.0, "backoff_factor", backoff_factor, "a value in (0, 1]")?;
+        unless_in("GradScaler", growth_interval > 0, "growth_interval", growth_interval as f64, "at least 1")?;
+        Ok(Self { options, scale: init_scale, good_steps: 0, unscaled: None })
+    }
+
+    /// The factor of the next loss.
+    pub fn current_scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The loss times the factor, in f32 if it is of a half type: the scaled loss may be beyond f16.
+    pub fn scale(&self, loss: &Tensor) -> Result<Tensor> {
+        let wide = kiln_tensor::ops::optim::state_dtype(loss.dtype());
+        loss.to_dtype(wide)?.mul_scalar(self.scale)
+    }
+
+    /// Divides the gradients by the factor, for clipping between the backward pass and [`step`](Self::step), which does it otherwise.
+    /// Returns whether all are finite.
+    pub fn unscale(&mut self, params: &[Param]) -> Result<bool> {
+        if let Some(finite) = self.unscaled {
+            return Ok(finite);
+        }
+        let inverse = 1.0 / self.scale;
+        for_each_grad(params, |grad| scale_(grad, inverse))?;
+        let finite = grad_norm(params)?.is_finite();
+        self.unscaled = Some(finite);
+        Ok(finite)
+    }
+
+    /// A step of the optimiser with unscaled gradients, unless some are not finite; then adapts the factor. Returns whether the step was taken.
+    pub fn step(&mut self, optimizer: &mut dyn Optimizer, params: &[Param]) -> Result<bool> {
+        let finite = self.unscale(params)?;
+        self.unscaled = None;
+        if !finite {
+            self.scale *= self.options.backoff_factor;
+            self.good_steps = 0;
+            return Ok(false);
+        }
+        optimizer.step()?;
+        self.good_steps += 1;
+        if self.good_steps == self.options.growth_interval {
+            self.scale = (self.scale * self.options.growth_factor).min(f64::from(f32::MAX));
+            self.good_steps = 0;
+        }
+        Ok(true)
+    }
+
+    /// What the next steps depend on: `scale` and `good_steps`.
+    pub fn state_dict(&self) -> Result<StateDict> {
+        let mut dict = StateDict::new();
+        put_number(&mut dict, "scale", self.scale)?;
+        put_count(&mut dict, "good_steps", self.good_steps)?;
+        Ok(dict)
+    }
+
+    /// Restores what [`state_dict`](Self::state_dict) gave.
+    ///
+    /// # Errors
+    /// A missing or unexpected name, or a factor that is not positive. Then nothing has changed.
+    pub fn load_state_dict(&mut self, dict: &StateDict) -> Result<()> {
+        let reader = Reader::new(dict);
+        let (scale, good_steps) = (reader.number("scale")?, reader.count("good_steps")?);
+        reader.finish()?;
+        unless_in("GradScaler", scale > 0.0 && scale.is_finite(), "scale", scale, "a positive number")?;
+        (self.scale, self.good_steps, self.unscaled) = (scale, good_steps, None);
+        Ok(())
+    }
+}
