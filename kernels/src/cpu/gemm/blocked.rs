@@ -87,6 +87,7 @@ pub(super) fn init_of<T>(gemm: &Gemm<T, f32>, first_k: bool, col: usize) -> Init
 const MAX_ROWS: usize = 32;
 
 /// Row pointers of a tile of C.
+#[inline(always)]
 pub(super) fn c_rows(out: Out<f32>, row: usize, col: usize) -> [*mut f32; MAX_ROWS] {
     std::array::from_fn(|r| out.at(row + r, col))
 }

@@ -7,6 +7,7 @@ use super::packing::{Packing, Pairs, Widened};
 use super::tiles;
 use super::{Gemm, GemmElement, Out, dot};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
+use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each_chunk};
 use crate::cpu::simd::Simd;
@@ -42,7 +43,7 @@ impl GemmElement for bf16 {
 }
 
 /// The product by way of f32 sums.
-pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32>>>(
+pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32> + Stored<Compute = f32>>>(
     gemm: &Gemm<P::Element>,
     out: &mut [P::Element],
     row_stride: usize,
@@ -71,7 +72,7 @@ pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32>>>(
 }
 
 /// A part of an item: its sums stay in the cache until they are rounded.
-fn round_block<P: Packing<Element: Float<Compute = f32>>>(
+fn round_block<P: Packing<Element: Float<Compute = f32> + Stored<Compute = f32>>>(
     item: usize,
     block: Block<P>,
     m: usize,
@@ -100,14 +101,19 @@ struct Narrow<A, B> {
     accumulate: bool,
 }
 
-impl<'a, T: Float<Compute = f32>, A: Iterator<Item = &'a [f32]>, B: Iterator<Item = &'a mut [T]>> WithSimd for Narrow<A, B> {
+impl<'a, T: Float<Compute = f32> + Stored<Compute = f32>, A: Iterator<Item = &'a [f32]>, B: Iterator<Item = &'a mut [T]>> WithSimd
+    for Narrow<A, B>
+{
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         for (out, sums) in self.out.zip(self.sums) {
-            for (out, &sum) in out.iter_mut().zip(sums) {
-                *out = T::narrow(if self.accumulate { out.widen() + sum } else { sum });
+            if self.accumulate {
+                out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = Float::narrow(out.widen() + sum));
+            } else {
+                // SAFETY: both have this many elements.
+                unsafe { Stored::narrow(sums.as_ptr(), out.as_mut_ptr(), out.len().min(sums.len())) };
             }
         }
     }
