@@ -4,8 +4,8 @@
 
 mod share;
 
-/// Below this estimate of serial time, in nanoseconds, handing work to another thread costs more than it saves: a helper that waits for
-/// work takes it within a microsecond, one that sleeps in 5 to 50 µs, during which the caller has gone ahead.
+/// Below this estimate of serial time, in nanoseconds, work is not shared: a helper that sleeps would come too late for it, and one that is
+/// awake would save little.
 pub const MIN_PARALLEL_NS: usize = 10_000;
 
 /// Number of threads that the current pool offers.

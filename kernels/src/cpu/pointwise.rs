@@ -271,10 +271,10 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     }
 
     fn readers<'p>(&'p self, from: usize, rooms: &'p mut [Room<T>; N]) -> [Reader<'p, 'a, T>; N] {
-        let mut rooms = rooms.iter_mut();
-        self.sources.each_ref().map(|source| match rooms.next() {
-            Some(room) => Reader::new(source, from, self.tile, room),
-            None => unreachable!("there is room for each source"),
+        let mut k = 0;
+        rooms.each_mut().map(|room| {
+            k += 1;
+            Reader::new(&self.sources[k - 1], from, self.tile, room)
         })
     }
 

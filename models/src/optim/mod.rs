@@ -47,12 +47,7 @@ pub use schedule::{Schedule, Scheduler};
 pub use sgd::{Sgd, SgdOptions};
 
 use crate::nn::StateDict;
-use kiln_tensor::{Error, Result};
-
-/// An error unless a hyper-parameter fits its domain.
-fn unless_in(op: &str, fits: bool, name: &str, value: f64, domain: &str) -> Result<()> {
-    if fits { Ok(()) } else { Err(Error::argument(op, format!("{name} = {value}, expected {domain}"))) }
-}
+use kiln_tensor::Result;
 
 /// Changes parameters along their gradients.
 pub trait Optimizer {

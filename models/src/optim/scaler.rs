@@ -1,11 +1,12 @@
 //! Loss scaling, for gradients in f16.
 
+use super::Optimizer;
 use super::clip::{for_each_grad, grad_norm};
+use super::group::unless;
 use super::state::{Reader, put_count, put_number};
-use super::{Optimizer, unless_in};
 use crate::nn::{Param, StateDict};
 use kiln_tensor::ops::optim::scale_;
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{Error, Result, Tensor};
 
 /// Hyper-parameters of a [`GradScaler`].
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +62,11 @@ pub struct GradScaler {
     unscaled: Option<bool>,
 }
 
+/// Complains about a factor that is not a positive number.
+fn unless_scale(name: &str, value: f64) -> Option<String> {
+    unless(value > 0.0 && value.is_finite(), name, value, "a positive number")
+}
+
 impl GradScaler {
     /// A scaler that has seen no step.
     ///
@@ -68,11 +74,14 @@ impl GradScaler {
     /// If a factor or the interval is out of its domain.
     pub fn new(options: GradScalerOptions) -> Result<Self> {
         let GradScalerOptions { init_scale, growth_factor, backoff_factor, growth_interval } = options;
-        unless_in("GradScaler", init_scale > 0.0 && init_scale.is_finite(), "init_scale", init_scale, "a positive number")?;
-        unless_in("GradScaler", growth_factor >= 1.0 && growth_factor.is_finite(), "growth_factor", growth_factor, "a number from 1 on")?;
-        unless_in("GradScaler", backoff_factor > 0.0 && backoff_factor <= 1.0, "backoff_factor", backoff_factor, "a value in (0, 1]")?;
-        unless_in("GradScaler", growth_interval > 0, "growth_interval", growth_interval as f64, "at least 1")?;
-        Ok(Self { options, scale: init_scale, good_steps: 0, unscaled: None })
+        let invalid = unless_scale("init_scale", init_scale)
+            .or(unless(growth_factor >= 1.0 && growth_factor.is_finite(), "growth_factor", growth_factor, "a number from 1 on"))
+            .or(unless(backoff_factor > 0.0 && backoff_factor <= 1.0, "backoff_factor", backoff_factor, "a value in (0, 1]"))
+            .or(unless(growth_interval > 0, "growth_interval", growth_interval as f64, "at least 1"));
+        match invalid {
+            Some(message) => Err(Error::argument("GradScaler", message)),
+            None => Ok(Self { options, scale: init_scale, good_steps: 0, unscaled: None }),
+        }
     }
 
     /// The factor of the next loss.
@@ -101,14 +110,16 @@ impl GradScaler {
 
     /// A step of the optimiser with unscaled gradients, unless some are not finite; then adapts the factor. Returns whether the step was taken.
     pub fn step(&mut self, optimizer: &mut dyn Optimizer, params: &[Param]) -> Result<bool> {
-        let finite = self.unscale(params)?;
-        self.unscaled = None;
-        if !finite {
-            self.scale *= self.options.backoff_factor;
+        if !self.unscale(params)? {
+            self.unscaled = None;
+            // Never zero, whose inverse would be infinite.
+            self.scale = (self.scale * self.options.backoff_factor).max(f64::from(f32::MIN_POSITIVE));
             self.good_steps = 0;
             return Ok(false);
         }
         optimizer.step()?;
+        // Only now: after an error the gradients stay unscaled.
+        self.unscaled = None;
         self.good_steps += 1;
         if self.good_steps == self.options.growth_interval {
             self.scale = (self.scale * self.options.growth_factor).min(f64::from(f32::MAX));
@@ -133,7 +144,9 @@ impl GradScaler {
         let reader = Reader::new(dict);
         let (scale, good_steps) = (reader.number("scale")?, reader.count("good_steps")?);
         reader.finish()?;
-        unless_in("GradScaler", scale > 0.0 && scale.is_finite(), "scale", scale, "a positive number")?;
+        if let Some(message) = unless_scale("scale", scale) {
+            return Err(Error::argument("GradScaler", message));
+        }
         (self.scale, self.good_steps, self.unscaled) = (scale, good_steps, None);
         Ok(())
     }

@@ -8,6 +8,9 @@ pub(super) struct Class<'a> {
     pub axes: [&'a AxisClass; 3],
     /// Images × targets.
     pub pixels: usize,
+    /// How many taps along the last axis make one segment: all, if their sources are neighbours in memory and inside of the image for every
+    /// target.
+    pub run: usize,
 }
 
 impl Class<'_> {
@@ -17,14 +20,6 @@ impl Class<'_> {
         d.taps
             .iter()
             .flat_map(move |kd| h.taps.iter().flat_map(move |kh| w.taps.iter().map(move |kw| (kd * kernel[1] + kh) * kernel[2] + kw)))
-    }
-
-    /// How many taps along the last axis make one segment: all, if their sources are neighbours in memory and inside of the image for every
-    /// target.
-    pub fn run(&self, g: &Gather) -> usize {
-        let AxisClass { taps, first, step, .. } = self.axes[2];
-        let inside = |first: &isize| *first >= 0 && (*first as usize) + taps.len() <= g.source[2];
-        if g.groups == 1 && *step == 1 && first.iter().all(inside) { taps.len().max(1) } else { 1 }
     }
 
     pub fn tap_count(&self) -> usize {
@@ -39,13 +34,20 @@ impl Class<'_> {
     }
 }
 
+/// See [`Class::run`], for a class of the last axis.
+fn run(g: &Gather, class: &AxisClass) -> usize {
+    let AxisClass { taps, first, step, .. } = class;
+    let inside = |first: &isize| *first >= 0 && (*first as usize) + taps.len() <= g.source[2];
+    if g.groups == 1 && *step == 1 && first.iter().all(inside) { taps.len().max(1) } else { 1 }
+}
+
 /// The classes of a gather from those of its axes.
-pub(super) fn classes<'a>(n: usize, axes: &'a [Vec<AxisClass>; 3]) -> Vec<Class<'a>> {
+pub(super) fn classes<'a>(g: &Gather, axes: &'a [Vec<AxisClass>; 3]) -> Vec<Class<'a>> {
     let mut classes = Vec::new();
     for d in &axes[0] {
         for h in &axes[1] {
             for w in &axes[2] {
-                classes.push(Class { axes: [d, h, w], pixels: n * d.targets.len() * h.targets.len() * w.targets.len() });
+                classes.push(Class { axes: [d, h, w], run: run(g, w), pixels: g.n * d.targets.len() * h.targets.len() * w.targets.len() });
             }
         }
     }

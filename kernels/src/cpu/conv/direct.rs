@@ -31,11 +31,11 @@ struct Task {
 /// See [`super::forward`]; `x` and `y` are the source and target images.
 pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
     let mut axes = exact_classes_if_large(g);
-    let patches = g.cin < PATCH_CHANNELS && !classes(g.n, &axes).iter().any(|c| c.run(g) * g.cin >= PATCH_CHANNELS);
+    let patches = g.cin < PATCH_CHANNELS && !classes(g, &axes).iter().any(|c| c.run * g.cin >= PATCH_CHANNELS);
     if patches {
         axes = phases(g);
     }
-    let classes = classes(g.n, &axes);
+    let classes = classes(g, &axes);
     // Where each class' weights start. A patch is multiplied in one segment, so its taps lie together (no tap is in two phases); so do the
     // taps of a run.
     let order: Vec<usize> = if patches { classes.iter().flat_map(|c| c.taps(g.kernel)).collect() } else { by_runs(g) };
@@ -51,20 +51,9 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
         tasks.extend((0..blocks).map(|b| Task { class, pixels: part_start(pixels, blocks, b)..part_start(pixels, blocks, b + 1) }));
     }
     let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(panels.count());
-    let runs: Vec<usize> = classes.iter().map(|c| c.run(g)).collect();
-    let zeros = vec![0f32; g.cin * runs.iter().copied().max().unwrap_or(1)];
-    let run = Direct {
-        g,
-        x,
-        bias,
-        y: SharedMut::new(y),
-        classes: &classes,
-        runs: &runs,
-        panels: &panels,
-        slot_of_tap: &slot_of_tap,
-        zeros: &zeros,
-        patches,
-    };
+    let zeros = vec![0f32; g.cin * classes.iter().map(|c| c.run).max().unwrap_or(1)];
+    let run =
+        Direct { g, x, bias, y: SharedMut::new(y), classes: &classes, panels: &panels, slot_of_tap: &slot_of_tap, zeros: &zeros, patches };
     let multiplications = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target();
     parallel::for_each(tasks.len() * g.groups * splits, multiplications / 50 + g.target_pixels(), |i| {
         let (i, split) = (i / splits, i % splits);
@@ -86,8 +75,6 @@ struct Direct<'a> {
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
     classes: &'a [Class<'a>],
-    /// For each class the taps that make a segment.
-    runs: &'a [usize],
     panels: &'a Panels,
     slot_of_tap: &'a [usize],
     /// The source pixels of a segment in the padding.
@@ -101,13 +88,13 @@ impl Direct<'_> {
         let (g, class) = (self.g, &self.classes[task.class]);
         let kernels = MicroKernels::get();
         let tiles = kernels.row_tiles(task.pixels.len());
-        let run = self.runs[task.class];
+        let run = class.run;
         let (segments, kc) = if self.patches { (1, class.tap_count() * g.cin) } else { (class.tap_count() / run, g.cin * run) };
         let mut patches = Vec::new();
         let rows = if self.patches {
             self.patch_rows(class, group, task.pixels.clone(), kc, &mut patches)
         } else {
-            self.source_rows(class, run, group, task.pixels.start, tiles, segments)
+            self.source_rows(class, group, task.pixels.start, tiles, segments)
         };
         let targets = self.target_offsets(class, group, task.pixels.clone());
         // The taps of a patch lie together in the panel, from its first on.
@@ -140,7 +127,7 @@ impl Direct<'_> {
     }
 
     /// For each tile the addresses of its pixels' sources, segment by segment.
-    fn source_rows(&self, class: &Class, run: usize, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const f32> {
+    fn source_rows(&self, class: &Class, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const f32> {
         let mut rows = vec![self.zeros.as_ptr(); tiles.start(tiles.count) * segments];
         if segments == 0 {
             return rows;
@@ -150,7 +137,7 @@ impl Direct<'_> {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let rows = &mut rows[start * segments..(start + height) * segments];
             for r in 0..height {
-                self.pixel_sources(class, run, group, pixels.image, pixels.at, &mut rows[r..], height);
+                self.pixel_sources(class, group, pixels.image, pixels.at, &mut rows[r..], height);
                 pixels.advance();
             }
         }
@@ -159,8 +146,7 @@ impl Direct<'_> {
 
     /// Writes the address of a pixel's source under the first tap of each segment that does not lie in the padding to `rows[0]`,
     /// `rows[height]`, …
-    #[allow(clippy::too_many_arguments)]
-    fn pixel_sources(&self, class: &Class, run: usize, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
+    fn pixel_sources(&self, class: &Class, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
         let g = self.g;
         let [d, h, w] = class.axes;
         let channels = g.groups * g.cin;
@@ -173,11 +159,11 @@ impl Direct<'_> {
                 let inside = (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
                 let line = if inside { ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2] } else { 0 };
                 let mut sw = first[2];
-                for row in rows.by_ref().take(w.taps.len() / run) {
+                for row in rows.by_ref().take(w.taps.len() / class.run) {
                     if inside && (0..g.source[2] as isize).contains(&sw) {
                         *row = self.x[(line + sw as usize) * channels + group * g.cin..].as_ptr();
                     }
-                    sw += w.step * run as isize;
+                    sw += w.step * class.run as isize;
                 }
             }
         }

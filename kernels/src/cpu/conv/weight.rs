@@ -148,7 +148,7 @@ impl Outer<'_> {
     fn by_patch(&self, gw: &mut [f32]) -> Result<(), OutOfMemory> {
         let (g, blocks) = (self.g, self.col_blocks());
         let axes = class::phases(g);
-        let classes = class::classes(g.n, &axes);
+        let classes = class::classes(g, &axes);
         let order: Vec<usize> = classes.iter().flat_map(|c| c.taps(g.kernel)).collect();
         let splits = splits(g.target_pixels(), g.groups * blocks);
         let part = Parts { taps: 1, groups: g.groups, blocks, splits };

@@ -54,24 +54,10 @@ fn matrix<T>(view: &MatView<T>) -> Matrix<T> {
 fn on_vectors(a: MatView<i8>, b: MatView<i8>, out: &mut [i32], row_stride: usize) {
     let macs = a.rows() * b.cols() * a.cols();
     let rows = a.rows().div_ceil(macs.div_ceil(1 << 20).clamp(1, 32));
-    let (a, b, n, k) = (matrix(&a), matrix(&b), b.cols(), a.cols());
-    let (a, b) = (Shared(a), Shared(b));
     for_each_chunk(out, rows * row_stride, macs / MACS_PER_NS, |task, out| {
-        dispatch(Rows { a: a.get(), b: b.get(), first: task * rows, n, k, out, row_stride });
+        dispatch(Rows { a: matrix(&a), b: matrix(&b), first: task * rows, n: b.cols(), k: a.cols(), out, row_stride });
     });
 }
-
-/// A factor that threads only read.
-struct Shared(Matrix<i8>);
-
-impl Shared {
-    fn get(&self) -> Matrix<i8> {
-        self.0
-    }
-}
-
-// SAFETY: nobody writes to the factor while it is borrowed by the product.
-unsafe impl Sync for Shared {}
 
 struct Rows<'a> {
     a: Matrix<i8>,
@@ -126,11 +112,10 @@ fn on_tiles(a: MatView<i8>, b: MatView<i8>, out: &mut [i32], row_stride: usize) 
     let panel = steps * CHUNK;
     let mut packed = Buffer::new((rows + cols) * panel)?;
     let packed = packed.as_slice_mut::<u8>();
-    let (a, b) = (Shared(matrix(&a)), Shared(matrix(&b).t()));
     for_each_chunk(packed, panel, (m + n) * k, |i, panel| {
         let (lanes, of_a) =
             if i < rows { (i * SIDE..m.min((i + 1) * SIDE), true) } else { ((i - rows) * SIDE..n.min((i - rows + 1) * SIDE), false) };
-        let from = if of_a { a.get() } else { b.get() };
+        let from = if of_a { matrix(&a) } else { matrix(&b).t() };
         panel.fill(0);
         for (lane, at) in lanes.enumerate() {
             for term in 0..k {

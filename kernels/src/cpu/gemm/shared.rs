@@ -1,6 +1,7 @@
 //! Large products with f32 sums: super-blocks of both factors are packed once by all threads, then multiplied by all threads.
 //!
-//! Packed A is `[block of K][row tile][kc][height]`, packed B `[block of K][panel][kc][width]`, both without gaps.
+//! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
+//! factor equally far apart.
 
 use super::blocked::{FLOP_PER_NS, KC, c_rows, init_of};
 use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};

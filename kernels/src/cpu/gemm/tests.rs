@@ -398,10 +398,14 @@ mod on_tiles {
         ];
         for (name, a, b) in cases {
             let (a, b) = (&a[..m * k], &b[..n * k]);
-            let plain = errors(&row_major::<Plain>(a, b, shape), a, b, shape);
-            let split = errors(&row_major::<Split<f32, 3>>(a, b, shape), a, b, shape);
-            assert!(split.0 <= plain.0 * 1.05 + 1e-12, "{name}: relative error {:e}, plain {:e}", split.0, plain.0);
-            assert!(split.1 <= plain.1 * 1.5 + 6e-8, "{name}: worst element {:e}, plain {:e}", split.1, plain.1);
+            let (plain, split) = (row_major::<Plain>(a, b, shape), row_major::<Split<f32, 3>>(a, b, shape));
+            let falls_back = matches!(name, "whole range" | "denormal");
+            assert_eq!(plain == split, falls_back, "{name}: which kernel ran");
+            let (plain, split) = (errors(&plain, a, b, shape), errors(&split, a, b, shape));
+            // Where one term outweighs the others, what the split leaves out shows: 3 % more.
+            let most = if name == "wide" { 1.05 } else { 1.0 };
+            assert!(split.0 <= plain.0 * most, "{name}: relative error {:e}, plain {:e}", split.0, plain.0);
+            assert!(split.1 <= plain.1 + 6e-8, "{name}: worst element {:e}, plain {:e}", split.1, plain.1);
         }
     }
 

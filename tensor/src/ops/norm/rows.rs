@@ -83,25 +83,13 @@ impl Tensor {
     /// (x − mean) / √(var + ε) · weight + bias, with mean and (population) variance over the trailing dimensions `normalized_shape`,
     /// which is also the parameters' shape. Floats only.
     pub fn layer_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        self.raised_row_norm("layer_norm", normalized_shape.into_shape()?, weight, bias, eps, true)
+        self.row_norm("layer_norm", normalized_shape.into_shape()?, weight, bias, eps, true)
     }
 
     /// x / √(mean x² + ε) · weight, with the mean over the trailing dimensions `normalized_shape`, which is also the weight's shape.
     /// Floats only.
     pub fn rms_norm(&self, normalized_shape: impl IntoShape, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        self.raised_row_norm("rms_norm", normalized_shape.into_shape()?, weight, None, eps, false)
-    }
-
-    fn raised_row_norm(
-        &self,
-        op: &'static str,
-        normalized: Shape,
-        weight: Option<&Tensor>,
-        bias: Option<&Tensor>,
-        eps: f64,
-        centered: bool,
-    ) -> Result<Tensor> {
-        raised(self)?.row_norm(op, normalized, raised_option(weight)?.as_deref(), raised_option(bias)?.as_deref(), eps, centered)
+        self.row_norm("rms_norm", normalized_shape.into_shape()?, weight, None, eps, false)
     }
 
     fn row_norm(
@@ -113,26 +101,28 @@ impl Tensor {
         eps: f64,
         centered: bool,
     ) -> Result<Tensor> {
-        if normalized.rank() == 0 || !self.dims().ends_with(&normalized) {
-            return Err(Error::shape(op, format!("the input of shape {} must end with the normalized shape {normalized}", self.shape())));
+        let (input, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
+        let (input, weight, bias) = (&*input, weight.as_deref(), bias.as_deref());
+        if normalized.rank() == 0 || !input.dims().ends_with(&normalized) {
+            return Err(Error::shape(op, format!("the input of shape {} must end with the normalized shape {normalized}", input.shape())));
         }
-        expect_parameter(op, "weight", self, weight, &normalized)?;
-        expect_parameter(op, "bias", self, bias, &normalized)?;
+        expect_parameter(op, "weight", input, weight, &normalized)?;
+        expect_parameter(op, "bias", input, bias, &normalized)?;
         let rows = Rows { n: normalized.numel(), eps, centered };
-        let count: usize = self.dims()[..self.rank() - normalized.rank()].iter().product();
-        let x = self.detach().contiguous()?;
+        let count: usize = input.dims()[..input.rank() - normalized.rank()].iter().product();
+        let x = input.detach().contiguous()?;
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(weight)?, dense(bias)?);
         let (mut mean, mut rstd) =
-            (Tensor::zeros(count, statistics_dtype(self.dtype()))?, Tensor::zeros(count, statistics_dtype(self.dtype()))?);
-        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.shape(), |y| {
+            (Tensor::zeros(count, statistics_dtype(input.dtype()))?, Tensor::zeros(count, statistics_dtype(input.dtype()))?);
+        let out = for_float!(input.dtype(), op, T => Tensor::build::<T>(input.shape(), |y| {
             let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             norm::layer_norm::<T>(rows, x.as_slice()?, w, b, y, mean.as_slice_mut()?, rstd.as_slice_mut()?);
             Ok(())
         }))?;
-        let inputs: Vec<&Tensor> = [Some(self), weight, bias].into_iter().flatten().collect();
+        let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
         let given = [weight.is_some(), bias.is_some()];
-        record(op, out, &inputs, |_| LayerNorm { rows, x: self.clone(), weight: weight.cloned(), given, normalized, mean, rstd })
+        record(op, out, &inputs, |_| LayerNorm { rows, x: input.clone(), weight: weight.cloned(), given, normalized, mean, rstd })
     }
 }

@@ -16,6 +16,11 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// Whether two rows are one: names are unique, and the address of a constant need not be.
+fn is<const N: usize>(a: &Row<N>, b: &Row<N>) -> bool {
+    a.name == b.name
+}
+
 /// The steps of a chain and of its gradients.
 #[derive(Clone, Default)]
 struct Trace {
@@ -33,8 +38,8 @@ impl Trace {
     /// A step of a gradient: the one that there is, if it computes the same.
     fn push(&mut self, function: Function, params: Params, args: [Value; 2]) -> Value {
         let same = |a: &Function, b: &Function| match (a, b) {
-            (Function::One(a), Function::One(b)) => std::ptr::eq(*a, *b),
-            (Function::Two(a), Function::Two(b)) => std::ptr::eq(*a, *b),
+            (Function::One(a), Function::One(b)) => is(a, b),
+            (Function::Two(a), Function::Two(b)) => is(a, b),
             _ => false,
         };
         let step = Step { function, params, args };
@@ -103,7 +108,7 @@ macro_rules! functions {
         /// The operation that a row of one operand stands for.
         fn composed_one(row: &'static Row<1>, params: Params, x: &Tensor) -> Result<Tensor> {
             $(
-                if std::ptr::eq(row, unary::$row::ROW) {
+                if is(row, unary::$row::ROW) {
                     let [$($param,)* ..] = params;
                     return x.$name($($param),*);
                 }
@@ -113,7 +118,7 @@ macro_rules! functions {
 
         fn gradient_of_one(row: &'static Row<1>) -> Option<Gradient> {
             $(
-                if std::ptr::eq(row, unary::$row::ROW) {
+                if is(row, unary::$row::ROW) {
                     return Some(|$t, [$x, _], $y, $p, $g| [Some($gradient), None]);
                 }
             )*
@@ -151,7 +156,7 @@ functions! {
 
 /// The gradients of `a + b` and so on, as the operations on tensors make them, numbers included.
 fn gradient_of_two(row: &'static Row<2>) -> Option<Gradient> {
-    let is = |other: &'static Row<2>| std::ptr::eq(row, other);
+    let is = |other| is(row, other);
     Some(if is(binary::Add::ROW) {
         |_, _, _, _, g| [Some(g); 2]
     } else if is(binary::Sub::ROW) {
@@ -187,7 +192,7 @@ enum Argument<'a> {
 /// The operation that a row of two operands stands for.
 fn composed_two(row: &'static Row<2>, a: Argument, b: Argument) -> Result<Tensor> {
     use Argument::{Number, Tensor as T};
-    let is = |other: &'static Row<2>| std::ptr::eq(row, other);
+    let is = |other| is(row, other);
     match (a, b) {
         (T(a), T(b)) if is(binary::Add::ROW) => a.add(b),
         (T(a), T(b)) if is(binary::Sub::ROW) => a.sub(b),
@@ -435,20 +440,22 @@ fn operands_of(steps: &[Step], value: Value, operands: usize) -> Vec<usize> {
     (0..operands).filter(|&i| reads[i]).collect()
 }
 
-/// Runs a chain over operands that broadcast to `shape`.
-fn run(chain: &Chain, operands: &[Arg], shape: &Shape) -> Result<Tensor> {
-    let tensors = || operands.iter().filter_map(Arg::tensor);
+/// Runs a chain over operands that broadcast to `shape`, `None` where it reads none.
+fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Tensor> {
+    let tensors = || operands.iter().copied().flatten();
     let layout = result_layout(shape, tensors());
     let first = tensors().next().ok_or_else(|| Error::argument("fuse", "needs a tensor"))?;
     let mut layouts: [Option<Layout>; MAX_OPERANDS] = [None; MAX_OPERANDS];
     for (layout, arg) in layouts.iter_mut().zip(operands) {
-        let other_shape = arg.tensor().filter(|t| t.shape() != shape);
+        let other_shape = arg.filter(|t| t.shape() != shape);
         *layout = other_shape.map(|t| t.layout().broadcast_to("fuse", shape)).transpose()?;
     }
     for_float!(first.dtype(), "fuse", T => {
         let mut views = [Operand::Unused; MAX_OPERANDS];
         for (view, (arg, layout)) in views.iter_mut().zip(operands.iter().zip(&layouts)) {
-            *view = operand::<T>("fuse", arg, layout)?;
+            if let Some(x) = arg {
+                *view = operand::<T>("fuse", &Arg::Tensor(x), layout)?;
+            }
         }
         Tensor::build_with_layout::<T>(layout, |data| {
             chain.apply(&views[..operands.len()], Output { data, shape: layout.shape().dims(), strides: layout.strides() });
@@ -477,7 +484,7 @@ impl<const N: usize> Fused<N> {
         if !first.dtype().is_float() || !program.steps_are_full(&operands, &shape)? {
             return program.result(&operands);
         }
-        let out = run(chain, &operands.map(Arg::Tensor), &shape)?;
+        let out = run(chain, &operands.map(Some), &shape)?;
         let inputs: Vec<&Tensor> = program.uses.iter().map(|u| operands[u.operand]).collect();
         record("fuse", out, &inputs, |needs| {
             let wanted = |u: &usize| needs.input(*u);
@@ -523,11 +530,9 @@ impl Op for Chained {
 impl Chained {
     fn pass(&self, pass: &GradientPass, grad: &Tensor) -> Result<Tensor> {
         let Some(chain) = &pass.chain else { return Ok(grad.clone()) };
-        let operand = |(_, x): &'_ (Shape, Option<Tensor>)| x.clone();
-        let saved: Vec<Option<Tensor>> = self.operands.iter().map(operand).collect();
         // Those that were not saved are not read.
-        let mut args: Vec<Arg> = saved.iter().map(|x| x.as_ref().map_or(Arg::Scalar(0.0), Arg::Tensor)).collect();
-        args.push(Arg::Tensor(grad));
+        let saved = self.operands.iter().map(|(_, x)| x.as_ref());
+        let args: Vec<Option<&Tensor>> = saved.chain([Some(grad)]).collect();
         run(chain, &args, &self.shape)
     }
 
@@ -540,7 +545,7 @@ impl Chained {
             None => Tensor::scalar(0.0, grad)?.expand(shape)?.requires_grad_(),
         };
         let operands = self.operands.iter().map(stand_in).collect::<Result<Vec<_>>>()?;
-        // A handle of its own for each use would be a copy: all uses are walked, those that are not needed left out at the end.
+        // The gradients of all uses come by; those that nobody needs are left out at the end.
         let values = program.composed(&operands.iter().collect::<Vec<_>>())?;
         let mut gradients: Vec<Option<Tensor>> = vec![None; values.len()];
         if let Value::Step(last) = program.result {

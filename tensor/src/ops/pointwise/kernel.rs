@@ -21,7 +21,7 @@ pub(super) enum Arg<'a> {
 }
 
 impl Arg<'_> {
-    pub(super) fn tensor(&self) -> Option<&Tensor> {
+    fn tensor(&self) -> Option<&Tensor> {
         match self {
             Arg::Tensor(t) => Some(t),
             Arg::Scalar(_) => None,
