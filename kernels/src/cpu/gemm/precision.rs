@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
 pub enum MatmulPrecision {
-    /// As exact as a sequence of f32 multiply-adds: on tiles more so, but for 3 % where single terms outweigh all others.
+    /// As exact as a sequence of f32 multiply-adds: on tiles more so, but for a quarter where single terms outweigh all others.
     #[default]
     Highest,
     /// About 2⁻¹⁶ of the factors' sizes: a factor is the sum of two bf16.
