@@ -5,6 +5,7 @@
 //! Each kernel gives the same bits for any number of threads: work is cut by shape and dtype only.
 
 pub mod cpu;
+pub mod cuda;
 pub mod element;
 pub mod iter;
 pub mod pointwise;

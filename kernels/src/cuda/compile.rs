@@ -1,0 +1,132 @@
+//! Kernel files on their way to machine code: headers expanded, compiled once, kept on disk under a hash of all that matters.
+
+use super::backend::Backend;
+use super::error::CudaError;
+use sha2::{Digest, Sha256};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A kernel file.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) name: &'static str,
+    pub(crate) text: &'static str,
+}
+
+/// What kernel files may include.
+const HEADERS: &[(&str, &str)] =
+    &[("kiln.cuh", include_str!("kiln.cuh")), ("ptx.cuh", include_str!("ptx.cuh")), ("emulate.cuh", include_str!("emulate.cuh"))];
+
+/// The file's text, each header in the place of its first inclusion, macros first.
+pub(super) fn expand(source: &Source, defines: &[(&str, &str)]) -> String {
+    expand_text(source.text, defines)
+}
+
+/// As [`expand`], of a text that a program wrote.
+pub(crate) fn expand_text(text: &str, defines: &[(&str, &str)]) -> String {
+    let mut out = String::with_capacity(64 << 10);
+    for (name, value) in defines {
+        let _ = writeln!(out, "#define {name} {value}");
+    }
+    include(text, &mut out, &mut Vec::new());
+    out
+}
+
+fn include(text: &str, out: &mut String, seen: &mut Vec<&'static str>) {
+    for line in text.lines() {
+        let header = line.trim().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        let header = header.and_then(|wanted| HEADERS.iter().find(|(name, _)| *name == wanted));
+        match header {
+            Some((name, _)) if seen.contains(name) => {}
+            Some((name, text)) => {
+                seen.push(name);
+                include(text, out, seen);
+            }
+            None if line.trim() == "#pragma once" => {}
+            None => {
+                out.push_str(line);
+                out.push('\n');
+            }
+        }
+    }
+}
+
+/// Where compiled kernels are kept: `KILN_CACHE`, else the user's cache folder.
+fn cache_folder() -> PathBuf {
+    let from = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let user = || from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
+    from("KILN_CACHE")
+        .or_else(|| user().map(|cache| cache.join("kiln")))
+        .unwrap_or_else(|| std::env::temp_dir().join("kiln"))
+        .join("kernels")
+}
+
+fn digest(parts: &[&[u8]]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Whether the file is as it was when its digest was written beside it.
+fn is_whole(file: &Path, sum: &Path) -> bool {
+    matches!((fs::read(file), fs::read_to_string(sum)), (Ok(code), Ok(sum)) if digest(&[&code]) == sum)
+}
+
+/// Loads the machine code of an expanded kernel file, compiling it unless a whole copy is on disk.
+pub(super) fn load(backend: &dyn Backend, name: &str, text: &str) -> Result<u64, CudaError> {
+    let key = digest(&[backend.target()?.as_bytes(), text.as_bytes()]);
+    let folder = cache_folder();
+    let (file, sum) = (folder.join(format!("{name}-{}.bin", &key[..32])), folder.join(format!("{name}-{}.sum", &key[..32])));
+    if is_whole(&file, &sum) {
+        return backend.load(name, &file);
+    }
+    let failed = |what: &Path, e: std::io::Error| {
+        CudaError::Unavailable(format!(
+            "the cache of compiled kernels, {}: {e}; set KILN_CACHE to a folder that can be written",
+            what.display()
+        ))
+    };
+    fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
+    // Written beside its place and moved there, so that another process never sees half of it.
+    let fresh = folder.join(format!("{name}-{}.{}", &key[..32], std::process::id()));
+    backend.compile(name, text, &fresh)?;
+    let code = fs::read(&fresh).map_err(|e| failed(&fresh, e))?;
+    let fresh_sum = fresh.with_extension(format!("{}.sum", std::process::id()));
+    fs::write(&fresh_sum, digest(&[&code])).map_err(|e| failed(&fresh_sum, e))?;
+    fs::rename(&fresh, &file).map_err(|e| failed(&file, e))?;
+    fs::rename(&fresh_sum, &sum).map_err(|e| failed(&sum, e))?;
+    backend.load(name, &file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_expanded_once() {
+        let text = expand_text("#include \"kiln.cuh\"\n#include \"kiln.cuh\"\nint x;", &[("T", "float")]);
+        assert!(text.starts_with("#define T float\n") && text.ends_with("int x;\n"));
+        assert_eq!(text.matches("typedef long long i64;").count(), 1);
+        assert!(!text.contains("#include \""), "a header is missing from the list");
+    }
+
+    #[test]
+    fn a_changed_file_is_noticed() {
+        let folder = std::env::temp_dir().join(format!("kiln-compile-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let (file, sum) = (folder.join("a.bin"), folder.join("a.sum"));
+        fs::write(&file, b"code").unwrap();
+        fs::write(&sum, digest(&[b"code"])).unwrap();
+        assert!(is_whole(&file, &sum));
+        fs::write(&file, b"cod").unwrap();
+        assert!(!is_whole(&file, &sum));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,234 @@
+//! A GPU: its memory, its queue, and the kernels compiled for it.
+
+use super::alloc::{Block, Cache, MemoryStats, class_of};
+use super::backend::Backend;
+use super::compile::{self, Source};
+use super::driver::Driver;
+use super::emulator::Emulator;
+use super::error::CudaError;
+use super::launch::{Module, ModuleInner, TensorMap, TensorMapSpec};
+use super::memory::{DeviceBuffer, Slice, SliceMut};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+const MAX_GPUS: usize = 64;
+
+/// One GPU. There is one value for each that is ever used; it lives as long as the program.
+pub struct Gpu {
+    ordinal: usize,
+    backend: Box<dyn Backend>,
+    emulated: bool,
+    cache: Mutex<Cache>,
+    modules: Mutex<HashMap<String, Module>>,
+    /// The pool that a capture in progress allocates from, or 0.
+    pool: AtomicU64,
+}
+
+/// The GPU number `ordinal`; with `KILN_CUDA=emulate`, the emulator as number 0.
+///
+/// # Errors
+/// If the driver or that GPU is not there.
+pub fn gpu(ordinal: usize) -> Result<&'static Gpu, CudaError> {
+    static GPUS: [OnceLock<Gpu>; MAX_GPUS] = [const { OnceLock::new() }; MAX_GPUS];
+    let missing = || CudaError::Unavailable(format!("cuda:{ordinal}: there is no GPU of this number"));
+    let slot = GPUS.get(ordinal).ok_or_else(missing)?;
+    if let Some(gpu) = slot.get() {
+        return Ok(gpu);
+    }
+    let emulated = std::env::var("KILN_CUDA").is_ok_and(|v| v == "emulate");
+    let backend: Box<dyn Backend> = match (emulated, ordinal) {
+        (true, 0) => Box::new(Emulator::new()),
+        (true, _) => return Err(missing()),
+        (false, _) => Box::new(Driver::new(ordinal)?),
+    };
+    Ok(slot.get_or_init(|| Gpu { ordinal, backend, emulated, cache: Mutex::default(), modules: Mutex::default(), pool: AtomicU64::new(0) }))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gpu {
+    /// The GPU's number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// Its name, e.g. `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> &str {
+        &self.backend.info().name
+    }
+
+    /// Whether this is the emulator.
+    pub fn is_emulated(&self) -> bool {
+        self.emulated
+    }
+
+    /// The compute capability, e.g. `(9, 0)`.
+    pub fn capability(&self) -> (u32, u32) {
+        self.backend.info().capability
+    }
+
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.backend.info().multiprocessors
+    }
+
+    /// The most shared memory that a block can ask for, in bytes.
+    pub fn shared_memory(&self) -> u32 {
+        self.backend.info().shared
+    }
+
+    pub(super) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    pub(super) fn make_current(&self) -> Result<(), CudaError> {
+        self.backend.make_current()
+    }
+
+    /// `bytes` bytes of stale content.
+    pub fn alloc(&'static self, bytes: usize) -> Result<DeviceBuffer, CudaError> {
+        let pool = self.pool.load(Relaxed);
+        let Some(size) = class_of(bytes) else { return Err(self.out_of_memory(bytes)) };
+        if let Some(block) = lock(&self.cache).take(size, pool) {
+            return Ok(DeviceBuffer { gpu: self, block, bytes });
+        }
+        self.make_current()?;
+        let mut address = self.backend.alloc(size)?;
+        if address.is_none() && pool == 0 {
+            self.empty_cache()?;
+            address = self.backend.alloc(size)?;
+        }
+        let address = address.ok_or_else(|| self.out_of_memory(bytes))?;
+        let block = lock(&self.cache).adopt(address, size, pool);
+        Ok(DeviceBuffer { gpu: self, block, bytes })
+    }
+
+    fn out_of_memory(&self, requested: usize) -> CudaError {
+        let stats = self.memory_stats();
+        let (free, total) = self.backend.memory().unwrap_or((0, 0));
+        CudaError::OutOfMemory { ordinal: self.ordinal, requested, in_use: stats.in_use, held: stats.held, free, total }
+    }
+
+    pub(super) fn release(&self, block: Block) {
+        lock(&self.cache).give(block);
+    }
+
+    /// What the allocator holds.
+    pub fn memory_stats(&self) -> MemoryStats {
+        lock(&self.cache).stats
+    }
+
+    /// Makes the current use the new peak.
+    pub fn reset_peak(&self) {
+        let mut cache = lock(&self.cache);
+        cache.stats.peak = cache.stats.in_use;
+    }
+
+    /// Gives every cached block back to the driver, once queued work is done.
+    pub fn empty_cache(&self) -> Result<(), CudaError> {
+        self.free_pool(0)
+    }
+
+    /// Allocations come from `pool` until the next call; gives the pool from before.
+    pub(super) fn set_pool(&self, pool: u64) -> u64 {
+        self.pool.swap(pool, Relaxed)
+    }
+
+    pub(super) fn free_pool(&self, pool: u64) -> Result<(), CudaError> {
+        self.make_current()?;
+        let addresses = lock(&self.cache).drain(pool);
+        if !addresses.is_empty() {
+            self.backend.synchronize()?;
+        }
+        addresses.into_iter().for_each(|address| self.backend.free(address));
+        Ok(())
+    }
+
+    /// Copies bytes from the host into new memory. The copy is queued; `bytes` may be changed at once.
+    pub fn upload(&'static self, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
+        let buffer = self.alloc(bytes.len())?;
+        if !bytes.is_empty() {
+            self.make_current()?;
+            // SAFETY: the buffer was made for as many bytes.
+            unsafe { self.backend.upload(buffer.block.address, bytes)? };
+        }
+        Ok(buffer)
+    }
+
+    /// Copies a buffer's first bytes to the host; waits for all that is queued.
+    pub fn download(&self, from: &DeviceBuffer, to: &mut [u8]) -> Result<(), CudaError> {
+        assert!(to.len() <= from.bytes && std::ptr::eq(self, from.gpu), "as many bytes, of this GPU");
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.make_current()?;
+        // SAFETY: checked above.
+        unsafe { self.backend.download(to, from.block.address) }
+    }
+
+    /// Queues a copy of elements.
+    pub fn copy(&self, from: Slice<'_>, to: &mut SliceMut<'_>) -> Result<(), CudaError> {
+        assert!(from.len() == to.len() && from.ty() == to.ty(), "as many elements of one type");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.make_current()?;
+        // SAFETY: both slices have these bytes, and one is borrowed mutably, so they do not overlap.
+        unsafe { self.backend.copy(to.ptr().address(), from.ptr().address(), from.len() * from.ty().size()) }
+    }
+
+    /// Queues zeroing of elements.
+    pub fn zero(&self, to: &mut SliceMut<'_>) -> Result<(), CudaError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.make_current()?;
+        // SAFETY: the slice has these bytes.
+        unsafe { self.backend.zero(to.ptr().address(), to.len() * to.ty().size()) }
+    }
+
+    /// Waits for all queued work.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.make_current()?;
+        self.backend.synchronize()
+    }
+
+    /// The kernel file compiled with these macros: from memory, from disk, or anew.
+    pub(crate) fn module(&'static self, source: &'static Source, defines: &[(&str, &str)]) -> Result<Module, CudaError> {
+        let mut key = String::with_capacity(64);
+        key.push_str(source.name);
+        for (name, value) in defines {
+            key.extend([" ", name, "=", value]);
+        }
+        self.module_of(key, source.name, || compile::expand(source, defines))
+    }
+
+    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet.
+    pub(crate) fn module_of(&'static self, key: String, name: &'static str, text: impl FnOnce() -> String) -> Result<Module, CudaError> {
+        // Held during compilation: a second thread that wants the same kernel waits for it.
+        let mut modules = lock(&self.modules);
+        if let Some(module) = modules.get(&key) {
+            return Ok(module.clone());
+        }
+        self.make_current()?;
+        let handle = compile::load(self.backend(), name, &text())?;
+        let module = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
+        modules.insert(key, module.clone());
+        Ok(module)
+    }
+
+    /// Encodes a tile-wise view of a tensor for the copy engine.
+    pub(crate) fn tensor_map(&self, spec: &TensorMapSpec<'_>) -> Result<TensorMap, CudaError> {
+        self.make_current()?;
+        self.backend.tensor_map(spec)
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu(cuda:{}, {})", self.ordinal, self.name())
+    }
+}

@@ -1,0 +1,31 @@
+//! The GPU: a runtime over CUDA's driver, and kernels in CUDA C++ (`.cu`, beside the Rust that launches them).
+//!
+//! Nothing of CUDA is needed to build Kiln: the driver and NVRTC are loaded when [`gpu`] is first called, and a machine without them
+//! gets an error that says what is missing. Kernels are compiled for the machine's GPU when they are first used and kept on disk.
+//! With `KILN_CUDA=emulate` the same kernels are compiled by the host's C++ compiler and run on the processor (see `emulator`),
+//! so that they can be tested where there is no GPU.
+//!
+//! Work is queued on one stream per GPU, in the order of the calls; only copies to the host wait for it.
+
+mod alloc;
+mod backend;
+mod compile;
+mod driver;
+mod emulator;
+mod error;
+mod gpu;
+mod graph;
+mod launch;
+mod memory;
+mod nvrtc;
+#[cfg(test)]
+mod testing;
+
+pub use alloc::MemoryStats;
+pub use error::CudaError;
+pub use gpu::{Gpu, gpu};
+pub use graph::{Event, Graph};
+pub use launch::{Arg, Kernel, Launch, Module, TensorMap, TensorMapSpec};
+pub use memory::{DeviceBuffer, DevicePtr, Slice, SliceMut, Strided, Type, View};
+
+pub(crate) use compile::Source;
