@@ -158,15 +158,16 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// Copies a buffer's first bytes to the host; waits for all that is queued.
-    pub fn download(&self, from: &DeviceBuffer, to: &mut [u8]) -> Result<(), CudaError> {
-        assert!(to.len() <= from.bytes && std::ptr::eq(self, from.gpu), "as many bytes, of this GPU");
+    /// Copies a buffer's bytes from byte `offset` on to the host; waits for all that is queued.
+    pub fn download(&self, from: &DeviceBuffer, offset: usize, to: &mut [u8]) -> Result<(), CudaError> {
+        let fits = offset.checked_add(to.len()).is_some_and(|end| end <= from.bytes);
+        assert!(fits && std::ptr::eq(self, from.gpu), "bytes inside of the buffer, of this GPU");
         if to.is_empty() {
             return Ok(());
         }
         self.make_current()?;
         // SAFETY: checked above.
-        unsafe { self.backend.download(to, from.block.address) }
+        unsafe { self.backend.download(to, from.block.address + offset as u64) }
     }
 
     /// Queues a copy of elements.
