@@ -16,7 +16,7 @@ pub(crate) struct Source {
 
 /// What kernel files may include.
 const HEADERS: &[(&str, &str)] =
-    &[("kiln.cuh", include_str!("kiln.cuh")), ("math.cuh", include_str!("math.cuh")), ("ptx.cuh", include_str!("ptx.cuh")), ("emulate.cuh", include_str!("emulate.cuh"))];
+    &[("kiln.cuh", include_str!("kiln.cuh")), ("math.cuh", include_str!("math.cuh")), ("ptx.cuh", include_str!("ptx.cuh")), ("emulate.cuh", include_str!("emulate.cuh")), ("gemm.cuh", include_str!("gemm.cuh"))];
 
 /// The file's text, each header in the place of its first inclusion, macros first.
 pub(super) fn expand(source: &Source, defines: &[(&str, &str)]) -> String {
