@@ -26,6 +26,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("emulate_async.cpp", include_str!("emulate_async.cpp")),
     ("emulate_matrix.cpp", include_str!("emulate_matrix.cpp")),
     ("emulate_check.cpp", include_str!("emulate_check.cpp")),
+    ("gemm.cuh", include_str!("gemm.cuh")),
 ];
 
 /// The file's text, each header in the place of its first inclusion, macros first.

@@ -14,6 +14,7 @@ pub mod copy;
 mod driver;
 mod emulator;
 mod error;
+pub mod gemm;
 mod gpu;
 mod graph;
 mod launch;
