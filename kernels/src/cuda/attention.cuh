@@ -1,0 +1,61 @@
+// What every level of attention is told of a problem.
+
+/// As the CPU's `Attention`: all matrices of queries, keys and values have these extents.
+struct Extents {
+    i64 heads;       // of queries
+    i64 group;       // query heads that share a key head
+    i64 queries;
+    i64 keys;
+    i64 width;       // values of a query or key
+    i64 value_width; // values of a value
+    double scale;    // factor of the scores
+    i32 causal;      // query i looks at the keys 0 to i only
+    i32 mask;        // 0: none; 1: bytes, not 0 where a query may look; 2: elements that are added to the scores
+};
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+/// Where matrix `i` begins: the last two dimensions of `layout` are a matrix's.
+__device__ __forceinline__ i64 matrix_offset(const Strided& layout, i64 i) {
+    i64 at = 0;
+#pragma unroll
+    for (int d = 5; d >= 0; --d) {
+        if (d < layout.rank - 2) {
+            at += i % layout.shape[d] * layout.strides[d];
+            i /= layout.shape[d];
+        }
+    }
+    return at;
+}
+__device__ __forceinline__ i64 row_stride(const Strided& layout) { return layout.strides[layout.rank - 2]; }
+__device__ __forceinline__ i64 col_stride(const Strided& layout) { return layout.strides[layout.rank - 1]; }
+
+/// The mask of one query head.
+struct Mask {
+    const void* data;
+    i64 offset, row_stride, col_stride;
+    i32 kind;
+
+    __device__ __forceinline__ Mask(const void* data, const Strided& layout, const Extents& x, i64 head)
+        : data(data), offset(0), row_stride(0), col_stride(0), kind(x.mask) {
+        if (kind != 0) {
+            offset = matrix_offset(layout, head);
+            row_stride = ::row_stride(layout);
+            col_stride = ::col_stride(layout);
+        }
+    }
+    /// The score with the mask on it. A shut key is -infinity whatever its score was.
+    template <class Real>
+    __device__ __forceinline__ Real apply(Real score, i64 query, i64 key) const {
+        if (kind == 0) {
+            return score;
+        }
+        const i64 at = offset + query * row_stride + key * col_stride;
+        const Real shut = -(Real)infinity();
+        if (kind == 1) {
+            return ((const u8*)data)[at] != 0 ? score : shut;
+        }
+        const Real bias = load((const T*)data + at);
+        return bias == shut ? shut : score + bias;
+    }
+};
