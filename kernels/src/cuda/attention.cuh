@@ -44,18 +44,23 @@ struct Mask {
             col_stride = ::col_stride(layout);
         }
     }
+    /// The mask's element, as a byte or to be added.
+    __device__ __forceinline__ bool is_open(i64 query, i64 key) const {
+        return ((const u8*)data)[offset + query * row_stride + key * col_stride] != 0;
+    }
+    __device__ __forceinline__ Compute<T> bias(i64 query, i64 key) const {
+        return load((const T*)data + offset + query * row_stride + key * col_stride);
+    }
     /// The score with the mask on it. A shut key is -infinity whatever its score was.
-    template <class Real>
-    __device__ __forceinline__ Real apply(Real score, i64 query, i64 key) const {
+    __device__ __forceinline__ Compute<T> apply(Compute<T> score, i64 query, i64 key) const {
+        const Compute<T> shut = -(Compute<T>)infinity();
         if (kind == 0) {
             return score;
         }
-        const i64 at = offset + query * row_stride + key * col_stride;
-        const Real shut = -(Real)infinity();
         if (kind == 1) {
-            return ((const u8*)data)[at] != 0 ? score : shut;
+            return is_open(query, key) ? score : shut;
         }
-        const Real bias = load((const T*)data + at);
-        return bias == shut ? shut : score + bias;
+        const Compute<T> added = bias(query, key);
+        return added == shut ? shut : score + added;
     }
 };
