@@ -1,5 +1,5 @@
 // Attention for any dtype, extents and strides, on the plain arithmetic units: out = softmax(scale · Q·Kᵀ + mask) · V block by block, and its
-// gradients. Defines: T, and WIDTH, a multiple of 16 that is at least the width of keys and of values.
+// gradients. Defines: ELEMENT, and WIDTH, a multiple of 16 that is at least the width of keys and of values.
 //
 // Every kernel gives a block some rows (queries, or keys for dK and dV) and walks over blocks of the other side, so each result has one writer and its
 // sums one order. Two steps do all the work: `multiply_rows` makes a tile of scores from two blocks of rows, `add_weighted` adds rows weighted by a
@@ -38,8 +38,8 @@ struct Rows {
     const T* data;
     i64 rows, cols, row_stride, col_stride;
 
-    __device__ __forceinline__ Rows(const T* data, const Strided& layout, i64 matrix, i64 rows, i64 cols)
-        : data(data + matrix_offset(layout, matrix)), rows(rows), cols(cols), row_stride(::row_stride(layout)), col_stride(::col_stride(layout)) {}
+    __device__ __forceinline__ Rows(const T* data, const Matrices& layout, i64 matrix, i64 rows, i64 cols)
+        : data(data + offset_of(layout.begins, matrix)), rows(rows), cols(cols), row_stride(layout.row_stride), col_stride(layout.col_stride) {}
     /// Matrix `i` of row-major ones without gaps.
     __device__ __forceinline__ Rows(const T* data, i64 i, i64 rows, i64 cols)
         : data(data + i * rows * cols), rows(rows), cols(cols), row_stride(cols), col_stride(1) {}
@@ -181,8 +181,8 @@ __device__ __forceinline__ Real across_row(Real x, F combine) {
 __device__ __forceinline__ i64 reach(const Extents& x, i64 end) { return x.causal != 0 && end < x.keys ? end : x.keys; }
 
 // A block: 16·ROWS queries of a head.
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention_forward(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data, Strided mask_layout,
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_forward(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data, Matrices mask_layout,
     T* out, Real* lse, Extents x) {
     __shared__ alignas(32) Real stage[larger_size(16 * (ROWS + STEP) * PITCH, CHUNK * WIDTH)];
     __shared__ alignas(32) Real weights[16 * ROWS * (16 * STEP + 4)];
@@ -276,9 +276,9 @@ __device__ __forceinline__ Real weight(Real score, i64 query, i64 key, Real lse,
 }
 
 // A block: 16·GRAD_ROWS queries of a head. dQ = scale · dS·K.
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention_backward_queries(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data,
-    Strided mask_layout, const T* grad, const Real* lse, const Real* along, T* dq, Extents x) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_backward_queries(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
+    Matrices mask_layout, const T* grad, const Real* lse, const Real* along, T* dq, Extents x) {
     __shared__ alignas(32) Real stage[larger_size(16 * (GRAD_ROWS + GRAD_STEP) * PITCH, CHUNK * WIDTH)];
     __shared__ alignas(32) Real weights[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -315,9 +315,9 @@ attention_backward_queries(const T* q, Strided q_layout, const T* k, Strided k_l
 KILN_KERNEL(attention_backward_queries)
 
 // A block: 16·GRAD_ROWS keys of a key head. dV = Pᵀ·dO, dK = scale · dSᵀ·Q, summed over the query heads that share the key head.
-extern "C" __global__ void __launch_bounds__(THREADS)
-attention_backward_keys(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data,
-    Strided mask_layout, const T* grad, const Real* lse, const Real* along, T* dk, T* dv, Extents x) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention_backward_keys(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
+    Matrices mask_layout, const T* grad, const Real* lse, const Real* along, T* dk, T* dv, Extents x) {
     __shared__ alignas(32) Real stage[larger_size(16 * (GRAD_ROWS + GRAD_STEP) * PITCH, CHUNK * WIDTH)];
     __shared__ alignas(32) Real weights[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];
     __shared__ alignas(32) Real d_scores[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];

@@ -1,5 +1,7 @@
 // What every level of attention is told of a problem.
 
+typedef ELEMENT T; // the type of queries, keys, values, results and gradients
+
 /// As the CPU's `Attention`: all matrices of queries, keys and values have these extents.
 struct Extents {
     i64 heads;       // of queries
@@ -15,20 +17,11 @@ struct Extents {
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
-/// Where matrix `i` begins: the last two dimensions of `layout` are a matrix's.
-__device__ __forceinline__ i64 matrix_offset(const Strided& layout, i64 i) {
-    i64 at = 0;
-#pragma unroll
-    for (int d = 5; d >= 0; --d) {
-        if (d < layout.rank - 2) {
-            at += i % layout.shape[d] * layout.strides[d];
-            i /= layout.shape[d];
-        }
-    }
-    return at;
-}
-__device__ __forceinline__ i64 row_stride(const Strided& layout) { return layout.strides[layout.rank - 2]; }
-__device__ __forceinline__ i64 col_stride(const Strided& layout) { return layout.strides[layout.rank - 1]; }
+/// Matrices of the same extents: where each begins, and the distances of rows and columns, in elements.
+struct Matrices {
+    Strided begins;
+    i64 row_stride, col_stride;
+};
 
 /// The mask of one query head.
 struct Mask {
@@ -36,12 +29,12 @@ struct Mask {
     i64 offset, row_stride, col_stride;
     i32 kind;
 
-    __device__ __forceinline__ Mask(const void* data, const Strided& layout, const Extents& x, i64 head)
+    __device__ __forceinline__ Mask(const void* data, const Matrices& layout, const Extents& x, i64 head)
         : data(data), offset(0), row_stride(0), col_stride(0), kind(x.mask) {
         if (kind != 0) {
-            offset = matrix_offset(layout, head);
-            row_stride = ::row_stride(layout);
-            col_stride = ::col_stride(layout);
+            offset = offset_of(layout.begins, head);
+            row_stride = layout.row_stride;
+            col_stride = layout.col_stride;
         }
     }
     /// The mask's element, as a byte or to be added.

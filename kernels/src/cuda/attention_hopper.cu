@@ -7,7 +7,7 @@
 // Backward. dK and dV belong to a block of keys, dQ to a block of queries, in two kernels: scores are computed twice (seven products in place of five),
 // but each result has one writer and no two blocks wait for each other.
 //
-// Defines: T (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1.
+// Defines: ELEMENT (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1.
 // Tiles have the figures of FlashAttention-3 by default: what registers and 227 KiB of shared memory hold.
 // Every matrix comes as a map of dimensions (width, rows, heads, batch); widths are multiples of 8; the scale is positive.
 
@@ -312,6 +312,7 @@ struct Worker {
         multiply_rows<ROWS, STEP>(tile, q_tile, k_tiles + k_ring.stage * TILE_BYTES);
         wgmma_commit();
         mbarrier_wait(v_full + 8 * v_ring.stage, v_ring.parity);
+        wgmma_fence();
         add_weighted<STEP>(sums, weights, v_tiles + v_ring.stage * TILE_BYTES);
         wgmma_commit();
         pass_turn(index);

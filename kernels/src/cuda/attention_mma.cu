@@ -1,7 +1,7 @@
 // Attention in f16 and bf16 on tensor cores by mma.sync (sm_80), FlashAttention-2's way: a warp keeps its rows' sums in registers, turns its tile of
 // scores into the left factor of the next product there, and blocks of the other side come by asynchronous copies, one ahead.
 //
-// Defines: T (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`.
+// Defines: ELEMENT (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`.
 // Rows are contiguous, rows and matrices begin at multiples of 16 bytes, widths are multiples of 8, and the scale is positive.
 // The rest have defaults: at most 96 KiB of shared memory (what sm_86 and sm_89 have) and 255 registers decide them.
 
@@ -44,8 +44,8 @@ struct Rows {
     const T* data;
     i64 rows, width, row_stride;
 
-    __device__ __forceinline__ Rows(const T* data, const Strided& layout, i64 matrix, i64 rows, i64 width)
-        : data(data + matrix_offset(layout, matrix)), rows(rows), width(width), row_stride(::row_stride(layout)) {}
+    __device__ __forceinline__ Rows(const T* data, const Matrices& layout, i64 matrix, i64 rows, i64 width)
+        : data(data + offset_of(layout.begins, matrix)), rows(rows), width(width), row_stride(layout.row_stride) {}
     __device__ __forceinline__ Rows(const T* data, i64 i, i64 rows, i64 width) : data(data + i * rows * width), rows(rows), width(width), row_stride(width) {}
 
     /// Begins to copy COUNT rows from `first` on; what lies outside becomes zero.
@@ -186,7 +186,7 @@ struct Scores {
     float factor;
     bool causal;
 
-    __device__ __forceinline__ Scores(const void* data, const Strided& layout, const Extents& x, i64 head)
+    __device__ __forceinline__ Scores(const void* data, const Matrices& layout, const Extents& x, i64 head)
         : mask(data, layout, x, head), queries(x.queries), keys(x.keys), factor((float)(x.scale * 1.4426950408889634)), causal(x.causal != 0) {}
     /// What the exponential still has to multiply by.
     __device__ __forceinline__ float scale() const { return MASK == 2 ? 1.0f : factor; }
@@ -209,8 +209,8 @@ struct Scores {
 
 // A block: ROWS queries of a head.
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_forward_mma(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data,
-    Strided mask_layout, T* out, float* lse, Extents x) {
+attention_forward_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
+    Matrices mask_layout, T* out, float* lse, Extents x) {
     KILN_SHARED(u8, smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * (16 * ROW_TILES);
     const u32 q_tile = smem_addr(smem), k_tile = q_tile + ROWS * ROW_BYTES, v_tile = k_tile + 2 * STEP * ROW_BYTES;
@@ -348,8 +348,8 @@ KILN_KERNEL(attention_along_mma)
 
 // A block: GRAD_ROWS queries of a head. dQ = scale · dS·K.
 extern "C" __global__ void __launch_bounds__(GRAD_THREADS)
-attention_backward_queries_mma(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data,
-    Strided mask_layout, const T* grad, const float* lse, const float* along, T* dq, Extents x) {
+attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
+    Matrices mask_layout, const T* grad, const float* lse, const float* along, T* dq, Extents x) {
     KILN_SHARED(u8, smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const u32 q_tile = smem_addr(smem), grad_tile = q_tile + GRAD_ROWS * ROW_BYTES;
@@ -411,8 +411,8 @@ KILN_KERNEL(attention_backward_queries_mma)
 
 // A block: GRAD_ROWS keys of a key head, and all queries that look at them. PARTS: 1 for dV = Pᵀ·dO, 2 for dK = scale · dSᵀ·Q, 3 for both.
 template <int PARTS>
-__device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Strided& q_layout, const T* k, const Strided& k_layout, const T* v,
-    const Strided& v_layout, const void* mask_data, const Strided& mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv,
+__device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matrices& q_layout, const T* k, const Matrices& k_layout, const T* v,
+    const Matrices& v_layout, const void* mask_data, const Matrices& mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv,
     const Extents& x) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     const u32 k_tile = smem_addr(smem), v_tile = k_tile + GRAD_ROWS * ROW_BYTES;
@@ -494,8 +494,8 @@ __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Stride
 
 // The sums of wide heads do not fit registers together, so they are made one after the other.
 extern "C" __global__ void __launch_bounds__(GRAD_THREADS)
-attention_backward_keys_mma(const T* q, Strided q_layout, const T* k, Strided k_layout, const T* v, Strided v_layout, const void* mask_data,
-    Strided mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv, Extents x) {
+attention_backward_keys_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
+    Matrices mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv, Extents x) {
     KILN_SHARED(u8, smem);
     if constexpr (HEAD > 128) {
         backward_keys<1>(smem, q, q_layout, k, k_layout, v, v_layout, mask_data, mask_layout, grad, lse, along, dk, dv, x);
