@@ -1,5 +1,7 @@
 // Attention for any dtype, extents and strides, on the plain arithmetic units: out = softmax(scale · Q·Kᵀ + mask) · V block by block, and its
-// gradients. Defines: ELEMENT, and WIDTH, a multiple of 16 that is at least the width of keys and of values.
+// gradients. Defines: T; WIDTH, a multiple of 16 that is at least the width of keys and of values; in sixteens, ROWS and STEP, the rows of a block and
+// of those that it walks over, and GRAD_ROWS and GRAD_STEP, the same of the backward pass: what registers (sums of WIDTH values a row) and 48 KiB of
+// shared memory hold.
 //
 // Every kernel gives a block some rows (queries, or keys for dK and dV) and walks over blocks of the other side, so each result has one writer and its
 // sums one order. Two steps do all the work: `multiply_rows` makes a tile of scores from two blocks of rows, `add_weighted` adds rows weighted by a
@@ -11,11 +13,6 @@
 typedef Compute<T> Real;
 
 constexpr int THREADS = 256;
-// Rows of a block, and of the blocks that it walks over, in sixteens: what registers (sums of WIDTH values a row) and 48 KiB of shared memory hold.
-constexpr int ROWS = sizeof(Real) == 8 ? 2 : 4;
-constexpr int STEP = sizeof(Real) == 8 ? 2 : 4;
-constexpr int GRAD_ROWS = (WIDTH > 128 ? 2 : 4) / (sizeof(Real) / 4);
-constexpr int GRAD_STEP = 2;
 constexpr int COLS = WIDTH / 16;
 // Columns of a staged chunk of rows; PITCH keeps quads aligned and reads free of bank conflicts.
 constexpr int CHUNK = 16;

@@ -1,6 +1,4 @@
-// What every level of attention is told of a problem.
-
-typedef ELEMENT T; // the type of queries, keys, values, results and gradients
+// What every level of attention is told of a problem. T is the type of queries, keys, values, results and gradients.
 
 /// As the CPU's `Attention`: all matrices of queries, keys and values have these extents.
 struct Extents {

@@ -7,42 +7,15 @@
 // Backward. dK and dV belong to a block of keys, dQ to a block of queries, in two kernels: scores are computed twice (seven products in place of five),
 // but each result has one writer and no two blocks wait for each other.
 //
-// Defines: ELEMENT (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1.
-// Tiles have the figures of FlashAttention-3 by default: what registers and 227 KiB of shared memory hold.
+// Defines: T (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1; STAGES of a ring.
+// BACKWARD 0: ROWS, the queries of a tile, STEP, the keys of a step, and PINGPONG, 0 or 1.
+// BACKWARD 1: KEY_ROWS and KEY_STEP, the keys of a block and the queries of a step for dK and dV; QUERY_ROWS and QUERY_STEP, the same turned round for dQ.
 // Every matrix comes as a map of dimensions (width, rows, heads, batch); widths are multiples of 8; the scale is positive.
 
 #include "kiln.cuh"
 #include "attention.cuh"
 
-// Forward: queries of a tile, keys of a step.
-#ifndef ROWS
-#define ROWS (HEAD == 64 ? 192 : 128)
-#endif
-#ifndef STEP
-#define STEP (HEAD == 256 ? 80 : HEAD == 128 && !CAUSAL ? 176 : 128)
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-#ifndef PINGPONG
-#define PINGPONG (HEAD <= 128)
-#endif
-// Backward: keys of a block and queries of a step for dK and dV; queries of a block and keys of a step for dQ.
-#ifndef KEY_ROWS
-#define KEY_ROWS 128
-#endif
-#ifndef KEY_STEP
-#define KEY_STEP 64
-#endif
-#ifndef QUERY_ROWS
-#define QUERY_ROWS 128
-#endif
-#ifndef QUERY_STEP
-#define QUERY_STEP 128
-#endif
-
 constexpr int PANELS = HEAD / 64; // of 64 columns, 128 bytes a row
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 // What the registers of a multiprocessor give each thread of a warpgroup that copies, and of one that multiplies.
 __device__ constexpr int copier_registers(int warpgroups) { return warpgroups == 1 ? 56 : warpgroups == 2 ? 24 : 32; }
 __device__ constexpr int worker_registers(int warpgroups) { return warpgroups == 3 ? 160 : 240; }
@@ -189,7 +162,11 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+#if !BACKWARD
+
 // ---- forward ----
+
+constexpr float LN_2 = 0.6931471805599453f;
 
 /// What a tile of queries is, and which steps of keys it takes.
 struct Work {
@@ -351,7 +328,7 @@ struct Worker {
 // Blocks: as many as there are multiprocessors, at most one a tile.
 extern "C" __global__ void __launch_bounds__(128 * (WORKERS + 1), 1)
 attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    i32 inner, i32 key_inner, i64 section, T* out, float* lse, Extents x) {
+    i32 inner, i32 key_inner, i32 value_inner, i64 section, T* out, float* lse, Extents x) {
     KILN_SHARED(u8, smem);
     __shared__ alignas(8) u64 bars[2 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), k_tiles = q_tile + ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * TILE_BYTES;
@@ -385,7 +362,7 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
                 const u32 full = v_full + 8 * v_ring.stage;
                 mbarrier_wait(v_empty + 8 * v_ring.stage, v_ring.parity ^ 1);
                 mbarrier_expect_tx(full, TILE_BYTES);
-                load_tile<STEP>(v_tiles + v_ring.stage * TILE_BYTES, &v_map, full, (i64)step * STEP, work.head / x.group, key_inner);
+                load_tile<STEP>(v_tiles + v_ring.stage * TILE_BYTES, &v_map, full, (i64)step * STEP, work.head / x.group, value_inner);
                 v_ring.advance();
             };
             u32 parity = 0;
@@ -462,9 +439,11 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
 }
 KILN_KERNEL(attention_forward_hopper)
 
+#else
+
 // ---- backward ----
 
-#if HEAD <= 128
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // For each query, `shift` = lse · log2 e and `mean` = Σ grad ∘ out: some lanes a row, 16 bytes of it at a time each. Every head has `padded` of both;
 // those of no query make its weights zero.
@@ -502,7 +481,8 @@ constexpr int KEY_STEP_BYTES = KEY_STEP * HEAD * 2;
 // left factors in registers: dV = Pᵀ·dO, dK = scale · dSᵀ·Q.
 extern "C" __global__ void __launch_bounds__(128 * (KEY_WORKERS + 1), 1)
 attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, const float* shift, const float* mean, i64 padded, T* dk, T* dv, Extents x) {
+    const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner, const float* shift, const float* mean,
+    i64 padded, T* dk, T* dv, Extents x) {
     KILN_SHARED(u8, smem);
     __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
     __shared__ alignas(16) float shifts[STAGES][KEY_STEP];
@@ -532,7 +512,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
         if (threadIdx.x == 0 && steps > 0) {
             mbarrier_expect_tx(kv_full, 2 * KEY_ROWS * HEAD * 2);
             load_tile<KEY_ROWS>(k_tile, &k_map, kv_full, first, key_head, key_inner);
-            load_tile<KEY_ROWS>(v_tile, &v_map, kv_full, first, key_head, key_inner);
+            load_tile<KEY_ROWS>(v_tile, &v_map, kv_full, first, key_head, value_inner);
             Ring<STAGES> ring;
             for (i64 head = key_head * x.group; head < (key_head + 1) * x.group; ++head) {
                 for (i32 block = start; block < blocks; ++block) {
@@ -544,7 +524,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
                     bulk_load(smem_addr(shifts[ring.stage]), shift + at, KEY_STEP * 4, q_bar);
                     mbarrier_wait(grad_empty + 8 * ring.stage, ring.parity ^ 1);
                     mbarrier_expect_tx(grad_bar, KEY_STEP_BYTES + KEY_STEP * 4);
-                    load_tile<KEY_STEP>(grad_tiles + ring.stage * KEY_STEP_BYTES, &grad_map, grad_bar, query0, head, inner);
+                    load_tile<KEY_STEP>(grad_tiles + ring.stage * KEY_STEP_BYTES, &grad_map, grad_bar, query0, head, grad_inner);
                     bulk_load(smem_addr(means[ring.stage]), mean + at, KEY_STEP * 4, grad_bar);
                     ring.advance();
                 }
@@ -643,8 +623,8 @@ constexpr int QUERY_STEP_BYTES = QUERY_STEP * HEAD * 2;
 // A block: QUERY_ROWS queries of a head. dQ = scale · dS·K.
 extern "C" __global__ void __launch_bounds__(128 * (QUERY_WORKERS + 1), 1)
 attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, const float* shift, const float* mean,
-    i64 padded, T* dq, Extents x) {
+    const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner,
+    const float* shift, const float* mean, i64 padded, T* dq, Extents x) {
     KILN_SHARED(u8, smem);
     __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), grad_tile = q_tile + QUERY_ROWS * HEAD * 2;
@@ -671,7 +651,7 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const
         if (threadIdx.x == 0) {
             mbarrier_expect_tx(q_full, 2 * QUERY_ROWS * HEAD * 2);
             load_tile<QUERY_ROWS>(q_tile, &q_map, q_full, first, head, inner);
-            load_tile<QUERY_ROWS>(grad_tile, &grad_map, q_full, first, head, inner);
+            load_tile<QUERY_ROWS>(grad_tile, &grad_map, q_full, first, head, grad_inner);
             Ring<STAGES> ring;
             for (i32 step = 0; step < steps; ++step) {
                 const u32 k_bar = k_full + 8 * ring.stage, v_bar = v_full + 8 * ring.stage;
@@ -680,7 +660,7 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const
                 load_tile<QUERY_STEP>(k_tiles + ring.stage * QUERY_STEP_BYTES, &k_map, k_bar, (i64)step * QUERY_STEP, head / x.group, key_inner);
                 mbarrier_wait(v_empty + 8 * ring.stage, ring.parity ^ 1);
                 mbarrier_expect_tx(v_bar, QUERY_STEP_BYTES);
-                load_tile<QUERY_STEP>(v_tiles + ring.stage * QUERY_STEP_BYTES, &v_map, v_bar, (i64)step * QUERY_STEP, head / x.group, key_inner);
+                load_tile<QUERY_STEP>(v_tiles + ring.stage * QUERY_STEP_BYTES, &v_map, v_bar, (i64)step * QUERY_STEP, head / x.group, value_inner);
                 ring.advance();
             }
         }

@@ -1,38 +1,15 @@
 // Attention in f16 and bf16 on tensor cores by mma.sync (sm_80), FlashAttention-2's way: a warp keeps its rows' sums in registers, turns its tile of
 // scores into the left factor of the next product there, and blocks of the other side come by asynchronous copies, one ahead.
 //
-// Defines: ELEMENT (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`.
+// Defines: T (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`.
+// BACKWARD 0: WARPS of a block, ROW_TILES, the sixteens of queries of a warp (two let a fragment of K or V serve twice), and STEP, the keys of a step.
+// BACKWARD 1: WARPS of a block, of sixteen rows each, and STEP, the rows of the other side in a step.
 // Rows are contiguous, rows and matrices begin at multiples of 16 bytes, widths are multiples of 8, and the scale is positive.
-// The rest have defaults: at most 96 KiB of shared memory (what sm_86 and sm_89 have) and 255 registers decide them.
 
 #include "kiln.cuh"
 #include "attention.cuh"
 
-#ifndef MASK
-#define MASK 0
-#endif
-// Forward: warps of a block, sixteens of queries of a warp (two let a fragment of K or V serve twice), keys of a step.
-#ifndef WARPS
-#define WARPS 4
-#endif
-#ifndef ROW_TILES
-#define ROW_TILES (HEAD > 128 ? 1 : 2)
-#endif
-#ifndef STEP
-#define STEP (HEAD > 64 ? 32 : 64)
-#endif
-// Backward: warps of a block, sixteen rows each, and rows of the other side in a step.
-#ifndef GRAD_WARPS
-#define GRAD_WARPS (HEAD > 128 ? 4 : 8)
-#endif
-#ifndef GRAD_STEP
-#define GRAD_STEP (HEAD > 128 ? 16 : HEAD > 64 ? 32 : 64)
-#endif
-
 constexpr int THREADS = 32 * WARPS;
-constexpr int ROWS = 16 * ROW_TILES * WARPS;
-constexpr int GRAD_THREADS = 32 * GRAD_WARPS;
-constexpr int GRAD_ROWS = 16 * GRAD_WARPS;
 constexpr int ROW_BYTES = HEAD * 2;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
@@ -207,6 +184,10 @@ struct Scores {
     }
 };
 
+#if !BACKWARD
+
+constexpr int ROWS = 16 * ROW_TILES * WARPS;
+
 // A block: ROWS queries of a head.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_forward_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
@@ -321,6 +302,10 @@ attention_forward_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layo
 }
 KILN_KERNEL(attention_forward_mma)
 
+#else
+
+constexpr int ROWS = 16 * WARPS;
+
 // along[row] = Σ grad ∘ out: some lanes a row, 16 bytes of it at a time each.
 extern "C" __global__ void __launch_bounds__(256) attention_along_mma(const T* out, const T* grad, float* along, i64 rows, i64 width) {
     constexpr int LANES = HEAD > 128 ? 32 : HEAD / 8;
@@ -346,16 +331,16 @@ extern "C" __global__ void __launch_bounds__(256) attention_along_mma(const T* o
 }
 KILN_KERNEL(attention_along_mma)
 
-// A block: GRAD_ROWS queries of a head. dQ = scale · dS·K.
-extern "C" __global__ void __launch_bounds__(GRAD_THREADS)
+// A block: ROWS queries of a head. dQ = scale · dS·K.
+extern "C" __global__ void __launch_bounds__(THREADS)
 attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
     Matrices mask_layout, const T* grad, const float* lse, const float* along, T* dq, Extents x) {
     KILN_SHARED(u8, smem);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
-    const u32 q_tile = smem_addr(smem), grad_tile = q_tile + GRAD_ROWS * ROW_BYTES;
-    const u32 k_tile = grad_tile + GRAD_ROWS * ROW_BYTES, v_tile = k_tile + 2 * GRAD_STEP * ROW_BYTES;
-    const i64 blocks = (x.queries + GRAD_ROWS - 1) / GRAD_ROWS;
-    const i64 head = blockIdx.x % x.heads, first = (blocks - 1 - blockIdx.x / x.heads) * GRAD_ROWS;
+    const u32 q_tile = smem_addr(smem), grad_tile = q_tile + ROWS * ROW_BYTES;
+    const u32 k_tile = grad_tile + ROWS * ROW_BYTES, v_tile = k_tile + 2 * STEP * ROW_BYTES;
+    const i64 blocks = (x.queries + ROWS - 1) / ROWS;
+    const i64 head = blockIdx.x % x.heads, first = (blocks - 1 - blockIdx.x / x.heads) * ROWS;
     const Rows keys(k, k_layout, head / x.group, x.keys, x.width);
     const Rows values(v, v_layout, head / x.group, x.keys, x.value_width);
     const Scores score(mask_data, mask_layout, x, head);
@@ -368,29 +353,29 @@ attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matric
         shift[h] = query < x.queries ? lse[head * x.queries + query] * LOG2_E : infinity();
         mean[h] = query < x.queries ? along[head * x.queries + query] : 0.0f;
     }
-    const int steps = (int)((reach(x, first + GRAD_ROWS) + GRAD_STEP - 1) / GRAD_STEP);
-    Rows(q, q_layout, head, x.queries, x.width).copy<GRAD_ROWS, GRAD_THREADS>(q_tile, first);
-    Rows(grad, head, x.queries, x.value_width).copy<GRAD_ROWS, GRAD_THREADS>(grad_tile, first);
-    keys.copy<GRAD_STEP, GRAD_THREADS>(k_tile, 0);
-    values.copy<GRAD_STEP, GRAD_THREADS>(v_tile, 0);
+    const int steps = (int)((reach(x, first + ROWS) + STEP - 1) / STEP);
+    Rows(q, q_layout, head, x.queries, x.width).copy<ROWS, THREADS>(q_tile, first);
+    Rows(grad, head, x.queries, x.value_width).copy<ROWS, THREADS>(grad_tile, first);
+    keys.copy<STEP, THREADS>(k_tile, 0);
+    values.copy<STEP, THREADS>(v_tile, 0);
     cp_async_commit();
     for (int step = 0; step < steps; ++step) {
-        const u32 stage = step % 2 * (GRAD_STEP * ROW_BYTES), next = GRAD_STEP * ROW_BYTES - stage;
-        const i64 key0 = (i64)step * GRAD_STEP;
+        const u32 stage = step % 2 * (STEP * ROW_BYTES), next = STEP * ROW_BYTES - stage;
+        const i64 key0 = (i64)step * STEP;
         if (step + 1 < steps) {
-            keys.copy<GRAD_STEP, GRAD_THREADS>(k_tile + next, key0 + GRAD_STEP);
-            values.copy<GRAD_STEP, GRAD_THREADS>(v_tile + next, key0 + GRAD_STEP);
+            keys.copy<STEP, THREADS>(k_tile + next, key0 + STEP);
+            values.copy<STEP, THREADS>(v_tile + next, key0 + STEP);
         }
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         if (!score.causal || key0 <= first + row + 15) {
-            float tile[1][GRAD_STEP / 8][4], d_tile[1][GRAD_STEP / 8][4];
-            multiply_rows<1, GRAD_STEP>(tile, q_tile, row, k_tile + stage);
-            multiply_rows<1, GRAD_STEP>(d_tile, grad_tile, row, v_tile + stage);
-            const bool edge = score.touches(first + row, key0 + GRAD_STEP - 1);
+            float tile[1][STEP / 8][4], d_tile[1][STEP / 8][4];
+            multiply_rows<1, STEP>(tile, q_tile, row, k_tile + stage);
+            multiply_rows<1, STEP>(d_tile, grad_tile, row, v_tile + stage);
+            const bool edge = score.touches(first + row, key0 + STEP - 1);
 #pragma unroll
-            for (int n = 0; n < GRAD_STEP / 8; ++n) {
+            for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     float product = tile[0][n][e];
@@ -400,7 +385,7 @@ attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matric
                     tile[0][n][e] = ex2_approx(product * score.scale() - shift[e / 2]) * (d_tile[0][n][e] - mean[e / 2]);
                 }
             }
-            add_weighted<1, GRAD_STEP>(sums, tile, k_tile + stage);
+            add_weighted<1, STEP>(sums, tile, k_tile + stage);
         }
         __syncthreads();
     }
@@ -409,53 +394,53 @@ attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matric
 }
 KILN_KERNEL(attention_backward_queries_mma)
 
-// A block: GRAD_ROWS keys of a key head, and all queries that look at them. PARTS: 1 for dV = Pᵀ·dO, 2 for dK = scale · dSᵀ·Q, 3 for both.
+// A block: ROWS keys of a key head, and all queries that look at them. PARTS: 1 for dV = Pᵀ·dO, 2 for dK = scale · dSᵀ·Q, 3 for both.
 template <int PARTS>
 __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matrices& q_layout, const T* k, const Matrices& k_layout, const T* v,
     const Matrices& v_layout, const void* mask_data, const Matrices& mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv,
     const Extents& x) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
-    const u32 k_tile = smem_addr(smem), v_tile = k_tile + GRAD_ROWS * ROW_BYTES;
-    const u32 q_tile = v_tile + GRAD_ROWS * ROW_BYTES, grad_tile = q_tile + 2 * GRAD_STEP * ROW_BYTES;
+    const u32 k_tile = smem_addr(smem), v_tile = k_tile + ROWS * ROW_BYTES;
+    const u32 q_tile = v_tile + ROWS * ROW_BYTES, grad_tile = q_tile + 2 * STEP * ROW_BYTES;
     const i64 key_heads = x.heads / x.group;
-    const i64 key_head = blockIdx.x % key_heads, first = blockIdx.x / key_heads * GRAD_ROWS;
+    const i64 key_head = blockIdx.x % key_heads, first = blockIdx.x / key_heads * ROWS;
 
     float d_keys[1][HEAD / 8][4], d_values[1][HEAD / 8][4];
     clear(d_keys);
     clear(d_values);
     // Queries before the first key do not look at the block.
-    const i64 query_start = x.causal != 0 ? first / GRAD_STEP * GRAD_STEP : 0;
-    const i64 per_head = x.queries > query_start ? (x.queries - query_start + GRAD_STEP - 1) / GRAD_STEP : 0, steps = per_head * x.group;
+    const i64 query_start = x.causal != 0 ? first / STEP * STEP : 0;
+    const i64 per_head = x.queries > query_start ? (x.queries - query_start + STEP - 1) / STEP : 0, steps = per_head * x.group;
     const auto copy = [&](i64 step, u32 stage) {
-        const i64 head = key_head * x.group + step / per_head, query0 = query_start + step % per_head * GRAD_STEP;
-        Rows(q, q_layout, head, x.queries, x.width).copy<GRAD_STEP, GRAD_THREADS>(q_tile + stage, query0);
-        Rows(grad, head, x.queries, x.value_width).copy<GRAD_STEP, GRAD_THREADS>(grad_tile + stage, query0);
+        const i64 head = key_head * x.group + step / per_head, query0 = query_start + step % per_head * STEP;
+        Rows(q, q_layout, head, x.queries, x.width).copy<STEP, THREADS>(q_tile + stage, query0);
+        Rows(grad, head, x.queries, x.value_width).copy<STEP, THREADS>(grad_tile + stage, query0);
     };
     if (steps > 0) {
-        Rows(k, k_layout, key_head, x.keys, x.width).copy<GRAD_ROWS, GRAD_THREADS>(k_tile, first);
-        Rows(v, v_layout, key_head, x.keys, x.value_width).copy<GRAD_ROWS, GRAD_THREADS>(v_tile, first);
+        Rows(k, k_layout, key_head, x.keys, x.width).copy<ROWS, THREADS>(k_tile, first);
+        Rows(v, v_layout, key_head, x.keys, x.value_width).copy<ROWS, THREADS>(v_tile, first);
         copy(0, 0);
     }
     cp_async_commit();
     for (i64 step = 0; step < steps; ++step) {
-        const u32 stage = step % 2 * (GRAD_STEP * ROW_BYTES), next = GRAD_STEP * ROW_BYTES - stage;
+        const u32 stage = step % 2 * (STEP * ROW_BYTES), next = STEP * ROW_BYTES - stage;
         if (step + 1 < steps) {
             copy(step + 1, next);
         }
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const i64 head = key_head * x.group + step / per_head, query0 = query_start + step % per_head * GRAD_STEP;
-        if (x.causal == 0 || query0 + GRAD_STEP - 1 >= first + row) {
+        const i64 head = key_head * x.group + step / per_head, query0 = query_start + step % per_head * STEP;
+        if (x.causal == 0 || query0 + STEP - 1 >= first + row) {
             const Scores score(mask_data, mask_layout, x, head);
-            float tile[1][GRAD_STEP / 8][4], d_tile[1][GRAD_STEP / 8][4];
-            multiply_rows<1, GRAD_STEP>(tile, k_tile, row, q_tile + stage);
+            float tile[1][STEP / 8][4], d_tile[1][STEP / 8][4];
+            multiply_rows<1, STEP>(tile, k_tile, row, q_tile + stage);
             if (PARTS & 2) {
-                multiply_rows<1, GRAD_STEP>(d_tile, v_tile, row, grad_tile + stage);
+                multiply_rows<1, STEP>(d_tile, v_tile, row, grad_tile + stage);
             }
             const bool edge = score.touches(query0, first + row + 15);
 #pragma unroll
-            for (int n = 0; n < GRAD_STEP / 8; ++n) {
+            for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const i64 query = query0 + 8 * n + 2 * (lane % 4) + e, at = head * x.queries + query;
@@ -475,10 +460,10 @@ __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matric
                 }
             }
             if (PARTS & 1) {
-                add_weighted<1, GRAD_STEP>(d_values, tile, grad_tile + stage);
+                add_weighted<1, STEP>(d_values, tile, grad_tile + stage);
             }
             if (PARTS & 2) {
-                add_weighted<1, GRAD_STEP>(d_keys, d_tile, q_tile + stage);
+                add_weighted<1, STEP>(d_keys, d_tile, q_tile + stage);
             }
         }
         __syncthreads();
@@ -493,7 +478,7 @@ __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matric
 }
 
 // The sums of wide heads do not fit registers together, so they are made one after the other.
-extern "C" __global__ void __launch_bounds__(GRAD_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 attention_backward_keys_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
     Matrices mask_layout, const T* grad, const float* lse, const float* along, T* dk, T* dv, Extents x) {
     KILN_SHARED(u8, smem);
@@ -506,3 +491,5 @@ attention_backward_keys_mma(const T* q, Matrices q_layout, const T* k, Matrices 
     }
 }
 KILN_KERNEL(attention_backward_keys_mma)
+
+#endif
