@@ -16,6 +16,7 @@ pub(crate) struct Source {
 
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),

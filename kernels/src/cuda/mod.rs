@@ -8,6 +8,7 @@
 //! Work is queued on one stream per GPU, in the order of the calls; only copies to the host wait for it.
 
 mod alloc;
+pub mod attention;
 mod backend;
 mod compile;
 pub mod copy;
