@@ -1,9 +1,11 @@
 //! Tensors from values: constants, ranges, vectors.
 
+use crate::device::default_device;
 use crate::{DType, Device, Error, IntoShape, Layout, Result, Scalar, Shape, Tensor, WithDType};
 use kiln_kernels::element::Element;
 
-/// Dtype and device of a new tensor: `DType::F64`, `(DType::F16, device)`, a device (then f32), or `()` for f32 on the CPU.
+/// Dtype and device of a new tensor: `DType::F64`, `(DType::F16, device)`, a device (then f32), or `()` for f32; without a device, the
+/// [default](crate::set_default_device) one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TensorOptions {
     /// The dtype.
@@ -14,7 +16,7 @@ pub struct TensorOptions {
 
 impl Default for TensorOptions {
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu }
+        Self { dtype: DType::F32, device: default_device() }
     }
 }
 
@@ -48,11 +50,11 @@ impl From<&Tensor> for TensorOptions {
 impl Tensor {
     /// A tensor of `shape` with every element `value` (rounded to the dtype).
     pub fn full(shape: impl IntoShape, value: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        Self::filled(shape.into_shape()?, value, options.into().dtype)
+        Self::filled(shape.into_shape()?, value, options.into())
     }
 
-    fn filled(shape: Shape, value: f64, dtype: DType) -> Result<Tensor> {
-        for_any!(dtype, T => Tensor::build::<T>(&shape, |out| {
+    fn filled(shape: Shape, value: f64, options: TensorOptions) -> Result<Tensor> {
+        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &shape, |out| {
             out.fill(<T as Element>::from_f64(value));
             Ok(())
         }))
@@ -80,7 +82,7 @@ impl Tensor {
 
     /// `value` in this tensor's shape, memory order, dtype and device, untracked.
     pub fn full_like(&self, value: f64) -> Result<Tensor> {
-        for_any!(self.dtype(), T => Tensor::build_with_layout::<T>(self.layout().dense_like(), |out| {
+        for_any!(self.dtype(), T => Tensor::build_with_layout::<T>(self.device(), self.layout().dense_like(), |out| {
             out.fill(<T as Element>::from_f64(value));
             Ok(())
         }))
@@ -110,7 +112,7 @@ impl Tensor {
         if data.len() != shape.numel() {
             return Err(Error::shape("from_vec", format!("{} values do not fill shape {shape} of {} elements", data.len(), shape.numel())));
         }
-        Tensor::build::<S::Stored>(&shape, |out| {
+        Tensor::build::<S::Stored>(default_device(), &shape, |out| {
             for (o, &x) in out.iter_mut().zip(data) {
                 *o = x.to_stored();
             }
@@ -131,7 +133,7 @@ impl Tensor {
         }
         let last: usize = self.dims().iter().zip(self.layout().strides()).map(|(&d, &s)| d.saturating_sub(1) * s).sum();
         let extent = self.layout().offset() + last + 1;
-        let base = Tensor::build::<T>(&Shape::new(&[extent])?, |out| {
+        let base = Tensor::build::<T>(self.device(), &Shape::new(&[extent])?, |out| {
             out.fill(T::default());
             let mut index = vec![0; self.rank()];
             for &value in values {
@@ -159,26 +161,26 @@ impl Tensor {
         }
         for_any!(self.dtype(), T => {
             let values = self.detach().contiguous()?;
-            let base = Tensor::build::<T>(&Shape::new(&twice)?, |out| {
+            let base = Tensor::build::<T>(self.device(), &Shape::new(&twice)?, |out| {
                 out.fill(T::default());
                 Ok(())
             })?;
-            base.with_layout(layout).with_stored_values(values.as_slice::<T>()?)
+            base.with_layout(layout).with_stored_values(values.host_slice::<T>()?)
         })
     }
 
     /// `start, start + step, …` while before `end`.
     pub fn arange(start: f64, end: f64, step: f64, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        Self::range(start, end, step, options.into().dtype)
+        Self::range(start, end, step, options.into())
     }
 
-    fn range(start: f64, end: f64, step: f64, dtype: DType) -> Result<Tensor> {
+    fn range(start: f64, end: f64, step: f64, options: TensorOptions) -> Result<Tensor> {
         let count = ((end - start) / step).ceil();
         if step == 0.0 || !count.is_finite() || count >= isize::MAX as f64 {
             return Err(Error::argument("arange", format!("cannot step from {start} to {end} by {step}")));
         }
         let shape = Shape::new(&[count.max(0.0) as usize])?;
-        for_any!(dtype, T => Tensor::build::<T>(&shape, |out| {
+        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &shape, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 *o = <T as Element>::from_f64(start + i as f64 * step);
             }
@@ -188,12 +190,12 @@ impl Tensor {
 
     /// `count` values from `start` to `end`, both included, evenly spaced.
     pub fn linspace(start: f64, end: f64, count: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        Self::spaced(start, end, count, options.into().dtype)
+        Self::spaced(start, end, count, options.into())
     }
 
-    fn spaced(start: f64, end: f64, count: usize, dtype: DType) -> Result<Tensor> {
+    fn spaced(start: f64, end: f64, count: usize, options: TensorOptions) -> Result<Tensor> {
         let step = if count > 1 { (end - start) / (count - 1) as f64 } else { 0.0 };
-        for_any!(dtype, T => Tensor::build::<T>(&Shape::new(&[count])?, |out| {
+        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &Shape::new(&[count])?, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 // From the nearer end, so that both ends are exact.
                 let x = if i < count / 2 { start + i as f64 * step } else { end - (count - 1 - i) as f64 * step };
@@ -205,11 +207,11 @@ impl Tensor {
 
     /// The identity matrix of `n` rows.
     pub fn eye(n: usize, options: impl Into<TensorOptions>) -> Result<Tensor> {
-        Self::eye_of(n, options.into().dtype)
+        Self::eye_of(n, options.into())
     }
 
-    fn eye_of(n: usize, dtype: DType) -> Result<Tensor> {
-        for_any!(dtype, T => Tensor::build::<T>(&Shape::new(&[n, n])?, |out| {
+    fn eye_of(n: usize, options: TensorOptions) -> Result<Tensor> {
+        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &Shape::new(&[n, n])?, |out| {
             out.fill(T::default());
             out.iter_mut().step_by(n + 1).for_each(|o| *o = <T as Element>::from_f64(1.0));
             Ok(())

@@ -119,7 +119,7 @@ impl Tensor {
     fn storage_values(&self, at: &[usize]) -> Vec<f64> {
         use kiln_kernels::element::Element;
         for_any!(self.dtype(), T => {
-            let data = self.storage().get().as_slice::<T>();
+            let Ok(data) = self.storage().host().map(|host| host.as_slice::<T>()) else { return Vec::new() };
             at.iter().filter_map(|&i| data.get(i)).map(|v| v.to_f64()).collect()
         })
     }

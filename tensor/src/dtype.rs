@@ -1,6 +1,7 @@
 //! Element types at run time, and the macros that turn one into a type parameter.
 
 use half::{bf16, f16};
+use kiln_kernels::cuda::Type;
 use kiln_kernels::element::{Bool, Element};
 use std::fmt;
 
@@ -40,6 +41,20 @@ impl DType {
     /// Whether this is an integer type (bool is not).
     pub fn is_int(self) -> bool {
         matches!(self, DType::I64 | DType::I32 | DType::U8)
+    }
+
+    /// The type as the GPU's kernels know it.
+    pub fn gpu_type(self) -> Type {
+        match self {
+            DType::F32 => Type::F32,
+            DType::F64 => Type::F64,
+            DType::F16 => Type::F16,
+            DType::BF16 => Type::BF16,
+            DType::I64 => Type::I64,
+            DType::I32 => Type::I32,
+            DType::U8 => Type::U8,
+            DType::Bool => Type::Bool,
+        }
     }
 
     /// The name: `f32`, `bf16`, `bool`, …

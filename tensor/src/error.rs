@@ -107,6 +107,12 @@ impl Error {
         self
     }
 
+    /// The same error, of the operation `op`.
+    pub fn at(mut self, op: impl Into<String>) -> Self {
+        self.op = op.into();
+        self
+    }
+
     /// The kind, for programs that react to it.
     pub fn kind(&self) -> ErrorKind {
         self.kind

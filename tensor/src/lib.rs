@@ -21,7 +21,7 @@ mod tensor;
 
 pub use autocast::{autocast, autocast_dtype, with_autocast};
 pub use creation::TensorOptions;
-pub use device::Device;
+pub use device::{Device, default_device, forbid_host, set_default_device};
 pub use dtype::{DType, Scalar, WithDType};
 pub use error::{Error, ErrorKind, Result};
 pub use generator::{Generator, manual_seed};
@@ -41,6 +41,7 @@ pub use tensor::Tensor;
 pub use half::{bf16, f16};
 pub use kiln_kernels::cpu::alloc::{MemoryStats, empty_cache, memory_stats, reset_peak};
 pub use kiln_kernels::cpu::gemm::{MatmulPrecision, matmul_precision, set_matmul_precision};
+pub use kiln_kernels::cuda;
 pub use kiln_kernels::element::Bool;
 
 /// Uses `count` threads for all operations outside of an explicit rayon pool. Results do not depend on it.

@@ -1,11 +1,12 @@
 //! A tensor's bytes: reference-counted, on a device. The only room of this crate that may hold `unsafe`.
 
-use crate::{Device, Error, Result};
+use crate::{Device, Error, ErrorKind, Result};
 use kiln_kernels::cpu::alloc::Buffer;
+use kiln_kernels::cuda::{DeviceBuffer, Gpu};
 use memmap2::Mmap;
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The file at `path`, mapped to be read. An empty file gives an empty map.
 pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
@@ -19,9 +20,45 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
 
 /// Shared bytes on a device. Views of one tensor share one storage.
 #[derive(Clone, Debug)]
-pub(crate) struct Storage {
-    buffer: Arc<Buffer>,
-    device: Device,
+pub(crate) struct Storage(Arc<Bytes>);
+
+#[derive(Debug)]
+enum Bytes {
+    Host(Buffer),
+    Gpu(OnGpu),
+}
+
+/// Bytes at home on a GPU. At least one of both copies exists, and where both do they are equal: what is shared is never written, and
+/// who writes a copy that is not shared drops the other. So an operation that the GPU has no kernel for can work on the host's copy,
+/// and nothing is copied before somebody asks.
+#[derive(Debug)]
+struct OnGpu {
+    gpu: &'static Gpu,
+    device: OnceLock<DeviceBuffer>,
+    host: OnceLock<Buffer>,
+}
+
+impl OnGpu {
+    fn device(&self) -> Result<&DeviceBuffer> {
+        if let (None, Some(host)) = (self.device.get(), self.host.get()) {
+            // If another thread was faster, its copy is the same.
+            let _ = self.device.set(self.gpu.upload(host.as_bytes())?);
+        }
+        self.device.get().ok_or_else(missing)
+    }
+
+    fn host(&self) -> Result<&Buffer> {
+        if let (None, Some(device)) = (self.host.get(), self.device.get()) {
+            let mut host = Buffer::new(device.len())?;
+            self.gpu.download(device, host.as_bytes_mut())?;
+            let _ = self.host.set(host);
+        }
+        self.host.get().ok_or_else(missing)
+    }
+}
+
+fn missing() -> Error {
+    Error::new(ErrorKind::Device, "storage", "the tensor has no copy on any device")
 }
 
 impl Storage {
@@ -30,25 +67,83 @@ impl Storage {
         Ok(Buffer::new(bytes)?)
     }
 
-    pub(crate) fn from_buffer(buffer: Buffer) -> Self {
-        Self { buffer: Arc::new(buffer), device: Device::Cpu }
+    /// Bytes that the host wrote, for a tensor of `device`.
+    pub(crate) fn from_buffer(buffer: Buffer, device: Device) -> Result<Self> {
+        let bytes = match device.gpu()? {
+            None => Bytes::Host(buffer),
+            Some(gpu) => Bytes::Gpu(OnGpu { gpu, device: OnceLock::new(), host: OnceLock::from(buffer) }),
+        };
+        Ok(Self(Arc::new(bytes)))
+    }
+
+    /// Bytes of a GPU.
+    pub(crate) fn from_device(buffer: DeviceBuffer) -> Self {
+        Self(Arc::new(Bytes::Gpu(OnGpu { gpu: buffer.gpu(), device: OnceLock::from(buffer), host: OnceLock::new() })))
     }
 
     pub(crate) fn device(&self) -> Device {
-        self.device
+        match &*self.0 {
+            Bytes::Host(_) => Device::Cpu,
+            Bytes::Gpu(bytes) => Device::Cuda(bytes.gpu.ordinal()),
+        }
     }
 
-    pub(crate) fn get(&self) -> &Buffer {
-        &self.buffer
+    /// The bytes on the host, copied there first if need be.
+    pub(crate) fn host(&self) -> Result<&Buffer> {
+        match &*self.0 {
+            Bytes::Host(buffer) => Ok(buffer),
+            Bytes::Gpu(bytes) => bytes.host(),
+        }
     }
 
-    /// The bytes to write, if no other tensor shares them.
-    pub(crate) fn get_mut(&mut self) -> Option<&mut Buffer> {
-        Arc::get_mut(&mut self.buffer)
+    /// The bytes on the host to write, if no other tensor shares them.
+    pub(crate) fn host_mut(&mut self) -> Result<Option<&mut Buffer>> {
+        match Arc::get_mut(&mut self.0) {
+            None => Ok(None),
+            Some(Bytes::Host(buffer)) => Ok(Some(buffer)),
+            Some(Bytes::Gpu(bytes)) => {
+                bytes.host()?;
+                bytes.device.take();
+                Ok(bytes.host.get_mut())
+            }
+        }
+    }
+
+    /// The bytes on the GPU, copied there first if need be: an error for bytes at home on the host.
+    pub(crate) fn on_gpu(&self) -> Result<&DeviceBuffer> {
+        match &*self.0 {
+            Bytes::Host(_) => Err(Error::new(ErrorKind::Device, "storage", "the tensor is on the cpu; move it with .to_device(..)")),
+            Bytes::Gpu(bytes) => bytes.device(),
+        }
+    }
+
+    /// The bytes on the GPU to write, if no other tensor shares them and they are at home there.
+    pub(crate) fn on_gpu_mut(&mut self) -> Result<Option<&mut DeviceBuffer>> {
+        match Arc::get_mut(&mut self.0) {
+            None | Some(Bytes::Host(_)) => Ok(None),
+            Some(Bytes::Gpu(bytes)) => {
+                bytes.device()?;
+                bytes.host.take();
+                Ok(bytes.device.get_mut())
+            }
+        }
+    }
+
+    /// Whether nobody else holds the bytes.
+    pub(crate) fn is_unique(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_some()
     }
 
     /// Whether both are the same bytes.
     pub(crate) fn ptr_eq(&self, other: &Storage) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer)
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// A number that tells this block from others that live at the same time.
+    pub(crate) fn address(&self) -> usize {
+        match &*self.0 {
+            Bytes::Host(buffer) => buffer.as_bytes().as_ptr() as usize,
+            Bytes::Gpu(_) => Arc::as_ptr(&self.0) as usize,
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! The tensor: bytes, a layout, a dtype, and where it comes from in the recorded graph.
 
+use crate::device::expect_host_allowed;
 use crate::graph::{Hook, Leaf, Source};
 use crate::storage::Storage;
 use crate::{DType, Device, Error, ErrorKind, Layout, Result, Scalar, Shape, WithDType};
 use kiln_kernels::cpu::alloc::Buffer;
+use kiln_kernels::cuda::{Gpu, Slice, SliceMut, View};
 use kiln_kernels::view::StridedView;
 use std::sync::Arc;
 
@@ -39,23 +41,35 @@ impl Tensor {
         Self(Arc::new(Inner { storage: self.0.storage.clone(), layout: self.0.layout, dtype: self.0.dtype, source }))
     }
 
-    /// A new row-major tensor of `shape` whose elements `fill` writes (all of them; they are stale before).
-    pub fn build<T: WithDType>(shape: &Shape, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
-        Self::build_with_layout(Layout::contiguous(*shape), fill)
+    /// A new row-major tensor of `shape` on `device`, whose elements `fill` writes on the host (all of them; they are stale before).
+    pub fn build<T: WithDType>(device: Device, shape: &Shape, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
+        Self::build_with_layout(device, Layout::contiguous(*shape), fill)
     }
 
-    /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes in the order of memory.
-    pub fn build_with_layout<T: WithDType>(layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
+    /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes on the host in the order of memory.
+    pub fn build_with_layout<T: WithDType>(device: Device, layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
         debug_assert!(layout.is_dense() && layout.offset() == 0);
         let mut buffer = Self::buffer_for(&layout, T::DTYPE)?;
         fill(buffer.as_slice_mut())?;
-        Ok(Self::from_storage(Storage::from_buffer(buffer), layout, T::DTYPE))
+        Ok(Self::from_storage(Storage::from_buffer(buffer, device)?, layout, T::DTYPE))
+    }
+
+    /// A new tensor of a GPU with a dense `layout` (offset 0, no gaps), whose elements `fill` queues the writing of, in the order of memory.
+    pub fn build_on_gpu(gpu: &'static Gpu, layout: Layout, dtype: DType, fill: impl FnOnce(SliceMut<'_>) -> Result<()>) -> Result<Self> {
+        debug_assert!(layout.is_dense() && layout.offset() == 0);
+        let mut buffer = gpu.alloc(Self::bytes_of(&layout, dtype)?)?;
+        let out = SliceMut::new(&mut buffer, dtype.gpu_type(), 0, layout.numel());
+        fill(out.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))?)?;
+        Ok(Self::from_storage(Storage::from_device(buffer), layout, dtype))
+    }
+
+    fn bytes_of(layout: &Layout, dtype: DType) -> Result<usize> {
+        let bytes = layout.numel().checked_mul(dtype.size());
+        bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))
     }
 
     fn buffer_for(layout: &Layout, dtype: DType) -> Result<Buffer> {
-        let bytes = layout.numel().checked_mul(dtype.size());
-        let bytes = bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))?;
-        Storage::buffer(bytes)
+        Storage::buffer(Self::bytes_of(layout, dtype)?)
     }
 
     /// Extents of the dimensions.
@@ -115,7 +129,7 @@ impl Tensor {
 
     /// Address of the memory block, to see whether two results share one; never to be read through.
     pub fn storage_address(&self) -> usize {
-        self.0.storage.get().as_bytes().as_ptr() as usize
+        self.0.storage.address()
     }
 
     fn expect_dtype<T: WithDType>(&self, op: &str) -> Result<()> {
@@ -126,17 +140,94 @@ impl Tensor {
         Err(Error::new(ErrorKind::DType, op, message))
     }
 
-    /// The elements as a strided view, for kernels.
+    /// The elements as a strided view of the host's memory, for kernels of the processor. A tensor of a GPU is copied to the host first, unless
+    /// [`forbid_host`](crate::forbid_host) rules it out.
     pub fn view_of<T: WithDType>(&self) -> Result<StridedView<'_, T>> {
+        expect_host_allowed("view_of", self.device())?;
+        self.host_view()
+    }
+
+    /// As [`view_of`](Self::view_of), for readers that want the values on the host by their nature.
+    pub(crate) fn host_view<T: WithDType>(&self) -> Result<StridedView<'_, T>> {
         self.expect_dtype::<T>("view_of")?;
-        let (layout, data) = (&self.0.layout, self.0.storage.get().as_slice::<T>());
+        let (layout, data) = (&self.0.layout, self.0.storage.host()?.as_slice::<T>());
         StridedView::new(data, layout.offset(), layout.shape().dims(), layout.strides())
             .ok_or_else(|| Error::shape("view_of", format!("layout {layout:?} leaves its storage of {} elements", data.len())))
     }
 
+    /// The GPU that holds the data, if one does.
+    pub fn gpu(&self) -> Result<Option<&'static Gpu>> {
+        self.device().gpu()
+    }
+
+    /// The elements as a strided view of a GPU's memory, for its kernels.
+    pub fn gpu_view(&self) -> Result<View<'_>> {
+        self.gpu_view_as(&self.0.layout)
+    }
+
+    /// The elements seen through `layout`, such as a broadcast of the tensor's own.
+    pub(crate) fn gpu_view_as<'a>(&'a self, layout: &'a Layout) -> Result<View<'a>> {
+        let buffer = self.0.storage.on_gpu()?;
+        View::new(buffer, self.dtype().gpu_type(), layout.offset(), layout.shape().dims(), layout.strides())
+            .ok_or_else(|| Error::shape("gpu_view", format!("layout {layout:?} leaves its storage of {} bytes", buffer.len())))
+    }
+
+    /// The elements of a row-major tensor in a GPU's memory: an error if it is not contiguous.
+    pub fn gpu_slice(&self) -> Result<Slice<'_>> {
+        if !self.is_contiguous() {
+            return Err(Error::shape("gpu_slice", format!("the tensor of shape {} is not contiguous; call .contiguous()", self.shape())));
+        }
+        self.gpu_dense_slice()
+    }
+
+    /// The elements of a dense tensor in a GPU's memory, in the order of memory: an error if it has gaps or repeats.
+    pub fn gpu_dense_slice(&self) -> Result<Slice<'_>> {
+        let buffer = self.0.storage.on_gpu()?;
+        let slice = Slice::new(buffer, self.dtype().gpu_type(), self.0.layout.offset(), self.numel()).filter(|_| self.0.layout.is_dense());
+        slice.ok_or_else(|| Error::shape("gpu_dense_slice", format!("the tensor of shape {} is not dense", self.shape())))
+    }
+
+    /// The elements of a row-major tensor in a GPU's memory, to write, as [`as_slice_mut`](Self::as_slice_mut) gives them on the host.
+    pub fn gpu_slice_mut(&mut self) -> Result<SliceMut<'_>> {
+        self.make_unique()?;
+        let (numel, dtype) = (self.numel(), self.dtype());
+        let inner = Arc::get_mut(&mut self.0).ok_or_else(|| Error::graph("gpu_slice_mut", "the tensor is shared"))?;
+        let offset = inner.layout.offset();
+        let buffer = inner.storage.on_gpu_mut()?.ok_or_else(|| Error::graph("gpu_slice_mut", "the storage is shared"))?;
+        SliceMut::new(buffer, dtype.gpu_type(), offset, numel).ok_or_else(|| Error::shape("gpu_slice_mut", "the layout leaves its storage"))
+    }
+
+    /// As [`donate`](Self::donate), of a tensor of a GPU.
+    pub fn donate_on_gpu(&mut self) -> Result<Option<SliceMut<'_>>> {
+        if self.0.source.is_some() || !self.0.layout.is_dense() || self.device() == Device::Cpu {
+            return Ok(None);
+        }
+        let (numel, dtype) = (self.numel(), self.dtype());
+        let Some(inner) = Arc::get_mut(&mut self.0) else { return Ok(None) };
+        let offset = inner.layout.offset();
+        Ok(inner.storage.on_gpu_mut()?.and_then(|buffer| SliceMut::new(buffer, dtype.gpu_type(), offset, numel)))
+    }
+
+    /// Moves this tensor to a copy of its own, row-major, unless it has one already. A leaf stays the same leaf.
+    fn make_unique(&mut self) -> Result<()> {
+        let unique = Arc::get_mut(&mut self.0).is_some_and(|i| i.storage.is_unique() && i.layout.is_contiguous());
+        if !unique {
+            let copy = self.detach().copy()?;
+            *self = copy.with_source(self.0.source.clone());
+            // `copy` shares the new storage until it is dropped here.
+        }
+        Ok(())
+    }
+
     /// The elements of a row-major tensor as a slice: an error if it is not contiguous.
     pub fn as_slice<T: WithDType>(&self) -> Result<&[T]> {
-        let view = self.view_of::<T>()?;
+        expect_host_allowed("as_slice", self.device())?;
+        self.host_slice()
+    }
+
+    /// As [`as_slice`](Self::as_slice), for readers that want the values on the host by their nature.
+    pub(crate) fn host_slice<T: WithDType>(&self) -> Result<&[T]> {
+        let view = self.host_view::<T>()?;
         view.as_contiguous()
             .ok_or_else(|| Error::shape("as_slice", format!("the tensor of shape {} is not contiguous; call .contiguous()", self.shape())))
     }
@@ -154,29 +245,25 @@ impl Tensor {
     /// tensor moves to a copy first, so no other holder ever sees a change. A leaf stays the same leaf.
     pub fn as_slice_mut<T: WithDType>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype::<T>("as_slice_mut")?;
-        let unique = Arc::get_mut(&mut self.0).is_some_and(|i| i.storage.get_mut().is_some() && i.layout.is_contiguous());
-        if !unique {
-            let copy = self.detach().copy()?;
-            *self = copy.with_source(self.0.source.clone());
-            // `copy` shares the new storage until it is dropped here.
-        }
+        expect_host_allowed("as_slice_mut", self.device())?;
+        self.make_unique()?;
         let numel = self.numel();
         let inner = Arc::get_mut(&mut self.0).ok_or_else(|| Error::graph("as_slice_mut", "the tensor is shared"))?;
         let offset = inner.layout.offset();
-        let buffer = inner.storage.get_mut().ok_or_else(|| Error::graph("as_slice_mut", "the storage is shared"))?;
+        let buffer = inner.storage.host_mut()?.ok_or_else(|| Error::graph("as_slice_mut", "the storage is shared"))?;
         Ok(&mut buffer.as_slice_mut::<T>()[offset..offset + numel])
     }
 
     /// The memory of a dense, untracked tensor that nobody else holds, in the order of memory, to reuse for a result of the
-    /// same size: `None` if the tensor is tracked or shared.
+    /// same size: `None` if the tensor is tracked, shared, or on a GPU.
     pub fn donate<T: WithDType>(&mut self) -> Option<&mut [T]> {
-        if T::DTYPE != self.0.dtype || self.0.source.is_some() || !self.0.layout.is_dense() {
+        if self.device() != Device::Cpu || T::DTYPE != self.0.dtype || self.0.source.is_some() || !self.0.layout.is_dense() {
             return None;
         }
         let numel = self.numel();
         let inner = Arc::get_mut(&mut self.0)?;
         let offset = inner.layout.offset();
-        let data = inner.storage.get_mut()?.as_slice_mut::<T>();
+        let data = inner.storage.host_mut().ok()??.as_slice_mut::<T>();
         data.get_mut(offset..offset + numel)
     }
 
@@ -184,7 +271,7 @@ impl Tensor {
     pub fn to_vec<T: Scalar>(&self) -> Result<Vec<T>> {
         self.expect_dtype::<T::Stored>("to_vec")?;
         let dense = self.detach().contiguous()?;
-        Ok(dense.as_slice::<T::Stored>()?.iter().map(|&x| T::from_stored(x)).collect())
+        Ok(dense.host_slice::<T::Stored>()?.iter().map(|&x| T::from_stored(x)).collect())
     }
 
     /// The only element.
@@ -193,7 +280,7 @@ impl Tensor {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
         }
-        let view = self.view_of::<T::Stored>()?;
+        let view = self.host_view::<T::Stored>()?;
         Ok(T::from_stored(view.data()[view.offset()]))
     }
 
@@ -204,7 +291,7 @@ impl Tensor {
             if self.numel() != 1 {
                 return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
             }
-            let view = self.view_of::<T>()?;
+            let view = self.host_view::<T>()?;
             Ok(view.data()[view.offset()].to_f64())
         })
     }

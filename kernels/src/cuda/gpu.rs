@@ -203,18 +203,25 @@ impl Gpu {
         for (name, value) in defines {
             key.extend([" ", name, "=", value]);
         }
-        self.module_of(key, source.name, || compile::expand(source, defines))
+        self.module_of(key, source.name, true, || compile::expand(source, defines))
     }
 
-    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet.
-    pub(crate) fn module_of(&'static self, key: String, name: &'static str, text: impl FnOnce() -> String) -> Result<Module, CudaError> {
+    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet. Only where `contract`
+    /// says so may a product and a sum become one operation.
+    pub(crate) fn module_of(
+        &'static self,
+        key: String,
+        name: &'static str,
+        contract: bool,
+        text: impl FnOnce() -> String,
+    ) -> Result<Module, CudaError> {
         // Held during compilation: a second thread that wants the same kernel waits for it.
         let mut modules = lock(&self.modules);
         if let Some(module) = modules.get(&key) {
             return Ok(module.clone());
         }
         self.make_current()?;
-        let handle = compile::load(self.backend(), name, &text())?;
+        let handle = compile::load(self.backend(), name, contract, &text())?;
         let module = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
         modules.insert(key, module.clone());
         Ok(module)

@@ -2,7 +2,7 @@
 
 use super::dataset::{Dataset, check_indices};
 use super::rng::Rng;
-use kiln_tensor::{Error, Result, Shape, Tensor};
+use kiln_tensor::{Error, Result, Shape, Tensor, default_device};
 use std::sync::Arc;
 
 /// Labelled 8-bit images of one size, in memory. Cloning is cheap.
@@ -108,7 +108,7 @@ impl Dataset for ImageSet {
         check_indices(indices, self.labels.len())?;
         let size = self.image_size();
         let [channels, height, width] = self.shape;
-        let images = Tensor::build::<f32>(&Shape::new(&[indices.len(), channels, height, width])?, |out| {
+        let images = Tensor::build::<f32>(default_device(), &Shape::new(&[indices.len(), channels, height, width])?, |out| {
             for (image, &i) in out.chunks_exact_mut(size.max(1)).zip(indices) {
                 let pixels = &self.pixels[i * size..(i + 1) * size];
                 image.iter_mut().zip(pixels).for_each(|(value, &pixel)| *value = self.scale.apply(pixel));

@@ -2,7 +2,7 @@
 
 use super::load::{LoadMode, LoadReport, StateDict};
 use super::{Buffer, Init, Param};
-use kiln_tensor::{DType, Device, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
+use kiln_tensor::{DType, Device, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions, default_device};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -20,9 +20,9 @@ pub struct ParamsOptions {
 }
 
 impl Default for ParamsOptions {
-    /// f32 on the CPU, drawing from the global generator.
+    /// f32 on the default device, drawing from the global generator.
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu, generator: Generator::global().clone() }
+        Self { dtype: DType::F32, device: default_device(), generator: Generator::global().clone() }
     }
 }
 

@@ -8,6 +8,7 @@ pub mod safetensors;
 
 pub use atomic::write_atomic;
 
+use crate::device::default_device;
 use crate::storage::Storage;
 use crate::{DType, Layout, Result, Shape, Tensor};
 
@@ -22,7 +23,7 @@ fn tensor_from_bytes(dtype: DType, shape: Shape, fill: impl FnOnce(&mut [u8]) ->
         // Kernels may count on 0 and 1.
         buffer.as_bytes_mut().iter_mut().for_each(|b| *b = u8::from(*b != 0));
     }
-    Ok(Tensor::from_storage(Storage::from_buffer(buffer), Layout::contiguous(shape), dtype))
+    Ok(Tensor::from_storage(Storage::from_buffer(buffer, default_device())?, Layout::contiguous(shape), dtype))
 }
 
 /// Calls `write` with the tensor's elements, row-major and little-endian.
@@ -30,7 +31,8 @@ fn with_bytes<R>(tensor: &Tensor, write: impl FnOnce(&[u8]) -> Result<R>) -> Res
     let dense = tensor.detach().contiguous()?;
     let size = dense.dtype().size();
     let start = dense.layout().offset() * size;
-    let bytes = &dense.storage().get().as_bytes()[start.min(dense.storage().get().len())..][..dense.numel() * size];
+    let stored = dense.storage().host()?.as_bytes();
+    let bytes = &stored[start.min(stored.len())..][..dense.numel() * size];
     if cfg!(target_endian = "little") {
         return write(bytes);
     }

@@ -190,7 +190,7 @@ impl Problem {
         self.mask = self.mask.map(|mask| mask.detach());
         let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
         let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
-        let out = Tensor::build::<T>(&shape, |out| {
+        let out = Tensor::build::<T>(self.q.device(), &shape, |out| {
             let lse = lse.as_slice_mut()?;
             self.with_kernel_inputs(|inputs| Ok(attention::forward::<T>(inputs, out, lse)?))
         })?;
@@ -228,7 +228,7 @@ impl Fused {
         let grad = grad.detach().contiguous()?;
         let shape = |batch: &Shape, x: &Tensor| Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat());
         let (mut dk, mut dv) = (Tensor::zeros(shape(key_batch, k)?, T::DTYPE)?, Tensor::zeros(shape(key_batch, v)?, T::DTYPE)?);
-        let dq = Tensor::build::<T>(&shape(batch, q)?, |dq| {
+        let dq = Tensor::build::<T>(q.device(), &shape(batch, q)?, |dq| {
             let given = Gradients { out: self.output.as_slice::<T>()?, grad: grad.as_slice()?, lse: self.lse.as_slice()? };
             let (dk, dv) = (dk.as_slice_mut()?, dv.as_slice_mut()?);
             self.problem.with_kernel_inputs(|inputs| Ok(attention::backward::<T>(inputs, given, dq, dk, dv)?))

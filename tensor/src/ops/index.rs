@@ -122,7 +122,7 @@ impl Tensor {
         let (outer, n, inner) = self.shape().around(dim);
         let shape = self.shape().with_dim(dim, index.numel())?;
         let dense = self.detach().contiguous()?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(&shape, |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &shape, |out| {
             kernel::index_select(dense.as_slice::<T>()?, [outer, n, inner], index.as_slice()?, out).map_err(out_of_range("index_select"))
         }))?;
         record("index_select", out, &[self], |_| IndexSelect { dim, index, from: *self.shape() })
@@ -168,7 +168,7 @@ impl Tensor {
         let dim = self.shape().dim("gather", dim)?;
         let index = positions("gather", index)?;
         self.check_index_shape("gather", dim, &index)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(index.shape(), |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), index.shape(), |out| {
             kernel::gather(self.view_of::<T>()?, dim, index.as_slice()?, index.dims(), out).map_err(out_of_range("gather"))
         }))?;
         record("gather", out, &[self], |_| Gather { dim, index, from: *self.shape() })
@@ -232,7 +232,7 @@ impl Tensor {
         let dense = self.detach().contiguous()?;
         let flat = for_any!(self.dtype(), T => dense.as_slice::<T>().map(kernel::nonzero))?;
         let strides = self.shape().contiguous_strides();
-        Tensor::build::<i64>(&Shape::new(&[flat.len(), self.rank()])?, |out| {
+        Tensor::build::<i64>(self.device(), &Shape::new(&[flat.len(), self.rank()])?, |out| {
             for (row, at) in out.chunks_mut(self.rank().max(1)).zip(flat) {
                 for (d, o) in row.iter_mut().enumerate() {
                     *o = at / strides[d] as i64 % self.dims()[d] as i64;
@@ -247,7 +247,7 @@ impl Tensor {
         let index = positions("one_hot", self)?;
         let index = index.as_slice::<i64>()?;
         kernel::check_indices(index, classes).map_err(out_of_range("one_hot"))?;
-        Tensor::build::<i64>(&self.shape().with_inserted(self.rank(), classes)?, |out| {
+        Tensor::build::<i64>(self.device(), &self.shape().with_inserted(self.rank(), classes)?, |out| {
             out.fill(0);
             for (row, &class) in out.chunks_mut(classes.max(1)).zip(index) {
                 row[class as usize] = 1;

@@ -117,7 +117,7 @@ impl Chosen {
     /// From an image of the result's extents to one of the input's.
     fn scatter(&self, g: &Tensor) -> Result<Tensor> {
         let (source, indices) = (pixels(g)?, pixels(&self.indices)?);
-        let out = for_real!(g.dtype(), self.name, T => self.input.build::<T>(|out| {
+        let out = for_real!(g.dtype(), self.name, T => self.input.build::<T>(g.device(), |out| {
             self.pool().backward(source.as_slice::<T>()?, indices.as_slice()?, out);
             Ok(())
         }))?;
@@ -127,7 +127,7 @@ impl Chosen {
     /// From an image of the input's extents to one of the result's.
     fn gather(&self, x: &Tensor) -> Result<Tensor> {
         let (source, indices) = (pixels(x)?, pixels(&self.indices)?);
-        let out = for_real!(x.dtype(), self.name, T => self.output.build::<T>(|out| {
+        let out = for_real!(x.dtype(), self.name, T => self.output.build::<T>(x.device(), |out| {
             self.pool().gather(source.as_slice::<T>()?, indices.as_slice()?, out);
             Ok(())
         }))?;
@@ -185,8 +185,8 @@ fn max_pool(name: &'static str, x: &Tensor, rank: usize, windows: Windows) -> Re
     let source = pixels(x)?;
     let pool = MaxPool { n: input.n, c: input.c, windows: &windows };
     let mut values = None;
-    let indices = output.build::<i32>(|indices| {
-        values = Some(for_real!(x.dtype(), name, T => output.build::<T>(|values| {
+    let indices = output.build::<i32>(x.device(), |indices| {
+        values = Some(for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |values| {
             pool.forward(source.as_slice::<T>()?, values, indices);
             Ok(())
         }))?);

@@ -80,10 +80,11 @@ fn product(op: &str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Te
 }
 
 fn run<T: WithDType + GemmElement>(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
+    let device = a.device();
     let ((a, a_offsets), (b, b_offsets)) = (factor::<T>(a, batch)?, factor::<T>(b, batch)?);
     let bias = bias.map(|bias| bias.as_slice::<T>()).transpose()?;
     let n = b.cols();
-    Tensor::build::<T>(shape, |out| Ok(Gemm { bias, ..Gemm::batched(a, &a_offsets, b, &b_offsets) }.run(out, n)?))
+    Tensor::build::<T>(device, shape, |out| Ok(Gemm { bias, ..Gemm::batched(a, &a_offsets, b, &b_offsets) }.run(out, n)?))
 }
 
 /// The error for inner extents that differ, with the usual remedy if it would help.

@@ -3,6 +3,7 @@
 //! A draw is a pure function of the generator's state and the element's place in row-major order (see [`kiln_kernels::cpu::random`]), on any number of threads
 //! and at any instruction-set level. The functions on `Tensor` draw from [`Generator::global`].
 
+use crate::device::default_device;
 use crate::generator::GeneratorState;
 use crate::graph::{Ctx, Grads, Op, record, refuse_tracked};
 use crate::{DType, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
@@ -17,7 +18,7 @@ impl Generator {
     fn float(&self, op: &str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
         for_float!(options.dtype, op, T => {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
-            Tensor::build::<T>(&shape, |out| {
+            Tensor::build::<T>(options.device, &shape, |out| {
                 match draw {
                     Draw::Uniform => T::uniform(stream, out),
                     Draw::Normal => T::normal(stream, out),
@@ -47,7 +48,7 @@ impl Generator {
             return Err(Error::argument("randint", format!("the range {low}..{high} is empty")));
         }
         let stream = stream(self.reserve(random::groups_of_longs(shape.numel())));
-        Tensor::build::<i64>(&shape, |out| {
+        Tensor::build::<i64>(default_device(), &shape, |out| {
             random::integers(stream, low, high.wrapping_sub(low) as u64, out);
             Ok(())
         })
@@ -57,7 +58,7 @@ impl Generator {
     pub fn randperm(&self, n: usize) -> Result<Tensor> {
         let shape = Shape::new(&[n])?;
         let stream = stream(self.reserve(random::groups_of_longs(n)));
-        Tensor::build::<i64>(&shape, |out| {
+        Tensor::build::<i64>(default_device(), &shape, |out| {
             random::permutation(stream, out);
             Ok(())
         })
@@ -67,14 +68,14 @@ impl Generator {
     pub fn bernoulli(&self, probabilities: &Tensor) -> Result<Tensor> {
         refuse_tracked("bernoulli", &[probabilities])?;
         let p = probabilities.detach().contiguous()?;
-        let uniform = self.rand(p.shape(), DType::F32)?;
+        let uniform = self.rand(p.shape(), (DType::F32, p.device()))?;
         let uniform = uniform.as_slice::<f32>()?;
         for_float!(p.dtype(), "bernoulli", T => {
             let p = p.as_slice::<T>()?;
             if let Some(p) = p.iter().map(|p| Element::to_f64(*p)).find(|p| !(0.0..=1.0).contains(p)) {
                 return Err(Error::argument("bernoulli", format!("{p} is not a probability")));
             }
-            Tensor::build::<T>(probabilities.shape(), |out| {
+            Tensor::build::<T>(probabilities.device(), probabilities.shape(), |out| {
                 for ((o, p), &u) in out.iter_mut().zip(p).zip(uniform) {
                     *o = <T as Element>::from_f64(((u as f64) < Element::to_f64(*p)) as u8 as f64);
                 }
@@ -91,7 +92,7 @@ impl Generator {
     fn booleans(&self, p: f64, shape: Shape) -> Result<Tensor> {
         check_probability("rand_bool", p)?;
         let stream = stream(self.reserve(random::groups_of_words(shape.numel())));
-        Tensor::build::<Bool>(&shape, |out| {
+        Tensor::build::<Bool>(default_device(), &shape, |out| {
             random::bernoulli(stream, p, out);
             Ok(())
         })
@@ -132,7 +133,7 @@ impl Op for Dropout {
 
 fn dropped(x: &Tensor, stream: Stream, p: f64) -> Result<Tensor> {
     let dense = x.detach().contiguous()?;
-    let out = for_float!(x.dtype(), "dropout", T => Tensor::build::<T>(x.shape(), |out| {
+    let out = for_float!(x.dtype(), "dropout", T => Tensor::build::<T>(x.device(), x.shape(), |out| {
         random::dropout(stream, p, dense.as_slice::<T>()?, out);
         Ok(())
     }))?;

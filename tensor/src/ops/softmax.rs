@@ -35,7 +35,7 @@ impl Softmax {
     fn fused(&self, grad: &Tensor) -> Result<Tensor> {
         let axis = axis_of(grad.shape(), self.dim);
         let (grad, y) = (grad.detach().contiguous()?, &self.output);
-        for_float!(y.dtype(), self.name(), T => Tensor::build::<T>(y.shape(), |dx| {
+        for_float!(y.dtype(), self.name(), T => Tensor::build::<T>(grad.device(), y.shape(), |dx| {
             softmax::softmax_backward(axis, self.log, grad.as_slice::<T>()?, y.as_slice::<T>()?, dx);
             Ok(())
         }))
@@ -59,7 +59,7 @@ impl Tensor {
         }
         let dim = self.shape().dim(op, dim)?;
         let x = self.detach().contiguous()?;
-        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.shape(), |y| {
+        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.device(), self.shape(), |y| {
             softmax::softmax(axis_of(self.shape(), dim), log, x.as_slice::<T>()?, y);
             Ok(())
         }))?;

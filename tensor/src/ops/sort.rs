@@ -16,7 +16,7 @@ fn places(op: &str, x: &Tensor, dim: isize, k: Option<usize>, descending: bool) 
         return Err(Error::argument(op, format!("{k} elements were asked for, dimension {dim} of shape {} has {len}", x.shape())));
     }
     let shape = rows.shape().with_dim(rows.rank() - 1, k)?;
-    let sorted = for_any!(x.dtype(), T => Tensor::build::<i64>(&shape, |out| {
+    let sorted = for_any!(x.dtype(), T => Tensor::build::<i64>(x.device(), &shape, |out| {
         argsort(rows.as_slice::<T>()?, len, k, descending, out);
         Ok(())
     }))?;

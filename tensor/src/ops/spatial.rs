@@ -3,7 +3,7 @@
 //! An image of `rank` 1, 2 or 3 is `[n, c, …]` with `rank` more dimensions; kernels see `[n][d][h][w][c]`, where missing
 //! leading axes have extent 1. Results have the logical shape `[n, c, …]` over that memory order.
 
-use crate::{DType, Error, Layout, Result, Shape, Tensor, WithDType};
+use crate::{DType, Device, Error, Layout, Result, Shape, Tensor, WithDType};
 
 /// A parameter of each spatial axis: one number for all of them, or an array of one for each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,10 +90,15 @@ impl Extents {
         Ok(Self { n: dims[0], c: dims[1], axes, rank })
     }
 
-    /// A new image whose pixels, `[n][d][h][w][c]`, `fill` writes.
-    pub(super) fn build<T: WithDType>(&self, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Tensor> {
+    /// The layout of an image of these extents whose pixels lie as `[n][d][h][w][c]`.
+    pub(super) fn layout(&self) -> Result<Layout> {
         let shape = Shape::new(&[&[self.n, self.c], &self.axes[3 - self.rank..]].concat())?;
-        Tensor::build_with_layout(Layout::with_memory_order(shape, &channels_last(self.rank)), fill)
+        Ok(Layout::with_memory_order(shape, &channels_last(self.rank)))
+    }
+
+    /// A new image on `device` whose pixels, `[n][d][h][w][c]`, `fill` writes.
+    pub(super) fn build<T: WithDType>(&self, device: Device, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Tensor> {
+        Tensor::build_with_layout(device, self.layout()?, fill)
     }
 }
 

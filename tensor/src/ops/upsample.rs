@@ -41,7 +41,7 @@ pub(super) fn resample(name: &'static str, x: &Tensor, maps: Arc<[AxisMap; 3]>, 
     let input = Extents::of(name, x, rank)?;
     let output = Extents { axes: maps.each_ref().map(AxisMap::outputs), ..input };
     let source = pixels(x)?;
-    let out = for_real!(x.dtype(), name, T => output.build::<T>(|out| {
+    let out = for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |out| {
         resample::resample(&maps, input.n, input.c, source.as_slice::<T>()?, out);
         Ok(())
     }))?;

@@ -25,7 +25,7 @@ impl Conv {
         let (source, weight, shift) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
         let out = for_real!(x.dtype(), self.name, T => {
             let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            self.geometry.narrow.build::<T>(|y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
+            self.geometry.narrow.build::<T>(source.device(), |y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
         })?;
         let inputs = [Some(x), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| Forward {
@@ -41,7 +41,7 @@ impl Conv {
         let (source, weight, shift) = (pixels(g)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
         let out = for_real!(g.dtype(), self.name, T => {
             let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            self.geometry.wide.build::<T>(|gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
+            self.geometry.wide.build::<T>(source.device(), |gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
         })?;
         let inputs = [Some(g), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| InputGrad {
@@ -58,7 +58,7 @@ impl Conv {
         let (source, target) = (pixels(x)?, pixels(g)?);
         let shape = Shape::new(&[&[narrow.c, wide.c / groups], &kernel[3 - wide.rank..]].concat())?;
         let out = for_real!(x.dtype(), self.name, T => {
-            Tensor::build::<T>(&shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
+            Tensor::build::<T>(source.device(), &shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
         })?;
         record(self.name, out, &[x, g], |needs| WeightGrad { conv: self, x: needs.save_for(1, x), g: needs.save_for(0, g) })
     }

@@ -114,7 +114,7 @@ fn pick(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let data = x.detach().contiguous()?;
     let out = for_float!(x.dtype(), "nll_loss", T => {
         let data = data.as_slice::<T>()?;
-        Tensor::build::<T>(&Shape::new(&[classes.n, classes.s])?, |out| {
+        Tensor::build::<T>(x.device(), &Shape::new(&[classes.n, classes.s])?, |out| {
             out.iter_mut().zip(&classes.places).for_each(|(out, place)| *out = place.map_or(T::default(), |at| data[at]));
             Ok(())
         })
@@ -126,7 +126,7 @@ fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let data = x.detach().contiguous()?;
     let out = for_float!(x.dtype(), "nll_loss", T => {
         let data = data.as_slice::<T>()?;
-        Tensor::build::<T>(&Shape::new(&[classes.n, classes.c, classes.s])?, |out| {
+        Tensor::build::<T>(x.device(), &Shape::new(&[classes.n, classes.c, classes.s])?, |out| {
             out.fill(T::default());
             for (&x, at) in data.iter().zip(&classes.places) {
                 if let Some(at) = *at {

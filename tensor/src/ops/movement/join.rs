@@ -2,7 +2,7 @@
 
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{DType, Dims, Error, Layout, Result, Shape, Tensor};
+use crate::{DType, Device, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
 use kiln_kernels::element::Element;
@@ -86,7 +86,7 @@ fn keep_triangle(x: &Tensor, kept: Triangle) -> Result<Tensor> {
         return Err(Error::shape("tril", format!("expected a matrix or a batch of them, got shape {}", x.shape())));
     };
     let dense = x.detach().contiguous()?;
-    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.shape(), |out| {
+    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.device(), x.shape(), |out| {
         triangle(dense.as_slice::<T>()?, rows, cols, kept, out);
         Ok(())
     }))?;
@@ -107,7 +107,7 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
     let shape = Shape::new(&extents)?;
     let layout = Layout::with_memory_order(shape, &x.layout().dense_like().memory_order());
     let offset = amounts.iter().zip(layout.strides()).map(|(&(before, _), stride)| before.max(0) as usize * stride).sum();
-    let out = for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(layout, |out| {
+    let out = for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(x.device(), layout, |out| {
         out.fill(<T as Element>::from_f64(value));
         if inner.numel() > 0 {
             copy_into_strided(inner.view_of::<T>()?, out, offset, layout.strides());
@@ -118,7 +118,7 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
 }
 
 /// Where each element of a padded dimension of `n` elements comes from, as positions.
-fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Tensor> {
+fn border_map(device: Device, mode: PadMode, n: usize, before: isize, after: isize) -> Result<Tensor> {
     let most = match mode {
         PadMode::Reflect => n.saturating_sub(1),
         PadMode::Circular => n,
@@ -131,7 +131,7 @@ fn border_map(mode: PadMode, n: usize, before: isize, after: isize) -> Result<Te
         return Err(Error::argument("pad", message));
     };
     let n = n as i64;
-    Tensor::build::<i64>(&Shape::new(&[extent])?, |map| {
+    Tensor::build::<i64>(device, &Shape::new(&[extent])?, |map| {
         for (out, i) in map.iter_mut().zip(-before as i64..) {
             *out = match mode {
                 PadMode::Reflect if i < 0 => -i,
@@ -173,7 +173,7 @@ impl Tensor {
         }
         let shape = first.shape().with_dim(axis, extent)?;
         let layout = Layout::with_memory_order(shape, &first.layout().dense_like().memory_order());
-        let out = for_any!(first.dtype(), T => Tensor::build_with_layout::<T>(layout, |out| {
+        let out = for_any!(first.dtype(), T => Tensor::build_with_layout::<T>(first.device(), layout, |out| {
             let mut start = 0;
             for t in tensors.iter().filter(|t| t.numel() > 0) {
                 copy_into_strided(t.view_of::<T>()?, out, start * layout.strides()[axis], layout.strides());
@@ -239,7 +239,7 @@ impl Tensor {
         }
         let mut out = self.clone();
         for (d, &(before, after)) in by_dim.iter().enumerate().filter(|(_, pair)| **pair != (0, 0)) {
-            out = out.index_select(d as isize, &border_map(mode, self.shape()[d], before, after)?)?;
+            out = out.index_select(d as isize, &border_map(self.device(), mode, self.shape()[d], before, after)?)?;
         }
         Ok(out)
     }
@@ -255,7 +255,7 @@ impl Tensor {
         for &d in &dims {
             let (outer, n, inner) = out.shape().around(d);
             let reversed: Vec<i64> = (0..n as i64).rev().collect();
-            out = for_any!(self.dtype(), T => Tensor::build::<T>(self.shape(), |o| {
+            out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), self.shape(), |o| {
                 index_select(out.as_slice::<T>()?, [outer, n, inner], &reversed, o).map_err(|e| Error::index("flip", e.to_string()))
             }))?;
         }

@@ -59,7 +59,7 @@ fn take_part(name: &'static str, x: &Tensor, part: Part) -> Result<Tensor> {
 
 fn put_part(name: &'static str, x: &Tensor, part: Part, shape: Shape) -> Result<Tensor> {
     let region = part.of(&Layout::contiguous(shape));
-    let out = for_any!(x.dtype(), T => Tensor::build::<T>(&shape, |out| {
+    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.device(), &shape, |out| {
         out.fill(T::default());
         if x.numel() > 0 {
             copy_into_strided(x.view_of::<T>()?, out, region.offset(), region.strides());

@@ -75,7 +75,7 @@ impl Tensor {
 
     /// A row-major copy in memory of its own.
     pub fn copy(&self) -> Result<Tensor> {
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.shape(), |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), self.shape(), |out| {
             copy_strided(self.view_of::<T>()?, out);
             Ok(())
         }))?;

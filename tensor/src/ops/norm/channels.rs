@@ -133,7 +133,7 @@ impl ChannelNorm {
                 Ok(())
             };
             let dx = if ctx.needs(0) {
-                Some(Tensor::build_with_layout::<T>(images.layout, |dx| run(Some(dx)))?)
+                Some(Tensor::build_with_layout::<T>(g.device(), images.layout, |dx| run(Some(dx)))?)
             } else {
                 run(None)?;
                 None
@@ -179,7 +179,7 @@ impl Plan<'_> {
     fn apply(&self, x: &Tensor, images: &Images, mean: Tensor, rstd: Tensor, fixed: bool) -> Result<Tensor> {
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(self.weight)?, dense(self.bias)?);
-        let out = for_float!(x.dtype(), self.op, T => Tensor::build_with_layout::<T>(images.layout, |y| {
+        let out = for_float!(x.dtype(), self.op, T => Tensor::build_with_layout::<T>(x.device(), images.layout, |y| {
             let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             let statistics = Statistics { grouping: self.grouping, mean: mean.as_slice()?, rstd: rstd.as_slice()? };

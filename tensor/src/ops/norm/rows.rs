@@ -49,7 +49,7 @@ impl LayerNorm {
         let (wants_weight, wants_bias) = (wants(0), wants(1));
         for_float!(x.dtype(), self.name(), T => {
             let (mut dw, mut db) = (parameter_gradient(&self.normalized, &x, wants_weight)?, parameter_gradient(&self.normalized, &x, wants_bias)?);
-            let dx = Tensor::build::<T>(x.shape(), |dx| {
+            let dx = Tensor::build::<T>(x.device(), x.shape(), |dx| {
                 let weight = weight.as_ref().map(Tensor::as_slice::<T>).transpose()?;
                 let dw = dw.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
                 let db = db.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
@@ -115,7 +115,7 @@ impl Tensor {
         let (w, b) = (dense(weight)?, dense(bias)?);
         let (mut mean, mut rstd) =
             (Tensor::zeros(count, statistics_dtype(input.dtype()))?, Tensor::zeros(count, statistics_dtype(input.dtype()))?);
-        let out = for_float!(input.dtype(), op, T => Tensor::build::<T>(input.shape(), |y| {
+        let out = for_float!(input.dtype(), op, T => Tensor::build::<T>(x.device(), input.shape(), |y| {
             let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
             norm::layer_norm::<T>(rows, x.as_slice()?, w, b, y, mean.as_slice_mut()?, rstd.as_slice_mut()?);

@@ -457,7 +457,7 @@ fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Ten
                 *view = operand::<T>("fuse", &Arg::Tensor(x), layout)?;
             }
         }
-        Tensor::build_with_layout::<T>(layout, |data| {
+        Tensor::build_with_layout::<T>(first.device(), layout, |data| {
             chain.apply(&views[..operands.len()], Output { data, shape: layout.shape().dims(), strides: layout.strides() });
             Ok(())
         })

@@ -2,8 +2,9 @@
 //!
 //! A result lies in memory as its densest operand does, so channels-last stays channels-last.
 
+use crate::device::expect_host_allowed;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
-use crate::{Bool, DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
+use crate::{Bool, DType, Device, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
 use kiln_kernels::cpu::cast::Stored;
 use kiln_kernels::cpu::pointwise::{self as kernels, Operand, Output};
 use kiln_kernels::pointwise::relation::RelationRow;
@@ -49,7 +50,8 @@ pub(super) fn result_layout<'a>(shape: &Shape, mut tensors: impl Iterator<Item =
 
 /// The elements of `x` seen through `layout`, one of its own broadcast.
 fn view<'a, T: WithDType>(op: &str, x: &'a Tensor, layout: &'a Layout) -> Result<StridedView<'a, T>> {
-    StridedView::new(x.storage().get().as_slice::<T>(), layout.offset(), layout.shape().dims(), layout.strides())
+    expect_host_allowed(op, x.device())?;
+    StridedView::new(x.storage().host()?.as_slice::<T>(), layout.offset(), layout.shape().dims(), layout.strides())
         .ok_or_else(|| Error::shape(op, format!("layout {layout:?} leaves the storage")))
 }
 
@@ -87,6 +89,10 @@ impl<'a, const N: usize> Prepared<'a, N> {
         Ok(Self { op, args, dtype: first.dtype(), layout: result_layout(&shape, tensors()), layouts })
     }
 
+    fn device(&self) -> Device {
+        self.args.iter().find_map(Arg::tensor).map_or(Device::Cpu, Tensor::device)
+    }
+
     fn operands<T: WithDType>(&self) -> Result<[Operand<'_, T>; N]> {
         let mut operands = [Operand::Scalar(0.0); N];
         for (k, slot) in operands.iter_mut().enumerate() {
@@ -110,7 +116,7 @@ pub(super) fn apply<const N: usize>(row: &Row<N>, params: Params, args: [Arg; N]
     let p = Prepared::new(row.name, args)?;
     for_number!(p.dtype, p.op, T => {
         expect_defined::<T, N>(p.op, row)?;
-        Tensor::build_with_layout::<T>(p.layout, |out| {
+        Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
             kernels::apply(row, params, p.operands::<T>()?, p.output(out));
             Ok(())
         })
@@ -149,7 +155,7 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
 /// The truth of a relation between two operands.
 pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
     let p = Prepared::new(row.name, [a, b])?;
-    for_any!(p.dtype, T => Tensor::build_with_layout::<Bool>(p.layout, |out| {
+    for_any!(p.dtype, T => Tensor::build_with_layout::<Bool>(p.device(), p.layout, |out| {
         kernels::relate(row, p.operands::<T>()?, p.output(out));
         Ok(())
     }))
@@ -190,7 +196,7 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
     }
     let mask_layout = mask.layout().broadcast_to(op, &shape)?;
     let mask = view::<Bool>(op, mask, &mask_layout)?;
-    for_any!(p.dtype, T => Tensor::build_with_layout::<T>(p.layout, |out| {
+    for_any!(p.dtype, T => Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
         let [a, b] = p.operands::<T>()?;
         kernels::select(mask, a, b, p.output(out));
         Ok(())
@@ -200,7 +206,7 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
 /// The elements in another dtype.
 pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let layout = x.layout().dense_like();
-    for_any!(x.dtype(), A => for_any!(dtype, B => Tensor::build_with_layout::<B>(layout, |out| {
+    for_any!(x.dtype(), A => for_any!(dtype, B => Tensor::build_with_layout::<B>(x.device(), layout, |out| {
         kernels::cast(x.view_of::<A>()?, Output { data: out, shape: layout.shape().dims(), strides: layout.strides() });
         Ok(())
     })))

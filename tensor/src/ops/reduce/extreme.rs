@@ -66,7 +66,7 @@ impl Tensor {
     fn extreme(&self, op: &'static str, dims: Dims, max: bool) -> Result<Tensor> {
         let axes = Axes::new(op, self, dims)?;
         axes.refuse_empty(op)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(&axes.keepdim, |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
             let view = self.view_of::<T>()?;
             if max { reduce::max(view, &axes.reduced, out) } else { reduce::min(view, &axes.reduced, out) }
             Ok(())
@@ -91,7 +91,7 @@ impl Tensor {
         axes.refuse_empty(op)?;
         let kept = axes.kept();
         let mut indices = vec![0i64; kept.numel()];
-        let values = for_any!(self.dtype(), T => Tensor::build::<T>(&kept, |out| {
+        let values = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &kept, |out| {
             let view = self.view_of::<T>()?;
             if max { reduce::max_with_index(view, dim, out, &mut indices) } else { reduce::min_with_index(view, dim, out, &mut indices) }
             Ok(())

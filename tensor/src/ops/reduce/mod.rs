@@ -127,7 +127,7 @@ impl Tensor {
 
     fn sum_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("sum", self, dims)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
             reduce::sum::<T>(self.view_of()?, &axes.reduced, out);
             Ok(())
         }))?;
@@ -146,7 +146,7 @@ impl Tensor {
 
     fn mean_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("mean", self, dims)?;
-        let out = for_float!(self.dtype(), "mean", T => Tensor::build::<T>(&axes.keepdim, |out| {
+        let out = for_float!(self.dtype(), "mean", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
             reduce::mean(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
         }))?;
@@ -166,7 +166,7 @@ impl Tensor {
 
     fn prod_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("prod", self, dims)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(&axes.keepdim, |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
             reduce::prod::<T>(self.view_of()?, &axes.reduced, out);
             Ok(())
         }))?;
@@ -187,7 +187,7 @@ impl Tensor {
 
     fn any_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("any", self, dims)?;
-        for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
+        for_any!(self.dtype(), T => Tensor::build::<Bool>(self.device(), &axes.kept(), |out| {
             reduce::any(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
         }))
@@ -200,7 +200,7 @@ impl Tensor {
 
     fn all_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("all", self, dims)?;
-        for_any!(self.dtype(), T => Tensor::build::<Bool>(&axes.kept(), |out| {
+        for_any!(self.dtype(), T => Tensor::build::<Bool>(self.device(), &axes.kept(), |out| {
             reduce::all(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
         }))

@@ -116,7 +116,7 @@ impl Tensor {
     fn spread_keepdim(&self, op: &'static str, dims: Dims, correction: f64, root: bool) -> Result<Tensor> {
         let axes = Axes::new(op, self, dims)?;
         let divisor = (axes.count as f64 - correction).max(0.0);
-        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(&axes.keepdim, |out| {
+        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
             if root {
                 reduce::std(self.view_of::<T>()?, &axes.reduced, correction, out);
             } else {
@@ -144,7 +144,7 @@ impl Tensor {
         if p == f64::NEG_INFINITY {
             axes.refuse_empty("norm")?;
         }
-        let out = for_float!(self.dtype(), "norm", T => Tensor::build::<T>(&axes.keepdim, |out| {
+        let out = for_float!(self.dtype(), "norm", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
             reduce::norm(self.view_of::<T>()?, &axes.reduced, p, out);
             Ok(())
         }))?;
@@ -164,7 +164,7 @@ impl Tensor {
 
     fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("logsumexp", self, dims)?;
-        let out = for_float!(self.dtype(), "logsumexp", T => Tensor::build::<T>(&axes.keepdim, |out| {
+        let out = for_float!(self.dtype(), "logsumexp", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
             reduce::logsumexp(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
         }))?;

@@ -35,7 +35,7 @@ impl Tensor {
     fn scan(&self, dim: usize, reverse: bool) -> Result<Tensor> {
         let x = self.detach().contiguous()?;
         let axis = axis_of(self.shape(), dim);
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.shape(), |out| {
+        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), self.shape(), |out| {
             cumulative::cumsum::<T>(axis, reverse, x.as_slice()?, out);
             Ok(())
         }))?;
