@@ -15,8 +15,14 @@ pub(crate) struct Source {
 }
 
 /// What kernel files may include.
-const HEADERS: &[(&str, &str)] =
-    &[("kiln.cuh", include_str!("kiln.cuh")), ("math.cuh", include_str!("math.cuh")), ("ptx.cuh", include_str!("ptx.cuh")), ("emulate.cuh", include_str!("emulate.cuh"))];
+const HEADERS: &[(&str, &str)] = &[
+    ("kiln.cuh", include_str!("kiln.cuh")),
+    ("math.cuh", include_str!("math.cuh")),
+    ("ptx.cuh", include_str!("ptx.cuh")),
+    ("emulate.cuh", include_str!("emulate.cuh")),
+    ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
+    ("conv_tile.cuh", include_str!("conv/tile.cuh")),
+];
 
 /// The file's text, each header in the place of its first inclusion, macros first.
 pub(super) fn expand(source: &Source, defines: &[(&str, &str)]) -> String {

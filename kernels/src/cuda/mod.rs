@@ -10,6 +10,7 @@
 mod alloc;
 mod backend;
 mod compile;
+pub mod conv;
 pub mod copy;
 mod driver;
 mod emulator;

@@ -90,6 +90,15 @@ __device__ __forceinline__ i32 source_of(const ConvGather& g, i32 a, i32 base, i
 
 // Splits a number, counted over the extents of three axes, the last one fastest.
 __device__ __forceinline__ void split3(i64 i, i32 e1, i32 e2, i64& outer, i32& d1, i32& d2) {
+    // Most counts are small enough for divisions that the GPU is good at.
+    if ((u64)i <= 0xffffffff) {
+        const u32 rest = (u32)i / (u32)e2;
+        d2 = (i32)((u32)i - rest * (u32)e2);
+        const u32 first = rest / (u32)e1;
+        d1 = (i32)(rest - first * (u32)e1);
+        outer = first;
+        return;
+    }
     const i64 rest = i / e2;
     d2 = (i32)(i - rest * e2);
     outer = rest / e1;
