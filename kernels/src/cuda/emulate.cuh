@@ -2,7 +2,7 @@
 // moves data behind their backs is in the runtime (emulate.cpp), which is compiled once and loaded before any kernel.
 //
 // A kernel reads `threadIdx` and its like as constants: the runtime changes them when it switches to another thread, and no thread ever sees a change.
-// Static shared memory is the module's zero-initialised data, which the linker's symbols enclose.
+// Static shared memory is the module's zero-initialised data.
 // Not emulated: atomics on floats (Kiln has none) and what only the hardware's speed depends on. Casts of numbers out of range follow the host.
 
 #define __global__ __attribute__((visibility("hidden")))
@@ -57,9 +57,6 @@ extern const uint3 blockIdx __asm__("kiln_emulate_block");
 extern const uint3 blockDim __asm__("kiln_emulate_block_dim");
 extern const uint3 gridDim __asm__("kiln_emulate_grid_dim");
 extern char* const kiln_emulate_shared;
-
-extern char kiln_module_shared_begin __asm__("__bss_start") __attribute__((visibility("hidden")));
-extern char kiln_module_shared_end __asm__("_end") __attribute__((visibility("hidden")));
 }
 
 // Calls a kernel with arguments of the types that its signature says.
@@ -79,7 +76,7 @@ template <class... A, void (*K)(A...)> struct KilnInvoke<K> {
 #endif
 #define KILN_KERNEL_CLUSTER(name, blocks) \
     extern "C" __attribute__((visibility("default"))) int name##__launch(const u32 grid[3], const u32 block[3], u32 shared_bytes, void** args, char* message, u64 message_len) { \
-        const KilnKernel kernel = {#name, KilnInvoke<name>::run, blocks, KILN_CHECKED, &kiln_module_shared_begin, &kiln_module_shared_end}; \
+        const KilnKernel kernel = {#name, KilnInvoke<name>::run, blocks, KILN_CHECKED}; \
         return kiln_emulate_launch(&kernel, grid, block, shared_bytes, args, message, message_len); \
     }
 #define KILN_KERNEL(name) KILN_KERNEL_CLUSTER(name, 1)
