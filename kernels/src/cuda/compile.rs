@@ -14,6 +14,7 @@ pub(crate) struct Source {
     pub(crate) text: &'static str,
 }
 
+/// What kernel files may include.
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("attention.cuh")),
@@ -21,6 +22,8 @@ const HEADERS: &[(&str, &str)] = &[
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
+    ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
+    ("conv_tile.cuh", include_str!("conv/tile.cuh")),
     ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),
     ("emulate_state.hpp", include_str!("emulate_state.hpp")),
     ("emulate_check.hpp", include_str!("emulate_check.hpp")),

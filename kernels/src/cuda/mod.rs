@@ -11,6 +11,7 @@ mod alloc;
 pub mod attention;
 mod backend;
 mod compile;
+pub mod conv;
 pub mod copy;
 mod driver;
 mod emulator;
