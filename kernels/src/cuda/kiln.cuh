@@ -1,4 +1,5 @@
 // What every kernel file begins with: element types, the type that each computes in, strided walks, and sums of a warp and a block in a fixed order.
+// `T` is left to the files that include this: it is a macro in most of them.
 // No header of CUDA's is needed: NVRTC compiles this without a toolkit, and the host's compiler for the emulator (KILN_EMULATE).
 #pragma once
 
@@ -10,14 +11,6 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
-#include "ptx.cuh"
-
-#ifndef KILN_EMULATE
-#define KILN_KERNEL(name)
-#define KILN_KERNEL_CLUSTER(name, blocks)
-#define KILN_SHARED(type, name) extern __shared__ __align__(1024) type name[]
-#endif
-
 // Half types are their bits; arithmetic on them is done in float.
 struct f16 {
     u16 bits;
@@ -26,8 +19,16 @@ struct bf16 {
     u16 bits;
 };
 
-template <class T> struct ComputeOf {
-    typedef T type;
+#include "ptx.cuh"
+
+#ifndef KILN_EMULATE
+#define KILN_KERNEL(name)
+#define KILN_KERNEL_CLUSTER(name, blocks)
+#define KILN_SHARED(type, name) extern __shared__ __align__(1024) type name[]
+#endif
+
+template <class E> struct ComputeOf {
+    typedef E type;
 };
 template <> struct ComputeOf<f16> {
     typedef float type;
@@ -35,8 +36,8 @@ template <> struct ComputeOf<f16> {
 template <> struct ComputeOf<bf16> {
     typedef float type;
 };
-// The type that arithmetic on T is done in.
-template <class T> using Compute = typename ComputeOf<T>::type;
+// The type that arithmetic on E is done in.
+template <class E> using Compute = typename ComputeOf<E>::type;
 
 template <class A, class B> struct Same {
     static constexpr bool value = false;
@@ -44,13 +45,13 @@ template <class A, class B> struct Same {
 template <class A> struct Same<A, A> {
     static constexpr bool value = true;
 };
-template <class T> constexpr bool is_half_type = Same<T, f16>::value || Same<T, bf16>::value;
-template <class T> constexpr bool is_float_type = is_half_type<T> || Same<T, float>::value || Same<T, double>::value;
+template <class E> constexpr bool is_half_type = Same<E, f16>::value || Same<E, bf16>::value;
+template <class E> constexpr bool is_float_type = is_half_type<E> || Same<E, float>::value || Same<E, double>::value;
 
-template <class T> __device__ __forceinline__ Compute<T> widen(T x) {
-    if constexpr (Same<T, f16>::value) {
+template <class E> __device__ __forceinline__ Compute<E> widen(E x) {
+    if constexpr (Same<E, f16>::value) {
         return f16_to_f32(x.bits);
-    } else if constexpr (Same<T, bf16>::value) {
+    } else if constexpr (Same<E, bf16>::value) {
         return __uint_as_float((u32)x.bits << 16);
     } else {
         return x;
@@ -58,26 +59,26 @@ template <class T> __device__ __forceinline__ Compute<T> widen(T x) {
 }
 
 // Rounds to nearest even; NaN stays NaN.
-template <class T> __device__ __forceinline__ T narrow(Compute<T> x) {
-    if constexpr (Same<T, f16>::value) {
+template <class E> __device__ __forceinline__ E narrow(Compute<E> x) {
+    if constexpr (Same<E, f16>::value) {
         return f16{f32_to_f16(x)};
-    } else if constexpr (Same<T, bf16>::value) {
+    } else if constexpr (Same<E, bf16>::value) {
         return bf16{f32_to_bf16(x)};
     } else {
         return x;
     }
 }
 
-template <class T> __device__ __forceinline__ Compute<T> load(const T* p) {
-    return widen<T>(*p);
+template <class E> __device__ __forceinline__ Compute<E> load(const E* p) {
+    return widen<E>(*p);
 }
-template <class T> __device__ __forceinline__ void store(T* p, Compute<T> x) {
-    *p = narrow<T>(x);
+template <class E> __device__ __forceinline__ void store(E* p, Compute<E> x) {
+    *p = narrow<E>(x);
 }
 
 // `N` elements that move as one access of up to 16 bytes.
-template <class T, int N> struct alignas(sizeof(T) * N) Pack {
-    T x[N];
+template <class E, int N> struct alignas(sizeof(E) * N) Pack {
+    E x[N];
 };
 
 // Where the elements of a tensor lie: extents and distances in elements, outermost first.
