@@ -13,11 +13,17 @@ mod compile;
 mod driver;
 mod emulator;
 mod error;
+pub mod fill;
 mod gpu;
+pub mod gradient;
 mod graph;
+pub mod index;
 mod launch;
 mod memory;
 mod nvrtc;
+pub mod optim;
+pub mod random;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 
