@@ -1,5 +1,4 @@
 // What every kernel file begins with: element types, the type that each computes in, strided walks, and sums of a warp and a block in a fixed order.
-// `T` is left to the files that include this: it is a macro in most of them.
 // No header of CUDA's is needed: NVRTC compiles this without a toolkit, and the host's compiler for the emulator (KILN_EMULATE).
 #pragma once
 
@@ -11,14 +10,6 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
-// Half types are their bits; arithmetic on them is done in float.
-struct f16 {
-    u16 bits;
-};
-struct bf16 {
-    u16 bits;
-};
-
 #include "ptx.cuh"
 
 #ifndef KILN_EMULATE
@@ -27,8 +18,21 @@ struct bf16 {
 #define KILN_SHARED(type, name) extern __shared__ __align__(1024) type name[]
 #endif
 
-template <class E> struct ComputeOf {
-    typedef E type;
+// Half types are their bits; arithmetic on them is done in float.
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+
+// The element type that a kernel file is compiled for.
+#ifdef KILN_T
+typedef KILN_T T;
+#endif
+
+template <class T> struct ComputeOf {
+    typedef T type;
 };
 template <> struct ComputeOf<f16> {
     typedef float type;
@@ -36,8 +40,8 @@ template <> struct ComputeOf<f16> {
 template <> struct ComputeOf<bf16> {
     typedef float type;
 };
-// The type that arithmetic on E is done in.
-template <class E> using Compute = typename ComputeOf<E>::type;
+// The type that arithmetic on T is done in.
+template <class T> using Compute = typename ComputeOf<T>::type;
 
 template <class A, class B> struct Same {
     static constexpr bool value = false;
@@ -45,13 +49,13 @@ template <class A, class B> struct Same {
 template <class A> struct Same<A, A> {
     static constexpr bool value = true;
 };
-template <class E> constexpr bool is_half_type = Same<E, f16>::value || Same<E, bf16>::value;
-template <class E> constexpr bool is_float_type = is_half_type<E> || Same<E, float>::value || Same<E, double>::value;
+template <class T> constexpr bool is_half_type = Same<T, f16>::value || Same<T, bf16>::value;
+template <class T> constexpr bool is_float_type = is_half_type<T> || Same<T, float>::value || Same<T, double>::value;
 
-template <class E> __device__ __forceinline__ Compute<E> widen(E x) {
-    if constexpr (Same<E, f16>::value) {
+template <class T> __device__ __forceinline__ Compute<T> widen(T x) {
+    if constexpr (Same<T, f16>::value) {
         return f16_to_f32(x.bits);
-    } else if constexpr (Same<E, bf16>::value) {
+    } else if constexpr (Same<T, bf16>::value) {
         return __uint_as_float((u32)x.bits << 16);
     } else {
         return x;
@@ -59,26 +63,26 @@ template <class E> __device__ __forceinline__ Compute<E> widen(E x) {
 }
 
 // Rounds to nearest even; NaN stays NaN.
-template <class E> __device__ __forceinline__ E narrow(Compute<E> x) {
-    if constexpr (Same<E, f16>::value) {
+template <class T> __device__ __forceinline__ T narrow(Compute<T> x) {
+    if constexpr (Same<T, f16>::value) {
         return f16{f32_to_f16(x)};
-    } else if constexpr (Same<E, bf16>::value) {
+    } else if constexpr (Same<T, bf16>::value) {
         return bf16{f32_to_bf16(x)};
     } else {
         return x;
     }
 }
 
-template <class E> __device__ __forceinline__ Compute<E> load(const E* p) {
-    return widen<E>(*p);
+template <class T> __device__ __forceinline__ Compute<T> load(const T* p) {
+    return widen<T>(*p);
 }
-template <class E> __device__ __forceinline__ void store(E* p, Compute<E> x) {
-    *p = narrow<E>(x);
+template <class T> __device__ __forceinline__ void store(T* p, Compute<T> x) {
+    *p = narrow<T>(x);
 }
 
 // `N` elements that move as one access of up to 16 bytes.
-template <class E, int N> struct alignas(sizeof(E) * N) Pack {
-    E x[N];
+template <class T, int N> struct alignas(sizeof(T) * N) Pack {
+    T x[N];
 };
 
 // Where the elements of a tensor lie: extents and distances in elements, outermost first.

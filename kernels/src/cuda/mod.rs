@@ -10,6 +10,7 @@
 mod alloc;
 mod backend;
 mod compile;
+pub mod copy;
 mod driver;
 mod emulator;
 mod error;
@@ -22,6 +23,7 @@ mod launch;
 mod memory;
 mod nvrtc;
 pub mod optim;
+pub mod pointwise;
 pub mod random;
 pub mod sort;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Operations that move elements, or only relabel them.
 
 mod indexing;
+mod device;
 mod join;
 mod slice;
 mod view;
