@@ -113,7 +113,7 @@ mod tests {
 
     fn squares(gpu: &'static Gpu, slices: &[Slice<'_>]) -> f64 {
         let mut bytes = [0; 8];
-        gpu.download(&sum_squares(gpu, slices).unwrap(), &mut bytes).unwrap();
+        gpu.download(&sum_squares(gpu, slices).unwrap(), 0, &mut bytes).unwrap();
         f64::from_le_bytes(bytes)
     }
 

@@ -146,7 +146,7 @@ mod tests {
     use super::*;
     use crate::cpu::random::RandomFloat;
     use crate::cuda::testing::{Values, device};
-    use crate::element::{Bool, Element};
+    use crate::element::Bool;
     use half::{bf16, f16};
 
     const STREAM: Stream = Stream { seed: 0x1234_5678_9ABC_DEF0, offset: 0xFFFF_FFFF_FFF0_0003 };

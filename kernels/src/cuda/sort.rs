@@ -302,7 +302,7 @@ mod tests {
             let sorted = sort_pairs(gpu, &gpu.upload(&bytes).unwrap(), n as usize, u32::BITS - most.leading_zeros()).unwrap();
             let read = |buffer: &DeviceBuffer| -> Vec<u32> {
                 let mut bytes = vec![0; n as usize * 4];
-                gpu.download(buffer, &mut bytes).unwrap();
+                gpu.download(buffer, 0, &mut bytes).unwrap();
                 bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect()
             };
             let mut expected: Vec<u32> = (0..n).collect();
