@@ -14,7 +14,6 @@ pub(crate) struct Source {
     pub(crate) text: &'static str,
 }
 
-/// What kernel files may include.
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("attention.cuh")),

@@ -16,13 +16,19 @@ pub mod copy;
 mod driver;
 mod emulator;
 mod error;
+pub mod fill;
 pub mod gemm;
 mod gpu;
+pub mod gradient;
 mod graph;
+pub mod index;
 mod launch;
 mod memory;
 mod nvrtc;
+pub mod optim;
 pub mod pointwise;
+pub mod random;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 
