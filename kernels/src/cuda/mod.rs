@@ -18,6 +18,7 @@ mod graph;
 mod launch;
 mod memory;
 mod nvrtc;
+pub mod reduce;
 #[cfg(test)]
 mod testing;
 
