@@ -131,8 +131,8 @@ __device__ __forceinline__ C forward(C x, C top, C scale, C log) {
 }
 
 #if PATTERN == 0
-constexpr int THREADS = LANES > 32 ? LANES : 256;
-constexpr int PER_BLOCK = THREADS / LANES;
+constexpr int BLOCK = LANES > 32 ? LANES : 256;
+constexpr int PER_BLOCK = BLOCK / LANES;
 
 template <class F> __device__ __forceinline__ C over_lanes(C x, F combine, C* scratch) {
     if constexpr (LANES > 32) {
@@ -146,7 +146,7 @@ template <class F> __device__ __forceinline__ C over_lanes(C x, F combine, C* sc
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) softmax_rows(const T* a, const T* b, T* out, i64 outer, i64 n) {
+extern "C" __global__ void __launch_bounds__(BLOCK) softmax_rows(const T* a, const T* b, T* out, i64 outer, i64 n) {
     __shared__ C scratch[32];
     const int lane = threadIdx.x % LANES;
     for (i64 first = (i64)blockIdx.x * PER_BLOCK; first < outer; first += (i64)gridDim.x * PER_BLOCK) {
@@ -268,14 +268,14 @@ KILN_KERNEL(softmax_long_rows)
 
 #if PATTERN >= 2
 // Combines a value of each of a thread's columns over the threads below one another, of which there are a power of two.
-template <class A, class F> __device__ __forceinline__ void over_column(A (&x)[VEC], F combine, A (*scratch)[THREADS]) {
-    if constexpr (THREADS > LANES) {
+template <class A, class F> __device__ __forceinline__ void over_column(A (&x)[VEC], F combine, A (*scratch)[BLOCK]) {
+    if constexpr (BLOCK > LANES) {
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             scratch[j][threadIdx.x] = x[j];
         }
-        for (int half = THREADS / LANES / 2; half > 0; half /= 2) {
+        for (int half = BLOCK / LANES / 2; half > 0; half /= 2) {
             __syncthreads();
             if ((int)threadIdx.x / LANES < half) {
 #pragma unroll
@@ -291,12 +291,12 @@ template <class A, class F> __device__ __forceinline__ void over_column(A (&x)[V
         }
     }
 }
-constexpr int DOWN = THREADS / LANES;
+constexpr int DOWN = BLOCK / LANES;
 #endif
 
 #if PATTERN == 2
-extern "C" __global__ void __launch_bounds__(THREADS) softmax_columns(const T* a, const T* b, T* out, i64 outer, i64 n, i64 inner) {
-    __shared__ C scratch[VEC][THREADS];
+extern "C" __global__ void __launch_bounds__(BLOCK) softmax_columns(const T* a, const T* b, T* out, i64 outer, i64 n, i64 inner) {
+    __shared__ C scratch[VEC][BLOCK];
     const i64 packs = inner / VEC, lines = outer * packs;
     const int ty = threadIdx.x / LANES;
     for (i64 first = (i64)blockIdx.x * LANES; first < lines; first += (i64)gridDim.x * LANES) {
@@ -370,9 +370,9 @@ KILN_KERNEL(softmax_columns)
 #endif
 
 #if PATTERN == 3
-extern "C" __global__ void __launch_bounds__(THREADS) softmax_long_columns(const T* a, const T* b, T* out, i64 outer, i64 n, i64 inner) {
-    __shared__ C tops[VEC][THREADS];
-    __shared__ double sums[VEC][THREADS];
+extern "C" __global__ void __launch_bounds__(BLOCK) softmax_long_columns(const T* a, const T* b, T* out, i64 outer, i64 n, i64 inner) {
+    __shared__ C tops[VEC][BLOCK];
+    __shared__ double sums[VEC][BLOCK];
     const i64 packs = inner / VEC, lines = outer * packs;
     const int ty = threadIdx.x / LANES;
     for (i64 first = (i64)blockIdx.x * LANES; first < lines; first += (i64)gridDim.x * LANES) {
