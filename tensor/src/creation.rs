@@ -160,12 +160,12 @@ impl Tensor {
             layout = layout.slice(d, 1, n, 2);
         }
         for_any!(self.dtype(), T => {
-            let values = self.detach().contiguous()?;
+            let values = self.stored_values::<T>()?;
             let base = Tensor::build::<T>(self.device(), &Shape::new(&twice)?, |out| {
                 out.fill(T::default());
                 Ok(())
             })?;
-            base.with_layout(layout).with_stored_values(values.host_slice::<T>()?)
+            base.with_layout(layout).with_stored_values(&values)
         })
     }
 

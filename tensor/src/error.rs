@@ -1,6 +1,6 @@
 //! The one error type. Its text says the operation, what was given, and where it helps what to do.
 
-use crate::{DType, Shape};
+use crate::{DType, Device, Shape};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt;
 
@@ -92,6 +92,11 @@ impl Error {
     /// Two operands whose dtypes differ.
     pub fn dtype_mismatch(op: impl Into<String>, a: DType, b: DType) -> Self {
         Self::new(ErrorKind::DType, op, format!("operands must have one dtype, got {a} and {b}; convert one with .to_dtype(..)"))
+    }
+
+    /// Two operands whose devices differ.
+    pub fn device_mismatch(op: impl Into<String>, a: Device, b: Device) -> Self {
+        Self::new(ErrorKind::Device, op, format!("operands must be on one device, got {a} and {b}; move one with .to_device(..)"))
     }
 
     /// A failed read or write of `what` (a path, usually).

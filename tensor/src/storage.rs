@@ -1,6 +1,6 @@
 //! A tensor's bytes: reference-counted, on a device. The only room of this crate that may hold `unsafe`.
 
-use crate::{Device, Error, ErrorKind, Result};
+use crate::{Device, Error, ErrorKind, Result, WithDType};
 use kiln_kernels::cpu::alloc::Buffer;
 use kiln_kernels::cuda::{DeviceBuffer, Gpu};
 use memmap2::Mmap;
@@ -50,7 +50,7 @@ impl OnGpu {
     fn host(&self) -> Result<&Buffer> {
         if let (None, Some(device)) = (self.host.get(), self.device.get()) {
             let mut host = Buffer::new(device.len())?;
-            self.gpu.download(device, host.as_bytes_mut())?;
+            self.gpu.download(device, 0, host.as_bytes_mut())?;
             let _ = self.host.set(host);
         }
         self.host.get().ok_or_else(missing)
@@ -127,6 +127,21 @@ impl Storage {
                 Ok(bytes.device.get_mut())
             }
         }
+    }
+
+    /// Reads `out.len()` elements from element `offset` on, without leaving a copy of the whole on the host.
+    pub(crate) fn read<T: WithDType>(&self, offset: usize, out: &mut [T]) -> Result<()> {
+        if let Bytes::Gpu(OnGpu { gpu, device, host }) = &*self.0
+            && let (Some(device), None) = (device.get(), host.get())
+        {
+            let bytes = size_of_val(out);
+            // SAFETY: the slice's own bytes, of an element type: any bytes make valid elements.
+            let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), bytes) };
+            return Ok(gpu.download(device, offset * size_of::<T>(), out)?);
+        }
+        let all = self.host()?.as_slice::<T>();
+        out.copy_from_slice(all.get(offset..offset + out.len()).ok_or_else(missing)?);
+        Ok(())
     }
 
     /// Whether nobody else holds the bytes.

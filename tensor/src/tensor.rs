@@ -144,11 +144,6 @@ impl Tensor {
     /// [`forbid_host`](crate::forbid_host) rules it out.
     pub fn view_of<T: WithDType>(&self) -> Result<StridedView<'_, T>> {
         expect_host_allowed("view_of", self.device())?;
-        self.host_view()
-    }
-
-    /// As [`view_of`](Self::view_of), for readers that want the values on the host by their nature.
-    pub(crate) fn host_view<T: WithDType>(&self) -> Result<StridedView<'_, T>> {
         self.expect_dtype::<T>("view_of")?;
         let (layout, data) = (&self.0.layout, self.0.storage.host()?.as_slice::<T>());
         StridedView::new(data, layout.offset(), layout.shape().dims(), layout.strides())
@@ -221,13 +216,7 @@ impl Tensor {
 
     /// The elements of a row-major tensor as a slice: an error if it is not contiguous.
     pub fn as_slice<T: WithDType>(&self) -> Result<&[T]> {
-        expect_host_allowed("as_slice", self.device())?;
-        self.host_slice()
-    }
-
-    /// As [`as_slice`](Self::as_slice), for readers that want the values on the host by their nature.
-    pub(crate) fn host_slice<T: WithDType>(&self) -> Result<&[T]> {
-        let view = self.host_view::<T>()?;
+        let view = self.view_of::<T>()?;
         view.as_contiguous()
             .ok_or_else(|| Error::shape("as_slice", format!("the tensor of shape {} is not contiguous; call .contiguous()", self.shape())))
     }
@@ -270,8 +259,16 @@ impl Tensor {
     /// The elements in row-major order. `T` must match the dtype (`bool` for [`DType::Bool`]).
     pub fn to_vec<T: Scalar>(&self) -> Result<Vec<T>> {
         self.expect_dtype::<T::Stored>("to_vec")?;
+        Ok(self.stored_values::<T::Stored>()?.into_iter().map(T::from_stored).collect())
+    }
+
+    /// The elements in row-major order, as they are stored.
+    pub(crate) fn stored_values<T: WithDType>(&self) -> Result<Vec<T>> {
+        self.expect_dtype::<T>("to_vec")?;
         let dense = self.detach().contiguous()?;
-        Ok(dense.host_slice::<T::Stored>()?.iter().map(|&x| T::from_stored(x)).collect())
+        let mut values = vec![T::default(); dense.numel()];
+        dense.0.storage.read(dense.0.layout.offset(), &mut values)?;
+        Ok(values)
     }
 
     /// The only element.
@@ -280,8 +277,9 @@ impl Tensor {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
         }
-        let view = self.host_view::<T::Stored>()?;
-        Ok(T::from_stored(view.data()[view.offset()]))
+        let mut value = [T::Stored::default()];
+        self.0.storage.read(self.0.layout.offset(), &mut value)?;
+        Ok(T::from_stored(value[0]))
     }
 
     /// The only element, whatever the dtype, as f64.
@@ -291,8 +289,9 @@ impl Tensor {
             if self.numel() != 1 {
                 return Err(Error::shape("item", format!("the tensor of shape {} has {} elements, not one", self.shape(), self.numel())));
             }
-            let view = self.host_view::<T>()?;
-            Ok(view.data()[view.offset()].to_f64())
+            let mut value = [T::default()];
+            self.0.storage.read(self.0.layout.offset(), &mut value)?;
+            Ok(value[0].to_f64())
         })
     }
 
@@ -369,8 +368,7 @@ impl Tensor {
             return Err(Error::dtype_mismatch(op, self.dtype(), other.dtype()));
         }
         if self.device() != other.device() {
-            let message = format!("operands are on {} and {}", self.device(), other.device());
-            return Err(Error::new(ErrorKind::Device, op, message));
+            return Err(Error::device_mismatch(op, self.device(), other.device()));
         }
         Ok(())
     }

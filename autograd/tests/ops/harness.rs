@@ -2,7 +2,7 @@
 
 use crate::reference::Array;
 use kiln_autograd::{GradOptions, enable_grad, grad_with, gradcheck, gradgradcheck};
-use kiln_tensor::{DType, Result, Tensor};
+use kiln_tensor::{DType, Device, Result, Tensor, default_device, forbid_host, set_default_device};
 
 type Function = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 type Reference = Box<dyn Fn(&[Array]) -> Array + Send + Sync>;
@@ -112,8 +112,14 @@ impl Case {
         self
     }
 
-    /// Runs every check; panics with the case's label at the first that fails.
+    /// Runs every check; panics with the case's label at the first that fails. On a GPU, an operation that the host would have to
+    /// compute fails.
     pub fn run(&self) {
+        use_test_device();
+        if default_device() == Device::Cpu { self.run_here() } else { forbid_host(|| self.run_here()) }
+    }
+
+    fn run_here(&self) {
         assert!(!self.samples.is_empty(), "{}: no samples", self.label);
         for (i, shapes) in self.samples.iter().enumerate() {
             let inputs: Vec<Array> = shapes.iter().enumerate().map(|(j, s)| self.values(s, j, (i * 16 + j) as u64)).collect();
@@ -288,6 +294,13 @@ impl Case {
             }
         }
         Ok(())
+    }
+}
+
+/// Makes the harness's tensors on the GPU where `KILN_TEST_DEVICE=cuda`.
+fn use_test_device() {
+    if std::env::var("KILN_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
+        set_default_device(Device::cuda(0).unwrap_or_else(|e| panic!("KILN_TEST_DEVICE: {e}")));
     }
 }
 

@@ -6,7 +6,8 @@
 //! - the same bits on 1, 2 and 7 threads;
 //! - special values where the case says so.
 //!
-//! Run it at each level: `KILN_ISA=scalar|avx2|avx512 cargo test -p kiln-autograd --test ops`.
+//! Run it at each level: `KILN_ISA=scalar|avx2|avx512 cargo test -p kiln-autograd --test ops`; on a GPU with `KILN_TEST_DEVICE=cuda`, and with
+//! `KILN_CUDA=emulate` beside it on the emulator of one. There an operation fails that the host would compute.
 
 mod cases;
 mod harness;

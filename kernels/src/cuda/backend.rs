@@ -65,8 +65,9 @@ pub(super) trait Backend: Send + Sync {
     /// What compiled code depends on beside its source: compiler, its version, architecture, options.
     fn target(&self) -> Result<String, CudaError>;
 
-    /// Compiles the text of a kernel file (headers expanded) to the file `out`.
-    fn compile(&self, name: &str, source: &str, out: &Path) -> Result<(), CudaError>;
+    /// Compiles the text of a kernel file (headers expanded) to the file `out`. Only where `contract` says so may a product and a sum become one
+    /// operation.
+    fn compile(&self, name: &str, source: &str, contract: bool, out: &Path) -> Result<(), CudaError>;
 
     /// Loads compiled code.
     fn load(&self, name: &str, file: &Path) -> Result<u64, CudaError>;

@@ -15,18 +15,23 @@ pub(crate) struct Source {
 }
 
 /// What kernel files may include.
-const HEADERS: &[(&str, &str)] =
-    &[("kiln.cuh", include_str!("kiln.cuh")), ("ptx.cuh", include_str!("ptx.cuh")), ("emulate.cuh", include_str!("emulate.cuh"))];
+const HEADERS: &[(&str, &str)] = &[
+    ("kiln.cuh", include_str!("kiln.cuh")),
+    ("math.cuh", include_str!("math.cuh")),
+    ("ptx.cuh", include_str!("ptx.cuh")),
+    ("emulate.cuh", include_str!("emulate.cuh")),
+];
 
 /// The file's text, each header in the place of its first inclusion, macros first.
 pub(super) fn expand(source: &Source, defines: &[(&str, &str)]) -> String {
     expand_text(source.text, defines)
 }
 
-/// As [`expand`], of a text that a program wrote.
+/// As [`expand`], of a text that a program wrote. The macro `T` becomes a type of that name (`kiln.cuh`), which templates may use for their own.
 pub(crate) fn expand_text(text: &str, defines: &[(&str, &str)]) -> String {
     let mut out = String::with_capacity(64 << 10);
     for (name, value) in defines {
+        let name = if *name == "T" { "KILN_T" } else { name };
         let _ = writeln!(out, "#define {name} {value}");
     }
     include(text, &mut out, &mut Vec::new());
@@ -80,8 +85,8 @@ fn is_whole(file: &Path, sum: &Path) -> bool {
 }
 
 /// Loads the machine code of an expanded kernel file, compiling it unless a whole copy is on disk.
-pub(super) fn load(backend: &dyn Backend, name: &str, text: &str) -> Result<u64, CudaError> {
-    let key = digest(&[backend.target()?.as_bytes(), text.as_bytes()]);
+pub(super) fn load(backend: &dyn Backend, name: &str, contract: bool, text: &str) -> Result<u64, CudaError> {
+    let key = digest(&[backend.target()?.as_bytes(), &[u8::from(contract)], text.as_bytes()]);
     let folder = cache_folder();
     let (file, sum) = (folder.join(format!("{name}-{}.bin", &key[..32])), folder.join(format!("{name}-{}.sum", &key[..32])));
     if is_whole(&file, &sum) {
@@ -96,7 +101,7 @@ pub(super) fn load(backend: &dyn Backend, name: &str, text: &str) -> Result<u64,
     fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
     // Written beside its place and moved there, so that another process never sees half of it.
     let fresh = folder.join(format!("{name}-{}.{}", &key[..32], std::process::id()));
-    backend.compile(name, text, &fresh)?;
+    backend.compile(name, text, contract, &fresh)?;
     let code = fs::read(&fresh).map_err(|e| failed(&fresh, e))?;
     let fresh_sum = fresh.with_extension(format!("{}.sum", std::process::id()));
     fs::write(&fresh_sum, digest(&[&code])).map_err(|e| failed(&fresh_sum, e))?;
@@ -112,7 +117,7 @@ mod tests {
     #[test]
     fn headers_are_expanded_once() {
         let text = expand_text("#include \"kiln.cuh\"\n#include \"kiln.cuh\"\nint x;", &[("T", "float")]);
-        assert!(text.starts_with("#define T float\n") && text.ends_with("int x;\n"));
+        assert!(text.starts_with("#define KILN_T float\n") && text.ends_with("int x;\n"));
         assert_eq!(text.matches("typedef long long i64;").count(), 1);
         assert!(!text.contains("#include \""), "a header is missing from the list");
     }

@@ -209,8 +209,8 @@ impl Backend for Driver {
         Ok(format!("nvrtc {major}.{minor} {}", self.architecture()))
     }
 
-    fn compile(&self, name: &str, source: &str, out: &Path) -> Result<(), CudaError> {
-        let code = nvrtc()?.compile(name, source, &self.architecture())?;
+    fn compile(&self, name: &str, source: &str, contract: bool, out: &Path) -> Result<(), CudaError> {
+        let code = nvrtc()?.compile(name, source, contract, &self.architecture())?;
         std::fs::write(out, code).map_err(|e| CudaError::Unavailable(format!("{}: {e}", out.display())))
     }
 

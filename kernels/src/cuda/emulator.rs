@@ -140,7 +140,7 @@ impl Backend for Emulator {
         Ok(format!("emulator {}", Self::compiler()))
     }
 
-    fn compile(&self, name: &str, source: &str, out: &Path) -> Result<(), CudaError> {
+    fn compile(&self, name: &str, source: &str, _: bool, out: &Path) -> Result<(), CudaError> {
         let text = out.with_extension("cpp");
         let failed = |log: String| CudaError::Compile { name: name.to_string(), log };
         std::fs::write(&text, source).map_err(|e| failed(e.to_string()))?;

@@ -158,15 +158,16 @@ impl Gpu {
         Ok(buffer)
     }
 
-    /// Copies a buffer's first bytes to the host; waits for all that is queued.
-    pub fn download(&self, from: &DeviceBuffer, to: &mut [u8]) -> Result<(), CudaError> {
-        assert!(to.len() <= from.bytes && std::ptr::eq(self, from.gpu), "as many bytes, of this GPU");
+    /// Copies a buffer's bytes from byte `offset` on to the host; waits for all that is queued.
+    pub fn download(&self, from: &DeviceBuffer, offset: usize, to: &mut [u8]) -> Result<(), CudaError> {
+        let fits = offset.checked_add(to.len()).is_some_and(|end| end <= from.bytes);
+        assert!(fits && std::ptr::eq(self, from.gpu), "bytes inside of the buffer, of this GPU");
         if to.is_empty() {
             return Ok(());
         }
         self.make_current()?;
         // SAFETY: checked above.
-        unsafe { self.backend.download(to, from.block.address) }
+        unsafe { self.backend.download(to, from.block.address + offset as u64) }
     }
 
     /// Queues a copy of elements.
@@ -203,18 +204,25 @@ impl Gpu {
         for (name, value) in defines {
             key.extend([" ", name, "=", value]);
         }
-        self.module_of(key, source.name, || compile::expand(source, defines))
+        self.module_of(key, source.name, true, || compile::expand(source, defines))
     }
 
-    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet.
-    pub(crate) fn module_of(&'static self, key: String, name: &'static str, text: impl FnOnce() -> String) -> Result<Module, CudaError> {
+    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet. Only where `contract`
+    /// says so may a product and a sum become one operation.
+    pub(crate) fn module_of(
+        &'static self,
+        key: String,
+        name: &'static str,
+        contract: bool,
+        text: impl FnOnce() -> String,
+    ) -> Result<Module, CudaError> {
         // Held during compilation: a second thread that wants the same kernel waits for it.
         let mut modules = lock(&self.modules);
         if let Some(module) = modules.get(&key) {
             return Ok(module.clone());
         }
         self.make_current()?;
-        let handle = compile::load(self.backend(), name, &text())?;
+        let handle = compile::load(self.backend(), name, contract, &text())?;
         let module = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
         modules.insert(key, module.clone());
         Ok(module)

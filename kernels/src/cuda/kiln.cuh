@@ -26,6 +26,11 @@ struct bf16 {
     u16 bits;
 };
 
+// The element type that a kernel file is compiled for.
+#ifdef KILN_T
+typedef KILN_T T;
+#endif
+
 template <class T> struct ComputeOf {
     typedef T type;
 };

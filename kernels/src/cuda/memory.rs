@@ -331,6 +331,16 @@ impl Strided {
         self.rank as usize
     }
 
+    /// The extents, 0 beyond the rank.
+    pub fn shape(&self) -> [i64; 8] {
+        self.shape
+    }
+
+    /// The distances, 0 beyond the rank.
+    pub fn strides(&self) -> [i64; 8] {
+        self.strides
+    }
+
     /// Whether the elements follow one another.
     pub fn is_contiguous(&self) -> bool {
         self.rank == 0 || (self.rank == 1 && self.strides[0] == 1)

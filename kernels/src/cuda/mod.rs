@@ -10,6 +10,7 @@
 mod alloc;
 mod backend;
 mod compile;
+pub mod copy;
 mod driver;
 mod emulator;
 mod error;
@@ -18,6 +19,7 @@ mod graph;
 mod launch;
 mod memory;
 mod nvrtc;
+pub mod pointwise;
 pub mod reduce;
 #[cfg(test)]
 mod testing;

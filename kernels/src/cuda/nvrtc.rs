@@ -78,11 +78,11 @@ impl Nvrtc {
     }
 
     /// Machine code (a CUBIN) of a kernel file for `arch` (`sm_90a`), or the compiler's messages as an error.
-    pub(super) fn compile(&self, name: &str, text: &str, arch: &str) -> Result<Vec<u8>, CudaError> {
+    pub(super) fn compile(&self, name: &str, text: &str, contract: bool, arch: &str) -> Result<Vec<u8>, CudaError> {
         let broken = |log: String| CudaError::Compile { name: name.to_string(), log };
         let source = CString::new(text).map_err(|e| broken(e.to_string()))?;
         let file = CString::new(format!("{name}.cu")).map_err(|e| broken(e.to_string()))?;
-        let options = [format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--fmad=true".into(), "--device-int128".into()];
+        let options = [format!("--gpu-architecture={arch}"), "--std=c++17".into(), format!("--fmad={contract}"), "--device-int128".into()];
         let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         type Create =

@@ -3,6 +3,9 @@
 // Shared memory is addressed by 32-bit shared-window addresses (`smem_addr`), so that descriptors, barriers and addresses of other blocks of a
 // cluster (`mapa`) have one type. A matrix fragment is an array of registers, laid out as the PTX manual's figures say.
 
+struct f16;
+struct bf16;
+
 /// A TMA descriptor, filled on the host and passed to a kernel as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
     u64 words[16];
@@ -234,6 +237,10 @@ KILN_DEVICE void tma_load_3d_multicast(u32 smem, const TensorMap* map, u32 bar, 
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4,%5}], [%2], %6;"
         ::"r"(smem), "l"(map), "r"(bar), "r"(x0), "r"(x1), "r"(x2), "h"(blocks) : "memory");
 }
+KILN_DEVICE void tma_load_4d_multicast(u32 smem, const TensorMap* map, u32 bar, i32 x0, i32 x1, i32 x2, i32 x3, u16 blocks) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3,%4,%5,%6}], [%2], %7;"
+        ::"r"(smem), "l"(map), "r"(bar), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "h"(blocks) : "memory");
+}
 KILN_DEVICE void tma_store_2d(const TensorMap* map, u32 smem, i32 x0, i32 x1) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map), "r"(smem), "r"(x0), "r"(x1) : "memory");
 }
@@ -422,36 +429,36 @@ KILN_DEVICE void hold_registers(u32 (&d)[N]) {
     if constexpr (N == SHAPE) {                                                                                                                 \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #C ", 0;\nwgmma.mma_async.sync.aligned.m64n" #SHAPE "k16.f32." TYPE                   \
                      " {" KILN_LIST_##GROUPS "}, %" #A ", %" #B ", p, 1, 1, %" #D ", %" #E ";\n}"                                               \
-            : KILN_REGS_##GROUPS : "l"(a), "l"(b), "r"(scale_d), "n"(A_MN), "n"(B_MN));                                                         \
+            : KILN_REGS_##GROUPS : "l"(a), "l"(b), "r"(scale_d), "n"(MnA), "n"(MnB));                                                         \
     }
 // The left factor in registers: operands A to D; E is the descriptor, F the scale of d, G the transpose.
 #define KILN_WGMMA_REGISTERS(TYPE, SHAPE, GROUPS, A, B, C, D, E, F, G)                                                                          \
     if constexpr (N == SHAPE) {                                                                                                                 \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #F ", 0;\nwgmma.mma_async.sync.aligned.m64n" #SHAPE "k16.f32." TYPE                   \
                      " {" KILN_LIST_##GROUPS "}, {%" #A ",%" #B ",%" #C ",%" #D "}, %" #E ", p, 1, 1, %" #G ";\n}"                              \
-            : KILN_REGS_##GROUPS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(B_MN));                                \
+            : KILN_REGS_##GROUPS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(MnB));                                \
     }
 #define KILN_BF16_SHARED(SHAPE, GROUPS, A, B, C, D, E, F, G) KILN_WGMMA_SHARED("bf16.bf16", SHAPE, GROUPS, A, B, C, D, E)
 #define KILN_F16_SHARED(SHAPE, GROUPS, A, B, C, D, E, F, G) KILN_WGMMA_SHARED("f16.f16", SHAPE, GROUPS, A, B, C, D, E)
 #define KILN_BF16_REGISTERS(SHAPE, GROUPS, A, B, C, D, E, F, G) KILN_WGMMA_REGISTERS("bf16.bf16", SHAPE, GROUPS, A, B, C, D, E, F, G)
 #define KILN_F16_REGISTERS(SHAPE, GROUPS, A, B, C, D, E, F, G) KILN_WGMMA_REGISTERS("f16.f16", SHAPE, GROUPS, A, B, C, D, E, F, G)
 
-/// d = scale_d·d + A·B (scale_d is 0 or 1), both factors in shared memory, named by descriptors. A_MN and B_MN are 0 where the factor's k is contiguous
+/// d = scale_d·d + A·B (scale_d is 0 or 1), both factors in shared memory, named by descriptors. MnA and MnB are 0 where the factor's k is contiguous
 /// there, 1 where its m or n is.
-template <int N, int A_MN, int B_MN>
+template <int N, int MnA, int MnB>
 KILN_DEVICE void wgmma_bf16(float (&d)[N / 2], u64 a, u64 b, u32 scale_d) {
     KILN_WGMMA_SHAPES(KILN_BF16_SHARED)
 }
-template <int N, int A_MN, int B_MN>
+template <int N, int MnA, int MnB>
 KILN_DEVICE void wgmma_f16(float (&d)[N / 2], u64 a, u64 b, u32 scale_d) {
     KILN_WGMMA_SHAPES(KILN_F16_SHARED)
 }
 /// The same with A in registers: each warp holds its 16 rows as for `mma_bf16`.
-template <int N, int B_MN>
+template <int N, int MnB>
 KILN_DEVICE void wgmma_bf16(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 scale_d) {
     KILN_WGMMA_SHAPES(KILN_BF16_REGISTERS)
 }
-template <int N, int B_MN>
+template <int N, int MnB>
 KILN_DEVICE void wgmma_f16(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 scale_d) {
     KILN_WGMMA_SHAPES(KILN_F16_REGISTERS)
 }

@@ -1,4 +1,4 @@
-// Reductions, compiled for one element type and one fold: -DELEMENT=float -DFLOAT_FOLDS=1 (for floats) -DFOLD=Sum -DVECTOR=1 (packs of
+// Reductions, compiled for one element type and one fold: -DT=float -DFLOAT_FOLDS=1 (for floats) -DFOLD=Sum -DVECTOR=1 (packs of
 // elements may be loaded as one) -DPATTERN=0 (rows_by_lanes), 1 (rows_by_blocks) or 2 (columns).
 //
 //   rows:     neighbours in memory belong to one output. A group of lanes, or a block, folds each.
@@ -9,7 +9,6 @@
 // accumulator, so that rounding does not grow with the length. Which elements make a batch follows from the shape alone.
 #include "kiln.cuh"
 
-typedef ELEMENT T;
 constexpr bool IS_FLOAT = is_float_type<T>;
 
 template <class A, class B, bool FIRST> struct Either {

@@ -1,6 +1,6 @@
 // Softmax and log-softmax along the middle of [outer, n, inner], forward and backward.
 //
-// Macros: ELEMENT; KIND (0 softmax, 1 its logarithm, 2 and 3 their backward passes); PATTERN:
+// Macros: T; KIND (0 softmax, 1 its logarithm, 2 and 3 their backward passes); PATTERN:
 //   0: inner = 1, LANES threads (a warp or less of it, or a block) hold a row in registers;
 //   1: inner = 1, a block of LANES threads reads a row that is too long for registers twice;
 //   2: columns in registers, LANES threads side by side, each with VEC neighbouring columns;
@@ -8,7 +8,6 @@
 // VEC elements are neighbours in a thread, and move as one access if ALIGNED; ITEMS such groups are in a thread's registers (or in a batch).
 #include "kiln.cuh"
 
-typedef ELEMENT T;
 typedef Compute<T> C;
 
 constexpr bool LOG = KIND % 2 == 1;

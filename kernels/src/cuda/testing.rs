@@ -54,7 +54,7 @@ impl Values {
     /// The values, as f64.
     pub(crate) fn read(&self) -> Vec<f64> {
         let mut bytes = vec![0u8; self.len * self.ty.size()];
-        self.buffer.gpu().download(&self.buffer, &mut bytes).unwrap();
+        self.buffer.gpu().download(&self.buffer, 0, &mut bytes).unwrap();
         let each = bytes.chunks_exact(self.ty.size());
         match self.ty {
             Type::F32 => each.map(|b| f32::from_le_bytes(b.try_into().unwrap()) as f64).collect(),

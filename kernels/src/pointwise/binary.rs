@@ -12,11 +12,11 @@ rows! { BINARY, 2;
     /// a·b.
     Mul("mul", 0.25) |s, [a, b], p| "a * b" => a * b; f64: a * b; int: a.mul(b),
     /// a/b; of integers rounded towards zero.
-    Div("div", 0.4) |s, [a, b], p| "a / b" => a / b; f64: a / b; int: a.div(b),
+    Div("div", 0.4) |s, [a, b], p| "math::divide(a, b)" => a / b; f64: a / b; int: a.div(b),
     /// a − b·⌊a/b⌋.
-    Rem("remainder", 0.6) |s, [a, b], p| "kiln_remainder(a, b)" => math::remainder(s, a, b); f64: remainder(a, b); int: a.rem(b),
+    Rem("remainder", 0.6) |s, [a, b], p| "math::remainder(a, b)" => math::remainder(s, a, b); f64: remainder(a, b); int: a.rem(b),
     /// a^b.
-    Pow("pow", 2.5) |s, [a, b], p| "powf(a, b)" => math::pow(s, a, b); f64: a.powf(b); int: a.pow(b),
+    Pow("pow", 2.5) |s, [a, b], p| "math::power(a, b)" => math::pow(s, a, b); f64: a.powf(b); int: a.pow(b),
     /// The larger; NaN if either is.
     Maximum("maximum", 0.25) |s, [a, b], p| "a != a ? a : (a > b ? a : b)" => math::maximum(s, a, b);
         f64: if a > b || a.is_nan() { a } else { b }; int: a.max(b),
@@ -24,12 +24,12 @@ rows! { BINARY, 2;
     Minimum("minimum", 0.25) |s, [a, b], p| "a != a ? a : (a < b ? a : b)" => math::minimum(s, a, b);
         f64: if a < b || a.is_nan() { a } else { b }; int: a.min(b),
     /// The angle of the point (b, a).
-    Atan2("atan2", 1.5) |s, [a, b], p| "atan2f(a, b)" => math::atan2(s, a, b); f64: a.atan2(b),
+    Atan2("atan2", 1.5) |s, [a, b], p| "math::atan2(a, b)" => math::atan2(s, a, b); f64: a.atan2(b),
 }
 
 rows! { TERNARY, 3;
     /// a + w·(b − a), from the nearer end.
-    Lerp("lerp", 0.4) |s, [a, b, w], p| "w < 0.5f ? a + w * (b - a) : b - (b - a) * (1.f - w)" => {
+    Lerp("lerp", 0.4) |s, [a, b, w], p| "math::abs(w) < A(0.5) ? a + w * (b - a) : b - (b - a) * (A(1) - w)" => {
         let step = b - a;
         w.mul_add(step, a).or_else(w.abs().lt(s.splat(0.5)), (w - s.splat(1.0)).mul_add(step, b))
     }; f64: if w.abs() < 0.5 { a + w * (b - a) } else { b - (b - a) * (1.0 - w) },

@@ -17,8 +17,11 @@ pub type Params = [f64; 2];
 pub trait Pointwise<const N: usize>: 'static {
     /// The name, as PyTorch spells it.
     const NAME: &'static str;
-    /// The CUDA expression of floats named as in the row; `p` holds the parameters.
+    /// The CUDA expression, of values of a type `A` (float, double, and the integers where they have the function) named as in
+    /// [`NAMES`](Self::NAMES); `p` holds the parameters, `math::` is `math.cuh`.
     const CUDA: &'static str;
+    /// The operands' names in the CUDA expression: `[x, g]`.
+    const NAMES: &'static str;
     /// Nanoseconds an element takes in f32 on one core with AVX-512, as far as decisions about threads need it.
     const NS: f32;
     /// The function of vectors.
@@ -46,6 +49,8 @@ pub struct Row<const N: usize> {
     pub name: &'static str,
     /// See [`Pointwise::CUDA`].
     pub cuda: &'static str,
+    /// See [`Pointwise::NAMES`].
+    pub names: &'static str,
     /// See [`Pointwise::NS`].
     pub ns: f32,
     f32: Tile<f32, N>,
@@ -63,13 +68,18 @@ struct IntTiles<const N: usize> {
 impl<const N: usize> Row<N> {
     /// The row of a function of floats.
     pub const fn of<P: Pointwise<N>>() -> Self {
-        Row { name: P::NAME, cuda: P::CUDA, ns: P::NS, f32: simd_tile::<P, N>, f64: double_tile::<P, N>, int: None }
+        Row { name: P::NAME, cuda: P::CUDA, names: P::NAMES, ns: P::NS, f32: simd_tile::<P, N>, f64: double_tile::<P, N>, int: None }
     }
 
     /// The row of a function of floats and integers.
     pub const fn with_int<P: PointwiseInt<N>>() -> Self {
         let int = IntTiles { i64: int_tile::<P, i64, N>, i32: int_tile::<P, i32, N>, u8: int_tile::<P, u8, N> };
         Row { int: Some(int), ..Self::of::<P>() }
+    }
+
+    /// Whether integers have the function.
+    pub fn has_int(&self) -> bool {
+        self.int.is_some()
     }
 
     /// The function over contiguous elements of `C`, if it is defined for them.
@@ -264,6 +274,7 @@ macro_rules! rows {
             impl $crate::pointwise::Pointwise<$n> for $name {
                 const NAME: &'static str = $op;
                 const CUDA: &'static str = $cuda;
+                const NAMES: &'static str = stringify!($x);
                 const NS: f32 = $ns;
                 #[inline(always)]
                 fn simd<S: Simd>($s: S, $x: [S::F32; $n], $p: [S::F32; 2]) -> S::F32 { let (_, _) = ($s, $p); $simd }

@@ -64,15 +64,15 @@ pub struct Chain {
 
 /// A step whose operands and result have places.
 #[derive(Clone, Copy, Debug)]
-struct Placed {
-    function: Function,
-    params: Params,
-    args: [Place; 2],
-    to: usize,
+pub(crate) struct Placed {
+    pub(crate) function: Function,
+    pub(crate) params: Params,
+    pub(crate) args: [Place; 2],
+    pub(crate) to: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Place {
+pub(crate) enum Place {
     Operand(usize),
     Slot(usize),
     Scalar(f64),
@@ -123,6 +123,11 @@ impl Chain {
             placed.push(Placed { function: step.function, params: step.params, args, to: slots[i] });
         }
         Some(Self { steps: placed, ns })
+    }
+
+    /// The steps in their order, with the places that each reads and writes.
+    pub(crate) fn steps(&self) -> &[Placed] {
+        &self.steps
     }
 
     /// `out = the last step's result`, element by element.

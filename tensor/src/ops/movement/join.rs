@@ -5,6 +5,7 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::{DType, Device, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
+use kiln_kernels::cuda;
 use kiln_kernels::element::Element;
 
 /// How [`Tensor::pad`] fills the border.
@@ -107,13 +108,19 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
     let shape = Shape::new(&extents)?;
     let layout = Layout::with_memory_order(shape, &x.layout().dense_like().memory_order());
     let offset = amounts.iter().zip(layout.strides()).map(|(&(before, _), stride)| before.max(0) as usize * stride).sum();
-    let out = for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(x.device(), layout, |out| {
-        out.fill(<T as Element>::from_f64(value));
-        if inner.numel() > 0 {
-            copy_into_strided(inner.view_of::<T>()?, out, offset, layout.strides());
-        }
-        Ok(())
-    }))?;
+    let out = match x.gpu()? {
+        Some(gpu) => Tensor::build_on_gpu(gpu, layout, x.dtype(), |mut out| {
+            cuda::pointwise::fill(gpu, value, out.reborrow())?;
+            Ok(cuda::copy::copy_into_strided(gpu, inner.gpu_view()?, out, offset, layout.strides())?)
+        }),
+        None => for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(Device::Cpu, layout, |out| {
+            out.fill(<T as Element>::from_f64(value));
+            if inner.numel() > 0 {
+                copy_into_strided(inner.view_of::<T>()?, out, offset, layout.strides());
+            }
+            Ok(())
+        })),
+    }?;
     record("pad", out, &[x], |_| PadConstant { amounts: amounts.to_vec() })
 }
 
@@ -173,14 +180,23 @@ impl Tensor {
         }
         let shape = first.shape().with_dim(axis, extent)?;
         let layout = Layout::with_memory_order(shape, &first.layout().dense_like().memory_order());
-        let out = for_any!(first.dtype(), T => Tensor::build_with_layout::<T>(first.device(), layout, |out| {
-            let mut start = 0;
-            for t in tensors.iter().filter(|t| t.numel() > 0) {
-                copy_into_strided(t.view_of::<T>()?, out, start * layout.strides()[axis], layout.strides());
-                start += t.shape()[axis];
-            }
-            Ok(())
-        }))?;
+        let starts = tensors.iter().scan(0, |end, t| Some(std::mem::replace(end, *end + t.shape()[axis])));
+        let parts = || tensors.iter().zip(starts.clone()).filter(|(t, _)| t.numel() > 0);
+        let offset = |start: usize| start * layout.strides()[axis];
+        let out = match first.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, layout, first.dtype(), |mut out| {
+                for (t, start) in parts() {
+                    cuda::copy::copy_into_strided(gpu, t.gpu_view()?, out.reborrow(), offset(start), layout.strides())?;
+                }
+                Ok(())
+            }),
+            None => for_any!(first.dtype(), T => Tensor::build_with_layout::<T>(Device::Cpu, layout, |out| {
+                for (t, start) in parts() {
+                    copy_into_strided(t.view_of::<T>()?, out, offset(start), layout.strides());
+                }
+                Ok(())
+            })),
+        }?;
         record("cat", out, tensors, |_| Cat { dim: axis, extents: tensors.iter().map(|t| t.shape()[axis]).collect() })
     }
 

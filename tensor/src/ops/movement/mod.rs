@@ -1,5 +1,6 @@
 //! Operations that move elements, or only relabel them.
 
+mod device;
 mod indexing;
 mod join;
 mod slice;

@@ -2,8 +2,9 @@
 //! everywhere else.
 
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Error, Layout, Result, Shape, Tensor};
+use crate::{Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
+use kiln_kernels::cuda;
 
 /// Which elements of a tensor a view shows, each at most once.
 #[derive(Clone, Copy)]
@@ -59,13 +60,19 @@ fn take_part(name: &'static str, x: &Tensor, part: Part) -> Result<Tensor> {
 
 fn put_part(name: &'static str, x: &Tensor, part: Part, shape: Shape) -> Result<Tensor> {
     let region = part.of(&Layout::contiguous(shape));
-    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.device(), &shape, |out| {
-        out.fill(T::default());
-        if x.numel() > 0 {
-            copy_into_strided(x.view_of::<T>()?, out, region.offset(), region.strides());
-        }
-        Ok(())
-    }))?;
+    let out = match x.gpu()? {
+        Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut out| {
+            gpu.zero(&mut out)?;
+            Ok(cuda::copy::copy_into_strided(gpu, x.gpu_view()?, out, region.offset(), region.strides())?)
+        }),
+        None => for_any!(x.dtype(), T => Tensor::build::<T>(Device::Cpu, &shape, |out| {
+            out.fill(T::default());
+            if x.numel() > 0 {
+                copy_into_strided(x.view_of::<T>()?, out, region.offset(), region.strides());
+            }
+            Ok(())
+        })),
+    }?;
     record(name, out, &[x], |_| PutPart { name, part })
 }
 

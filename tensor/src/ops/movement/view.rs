@@ -1,8 +1,9 @@
 //! Views: other layouts over the same memory. Only `contiguous`, and `reshape` where it must, copy.
 
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Error, IntoShape, Layout, ReshapeDims, Result, Shape, Tensor};
+use crate::{Device, Error, IntoShape, Layout, ReshapeDims, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_strided;
+use kiln_kernels::cuda;
 
 /// A relabelling of the same elements in the same order: the gradient takes the input's shape back.
 struct Reshape {
@@ -75,10 +76,15 @@ impl Tensor {
 
     /// A row-major copy in memory of its own.
     pub fn copy(&self) -> Result<Tensor> {
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), self.shape(), |out| {
-            copy_strided(self.view_of::<T>()?, out);
-            Ok(())
-        }))?;
+        let out = match self.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*self.shape()), self.dtype(), |out| {
+                Ok(cuda::copy::copy_strided(gpu, self.gpu_view()?, out)?)
+            }),
+            None => for_any!(self.dtype(), T => Tensor::build::<T>(Device::Cpu, self.shape(), |out| {
+                copy_strided(self.view_of::<T>()?, out);
+                Ok(())
+            })),
+        }?;
         record("contiguous", out, &[self], |_| Identity)
     }
 

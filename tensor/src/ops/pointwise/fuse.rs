@@ -4,12 +4,13 @@
 //! the same kernel, is rounded to the dtype, and gradients add up in the engine's order. What the passes cannot do (integers, steps that are smaller
 //! than the result by broadcasting, second derivatives) is done by the operations themselves.
 
-use super::kernel::{Arg, common_shape, operand, result_layout};
+use super::kernel::{Arg, common_shape, gpu_operand, gpu_output, operand, result_layout};
 use crate::autocast::together;
 use crate::graph::{Ctx, Grads, Op, Source, is_grad_enabled, record};
 use crate::{Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, Step, Value};
 use kiln_kernels::cpu::pointwise::{Operand, Output};
+use kiln_kernels::cuda::pointwise as gpu_kernels;
 use kiln_kernels::pointwise::{Params, Row, backward, binary, unary};
 use std::cell::RefCell;
 use std::ops::{Add, Div, Mul, Neg, Sub};
@@ -449,6 +450,17 @@ fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Ten
     for (layout, arg) in layouts.iter_mut().zip(operands) {
         let other_shape = arg.filter(|t| t.shape() != shape);
         *layout = other_shape.map(|t| t.layout().broadcast_to("fuse", shape)).transpose()?;
+    }
+    if let Some(gpu) = first.gpu()? {
+        let mut views = [gpu_kernels::Operand::Scalar(0.0); MAX_OPERANDS];
+        for (view, (arg, layout)) in views.iter_mut().zip(operands.iter().zip(&layouts)) {
+            if let Some(x) = arg {
+                *view = gpu_operand(&Arg::Tensor(x), layout)?;
+            }
+        }
+        return Tensor::build_on_gpu(gpu, layout, first.dtype(), |out| {
+            Ok(gpu_kernels::apply_chain(gpu, chain, &views[..operands.len()], gpu_output(&layout, out))?)
+        });
     }
     for_float!(first.dtype(), "fuse", T => {
         let mut views = [Operand::Unused; MAX_OPERANDS];

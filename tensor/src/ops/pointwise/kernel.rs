@@ -7,6 +7,8 @@ use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Bool, DType, Device, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
 use kiln_kernels::cpu::cast::Stored;
 use kiln_kernels::cpu::pointwise::{self as kernels, Operand, Output};
+use kiln_kernels::cuda::SliceMut;
+use kiln_kernels::cuda::pointwise as gpu_kernels;
 use kiln_kernels::pointwise::relation::RelationRow;
 use kiln_kernels::pointwise::{Params, Row};
 use kiln_kernels::view::StridedView;
@@ -55,6 +57,20 @@ fn view<'a, T: WithDType>(op: &str, x: &'a Tensor, layout: &'a Layout) -> Result
         .ok_or_else(|| Error::shape(op, format!("layout {layout:?} leaves the storage")))
 }
 
+/// The operand as the GPU's kernels take it.
+pub(super) fn gpu_operand<'a>(arg: &Arg<'a>, layout: &'a Option<Layout>) -> Result<gpu_kernels::Operand<'a>> {
+    Ok(match (arg, layout) {
+        (Arg::Tensor(t), Some(layout)) => gpu_kernels::Operand::View(t.gpu_view_as(layout)?),
+        (Arg::Tensor(t), None) => gpu_kernels::Operand::View(t.gpu_view()?),
+        (Arg::Scalar(x), _) => gpu_kernels::Operand::Scalar(*x),
+    })
+}
+
+/// A result of this layout as the GPU's kernels take it.
+pub(super) fn gpu_output<'a>(layout: &'a Layout, data: SliceMut<'a>) -> gpu_kernels::Output<'a> {
+    gpu_kernels::Output { data, shape: layout.shape().dims(), strides: layout.strides() }
+}
+
 pub(super) fn operand<'a, T: WithDType>(op: &str, arg: &Arg<'a>, layout: &'a Option<Layout>) -> Result<Operand<'a, T>> {
     Ok(match (arg, layout) {
         (Arg::Tensor(t), Some(layout)) => Operand::View(view(op, t, layout)?),
@@ -101,6 +117,14 @@ impl<'a, const N: usize> Prepared<'a, N> {
         Ok(operands)
     }
 
+    fn gpu_operands(&self) -> Result<[gpu_kernels::Operand<'_>; N]> {
+        let mut operands = [gpu_kernels::Operand::Scalar(0.0); N];
+        for (k, slot) in operands.iter_mut().enumerate() {
+            *slot = gpu_operand(&self.args[k], &self.layouts[k])?;
+        }
+        Ok(operands)
+    }
+
     fn output<'o, T>(&'o self, data: &'o mut [T]) -> Output<'o, T> {
         Output { data, shape: self.layout.shape().dims(), strides: self.layout.strides() }
     }
@@ -116,6 +140,11 @@ pub(super) fn apply<const N: usize>(row: &Row<N>, params: Params, args: [Arg; N]
     let p = Prepared::new(row.name, args)?;
     for_number!(p.dtype, p.op, T => {
         expect_defined::<T, N>(p.op, row)?;
+        if let Some(gpu) = p.device().gpu()? {
+            return Tensor::build_on_gpu(gpu, p.layout, p.dtype, |out| {
+                Ok(gpu_kernels::apply(gpu, row, params, p.gpu_operands()?, gpu_output(&p.layout, out))?)
+            });
+        }
         Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
             kernels::apply(row, params, p.operands::<T>()?, p.output(out));
             Ok(())
@@ -143,6 +172,13 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
     }
     let layout = a.layout().dense_like();
     let other = b.tensor().map(|b| b.layout().broadcast_to(row.name, layout.shape())).transpose()?;
+    if let Some(gpu) = a.gpu()? {
+        let b = gpu_operand(&b, &other)?;
+        let Some(data) = a.donate_on_gpu()? else { return Ok(false) };
+        let operands = if swapped { [b, gpu_kernels::Operand::Output] } else { [gpu_kernels::Operand::Output, b] };
+        gpu_kernels::apply(gpu, row, [0.0; 2], operands, gpu_output(&layout, data))?;
+        return Ok(true);
+    }
     for_float!(a.dtype(), row.name, T => {
         let b = operand::<T>(row.name, &b, &other)?;
         let Some(data) = a.donate::<T>() else { return Ok(false) };
@@ -155,6 +191,11 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
 /// The truth of a relation between two operands.
 pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
     let p = Prepared::new(row.name, [a, b])?;
+    if let Some(gpu) = p.device().gpu()? {
+        return Tensor::build_on_gpu(gpu, p.layout, DType::Bool, |out| {
+            Ok(gpu_kernels::relate(gpu, row, p.dtype.gpu_type(), p.gpu_operands()?, gpu_output(&p.layout, out))?)
+        });
+    }
     for_any!(p.dtype, T => Tensor::build_with_layout::<Bool>(p.device(), p.layout, |out| {
         kernels::relate(row, p.operands::<T>()?, p.output(out));
         Ok(())
@@ -195,6 +236,15 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
         *layout = own.map(|layout| layout.broadcast_to(op, &shape)).transpose()?;
     }
     let mask_layout = mask.layout().broadcast_to(op, &shape)?;
+    if mask.device() != p.device() {
+        return Err(Error::device_mismatch(op, mask.device(), p.device()));
+    }
+    if let Some(gpu) = p.device().gpu()? {
+        return Tensor::build_on_gpu(gpu, p.layout, p.dtype, |out| {
+            let [a, b] = p.gpu_operands()?;
+            Ok(gpu_kernels::select(gpu, mask.gpu_view_as(&mask_layout)?, a, b, gpu_output(&p.layout, out))?)
+        });
+    }
     let mask = view::<Bool>(op, mask, &mask_layout)?;
     for_any!(p.dtype, T => Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
         let [a, b] = p.operands::<T>()?;
@@ -206,6 +256,9 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
 /// The elements in another dtype.
 pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let layout = x.layout().dense_like();
+    if let Some(gpu) = x.gpu()? {
+        return Tensor::build_on_gpu(gpu, layout, dtype, |out| Ok(gpu_kernels::cast(gpu, x.gpu_view()?, gpu_output(&layout, out))?));
+    }
     for_any!(x.dtype(), A => for_any!(dtype, B => Tensor::build_with_layout::<B>(x.device(), layout, |out| {
         kernels::cast(x.view_of::<A>()?, Output { data: out, shape: layout.shape().dims(), strides: layout.strides() });
         Ok(())

@@ -1,0 +1,404 @@
+//! Runs the rows of the pointwise table, and chains of them, on a GPU: see `pointwise.cu`.
+//!
+//! A row is compiled when it is first used for a type; a chain becomes one kernel, whose every step is rounded to the type and contracted with
+//! no other, so that its result is bit for bit that of the rows one by one.
+
+use super::compile::expand_text;
+use super::launch::{Arg, Kernel, Launch};
+use super::memory::{DevicePtr, SliceMut, Strided, Type, View};
+use super::{CudaError, Gpu};
+use crate::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, Place};
+use crate::pointwise::relation::{RELATIONS, RelationRow};
+use crate::pointwise::{Params, Row, backward::BACKWARD, binary::BINARY, binary::TERNARY, unary::UNARY};
+use std::ffi::c_void;
+use std::fmt::Write as _;
+
+const TEXT: &str = include_str!("pointwise.cu");
+
+/// As in `pointwise.cu`.
+const THREADS: usize = 256;
+const UNROLL: usize = 2;
+
+/// An operand of a pointwise function.
+#[derive(Clone, Copy, Debug)]
+pub enum Operand<'a> {
+    /// Elements in memory, of the output's shape (broadcast by strides of 0).
+    View(View<'a>),
+    /// One number for all elements.
+    Scalar(f64),
+    /// What the output holds at the start: the function works in place.
+    Output,
+}
+
+/// Where results go: dense memory, and the strides that the output's dimensions have in it.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// As many elements as the shape has.
+    pub data: SliceMut<'a>,
+    /// Extents.
+    pub shape: &'a [usize],
+    /// A permutation of a row-major layout without gaps.
+    pub strides: &'a [usize],
+}
+
+/// `Operands` of `pointwise.cu`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Operands<const N: usize> {
+    data: [DevicePtr; N],
+    number: [f64; N],
+    strides: [[i64; 8]; N],
+    is_strided: [u8; N],
+    params: Params,
+    shape: [i64; 8],
+    rank: i32,
+    width: i32,
+    numel: i64,
+}
+
+// SAFETY: the layout is that of `Operands` in pointwise.cu with OPERANDS = N.
+unsafe impl<const N: usize> Arg for Operands<N> {
+    fn as_ptr(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+/// The dimensions of more than one element in the order of the output's memory, slowest first.
+fn memory_order(out: &Output<'_>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..out.shape.len()).filter(|&d| out.shape[d] != 1).collect();
+    order.sort_by_key(|&d| std::cmp::Reverse(out.strides[d]));
+    order
+}
+
+impl<const N: usize> Operands<N> {
+    /// What the kernel needs to know of the operands, all seen in the order of the output's memory. `sizes` are those of the operands' elements.
+    fn new(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], out: &Output<'_>) -> Self {
+        assert!(
+            out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8,
+            "the output has as many elements as its shape"
+        );
+        let order = memory_order(out);
+        let shape: Vec<usize> = order.iter().map(|&d| out.shape[d]).collect();
+        let dense: Vec<usize> = order.iter().map(|&d| out.strides[d]).collect();
+        let mut strides: [Vec<usize>; N] = std::array::from_fn(|_| dense.clone());
+        let mut this = Self {
+            data: [DevicePtr::NULL; N],
+            number: [0.0; N],
+            strides: [[0; 8]; N],
+            is_strided: [0; N],
+            params,
+            shape: [0; 8],
+            rank: 0,
+            width: 1,
+            numel: out.data.len() as i64,
+        };
+        for (k, operand) in operands.iter().enumerate() {
+            match operand {
+                Operand::Scalar(x) => this.number[k] = *x,
+                Operand::Output => this.data[k] = out.data.ptr(),
+                Operand::View(view) => {
+                    assert!(view.shape() == out.shape, "a view has the output's shape");
+                    this.data[k] = view.ptr();
+                    let own: Vec<usize> = order.iter().map(|&d| view.strides()[d]).collect();
+                    if own != dense {
+                        this.is_strided[k] = 1;
+                        strides[k] = own;
+                    }
+                }
+            }
+        }
+        for (k, merged) in Strided::together(&shape, strides.each_ref().map(Vec::as_slice)).into_iter().enumerate() {
+            (this.rank, this.shape, this.strides[k]) = (merged.rank() as i32, merged.shape(), merged.strides());
+        }
+        let wide = 16 / out_size(&sizes);
+        if this.is_wide(wide, &sizes) && out.data.ptr().is_aligned(16.min((wide * out.data.ty().size()) as u64)) {
+            this.width = wide as i32;
+        }
+        this
+    }
+
+    /// Whether every operand gives `wide` elements, from a multiple of `wide` on, by one access.
+    fn is_wide(&self, wide: usize, sizes: &[usize; N]) -> bool {
+        let inner = (self.rank as usize).saturating_sub(1);
+        (0..N).all(|k| {
+            let strides = &self.strides[k][..self.rank as usize];
+            let aligned = self.data[k].is_aligned(16.min((wide * sizes[k]) as u64));
+            match (self.data[k] == DevicePtr::NULL, self.is_strided[k] == 1) {
+                (true, _) => true,
+                (false, false) => aligned,
+                _ if strides.iter().all(|&s| s == 0) => true,
+                _ if self.shape[inner] % wide as i64 != 0 => false,
+                _ => strides[inner] == 0 || (strides[inner] == 1 && aligned && strides[..inner].iter().all(|s| s % wide as i64 == 0)),
+            }
+        })
+    }
+
+    fn launch(&self, kernel: Kernel, out: &mut SliceMut<'_>) -> Result<(), CudaError> {
+        let per_block = if self.width == 1 { THREADS } else { THREADS * UNROLL * self.width as usize };
+        let launch = Launch::blocks((self.numel as usize).div_ceil(per_block), THREADS as u32);
+        // SAFETY: the kernel takes these operands and a pointer to as many results as the shape has (asserted in `new`); views lie inside of their
+        // buffers, and each thread reads them at indices of the shape.
+        unsafe { kernel.launch(launch, &[self, &out.ptr()]) }
+    }
+}
+
+/// The size of the type T that the kernel is compiled for: that of the last operand (the first may be a mask).
+fn out_size<const N: usize>(sizes: &[usize; N]) -> usize {
+    sizes.last().copied().unwrap_or(1)
+}
+
+/// A row as text.
+struct Expression {
+    name: &'static str,
+    names: &'static str,
+    cuda: &'static str,
+    has_int: bool,
+}
+
+impl<const N: usize> From<&Row<N>> for Expression {
+    fn from(row: &Row<N>) -> Self {
+        Self { name: row.name, names: row.names, cuda: row.cuda, has_int: row.has_int() }
+    }
+}
+
+/// Every row of this many operands.
+fn family(operands: usize) -> Vec<Expression> {
+    match operands {
+        1 => UNARY.iter().map(|&row| row.into()).collect(),
+        2 => BINARY.iter().chain(BACKWARD).map(|&row| row.into()).collect(),
+        _ => TERNARY.iter().map(|&row| row.into()).collect(),
+    }
+}
+
+impl Expression {
+    /// The function `row_NAME` of the compute type.
+    fn function(&self) -> String {
+        let mut text = format!("__device__ __forceinline__ A row_{}(const A* v, const A* p) {{\n", self.name);
+        for (k, name) in self.names.trim_matches(['[', ']']).split(',').map(str::trim).enumerate() {
+            let _ = writeln!(text, "    const A {name} = v[{k}];");
+        }
+        let _ = writeln!(text, "    return A({});\n}}", self.cuda);
+        text
+    }
+
+    /// The function and a kernel of its name that runs it.
+    fn kernel(&self, operands: usize) -> String {
+        let name = self.name;
+        let function = self.function();
+        format!(
+            "{function}__device__ __forceinline__ T rounded_{name}(const A* v, const A* p) {{\n    return narrow<T>(row_{name}(v, p));\n}}\n\
+             KILN_POINTWISE(kernel_{name}, {operands}, T, T, rounded_{name})\n"
+        )
+    }
+}
+
+/// The kernel `kernel_NAME` of a module with this text appended to `pointwise.cu`.
+fn kernel(
+    gpu: &'static Gpu,
+    key: String,
+    ty: Type,
+    operands: usize,
+    name: &str,
+    text: impl FnOnce() -> String,
+) -> Result<Kernel, CudaError> {
+    let operands = operands.to_string();
+    let module = gpu
+        .module_of(key, "pointwise", false, || expand_text(&format!("{TEXT}\n{}", text()), &[("T", ty.name()), ("OPERANDS", &operands)]))?;
+    module.kernel(name)
+}
+
+/// `out = row(operands…)`, element by element; f16 and bf16 are computed in f32 and rounded once.
+///
+/// # Panics
+/// If a view has another shape than the output, or if the output's slice is not as long as its shape says.
+pub fn apply<const N: usize>(
+    gpu: &'static Gpu,
+    row: &Row<N>,
+    params: Params,
+    operands: [Operand<'_>; N],
+    mut out: Output<'_>,
+) -> Result<(), CudaError> {
+    let ty = out.data.ty();
+    if out.data.is_empty() {
+        return Ok(());
+    }
+    // The emulator's compiler is slow to start, so it gets every row at once.
+    let key = format!("{} {} {N}", if gpu.is_emulated() { "rows" } else { row.name }, ty.name());
+    let kernel = kernel(gpu, key, ty, N, &format!("kernel_{}", row.name), || {
+        let rows = if gpu.is_emulated() { family(N) } else { vec![row.into()] };
+        rows.iter().filter(|row| ty.is_float() || row.has_int).map(|row| row.kernel(N)).collect()
+    })?;
+    Operands::new(params, operands, [ty.size(); N], &out).launch(kernel, &mut out.data)
+}
+
+/// `out = a R b`, element by element, of operands of type `ty`.
+///
+/// # Panics
+/// As [`apply`] does.
+pub fn relate(gpu: &'static Gpu, row: &RelationRow, ty: Type, operands: [Operand<'_>; 2], mut out: Output<'_>) -> Result<(), CudaError> {
+    if out.data.is_empty() {
+        return Ok(());
+    }
+    let text = |row: &RelationRow| {
+        let (name, cuda) = (row.name, row.cuda);
+        format!(
+            "__device__ __forceinline__ u8 holds_{name}(const A* v, const A* p) {{\n    const A a = v[0], b = v[1];\n    return ({cuda}) ? 1 : 0;\n}}\n\
+             KILN_POINTWISE(kernel_{name}, 2, T, u8, holds_{name})\n"
+        )
+    };
+    let kernel = kernel(gpu, format!("relations {}", ty.name()), ty, 2, &format!("kernel_{}", row.name), || {
+        RELATIONS.iter().map(|&row| text(row)).collect()
+    })?;
+    Operands::new([0.0; 2], operands, [ty.size(); 2], &out).launch(kernel, &mut out.data)
+}
+
+/// `out = condition ? a : b`, element by element.
+///
+/// # Panics
+/// As [`apply`] does.
+pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand<'_>, mut out: Output<'_>) -> Result<(), CudaError> {
+    if out.data.is_empty() {
+        return Ok(());
+    }
+    let ty = out.data.ty();
+    let kernel = kernel(gpu, format!("select {}", ty.name()), ty, 3, "kernel_select", || {
+        "__device__ __forceinline__ T selected(const A* v, const A* p) {\n    return narrow<T>(v[0] != 0 ? v[1] : v[2]);\n}\n\
+         KILN_POINTWISE(kernel_select, 3, u8, T, selected)\n"
+            .into()
+    })?;
+    Operands::new([0.0; 2], [Operand::View(condition), a, b], [1, ty.size(), ty.size()], &out).launch(kernel, &mut out.data)
+}
+
+/// `out = x` converted to another type: the numbers themselves; floats to integers truncate and saturate (NaN gives 0), integers to narrower
+/// ones wrap, everything but 0 is true.
+///
+/// # Panics
+/// As [`apply`] does.
+pub fn cast(gpu: &'static Gpu, x: View<'_>, mut out: Output<'_>) -> Result<(), CudaError> {
+    if out.data.is_empty() {
+        return Ok(());
+    }
+    let (from, to) = (x.ty(), out.data.ty());
+    let is_bool = to == Type::Bool;
+    let key = format!("cast {} {}{}", from.name(), to.name(), if is_bool { " truth" } else { "" });
+    let kernel = kernel(gpu, key, from, 1, "kernel_cast", || {
+        let to_name = to.name();
+        let value = if is_bool { "u8(v[0] != 0)".into() } else { format!("narrow<{to_name}>(math::convert<Compute<{to_name}>>(v[0]))") };
+        format!(
+            "__device__ __forceinline__ {to_name} converted(const A* v, const A* p) {{\n    return {value};\n}}\n\
+             KILN_POINTWISE(kernel_cast, 1, T, {to_name}, converted)\n"
+        )
+    })?;
+    Operands::new([0.0; 2], [Operand::View(x)], [from.size()], &out).launch(kernel, &mut out.data)
+}
+
+/// Every element of `out` becomes `value`, rounded to the type.
+pub fn fill(gpu: &'static Gpu, value: f64, mut out: SliceMut<'_>) -> Result<(), CudaError> {
+    if out.is_empty() {
+        return Ok(());
+    }
+    let ty = out.ty();
+    let kernel = kernel(gpu, format!("fill {}", ty.name()), ty, 1, "kernel_fill", || {
+        "__device__ __forceinline__ T filled(const A* v, const A* p) {\n    return narrow<T>(v[0]);\n}\nKILN_POINTWISE(kernel_fill, 1, T, T, filled)\n".into()
+    })?;
+    let len = [out.len()];
+    let operands =
+        Operands::new([0.0; 2], [Operand::Scalar(value)], [ty.size()], &Output { data: out.reborrow(), shape: &len, strides: &[1] });
+    operands.launch(kernel, &mut out)
+}
+
+/// A number as kernel files read it, to the last bit.
+fn literal(x: f64) -> String {
+    if x.is_finite() { format!("A({x:e})") } else { format!("A(__longlong_as_double(0x{:x}ULL))", x.to_bits()) }
+}
+
+/// The function `chained` that a chain stands for.
+fn chain_text(chain: &Chain, operands: usize) -> String {
+    let mut functions: Vec<&str> = Vec::new();
+    let (mut text, mut body) = (String::new(), String::new());
+    let mut slots = [0; 16];
+    for (i, step) in chain.steps().iter().enumerate() {
+        let (expression, used) = match step.function {
+            Function::One(row) => (Expression::from(row), 1),
+            Function::Two(row) => (Expression::from(row), 2),
+        };
+        if !functions.contains(&expression.name) {
+            functions.push(expression.name);
+            text += &expression.function();
+        }
+        let args: Vec<String> = step.args[..used]
+            .iter()
+            .map(|arg| match *arg {
+                Place::Operand(k) => format!("v[{k}]"),
+                Place::Slot(slot) => format!("s{}", slots[slot]),
+                Place::Scalar(x) => literal(x),
+            })
+            .collect();
+        let [p0, p1] = step.params.map(literal);
+        let _ = writeln!(
+            body,
+            "    const A v{i}[] = {{{}}}, p{i}[] = {{{p0}, {p1}}};\n    const A s{i} = widen<T>(narrow<T>(row_{}(v{i}, p{i})));",
+            args.join(", "),
+            expression.name
+        );
+        slots[step.to] = i;
+    }
+    let last = chain.steps().len().saturating_sub(1);
+    let _ = write!(
+        text,
+        "__device__ __forceinline__ T chained(const A* v, const A* p) {{\n{body}    return narrow<T>(s{last});\n}}\n\
+         KILN_POINTWISE(kernel_chain, {operands}, T, T, chained)\n"
+    );
+    text
+}
+
+/// `out = the chain's result`, element by element.
+///
+/// # Panics
+/// As [`apply`] does, and if there are more than [`MAX_OPERANDS`] operands.
+pub fn apply_chain(gpu: &'static Gpu, chain: &Chain, operands: &[Operand<'_>], mut out: Output<'_>) -> Result<(), CudaError> {
+    if out.data.is_empty() {
+        return Ok(());
+    }
+    let ty = out.data.ty();
+    let mut all = [Operand::Scalar(0.0); MAX_OPERANDS];
+    all[..operands.len()].copy_from_slice(operands);
+    let text = chain_text(chain, operands.len());
+    let kernel = kernel(gpu, format!("{} {text}", ty.name()), ty, MAX_OPERANDS, "kernel_chain", || text.clone())?;
+    Operands::new([0.0; 2], all, [ty.size(); MAX_OPERANDS], &out).launch(kernel, &mut out.data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Values, device};
+    use super::*;
+
+    #[test]
+    fn rows_run_over_dense_broadcast_and_strided_operands() {
+        let Some(gpu) = device() else { return };
+        let (rows, cols) = (37, 132);
+        for ty in [Type::F32, Type::F64, Type::F16, Type::BF16, Type::I64, Type::I32, Type::U8] {
+            let a: Vec<f64> = (0..rows * cols).map(|i| (i % 50) as f64).collect();
+            let b: Vec<f64> = (0..rows * cols).map(|i| (i % 7) as f64).collect();
+            let (x, y) = (Values::new(gpu, ty, &a), Values::new(gpu, ty, &b));
+            for (strides, at) in [([cols, 1], 0usize), ([0, 1], 0), ([1, rows], 0), ([0, 0], 3)] {
+                let (shape, dense) = ([rows, cols], [cols, 1]);
+                let mut out = Values::unwritten(gpu, ty, rows * cols);
+                let operands = [
+                    Operand::View(View::new(x.buffer(), ty, 0, &shape, &dense).unwrap()),
+                    Operand::View(View::new(y.buffer(), ty, at, &shape, &strides).unwrap()),
+                ];
+                apply(
+                    gpu,
+                    crate::pointwise::binary::Add::ROW,
+                    [0.0; 2],
+                    operands,
+                    Output { data: out.slice_mut(), shape: &shape, strides: &dense },
+                )
+                .unwrap();
+                let expected: Vec<f64> = (0..rows * cols).map(|i| a[i] + b[at + i / cols * strides[0] + i % cols * strides[1]]).collect();
+                assert_eq!(out.read(), expected, "{ty:?} {strides:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! Tensors from one device to another.
+
+use crate::graph::{Ctx, Grads, Op, record};
+use crate::storage::Storage;
+use crate::{Device, Layout, Result, Tensor};
+
+/// The gradient goes back to where the tensor came from.
+struct ToDevice {
+    from: Device,
+}
+
+impl Op for ToDevice {
+    fn name(&self) -> &'static str {
+        "to_device"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(grad.to_device(self.from)?)])
+    }
+}
+
+impl Tensor {
+    /// The same elements on `device`: itself if they are there already, else a row-major copy.
+    pub fn to_device(&self, device: Device) -> Result<Tensor> {
+        if self.device() == device {
+            return Ok(self.clone());
+        }
+        let storage = for_any!(self.dtype(), T => {
+            let dense = self.detach().contiguous()?;
+            let mut buffer = Storage::buffer(dense.numel() * self.dtype().size())?;
+            dense.storage().read(dense.layout().offset(), buffer.as_slice_mut::<T>())?;
+            Ok::<_, crate::Error>(match device.gpu()? {
+                Some(gpu) => Storage::from_device(gpu.upload(buffer.as_bytes())?),
+                None => Storage::from_buffer(buffer, Device::Cpu)?,
+            })
+        })?;
+        let out = Tensor::from_storage(storage, Layout::contiguous(*self.shape()), self.dtype());
+        record("to_device", out, &[self], |_| ToDevice { from: self.device() })
+    }
+}
