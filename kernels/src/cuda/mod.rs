@@ -28,6 +28,7 @@ mod nvrtc;
 pub mod optim;
 pub mod pointwise;
 pub mod random;
+pub mod reduce;
 pub mod sort;
 #[cfg(test)]
 mod testing;
