@@ -178,7 +178,14 @@ impl<'a> Gemm<'a> {
         let workspace = gpu.alloc(partial)?;
         let offsets = if p.by_offsets { Some([upload(gpu, self.a_offsets)?, upload(gpu, self.b_offsets)?]) } else { None };
         let at = |i: usize| offsets.as_ref().map_or(DevicePtr::NULL, |o| o[i].ptr());
-        let matrix = |f: &Factor, row: i64, col: i64, offsets: DevicePtr| MatrixArg { data: f.ptr, row, col, outer: f.outer, inner: f.inner, offsets };
+        let matrix = |f: &Factor, row: i64, col: i64, offsets: DevicePtr| MatrixArg {
+            data: f.ptr,
+            row,
+            col,
+            outer: f.outer,
+            inner: f.inner,
+            offsets,
+        };
         let item = (p.m * p.row_stride) as i64;
         let residual = if self.accumulate { Some(out.ptr()) } else { self.residual.map(|r| r.ptr()) };
         let args = GemmArgs {
@@ -210,16 +217,27 @@ impl<'a> Gemm<'a> {
         match plan.level {
             Level::Hopper(tile) => launch_hopper(gpu, p, tile, plan.splits, &args, defines)?,
             Level::Mma(tile) => {
-                defines.number("PARTIAL", (plan.splits > 1) as usize).number("A_MN", !p.a.along_k() as usize).number("B_MN", !p.b.along_k() as usize);
+                defines
+                    .number("PARTIAL", (plan.splits > 1) as usize)
+                    .number("A_MN", !p.a.along_k() as usize)
+                    .number("B_MN", !p.b.along_k() as usize);
                 defines.number("TF32_TERMS", if p.precision == MatmulPrecision::Medium { 1 } else { 3 }).number("GROUP", 8);
-                defines.number("BLOCK_M", tile.m).number("BLOCK_N", tile.n).number("WARP_M", tile.warp_m).number("WARP_N", tile.warp_n).number("STAGES", tile.stages);
+                defines
+                    .number("BLOCK_M", tile.m)
+                    .number("BLOCK_N", tile.n)
+                    .number("WARP_M", tile.warp_m)
+                    .number("WARP_N", tile.warp_n)
+                    .number("STAGES", tile.stages);
                 let threads = (tile.m / tile.warp_m * (tile.n / tile.warp_n) * 32) as u32;
                 let launch = Launch::blocks(units(tile.m, tile.n), threads).with_shared((tile.stages * (tile.m + tile.n) * 128) as u32);
                 run(gpu, &MMA, "gemm_mma", &defines, launch, &[&args])?;
             }
             Level::Skinny(skinny) => {
                 defines.number("PARTIAL", (plan.splits > 1) as usize).number("SWAP", skinny.swap as usize).number("FEW", skinny.few);
-                defines.number("ALONG_K", skinny.along_k as usize).number("VECTOR", skinny.vector).number("FEW_ALONG_K", skinny.few_along_k as usize);
+                defines
+                    .number("ALONG_K", skinny.along_k as usize)
+                    .number("VECTOR", skinny.vector)
+                    .number("FEW_ALONG_K", skinny.few_along_k as usize);
                 run(gpu, &SKINNY, "gemm_skinny", &defines, Launch::blocks(skinny.blocks(p, plan.splits), 256), &[&args])?;
             }
             Level::Tiled(TiledTile { m, n, k, thread }) => {
@@ -241,7 +259,9 @@ impl<'a> Gemm<'a> {
     }
 
     fn define_epilogue(&self, defines: &mut Defines) {
-        defines.number("HAS_BIAS", self.bias.is_some() as usize).number("HAS_RESIDUAL", (self.residual.is_some() || self.accumulate) as usize);
+        defines
+            .number("HAS_BIAS", self.bias.is_some() as usize)
+            .number("HAS_RESIDUAL", (self.residual.is_some() || self.accumulate) as usize);
         if let Some(row) = self.activation {
             defines.text("ACTIVATION", row.cuda);
         }
@@ -272,7 +292,14 @@ impl Defines {
     }
 }
 
-fn run(gpu: &'static Gpu, source: &'static Source, name: &str, defines: &Defines, launch: Launch, args: &[&dyn Arg]) -> Result<(), CudaError> {
+fn run(
+    gpu: &'static Gpu,
+    source: &'static Source,
+    name: &str,
+    defines: &Defines,
+    launch: Launch,
+    args: &[&dyn Arg],
+) -> Result<(), CudaError> {
     let defines: Vec<(&str, &str)> = defines.0.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let kernel = gpu.module(source, &defines)?.kernel(name)?;
     // SAFETY: the structs are those of gemm.cuh and gemm_hopper.cu, `Gemm::check` found every element that they lead to inside of its slice, and the
@@ -280,12 +307,28 @@ fn run(gpu: &'static Gpu, source: &'static Source, name: &str, defines: &Defines
     unsafe { kernel.launch(launch, args) }
 }
 
-fn launch_hopper(gpu: &'static Gpu, p: &Problem, tile: HopperTile, splits: usize, args: &GemmArgs, mut defines: Defines) -> Result<(), CudaError> {
+fn launch_hopper(
+    gpu: &'static Gpu,
+    p: &Problem,
+    tile: HopperTile,
+    splits: usize,
+    args: &GemmArgs,
+    mut defines: Defines,
+) -> Result<(), CudaError> {
     let by_tma = splits == 1 && p.out_by_tma();
     let (a_mn, b_mn) = (!p.a.along_k(), !p.b.along_k());
     defines.number("A_MN", a_mn as usize).number("B_MN", b_mn as usize).number("BLOCK_M", tile.m).number("BLOCK_N", tile.n);
     defines.number("STAGES", tile.stages).number("CLUSTER", tile.cluster);
-    defines.text("STORE", if splits > 1 { "STORE_PARTIAL" } else if by_tma { "STORE_TMA" } else { "STORE_DIRECT" });
+    defines.text(
+        "STORE",
+        if splits > 1 {
+            "STORE_PARTIAL"
+        } else if by_tma {
+            "STORE_TMA"
+        } else {
+            "STORE_DIRECT"
+        },
+    );
     let map_a = factor_map(gpu, p, &p.a, p.m, tile.m)?;
     let map_b = factor_map(gpu, p, &p.b, p.n, tile.n / tile.cluster)?;
     let size = p.out_ty.size() as u64;
@@ -335,7 +378,9 @@ fn factor_map(gpu: &'static Gpu, p: &Problem, factor: &Factor, rows: usize, tile
     };
     // The distance of what there is one of may be anything, but the copy engine wants a multiple of 16 bytes.
     let line = if lines == 1 { (inner as u64 * size).next_multiple_of(16) } else { line as u64 * size };
-    let dims_of = |stride: i64, extent: usize| if stride == 0 || extent == 1 { (1, line * lines as u64) } else { (extent as u64, stride as u64 * size) };
+    let dims_of = |stride: i64, extent: usize| {
+        if stride == 0 || extent == 1 { (1, line * lines as u64) } else { (extent as u64, stride as u64 * size) }
+    };
     let (batch_inner, inner_stride) = dims_of(factor.inner, p.batch_inner);
     let (batch_outer, outer_stride) = dims_of(factor.outer, p.batch / p.batch_inner);
     gpu.tensor_map(&TensorMapSpec {

@@ -155,8 +155,7 @@ fn reduce(gpu: &'static Gpu, x: View<'_>, axes: &[bool], fold: &'static str, res
         Pattern::Columns => "2",
     };
     let ty = x.ty();
-    let defines =
-        [("T", ty.name()), ("FLOAT_FOLDS", flag(ty.is_float())), ("FOLD", fold), ("VECTOR", flag(vector)), ("PATTERN", number)];
+    let defines = [("T", ty.name()), ("FLOAT_FOLDS", flag(ty.is_float())), ("FOLD", fold), ("VECTOR", flag(vector)), ("PATTERN", number)];
     let module = gpu.module(&SOURCE, &defines)?;
     let launch = Launch::blocks(blocks, THREADS as u32);
     if pattern == Pattern::Lanes {

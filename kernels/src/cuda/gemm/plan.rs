@@ -43,11 +43,7 @@ impl Factor {
 
     /// The distance of contiguous lines, if lines are contiguous.
     fn line_stride(&self) -> Option<i64> {
-        if self.along_k() {
-            Some(self.stride)
-        } else {
-            self.along_rows().then_some(self.k_stride)
-        }
+        if self.along_k() { Some(self.stride) } else { self.along_rows().then_some(self.k_stride) }
     }
 }
 
@@ -75,7 +71,8 @@ impl Problem {
     /// Finds one or two dimensions whose strides give all offsets; otherwise the kernels get the list.
     pub fn arrange_batch(&mut self, a: &[usize], b: &[usize]) {
         let step = |offsets: &[usize], i: usize| offsets[i] as i64 - offsets[0] as i64;
-        let regular_to = |offsets: &[usize]| (1..offsets.len()).take_while(|&i| step(offsets, i) == i as i64 * step(offsets, 1)).count() + 1;
+        let regular_to =
+            |offsets: &[usize]| (1..offsets.len()).take_while(|&i| step(offsets, i) == i as i64 * step(offsets, 1)).count() + 1;
         let inner = regular_to(a).min(regular_to(b));
         self.batch_inner = if a.len().is_multiple_of(inner) { inner } else { 1 };
         for (factor, offsets) in [(&mut self.a, a), (&mut self.b, b)] {
@@ -84,7 +81,8 @@ impl Problem {
             factor.outer = if offsets.len() > inner { step(offsets, inner) } else { 0 };
             factor.offset_step = (1..offsets.len()).fold(1 << 32, |all, i| all | step(offsets, i).unsigned_abs());
             factor.offset_step = 1 << factor.offset_step.trailing_zeros();
-            self.by_offsets |= (0..offsets.len()).any(|i| step(offsets, i) != (i / inner) as i64 * factor.outer + (i % inner) as i64 * factor.inner);
+            self.by_offsets |=
+                (0..offsets.len()).any(|i| step(offsets, i) != (i / inner) as i64 * factor.outer + (i % inner) as i64 * factor.inner);
         }
     }
 

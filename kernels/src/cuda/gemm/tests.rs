@@ -73,7 +73,14 @@ impl Case {
     }
 
     fn finished(self) -> Self {
-        Self { alpha: 0.5, bias: true, residual: true, pad: 3, activation: Some(|| (Gelu::ROW, |x| x * crate::cpu::math::double::normal_cdf(x))), ..self }
+        Self {
+            alpha: 0.5,
+            bias: true,
+            residual: true,
+            pad: 3,
+            activation: Some(|| (Gelu::ROW, |x| x * crate::cpu::math::double::normal_cdf(x))),
+            ..self
+        }
     }
 
     /// Computes by `plan`, or by the one that is chosen, and compares with a plain loop. `None` if the plan does not fit the operands' alignment.
@@ -82,13 +89,22 @@ impl Case {
         let numbers = |len: usize, seed: usize| -> Vec<f64> {
             let number = |i: usize| {
                 let hash = ((i + seed * 7919) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-                if self.ty.is_float() { hash as f64 / (1 << 23) as f64 - 1.0 } else { (hash % 200) as f64 - if self.ty == Type::U8 { 0.0 } else { 100.0 } }
+                if self.ty.is_float() {
+                    hash as f64 / (1 << 23) as f64 - 1.0
+                } else {
+                    (hash % 200) as f64 - if self.ty == Type::U8 { 0.0 } else { 100.0 }
+                }
             };
             (0..len).map(number).collect()
         };
         let (a_strides, b_strides) = (self.a.strides(m, k), self.b.strides(k, n));
         // Items begin at multiples of 8 elements, so that they are aligned if their lines are.
-        let size = |rows: usize, cols: usize, strides: (usize, usize)| (rows.max(1) * strides.0.max(1)).max(cols.max(1) * strides.1.max(1)).max(rows * strides.0 + cols * strides.1).next_multiple_of(8);
+        let size = |rows: usize, cols: usize, strides: (usize, usize)| {
+            (rows.max(1) * strides.0.max(1))
+                .max(cols.max(1) * strides.1.max(1))
+                .max(rows * strides.0 + cols * strides.1)
+                .next_multiple_of(8)
+        };
         let (a_size, b_size) = (size(m, k, a_strides), size(k, n, b_strides));
         let place = |i: usize| if self.irregular { i * i % 5 } else { i };
         let a_offsets: Vec<usize> = (0..self.batch).map(|i| place(i) * self.steps[0] * a_size).collect();
@@ -147,7 +163,9 @@ impl Case {
                         assert_eq!(out[at], before[at], "{self:?} {plan:?}: between rows, at {row}, {col}");
                         continue;
                     }
-                    let term = |j: usize| (a[a_offsets[i] + row * a_strides.0 + j * a_strides.1], b[b_offsets[i] + j * b_strides.0 + col * b_strides.1]);
+                    let term = |j: usize| {
+                        (a[a_offsets[i] + row * a_strides.0 + j * a_strides.1], b[b_offsets[i] + j * b_strides.0 + col * b_strides.1])
+                    };
                     if !self.ty.is_float() {
                         let sum = (0..k).map(term).fold(0i64, |sum, (x, y)| sum.wrapping_add((x as i64).wrapping_mul(y as i64)));
                         let sum = sum.wrapping_mul(self.alpha as i64) + if self.accumulate { before[at] as i64 } else { 0 };
@@ -183,7 +201,8 @@ fn tiles_of_every_type_and_layout() {
         for (a, b) in FOUR.into_iter().chain([(Rows(1), Cols(3)), (Gaps, Gaps)]) {
             Case::new(ty, [68, 72, 40], a, b).check(gpu, plan(TiledTile::SMALL, 1));
         }
-        Case { alpha: 3.0, accumulate: true, pad: 1, ..Case::new(ty, [5, 7, 70], Rows(0), Cols(0)).batched(3) }.check(gpu, plan(TiledTile::SMALL, 2));
+        Case { alpha: 3.0, accumulate: true, pad: 1, ..Case::new(ty, [5, 7, 70], Rows(0), Cols(0)).batched(3) }
+            .check(gpu, plan(TiledTile::SMALL, 2));
     }
     for ty in [Type::F32, Type::BF16] {
         Case::new(ty, [132, 136, 20], Rows(0), Rows(0)).finished().check(gpu, plan(TiledTile::LARGE, 1));
@@ -247,7 +266,8 @@ fn tensor_cores_of_a_warpgroup() {
     }
     // More tiles than multiprocessors: each block takes several, and the ring of stages goes on.
     Case { pad: 5, ..Case::new(Type::BF16, [1032, 520, 72], Rows(0), Cols(0)).finished() }.check(gpu, plan(HopperTile::WIDE, 1));
-    Case { accumulate: true, residual: false, ..Case::new(Type::F16, [264, 264, 328], Rows(0), Rows(0)).finished() }.check(gpu, plan(HopperTile::WIDE, 1));
+    Case { accumulate: true, residual: false, ..Case::new(Type::F16, [264, 264, 328], Rows(0), Rows(0)).finished() }
+        .check(gpu, plan(HopperTile::WIDE, 1));
 }
 
 #[test]
@@ -307,8 +327,14 @@ fn the_level_follows_from_the_problem() {
     assert_eq!(level(Type::BF16, square, Rows(0), Rows(0), (7, 5)), Level::Tiled(TiledTile::LARGE));
     assert_eq!(level(Type::BF16, square, Rows(1), Rows(0), (9, 0)), Level::Tiled(TiledTile::LARGE), "lines that are not aligned");
     assert_eq!(level(Type::F32, square, Rows(0), Rows(0), (9, 0)), Level::Tiled(TiledTile::LARGE), "exact products of f32");
-    assert!(matches!(level(Type::BF16, [1, 4096, 4096], Rows(0), Cols(0), (9, 0)), Level::Skinny(Skinny { swap: false, few: 1, along_k: true, vector: 8, .. })));
-    assert!(matches!(level(Type::F32, [4096, 5, 4096], Rows(0), Cols(0), (9, 0)), Level::Skinny(Skinny { swap: true, few: 8, vector: 4, .. })));
+    assert!(matches!(
+        level(Type::BF16, [1, 4096, 4096], Rows(0), Cols(0), (9, 0)),
+        Level::Skinny(Skinny { swap: false, few: 1, along_k: true, vector: 8, .. })
+    ));
+    assert!(matches!(
+        level(Type::F32, [4096, 5, 4096], Rows(0), Cols(0), (9, 0)),
+        Level::Skinny(Skinny { swap: true, few: 8, vector: 4, .. })
+    ));
     assert_eq!(level(Type::BF16, [64, 64, 0], Rows(0), Rows(0), (9, 0)), Level::Tiled(TiledTile::SMALL));
     let inexact = Problem { precision: MatmulPrecision::High, ..problem(Type::F32, square, Rows(0), Rows(0)) };
     assert_eq!(Plan::of(&inexact, (9, 0)).level, Level::Mma(MmaTile::SPLIT));
