@@ -10,6 +10,7 @@
 mod alloc;
 pub mod attention;
 mod backend;
+mod check;
 mod compile;
 pub mod conv;
 pub mod copy;
