@@ -2,12 +2,12 @@
 //! digits that they never saw. `cargo run --example classify_mnist`
 
 use clap::Parser;
-use kiln::Result;
 use kiln::classifier::{DigitCnn, DigitMlp};
 use kiln::data::{Dataset, ImageSet, Loader, LoaderOptions, Mnist, Rng, Source};
 use kiln::optim::{Adam, AdamOptions, Schedule};
 use kiln::prelude::*;
 use kiln::report::{MetricsCsv, Progress};
+use kiln::{Result, set_default_device};
 use std::path::PathBuf;
 
 /// Classifies handwritten digits with a 784-512-256-10 perceptron and with a small convolutional network.
@@ -34,6 +34,9 @@ struct Args {
     /// Threads; all cores by default.
     #[arg(long)]
     threads: Option<usize>,
+    /// Device to train on: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// Folder for metrics.csv.
     #[arg(long, default_value = "out/classify_mnist")]
     out: PathBuf,
@@ -44,6 +47,7 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
+    set_default_device(args.device);
     let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
     println!("data: {mnist}");
     for name in ["perceptron", "convolutional"] {

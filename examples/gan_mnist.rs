@@ -10,7 +10,7 @@ use kiln::gan::{GanLoss, GanTrainer, GanTrainerOptions};
 use kiln::metrics::DigitJudge;
 use kiln::prelude::*;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid};
-use kiln::{Error, Result, io};
+use kiln::{Error, Result, io, set_default_device};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,7 +51,7 @@ struct Args {
     /// Threads; all cores by default. The result does not depend on it.
     #[arg(long)]
     threads: Option<usize>,
-    /// Device to train on: cpu.
+    /// Device to train on: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: Device,
     /// Folder for everything that is written.
@@ -73,6 +73,7 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
+    set_default_device(args.device);
     let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
     println!("data: {mnist}");
     if let Some(path) = &args.judge {

@@ -4,12 +4,15 @@ use clap::Parser;
 use kiln::nn::{Linear, LoadMode};
 use kiln::optim::{Adam, AdamOptions};
 use kiln::prelude::*;
-use kiln::{Result, io};
+use kiln::{Result, io, set_default_device};
 use std::path::PathBuf;
 
 /// Learns a spiral's two arms apart, and saves the model.
 #[derive(Parser)]
 struct Args {
+    /// Device to run on: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// Folder for the saved model.
     #[arg(long, default_value = "out/quickstart")]
     out: PathBuf,
@@ -37,6 +40,7 @@ impl Module for Net {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    set_default_device(args.device);
     // Tensors: every operation returns a Result, operators included.
     let a = Tensor::from_vec(vec![1f32, 2., 3., 4.], [2, 2])?;
     println!("a·a + 1 =\n{}", (a.matmul(&a)? + 1.0f64)?);

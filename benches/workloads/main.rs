@@ -1,12 +1,14 @@
 //! The workloads of `benches/compare/torch_bench.py`, by the same names and shapes, timed by the same protocol:
-//! `cargo bench --bench workloads -- --json [--only SUBSTRING[,SUBSTRING…]] [--threads N]`.
+//! `cargo bench --bench workloads -- --json [--only SUBSTRING[,SUBSTRING…]] [--threads N] [--device cuda]`.
+//! On a GPU, a call's time includes the wait for its result; [`gpu`] adds shapes that are too large for a processor.
 
+mod gpu;
 mod layers;
 mod ops;
 mod training;
 
 use clap::Parser;
-use kiln::Result;
+use kiln::{Device, Result, set_default_device};
 use std::time::Instant;
 
 /// Times Kiln's workloads.
@@ -21,6 +23,9 @@ pub struct Args {
     /// Number of threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Device that everything runs on: cpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
     /// Seconds of timed work per workload.
     #[arg(long, default_value_t = 3.0)]
     budget: f64,
@@ -40,26 +45,36 @@ impl Bench {
         self.args.only.split(',').any(|part| name.contains(part))
     }
 
+    /// Whether the workloads run on a GPU.
+    pub fn on_gpu(&self) -> bool {
+        self.args.device != Device::Cpu
+    }
+
     /// Times `f`: a warm-up, then medians of calls; very short ones are timed in groups.
     pub fn run<R>(&self, name: &str, mut f: impl FnMut() -> Result<R>) -> Result<()> {
         if !self.wants(name) {
             return Ok(());
         }
+        let wait = || self.args.device.synchronize();
         f()?;
+        wait()?;
         let start = Instant::now();
         f()?;
+        wait()?;
         let once = start.elapsed().as_secs_f64();
         let n = ((self.args.budget / once.max(1e-6)) as usize).clamp(3, 200);
         let inner = ((2e-4 / once.max(1e-7)) as usize).max(1);
         for _ in 0..(n / 5).max(1) {
             f()?;
         }
+        wait()?;
         let mut times = Vec::with_capacity(n);
         for _ in 0..n {
             let start = Instant::now();
             for _ in 0..inner {
                 f()?;
             }
+            wait()?;
             times.push(start.elapsed().as_secs_f64() * 1e3 / inner as f64);
         }
         times.sort_by(f64::total_cmp);
@@ -77,6 +92,7 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let pool =
         rayon::ThreadPoolBuilder::new().num_threads(args.threads).build().map_err(|e| kiln::Error::argument("threads", e.to_string()))?;
+    set_default_device(args.device);
     let bench = Bench { args };
     pool.install(|| {
         kiln::manual_seed(0);
@@ -84,6 +100,7 @@ fn main() -> Result<()> {
         ops::memory_bound(&bench)?;
         layers::convolutions(&bench)?;
         layers::attention(&bench)?;
-        training::run(&bench)
+        training::run(&bench)?;
+        gpu::run(&bench)
     })
 }

@@ -74,12 +74,17 @@ pub fn scale(gpu: &'static Gpu, x: &mut SliceMut<'_>, factor: f64) -> Result<(),
 /// `x ← min(max(x, low), high)`; NaN stays NaN. The bounds are rounded to the type of x first.
 pub fn clamp(gpu: &'static Gpu, x: &mut SliceMut<'_>, low: f64, high: f64) -> Result<(), CudaError> {
     let ty = x.ty();
-    in_place(gpu, "clamp", x, &[low, high].map(|bound| match ty {
-        Type::F64 => Computed::Double(bound),
-        Type::F16 => Computed::Single(f16::from_f64(bound).widen()),
-        Type::BF16 => Computed::Single(<bf16 as Element>::from_f64(bound).widen()),
-        _ => Computed::Single(bound as f32),
-    }))
+    in_place(
+        gpu,
+        "clamp",
+        x,
+        &[low, high].map(|bound| match ty {
+            Type::F64 => Computed::Double(bound),
+            Type::F16 => Computed::Single(f16::from_f64(bound).widen()),
+            Type::BF16 => Computed::Single(<bf16 as Element>::from_f64(bound).widen()),
+            _ => Computed::Single(bound as f32),
+        }),
+    )
 }
 
 fn in_place(gpu: &'static Gpu, name: &str, x: &mut SliceMut<'_>, numbers: &[Computed]) -> Result<(), CudaError> {
@@ -121,10 +126,8 @@ mod tests {
     fn squares_of_lists() {
         let Some(gpu) = device() else { return };
         assert_eq!(squares(gpu, &[]), 0.0);
-        let lists: Vec<Values> = FLOATS
-            .iter()
-            .flat_map(|&ty| [0, 1, 7, 255, CHUNK - 1, 2 * CHUNK + 5].map(|n| Values::new(gpu, ty, &values(n))))
-            .collect();
+        let lists: Vec<Values> =
+            FLOATS.iter().flat_map(|&ty| [0, 1, 7, 255, CHUNK - 1, 2 * CHUNK + 5].map(|n| Values::new(gpu, ty, &values(n)))).collect();
         let expected: f64 = lists.iter().flat_map(|x| x.read()).map(|x| x * x).sum();
         let slices: Vec<Slice<'_>> = lists.iter().map(|x| x.slice()).collect();
         let sum = squares(gpu, &slices);

@@ -3,11 +3,11 @@
 //! Any [`Rule`] runs here: it is applied once to symbols, which note every operation, and the note becomes the kernel's formula. The constants are
 //! the launch's arguments, so a new learning rate or step count compiles nothing. The f32 and f64 results are the processor's, bit for bit.
 
+use super::Source;
 use super::error::CudaError;
 use super::gpu::Gpu;
 use super::launch::{Launch, impl_arg};
 use super::memory::{Slice, SliceMut, Type};
-use super::Source;
 use crate::cpu::optim::{Rule, Value};
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -50,7 +50,10 @@ pub fn step<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, slots: &[Slo
     for slot in slots {
         let (n, ty) = (slot.param.len(), slot.param.ty());
         let state = state_type(ty);
-        assert!(ty.is_float() && slot.grad.ty() == ty && slot.states.iter().all(|s| s.ty() == state), "types of parameter, gradient and states");
+        assert!(
+            ty.is_float() && slot.grad.ty() == ty && slot.states.iter().all(|s| s.ty() == state),
+            "types of parameter, gradient and states"
+        );
         assert!(slot.grad.len() == n && slot.states.iter().all(|s| s.len() == n), "parameter, gradient and states differ in length");
     }
     if slots.is_empty() {
@@ -225,8 +228,10 @@ mod tests {
             _ => x,
         };
         for ty in [Type::F32, Type::F64, Type::F16, Type::BF16] {
-            let mut expected: Vec<(Vec<f64>, [Vec<f64>; N])> =
-                sizes.iter().map(|&n| (values(n, 1).iter().map(|&x| round(ty, x)).collect(), std::array::from_fn(|_| vec![0.0; n]))).collect();
+            let mut expected: Vec<(Vec<f64>, [Vec<f64>; N])> = sizes
+                .iter()
+                .map(|&n| (values(n, 1).iter().map(|&x| round(ty, x)).collect(), std::array::from_fn(|_| vec![0.0; n])))
+                .collect();
             let mut params: Vec<Values> = expected.iter().map(|(p, _)| Values::new(gpu, ty, p)).collect();
             let mut states: Vec<[Values; N]> =
                 sizes.iter().map(|&n| std::array::from_fn(|_| Values::new(gpu, state_type(ty), &vec![0.0; n]))).collect();
@@ -234,7 +239,8 @@ mod tests {
                 let grads: Vec<Vec<f64>> = sizes.iter().map(|&n| values(n, 9 + t).iter().map(|&x| round(ty, x)).collect()).collect();
                 let on_gpu: Vec<Values> = grads.iter().map(|g| Values::new(gpu, ty, g)).collect();
                 let each = params.iter_mut().zip(&mut states).zip(&on_gpu);
-                let slots = each.map(|((p, s), g)| Slot { param: p.slice_mut(), grad: g.slice(), states: s.each_mut().map(|s| s.slice_mut()) });
+                let slots =
+                    each.map(|((p, s), g)| Slot { param: p.slice_mut(), grad: g.slice(), states: s.each_mut().map(|s| s.slice_mut()) });
                 step(gpu, &rule(t as u64), &slots.collect::<Vec<_>>()).unwrap();
                 for ((p, s), g) in expected.iter_mut().zip(&grads) {
                     step_on_host(&rule(t as u64), ty, p, g, s);

@@ -73,7 +73,10 @@ fn memory_order(out: &Output<'_>) -> Vec<usize> {
 impl<const N: usize> Operands<N> {
     /// What the kernel needs to know of the operands, all seen in the order of the output's memory. `sizes` are those of the operands' elements.
     fn new(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], out: &Output<'_>) -> Self {
-        assert!(out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8, "the output has as many elements as its shape");
+        assert!(
+            out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8,
+            "the output has as many elements as its shape"
+        );
         let order = memory_order(out);
         let shape: Vec<usize> = order.iter().map(|&d| out.shape[d]).collect();
         let dense: Vec<usize> = order.iter().map(|&d| out.strides[d]).collect();
@@ -190,11 +193,17 @@ impl Expression {
 }
 
 /// The kernel `kernel_NAME` of a module with this text appended to `pointwise.cu`.
-fn kernel(gpu: &'static Gpu, key: String, ty: Type, operands: usize, name: &str, text: impl FnOnce() -> String) -> Result<Kernel, CudaError> {
+fn kernel(
+    gpu: &'static Gpu,
+    key: String,
+    ty: Type,
+    operands: usize,
+    name: &str,
+    text: impl FnOnce() -> String,
+) -> Result<Kernel, CudaError> {
     let operands = operands.to_string();
-    let module = gpu.module_of(key, "pointwise", false, || {
-        expand_text(&format!("{TEXT}\n{}", text()), &[("T", ty.name()), ("OPERANDS", &operands)])
-    })?;
+    let module = gpu
+        .module_of(key, "pointwise", false, || expand_text(&format!("{TEXT}\n{}", text()), &[("T", ty.name()), ("OPERANDS", &operands)]))?;
     module.kernel(name)
 }
 
@@ -293,7 +302,8 @@ pub fn fill(gpu: &'static Gpu, value: f64, mut out: SliceMut<'_>) -> Result<(), 
         "__device__ __forceinline__ T filled(const A* v, const A* p) {\n    return narrow<T>(v[0]);\n}\nKILN_POINTWISE(kernel_fill, 1, T, T, filled)\n".into()
     })?;
     let len = [out.len()];
-    let operands = Operands::new([0.0; 2], [Operand::Scalar(value)], [ty.size()], &Output { data: out.reborrow(), shape: &len, strides: &[1] });
+    let operands =
+        Operands::new([0.0; 2], [Operand::Scalar(value)], [ty.size()], &Output { data: out.reborrow(), shape: &len, strides: &[1] });
     operands.launch(kernel, &mut out)
 }
 
@@ -378,10 +388,15 @@ mod tests {
                     Operand::View(View::new(x.buffer(), ty, 0, &shape, &dense).unwrap()),
                     Operand::View(View::new(y.buffer(), ty, at, &shape, &strides).unwrap()),
                 ];
-                apply(gpu, crate::pointwise::binary::Add::ROW, [0.0; 2], operands, Output { data: out.slice_mut(), shape: &shape, strides: &dense })
-                    .unwrap();
-                let expected: Vec<f64> =
-                    (0..rows * cols).map(|i| a[i] + b[at + i / cols * strides[0] + i % cols * strides[1]]).collect();
+                apply(
+                    gpu,
+                    crate::pointwise::binary::Add::ROW,
+                    [0.0; 2],
+                    operands,
+                    Output { data: out.slice_mut(), shape: &shape, strides: &dense },
+                )
+                .unwrap();
+                let expected: Vec<f64> = (0..rows * cols).map(|i| a[i] + b[at + i / cols * strides[0] + i % cols * strides[1]]).collect();
                 assert_eq!(out.read(), expected, "{ty:?} {strides:?}");
             }
         }

@@ -130,7 +130,11 @@ pub fn permutation(gpu: &'static Gpu, stream: Stream, out: &mut SliceMut<'_>) ->
         super::fill::fill(gpu, &mut above, -1.0)?;
     }
     // SAFETY: every array has `n` elements of the kernels' types.
-    unsafe { module.kernel("shuffle_targets")?.launch(Launch::over(n.div_ceil(2), THREADS), &[&KernelStream::from(stream), &targets.ptr(), &count])? };
+    unsafe {
+        module
+            .kernel("shuffle_targets")?
+            .launch(Launch::over(n.div_ceil(2), THREADS), &[&KernelStream::from(stream), &targets.ptr(), &count])?
+    };
     let bits = usize::BITS - (n - 1).leading_zeros();
     let sorted = sort::sort_pairs(gpu, &targets, n, bits)?;
     // SAFETY: as above; the sorted places and targets are below `n`.

@@ -92,7 +92,11 @@ pub fn argsort(gpu: &'static Gpu, x: Slice<'_>, len: usize, k: usize, descending
     let keys = Keys::of(x.ty());
     let flip = Flip::new(keys, descending);
     // Sorting runs for their first k pays while each pass leaves a quarter at most.
-    if len <= TILE || 4 * k <= TILE { sort_runs(gpu, x, rows, len, k, keys, &flip, out) } else { sort_digits(gpu, x, rows, len, k, keys, &flip, out) }
+    if len <= TILE || 4 * k <= TILE {
+        sort_runs(gpu, x, rows, len, k, keys, &flip, out)
+    } else {
+        sort_digits(gpu, x, rows, len, k, keys, &flip, out)
+    }
 }
 
 /// Runs of rows are sorted for their first `k` elements, the runs of those again, until one run a row is left.
@@ -121,8 +125,7 @@ fn sort_runs(
         // `k`, in `out`.
         unsafe {
             let (rows, len, run, parts, k) = (rows as i64, len as i64, run as i32, parts as i64, k as i32);
-            let args: [&dyn Arg; 10] =
-                [&x.ptr(), &address(&from), &rows, &len, &run, &parts, &k, flip.arg(), &address(&items), &places];
+            let args: [&dyn Arg; 10] = [&x.ptr(), &address(&from), &rows, &len, &run, &parts, &k, flip.arg(), &address(&items), &places];
             kernel.launch(launch, &args)?;
         }
         if parts == 1 {
@@ -185,7 +188,8 @@ fn radix_sort(
     let parts = len.div_ceil(part);
     let module = keys.module(gpu)?;
     let (count, scan, move_keys) = (module.kernel("count_digits")?, module.kernel("scan_counts")?, module.kernel("move_keys")?);
-    let pairs = || -> Result<Pairs, CudaError> { Ok(Pairs { keys: gpu.alloc(rows * len * keys.size())?, places: gpu.alloc(rows * len * 4)? }) };
+    let pairs =
+        || -> Result<Pairs, CudaError> { Ok(Pairs { keys: gpu.alloc(rows * len * keys.size())?, places: gpu.alloc(rows * len * 4)? }) };
     let passes = keys.bits.div_ceil(8);
     // Passes write to these in turn.
     let (mut to, mut other) = (pairs()?, if passes > 1 { Some(pairs()?) } else { None });

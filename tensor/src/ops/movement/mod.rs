@@ -1,7 +1,7 @@
 //! Operations that move elements, or only relabel them.
 
-mod indexing;
 mod device;
+mod indexing;
 mod join;
 mod slice;
 mod view;
