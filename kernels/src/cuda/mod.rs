@@ -18,9 +18,11 @@ mod gpu;
 mod graph;
 mod launch;
 mod memory;
+pub mod norm;
 mod nvrtc;
 pub mod pointwise;
 pub mod reduce;
+pub mod softmax;
 #[cfg(test)]
 mod testing;
 
