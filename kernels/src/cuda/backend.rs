@@ -29,6 +29,9 @@ pub(super) trait Backend: Send + Sync {
     /// New memory; `None` if there is none left.
     fn alloc(&self, bytes: usize) -> Result<Option<u64>, CudaError>;
 
+    /// Takes note of how much of a block from [`alloc`](Backend::alloc) a kernel may touch from now on: 0 when the block returns to the cache.
+    fn lend(&self, _address: u64, _bytes: usize) {}
+
     /// Gives memory back, after all queued work is done.
     fn free(&self, address: u64);
 

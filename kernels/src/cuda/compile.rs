@@ -30,41 +30,59 @@ pub(super) fn number(n: usize) -> &'static str {
     }
 }
 
-/// What kernel files may include.
+/// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
+    ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
+    ("conv_tile.cuh", include_str!("conv/tile.cuh")),
+    ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),
+    ("emulate_state.hpp", include_str!("emulate_state.hpp")),
+    ("emulate_check.hpp", include_str!("emulate_check.hpp")),
+    ("emulate_async.cpp", include_str!("emulate_async.cpp")),
+    ("emulate_matrix.cpp", include_str!("emulate_matrix.cpp")),
+    ("emulate_check.cpp", include_str!("emulate_check.cpp")),
+    ("gemm.cuh", include_str!("gemm.cuh")),
 ];
 
 /// The file's text, each header in the place of its first inclusion, macros first.
 pub(super) fn expand(source: &Source, defines: &[(&str, &str)]) -> String {
-    expand_text(source.text, defines)
+    expand_file(&format!("{}.cu", source.name), source.text, defines)
 }
 
 /// As [`expand`], of a text that a program wrote. The macro `T` becomes a type of that name (`kiln.cuh`), which templates may use for their own.
 pub(crate) fn expand_text(text: &str, defines: &[(&str, &str)]) -> String {
+    expand_file("generated.cu", text, defines)
+}
+
+/// As [`expand`], of a file of this name.
+pub(super) fn expand_file(file: &str, text: &str, defines: &[(&str, &str)]) -> String {
     let mut out = String::with_capacity(64 << 10);
     for (name, value) in defines {
         let name = if *name == "T" { "KILN_T" } else { name };
         let _ = writeln!(out, "#define {name} {value}");
     }
-    include(text, &mut out, &mut Vec::new());
+    include(file, text, &mut out, &mut Vec::new());
     out
 }
 
-fn include(text: &str, out: &mut String, seen: &mut Vec<&'static str>) {
-    for line in text.lines() {
+/// Appends a text with its headers; compilers and the emulator's messages name its own lines.
+fn include(file: &str, text: &str, out: &mut String, seen: &mut Vec<&'static str>) {
+    let _ = writeln!(out, "#line 1 \"{file}\"");
+    for (number, line) in text.lines().enumerate() {
         let header = line.trim().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
         let header = header.and_then(|wanted| HEADERS.iter().find(|(name, _)| *name == wanted));
         match header {
-            Some((name, _)) if seen.contains(name) => {}
+            Some((name, _)) if seen.contains(name) => out.push('\n'),
             Some((name, text)) => {
                 seen.push(name);
-                include(text, out, seen);
+                include(name, text, out, seen);
+                let _ = writeln!(out, "#line {} \"{file}\"", number + 2);
             }
-            None if line.trim() == "#pragma once" => {}
+            None if line.trim() == "#pragma once" => out.push('\n'),
             None => {
                 out.push_str(line);
                 out.push('\n');
@@ -102,11 +120,16 @@ fn is_whole(file: &Path, sum: &Path) -> bool {
 
 /// Loads the machine code of an expanded kernel file, compiling it unless a whole copy is on disk.
 pub(super) fn load(backend: &dyn Backend, name: &str, contract: bool, text: &str) -> Result<u64, CudaError> {
+    backend.load(name, &build(backend, name, contract, text)?)
+}
+
+/// The file with the machine code of an expanded kernel file, compiled unless a whole copy is on disk.
+pub(super) fn build(backend: &dyn Backend, name: &str, contract: bool, text: &str) -> Result<PathBuf, CudaError> {
     let key = digest(&[backend.target()?.as_bytes(), &[u8::from(contract)], text.as_bytes()]);
     let folder = cache_folder();
     let (file, sum) = (folder.join(format!("{name}-{}.bin", &key[..32])), folder.join(format!("{name}-{}.sum", &key[..32])));
     if is_whole(&file, &sum) {
-        return backend.load(name, &file);
+        return Ok(file);
     }
     let failed = |what: &Path, e: std::io::Error| {
         CudaError::Unavailable(format!(
@@ -123,7 +146,7 @@ pub(super) fn load(backend: &dyn Backend, name: &str, contract: bool, text: &str
     fs::write(&fresh_sum, digest(&[&code])).map_err(|e| failed(&fresh_sum, e))?;
     fs::rename(&fresh, &file).map_err(|e| failed(&file, e))?;
     fs::rename(&fresh_sum, &sum).map_err(|e| failed(&sum, e))?;
-    backend.load(name, &file)
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -92,7 +92,9 @@ impl Gpu {
     pub fn alloc(&'static self, bytes: usize) -> Result<DeviceBuffer, CudaError> {
         let pool = self.pool.load(Relaxed);
         let Some(size) = class_of(bytes) else { return Err(self.out_of_memory(bytes)) };
-        if let Some(block) = lock(&self.cache).take(size, pool) {
+        let cached = lock(&self.cache).take(size, pool);
+        if let Some(block) = cached {
+            self.backend.lend(block.address, bytes);
             return Ok(DeviceBuffer { gpu: self, block, bytes });
         }
         self.make_current()?;
@@ -103,6 +105,7 @@ impl Gpu {
         }
         let address = address.ok_or_else(|| self.out_of_memory(bytes))?;
         let block = lock(&self.cache).adopt(address, size, pool);
+        self.backend.lend(address, bytes);
         Ok(DeviceBuffer { gpu: self, block, bytes })
     }
 
@@ -113,6 +116,7 @@ impl Gpu {
     }
 
     pub(super) fn release(&self, block: Block) {
+        self.backend.lend(block.address, 0);
         lock(&self.cache).give(block);
     }
 

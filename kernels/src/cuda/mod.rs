@@ -8,21 +8,30 @@
 //! Work is queued on one stream per GPU, in the order of the calls; only copies to the host wait for it.
 
 mod alloc;
+pub mod attention;
 mod backend;
 mod compile;
+pub mod conv;
 pub mod copy;
 mod driver;
 mod emulator;
 mod error;
+pub mod fill;
+pub mod gemm;
 mod gpu;
+pub mod gradient;
 mod graph;
+pub mod index;
 mod launch;
 mod memory;
 pub mod norm;
 mod nvrtc;
+pub mod optim;
 pub mod pointwise;
+pub mod random;
 pub mod reduce;
 pub mod softmax;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 

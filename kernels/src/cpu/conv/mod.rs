@@ -83,7 +83,7 @@ pub fn transposed_extent(
 }
 
 impl ConvShape {
-    fn assert_valid(&self) {
+    pub(crate) fn assert_valid(&self) {
         assert!(self.groups > 0 && self.ci.is_multiple_of(self.groups) && self.co.is_multiple_of(self.groups));
         for axis in 0..3 {
             assert!(self.kernel[axis] > 0 && self.stride[axis] > 0 && self.dilation[axis] > 0);
@@ -92,19 +92,19 @@ impl ConvShape {
         }
     }
 
-    fn input_len(&self) -> usize {
+    pub(crate) fn input_len(&self) -> usize {
         self.n * self.ci * self.input.iter().product::<usize>()
     }
 
-    fn output_len(&self) -> usize {
+    pub(crate) fn output_len(&self) -> usize {
         self.n * self.co * self.output.iter().product::<usize>()
     }
 
-    fn taps(&self) -> usize {
+    pub(crate) fn taps(&self) -> usize {
         self.kernel.iter().product()
     }
 
-    fn weight_len(&self) -> usize {
+    pub(crate) fn weight_len(&self) -> usize {
         self.co * (self.ci / self.groups) * self.taps()
     }
 
@@ -290,4 +290,4 @@ fn part_start(total: usize, parts: usize, i: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

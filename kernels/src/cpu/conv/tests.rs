@@ -3,7 +3,7 @@
 use super::*;
 
 /// Deterministic values in -1..1.
-fn values(len: usize, seed: u64) -> Vec<f64> {
+pub(crate) fn values(len: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) + 1;
     (0..len)
         .map(|_| {
@@ -15,7 +15,7 @@ fn values(len: usize, seed: u64) -> Vec<f64> {
 }
 
 /// Calls `f(x, y, w)` with the offsets of every product of the convolution.
-fn each_product(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
+pub(crate) fn each_product(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
     let (ci, co) = (s.ci / s.groups, s.co / s.groups);
     let all = |e: [usize; 3]| (0..e[0]).flat_map(move |d| (0..e[1]).flat_map(move |h| (0..e[2]).map(move |w| [d, h, w])));
     let flat = |e: [usize; 3], p: [usize; 3]| (p[0] * e[1] + p[1]) * e[2] + p[2];
@@ -42,7 +42,7 @@ fn each_product(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
 }
 
 /// `hw` and `k` are height and width; `[stride, padding, dilation]` hold for both.
-fn shape2d(
+pub(crate) fn shape2d(
     n: usize,
     [ci, co]: [usize; 2],
     hw: [usize; 2],
@@ -65,7 +65,7 @@ fn shape2d(
     }
 }
 
-fn shapes() -> Vec<ConvShape> {
+pub(crate) fn shapes() -> Vec<ConvShape> {
     let mut shapes = vec![
         // DCGAN's layers, fewer images and channels.
         shape2d(3, [1, 40], [28, 28], [4, 4], [2, 1, 1], 1),

@@ -4,7 +4,7 @@ use super::super::compile::number;
 use super::super::launch::impl_arg;
 use super::super::memory::{DevicePtr, Slice, SliceMut, Type};
 use super::super::reduce::{self, statistics_type};
-use super::super::{CudaError, Gpu, Kernel, Launch, Source};
+use super::super::{Arg, CudaError, DeviceBuffer, Gpu, Kernel, Launch, Source};
 use super::{Channels, Grouping, divisor, gradient, parameter};
 
 const SOURCE: Source = Source { name: "norm_channels", text: include_str!("channels.cu") };
@@ -62,37 +62,34 @@ pub fn group_moments(
     let Channels { n, c, s, channels_last } = layout;
     let count = layout.statistics(grouping);
     assert!(x.len() == layout.numel() && out.iter().all(|part| part.len() == count && part.ty() == statistics_type(x.ty())));
-    let view = |shape: &[usize], f: &dyn Fn(super::super::View<'_>) -> Result<(), CudaError>| {
-        let mut strides = [1; 3];
-        for d in (1..shape.len()).rev() {
-            strides[d - 1] = strides[d] * shape[d];
-        }
-        f(x.view(shape, &strides[..shape.len()]).expect("as many elements as the layout says"))
-    };
+    if count == 0 {
+        return Ok(());
+    }
     if let (Grouping::Groups(groups), true) = (grouping, channels_last) {
-        if count == 0 {
-            return Ok(());
-        }
+        // Channel by channel, which reads whole runs of memory, and then the channels of each group.
         let mut buffer = gpu.alloc(n * c * 3 * size_of::<f64>())?;
         let mut single = SliceMut::new(&mut buffer, Type::F64, 0, n * c * 3).expect("made for as many");
-        view(&[n, s, c], &|x| reduce::moments(gpu, x, &[false, true, false], single.reborrow()))?;
+        let (shape, strides) = ([n, s, c], [s * c, c, 1]);
+        let view = x.view(&shape, &strides).expect("as many elements as the layout says");
+        reduce::moments(gpu, view, &[false, true, false], single.reborrow())?;
         let kernel = kernel(gpu, x.ty(), Macros { pattern: 6, ..Macros::default() }, "group_statistics")?;
         let [mean, rstd, var] = out.map(|part| part.ptr());
         let launch = Launch::blocks(count.div_ceil(THREADS), THREADS as u32);
+        let args: [&dyn Arg; 7] = [&single.ptr(), &(count as i64), &((c / groups) as i64), &eps, &mean, &rstd, &var];
         // SAFETY: `single` has moments for each of `count · c/groups` channels; the outputs have `count` elements, checked above.
-        return unsafe {
-            kernel.launch(launch, &[&single.ptr(), &(count as i64), &((c / groups) as i64), &eps, &mean, &rstd, &var])
-        };
+        return unsafe { kernel.launch(launch, &args) };
     }
-    let out = std::cell::Cell::new(Some(out));
-    let run = |axes: &'static [bool]| {
-        let out = &out;
-        move |x: super::super::View<'_>| reduce::statistics(gpu, x, axes, eps, out.take().expect("called once"))
+    let reduce = |shape: &[usize], strides: &[usize], axes: &[bool]| {
+        let view = x.view(shape, strides).expect("as many elements as the layout says");
+        reduce::statistics(gpu, view, axes, eps, out)
     };
     match grouping {
-        Grouping::Batch if channels_last => view(&[n * s, c], &run(&[true, false])),
-        Grouping::Batch => view(&[n, c, s], &run(&[true, false, true])),
-        Grouping::Groups(groups) => view(&[n * groups, c / groups * s], &run(&[false, true])),
+        Grouping::Batch if channels_last => reduce(&[n * s, c], &[c, 1], &[true, false]),
+        Grouping::Batch => reduce(&[n, c, s], &[c * s, s, 1], &[true, false, true]),
+        Grouping::Groups(groups) => {
+            let len = c / groups * s;
+            reduce(&[n * groups, len], &[len, 1], &[false, true])
+        }
     }
 }
 
@@ -202,14 +199,14 @@ impl Pass {
         let Tiles { across, tiles, parts, chunk } = self.tiles(2 * UNROLL, 16 * UNROLL);
         let kernel = kernel(gpu, self.ty, macros, "normalize_pixels")?;
         let launch = Launch::blocks(n * parts * tiles, THREADS as u32);
-        let args: [&dyn super::super::Arg; 9] =
+        let args: [&dyn Arg; 9] =
             [&self.shape(), &constants, &g, &x, &out, &(across as i32), &(tiles as i64), &(parts as i64), &(chunk as i64)];
         // SAFETY: as above.
         unsafe { kernel.launch(launch, &args) }
     }
 
     /// Σ g and Σ g·(x − mean) over parts of the pixels of each channel of each sample: the sums' memory, and the number of parts.
-    fn sums(&self, gpu: &'static Gpu, mean: DevicePtr, g: DevicePtr, x: DevicePtr) -> Result<(super::super::DeviceBuffer, usize), CudaError> {
+    fn sums(&self, gpu: &'static Gpu, mean: DevicePtr, g: DevicePtr, x: DevicePtr) -> Result<(DeviceBuffer, usize), CudaError> {
         let Channels { n, c, s, channels_last } = self.layout;
         let room = |parts: usize| gpu.alloc(parts * n * c * 2 * size_of::<f64>());
         let macros = Macros { vec: self.vec(), aligned: self.is_aligned(&[g, x]), ..Macros::default() };
@@ -217,7 +214,7 @@ impl Pass {
             let Tiles { across, tiles, parts, chunk } = self.tiles(2 * UNROLL, usize::MAX / THREADS);
             let sums = room(parts)?;
             let kernel = kernel(gpu, self.ty, Macros { pattern: 3, ..macros }, "pixel_sums")?;
-            let args: [&dyn super::super::Arg; 9] =
+            let args: [&dyn Arg; 9] =
                 [&self.shape(), &mean, &g, &x, &sums.ptr(), &(across as i32), &(tiles as i64), &(parts as i64), &(chunk as i64)];
             // SAFETY: the caller checked that the operands have the layout's elements; `sums` has two numbers for each channel of each sample and part.
             unsafe { kernel.launch(Launch::blocks(n * parts * tiles, THREADS as u32), &args)? };
@@ -310,7 +307,7 @@ pub fn normalize_backward(
     if dx.is_some() || grouping == Grouping::Batch {
         let len = (layout.numel() / count) as f64;
         let kernel = kernel(gpu, ty, Macros { pattern: 4, ..Macros::default() }, "gradient_coefficients")?;
-        let args: [&dyn super::super::Arg; 11] =
+        let args: [&dyn Arg; 11] =
             [&shape, &sums.ptr(), &parts, &mean, &rstd, &w, &len, &table_ptr, &dw, &db, &i32::from(fixed)];
         // SAFETY: `sums` has `parts` pairs for each channel of each sample (none are read if there are no parts), the table an entry for each
         // channel, or for each channel of each sample, and statistics and parameters were checked above.

@@ -2,8 +2,9 @@
 
 use super::super::compile::number;
 use super::super::memory::{DevicePtr, Slice, SliceMut, Type};
+use super::super::pointwise;
 use super::super::reduce::statistics_type;
-use super::super::{CudaError, Gpu, Kernel, Launch, Source};
+use super::super::{Arg, CudaError, Gpu, Kernel, Launch, Source};
 use super::{Rows, divisor, gradient, parameter};
 
 const SOURCE: Source = Source { name: "norm_rows", text: include_str!("rows.cu") };
@@ -78,8 +79,8 @@ pub fn layer_norm(
     assert!(x.len() == y.len() && y.ty() == ty && count == rstd.len() && x.len() == n * count);
     expect_statistics(ty, mean.ty(), rstd.ty());
     if x.is_empty() {
-        super::super::pointwise::fill(gpu, f64::NAN, mean.reborrow())?;
-        return super::super::pointwise::fill(gpu, f64::NAN, rstd.reborrow());
+        pointwise::fill(gpu, f64::NAN, mean.reborrow())?;
+        return pointwise::fill(gpu, f64::NAN, rstd.reborrow());
     }
     let (w, b) = (parameter(weight.as_ref(), ty, n), parameter(bias.as_ref(), ty, n));
     let vec = divisor(n, 16 / ty.size());
@@ -164,7 +165,7 @@ pub fn layer_norm_backward(
         let launch = Launch::blocks(count, LONG_BLOCK as u32);
         // SAFETY: as above.
         unsafe {
-            let args: [&dyn super::super::Arg; 10] =
+            let args: [&dyn Arg; 10] =
                 [&g.ptr(), &g_stride, &x.ptr(), &w, &mean.ptr(), &rstd.ptr(), &dx.ptr(), &count_arg, &n_arg, &centered];
             kernel.launch(launch, &args)?;
         }
@@ -178,7 +179,7 @@ pub fn layer_norm_backward(
             let launch = Launch::blocks((n / vec).div_ceil(32) * chains, 256);
             // SAFETY: as above, and `parts` has 2·n sums for each chain.
             unsafe {
-                let args: [&dyn super::super::Arg; 9] =
+                let args: [&dyn Arg; 9] =
                     [&g.ptr(), &g_stride, &x.ptr(), &mean.ptr(), &rstd.ptr(), &parts.ptr(), &count_arg, &n_arg, &(chain as i64)];
                 kernel.launch(launch, &args)?;
             }
