@@ -25,11 +25,13 @@ mod graph;
 pub mod index;
 mod launch;
 mod memory;
+pub mod norm;
 mod nvrtc;
 pub mod optim;
 pub mod pointwise;
 pub mod random;
 pub mod reduce;
+pub mod softmax;
 pub mod sort;
 #[cfg(test)]
 mod testing;
