@@ -8,6 +8,7 @@
 //! Work is queued on one stream per GPU, in the order of the calls; only copies to the host wait for it.
 
 mod alloc;
+mod axis_maps;
 mod backend;
 mod compile;
 pub mod conv;
@@ -21,6 +22,8 @@ mod launch;
 mod memory;
 mod nvrtc;
 pub mod pointwise;
+pub mod pool;
+pub mod resample;
 #[cfg(test)]
 mod testing;
 

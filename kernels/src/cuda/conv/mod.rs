@@ -178,13 +178,7 @@ pub fn input_grad(
 }
 
 /// The gradient of [`forward`] by its weights: see [`crate::cpu::conv::weight_grad`].
-pub fn weight_grad(
-    gpu: &'static Gpu,
-    shape: &ConvShape,
-    x: Slice<'_>,
-    gy: Slice<'_>,
-    gw: &mut SliceMut<'_>,
-) -> Result<(), CudaError> {
+pub fn weight_grad(gpu: &'static Gpu, shape: &ConvShape, x: Slice<'_>, gy: Slice<'_>, gw: &mut SliceMut<'_>) -> Result<(), CudaError> {
     shape.assert_valid();
     assert!(x.len() == shape.input_len() && gw.len() == shape.weight_len() && gy.len() == shape.output_len());
     let ty = gw.ty();
@@ -304,7 +298,8 @@ fn product(
     let defines = tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1))]);
     let kernel = gpu.module(&GATHER, &defines)?.kernel("conv_gather")?;
     let count = tiles_m.saturating_mul(tiles_n).saturating_mul(g.groups()).saturating_mul(phases).saturating_mul(parts);
-    let launch = blocks(count, tile.threads)?.with_shared((tile.stage_bytes(math, ty, true) * tile.stages + tile.m * size_of::<[i64; 4]>()) as u32);
+    let launch =
+        blocks(count, tile.threads)?.with_shared((tile.stage_bytes(math, ty, true) * tile.stages + tile.m * size_of::<[i64; 4]>()) as u32);
     // SAFETY: the lengths of `x`, `bias` and `y` were checked against the shape that `g` was made of; `packed` is as wide as `tiles_n` tiles, and
     // `partial` holds `parts` times as many sums as `y` has elements.
     unsafe {
@@ -332,21 +327,12 @@ fn product(
     let channels = (g.groups() * g.cout()) as i32;
     // SAFETY: as above; `bias` has `channels` elements.
     unsafe {
-        kernel.launch(
-            Launch::over(y.len(), 256),
-            &[&partial.ptr(), &bias_ptr(bias), &y.ptr(), &(y.len() as i64), &channels, &(parts as i32)],
-        )
+        kernel
+            .launch(Launch::over(y.len(), 256), &[&partial.ptr(), &bias_ptr(bias), &y.ptr(), &(y.len() as i64), &channels, &(parts as i32)])
     }
 }
 
-fn thin(
-    gpu: &'static Gpu,
-    g: &Gather,
-    x: Slice<'_>,
-    w: Slice<'_>,
-    bias: Option<Slice<'_>>,
-    y: &mut SliceMut<'_>,
-) -> Result<(), CudaError> {
+fn thin(gpu: &'static Gpu, g: &Gather, x: Slice<'_>, w: Slice<'_>, bias: Option<Slice<'_>>, y: &mut SliceMut<'_>) -> Result<(), CudaError> {
     const NUMBERS: [&str; 33] = {
         let mut numbers = ["0"; 33];
         (numbers[1], numbers[2], numbers[3], numbers[4], numbers[8], numbers[16], numbers[32]) = ("1", "2", "3", "4", "8", "16", "32");
@@ -365,9 +351,7 @@ fn thin(
     let kernel = gpu.module(&THIN_SOURCE, &defines)?.kernel("conv_thin")?;
     let launch = blocks(tiles.saturating_mul(g.groups()).saturating_mul(phases), 256)?;
     // SAFETY: the lengths of `x`, `bias` and `y` were checked against the shape that `g` was made of, and `packed` has a row for each target channel.
-    unsafe {
-        kernel.launch(launch, &[g, &x.ptr(), &packed.ptr(), &bias_ptr(bias), &y.ptr(), &(tiles as i32), &(phases as i32)])
-    }
+    unsafe { kernel.launch(launch, &[g, &x.ptr(), &packed.ptr(), &bias_ptr(bias), &y.ptr(), &(tiles as i32), &(phases as i32)]) }
 }
 
 fn depthwise(
@@ -381,14 +365,20 @@ fn depthwise(
     let ty = y.ty();
     let line = 4 * ty.size() as u64;
     let four = g.groups().is_multiple_of(4) && x.ptr().is_aligned(line) && y.ptr().is_aligned(line);
-    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("V", if four { "4" } else { "1" })])?.kernel("conv_depthwise")?;
+    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("CHANNELS", if four { "4" } else { "1" })])?.kernel("conv_depthwise")?;
     let launch = Launch::over(if four { y.len() / 4 } else { y.len() }, 256);
     // SAFETY: the lengths of `x`, `w`, `bias` and `y` were checked against the shape that `g` was made of.
     unsafe { kernel.launch(launch, &[g, &x.ptr(), &w.ptr(), &bias_ptr(bias), &y.ptr()]) }
 }
 
 /// Sums for `conv_weight_finish`, and in how many parts they are. `source` and `target` are those of `g`.
-fn weight_product(gpu: &'static Gpu, g: &Gather, math: Math, source: Slice<'_>, target: Slice<'_>) -> Result<(DeviceBuffer, usize), CudaError> {
+fn weight_product(
+    gpu: &'static Gpu,
+    g: &Gather,
+    math: Math,
+    source: Slice<'_>,
+    target: Slice<'_>,
+) -> Result<(DeviceBuffer, usize), CudaError> {
     let ty = source.ty();
     let columns = g.taps() * g.cin();
     let (tile, parts) = plan::weight(g, math, ty);
@@ -411,16 +401,7 @@ fn weight_product(gpu: &'static Gpu, g: &Gather, math: Math, source: Slice<'_>, 
     unsafe {
         kernel.launch(
             launch,
-            &[
-                g,
-                &source.ptr(),
-                &target.ptr(),
-                &partial.ptr(),
-                &(parts as i32),
-                &(tiles_m as i32),
-                &(tiles_n as i32),
-                &(aligned as i32),
-            ],
+            &[g, &source.ptr(), &target.ptr(), &partial.ptr(), &(parts as i32), &(tiles_m as i32), &(tiles_n as i32), &(aligned as i32)],
         )?;
     }
     Ok((partial, parts))
@@ -433,7 +414,7 @@ fn depthwise_weight(gpu: &'static Gpu, g: &Gather, x: Slice<'_>, gy: Slice<'_>) 
     let parts = plan::parts(units, g.target_pixels().div_ceil(64));
     let partial = gpu.alloc(parts * g.groups() * g.taps() * sum_size(ty))?;
     // The number of channels at once is that of the other kernel of the file.
-    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("V", "1")])?.kernel("conv_depthwise_weight")?;
+    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("CHANNELS", "1")])?.kernel("conv_depthwise_weight")?;
     let launch = blocks(units.saturating_mul(parts), 256)?;
     // SAFETY: the lengths of `x` and `gy` were checked against the shape that `g` was made of; `partial` holds a sum for each part, channel and tap.
     unsafe { kernel.launch(launch, &[g, &x.ptr(), &gy.ptr(), &partial.ptr(), &(parts as i32)])? };

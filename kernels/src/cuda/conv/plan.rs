@@ -89,10 +89,8 @@ const HALF: [Tile; 4] = [
     tile!([64, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 0.75),
     tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 0.5),
 ];
-const TF32: [Tile; 2] = [
-    tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 1, 1.0),
-    tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 0.85),
-];
+const TF32: [Tile; 2] =
+    [tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 1, 1.0), tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 0.85)];
 
 /// Multiprocessors that plans are made for: an H100's. A constant, so that plans do not depend on the GPU.
 const PROCESSORS: usize = 132;

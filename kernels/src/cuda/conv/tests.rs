@@ -101,7 +101,12 @@ fn empty_images_give_bias_and_no_gradient() {
 #[test]
 fn positions_that_do_not_fit_are_an_error() {
     let Some(gpu) = device() else { return };
-    let huge = ConvShape { padding: [0, 1 << 30, 0], stride: [1, (1 << 31) - 1, 1], output: [1, 1, 4], ..shape2d(1, [1, 1], [4, 4], [1, 1], [1, 0, 1], 1) };
+    let huge = ConvShape {
+        padding: [0, 1 << 30, 0],
+        stride: [1, (1 << 31) - 1, 1],
+        output: [1, 1, 4],
+        ..shape2d(1, [1, 1], [4, 4], [1, 1], [1, 0, 1], 1)
+    };
     let values = Values::new(gpu, Type::F32, &vec![1.0; 16]);
     let mut out = Values::unwritten(gpu, Type::F32, 4);
     let one = Slice::new(values.buffer(), Type::F32, 0, 1).unwrap();
