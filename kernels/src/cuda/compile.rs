@@ -14,9 +14,9 @@ pub(crate) struct Source {
     pub(crate) text: &'static str,
 }
 
-/// What kernel files may include.
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
@@ -30,6 +30,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("emulate_async.cpp", include_str!("emulate_async.cpp")),
     ("emulate_matrix.cpp", include_str!("emulate_matrix.cpp")),
     ("emulate_check.cpp", include_str!("emulate_check.cpp")),
+    ("gemm.cuh", include_str!("gemm.cuh")),
 ];
 
 /// The file's text, each header in the place of its first inclusion, macros first.

@@ -7,10 +7,10 @@
 //! It stands for a GPU of `KILN_EMULATE_CAPABILITY` (`9.0` by default), so that each level of kernels can be chosen.
 
 use super::backend::{Backend, FunctionHandle, Info};
-use super::compile;
 use super::error::CudaError;
 use super::launch::{Launch, TensorMap, TensorMapSpec};
 use super::memory::Type;
+use super::{check, compile};
 use libloading::Library;
 use std::alloc::{alloc, dealloc};
 use std::collections::HashMap;
@@ -218,10 +218,13 @@ impl Backend for Emulator {
     }
 
     fn target(&self) -> Result<String, CudaError> {
-        Ok(format!("emulator {} {:?} {:?}", Self::compiler(), flags(RUNTIME, false), flags("", self.checked)))
+        Ok(format!("emulator {} {:?} {:?} {:?}", Self::compiler(), flags(RUNTIME, false), flags("", self.checked), check::architectures()))
     }
 
-    fn compile(&self, name: &str, source: &str, _: bool, out: &Path) -> Result<(), CudaError> {
+    fn compile(&self, name: &str, source: &str, contract: bool, out: &Path) -> Result<(), CudaError> {
+        if name != RUNTIME {
+            check::check(name, source, contract)?;
+        }
         let text = out.with_extension("cpp");
         let failed = |log: String| CudaError::Compile { name: name.to_string(), log };
         std::fs::write(&text, source).map_err(|e| failed(e.to_string()))?;

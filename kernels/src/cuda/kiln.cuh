@@ -140,3 +140,14 @@ template <int THREADS, class A, class F> __device__ __forceinline__ A block_redu
 template <int THREADS, class A> __device__ __forceinline__ A block_sum(A x, A* scratch) {
     return block_reduce<THREADS>(x, [](A a, A b) { return a + b; }, scratch);
 }
+
+// Combines x[0 .. N) as a tree; the result is in x[0].
+template <int N, int M, class L, class F> __device__ __forceinline__ void tree(L (&x)[M], F combine) {
+    if constexpr (N > 1) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            x[i] = combine(x[i], x[i + N / 2]);
+        }
+        tree<N / 2>(x, combine);
+    }
+}

@@ -157,6 +157,21 @@ impl<'a> Slice<'a> {
     pub fn ty(&self) -> Type {
         self.ty
     }
+
+    /// The elements by extents and strides: `None` if the ranks differ or exceed 8, a product overflows, or the last element lies outside.
+    pub fn view(self, shape: &'a [usize], strides: &'a [usize]) -> Option<View<'a>> {
+        if shape.len() != strides.len() || shape.len() > 8 {
+            return None;
+        }
+        shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+        if !shape.contains(&0) {
+            let last = shape.iter().zip(strides).try_fold(0usize, |at, (&d, &s)| at.checked_add((d - 1).checked_mul(s)?))?;
+            if last >= self.len {
+                return None;
+            }
+        }
+        Some(View { ptr: self.ptr, ty: self.ty, shape, strides, buffer: PhantomData })
+    }
 }
 
 /// Contiguous elements on a GPU, to write.

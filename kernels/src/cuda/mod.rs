@@ -8,22 +8,32 @@
 //! Work is queued on one stream per GPU, in the order of the calls; only copies to the host wait for it.
 
 mod alloc;
+pub mod attention;
 mod axis_maps;
 mod backend;
+mod check;
 mod compile;
 pub mod conv;
 pub mod copy;
 mod driver;
 mod emulator;
 mod error;
+pub mod fill;
+pub mod gemm;
 mod gpu;
+pub mod gradient;
 mod graph;
+pub mod index;
 mod launch;
 mod memory;
 mod nvrtc;
+pub mod optim;
 pub mod pointwise;
 pub mod pool;
+pub mod random;
+pub mod reduce;
 pub mod resample;
+pub mod sort;
 #[cfg(test)]
 mod testing;
 
