@@ -37,6 +37,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
+    ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
     ("conv_tile.cuh", include_str!("conv/tile.cuh")),
     ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),

@@ -9,6 +9,7 @@
 
 mod alloc;
 pub mod attention;
+mod axis_maps;
 mod backend;
 mod check;
 mod compile;
@@ -29,8 +30,10 @@ pub mod norm;
 mod nvrtc;
 pub mod optim;
 pub mod pointwise;
+pub mod pool;
 pub mod random;
 pub mod reduce;
+pub mod resample;
 pub mod softmax;
 pub mod sort;
 #[cfg(test)]
