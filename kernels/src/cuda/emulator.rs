@@ -33,7 +33,7 @@ const RUNTIME: &str = "emulate";
 
 /// How a library is made of a file. Kernels see CUDA's rules: any object may be read as another type, and nothing is contracted that is not asked for.
 const FLAGS: &[&str] =
-    &["-std=c++17", "-shared", "-fPIC", "-w", "-g1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno"];
+    &["-std=c++17", "-shared", "-fPIC", "-w", "-Wno-psabi", "-g1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno"];
 const RUNTIME_FLAGS: &[&str] = &["-O3", "-fno-semantic-interposition"];
 const KERNEL_FLAGS: &[&str] =
     &["-O1", "-DKILN_EMULATE", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-nostartfiles"];
@@ -335,3 +335,7 @@ impl Backend for Emulator {
 
     fn drop_graph(&self, _: u64) {}
 }
+
+#[cfg(test)]
+#[path = "emulator_tests.rs"]
+mod tests;
