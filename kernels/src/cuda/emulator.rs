@@ -32,8 +32,18 @@ type MemoryHook = unsafe extern "C" fn(u64, u64);
 const RUNTIME: &str = "emulate";
 
 /// How a library is made of a file. Kernels see CUDA's rules: any object may be read as another type, and nothing is contracted that is not asked for.
-const FLAGS: &[&str] =
-    &["-std=c++17", "-shared", "-fPIC", "-w", "-Wno-psabi", "-g1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno"];
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-Wno-psabi",
+    "-g1",
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+];
 const RUNTIME_FLAGS: &[&str] = &["-O3", "-fno-semantic-interposition"];
 const KERNEL_FLAGS: &[&str] =
     &["-O1", "-DKILN_EMULATE", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-nostartfiles"];
