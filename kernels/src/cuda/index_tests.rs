@@ -164,6 +164,7 @@ fn found<T: Element>(gpu: &'static Gpu, ty: Type) {
     for (shape, every) in [(&[0usize, 3][..], 1), (&[7], 2), (&[5, 4, 3], 3), (&[9000], 1), (&[3, 5000], 7), (&[200], usize::MAX), (&[], 1)] {
         let n = shape.iter().product();
         let x: Vec<f64> = (0..n).map(|i| if i % every == every - 1 { if i % 2 == 0 { f64::NAN } else { 3.0 } } else { -0.0 }).collect();
+        let x: Vec<f64> = if ty == Type::Bool { x.iter().map(|&x| (x != 0.0) as u8 as f64).collect() } else { x };
         let (out, count) = nonzero(gpu, Values::new(gpu, ty, &x).slice(), shape).unwrap();
         let expected = cpu::nonzero(&of::<T>(&x));
         assert_eq!(count, expected.len(), "{ty:?} {shape:?}");
