@@ -175,6 +175,7 @@ fn found<T: Element>(gpu: &'static Gpu, ty: Type) {
     {
         let n = shape.iter().product();
         let x: Vec<f64> = (0..n).map(|i| if i % every == every - 1 { if i % 2 == 0 { f64::NAN } else { 3.0 } } else { -0.0 }).collect();
+        let x: Vec<f64> = if ty == Type::Bool { x.iter().map(|&x| (x != 0.0) as u8 as f64).collect() } else { x };
         let (out, count) = nonzero(gpu, Values::new(gpu, ty, &x).slice(), shape).unwrap();
         let expected = cpu::nonzero(&of::<T>(&x));
         assert_eq!(count, expected.len(), "{ty:?} {shape:?}");
