@@ -128,7 +128,7 @@ fn asynchronous_copies() {
         let result = run(emulator, defines, "copy", [1, 256, 4096], &mut [arg(&from.address), arg(&y.address), arg(&n)]);
         let at = |i: usize| x.get(i % 1024).copied().unwrap_or(0.0);
         let right = y.read().iter().enumerate().all(|(i, &y)| y == at(i) + at(i + 4));
-assert!(!right || !defines.contains(&("BUG", "5")), "a missing wait shows in the values");
+        assert!(!right || !defines.contains(&("BUG", "5")), "a missing wait shows in the values");
         (result, right)
     });
 }
@@ -230,7 +230,8 @@ fn clusters() {
 
 #[test]
 fn order_between_blocks() {
-    let bugs = [("12", Outcome::Checked("race on byte 0 of a buffer of 400")), ("13", Outcome::Checked("race on byte 0 of a buffer of 400"))];
+    let bugs =
+        [("12", Outcome::Checked("race on byte 0 of a buffer of 400")), ("13", Outcome::Checked("race on byte 0 of a buffer of 400"))];
     check(&bugs, |emulator, defines| {
         let x: Vec<f32> = (0..100).map(|i| i as f32).collect();
         let (x, parts) = (Buffer::new(emulator, &x), Buffer::new(emulator, &[0f32; 100]));
