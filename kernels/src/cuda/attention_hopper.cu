@@ -330,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(128 * (WORKERS + 1), 1)
 attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
     i32 inner, i32 key_inner, i32 value_inner, i64 section, T* out, float* lse, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[2 + 4 * STAGES];
+    __shared__ __align__(8) u64 bars[2 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), k_tiles = q_tile + ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * TILE_BYTES;
     const u32 q_full = smem_addr(bars), q_empty = q_full + 8, k_full = q_empty + 8, k_empty = k_full + 8 * STAGES;
     const u32 v_full = k_empty + 8 * STAGES, v_empty = v_full + 8 * STAGES;
@@ -484,9 +484,9 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
     const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner, const float* shift, const float* mean,
     i64 padded, T* dk, T* dv, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
-    __shared__ alignas(16) float shifts[STAGES][KEY_STEP];
-    __shared__ alignas(16) float means[STAGES][KEY_STEP];
+    __shared__ __align__(8) u64 bars[1 + 4 * STAGES];
+    __shared__ __align__(16) float shifts[STAGES][KEY_STEP];
+    __shared__ __align__(16) float means[STAGES][KEY_STEP];
     const u32 k_tile = smem_addr(smem), v_tile = k_tile + KEY_ROWS * HEAD * 2;
     const u32 q_tiles = v_tile + KEY_ROWS * HEAD * 2, grad_tiles = q_tiles + STAGES * KEY_STEP_BYTES;
     const u32 kv_full = smem_addr(bars), q_full = kv_full + 8, q_empty = q_full + 8 * STAGES;
@@ -626,7 +626,7 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const
     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner,
     const float* shift, const float* mean, i64 padded, T* dq, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
+    __shared__ __align__(8) u64 bars[1 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), grad_tile = q_tile + QUERY_ROWS * HEAD * 2;
     const u32 k_tiles = grad_tile + QUERY_ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * QUERY_STEP_BYTES;
     const u32 q_full = smem_addr(bars), k_full = q_full + 8, k_empty = k_full + 8 * STAGES;
