@@ -36,6 +36,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
+    ("softmax.cuh", include_str!("softmax.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
     ("conv_tile.cuh", include_str!("conv/tile.cuh")),

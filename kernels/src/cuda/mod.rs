@@ -13,6 +13,8 @@ mod backend;
 mod compile;
 pub mod conv;
 pub mod copy;
+pub mod cross_entropy;
+pub mod cumulative;
 mod driver;
 mod emulator;
 mod error;
