@@ -17,8 +17,8 @@ pub(crate) struct Source {
 /// The value of a macro: a number up to 32, or a power of two up to 1024.
 pub(super) fn number(n: usize) -> &'static str {
     const SMALL: [&str; 33] = [
-        "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16", "17", "18", "19", "20", "21", "22", "23",
-        "24", "25", "26", "27", "28", "29", "30", "31", "32",
+        "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16", "17", "18", "19", "20", "21", "22",
+        "23", "24", "25", "26", "27", "28", "29", "30", "31", "32",
     ];
     match n {
         64 => "64",
@@ -38,6 +38,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("softmax.cuh", include_str!("softmax.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
+    ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
     ("conv_tile.cuh", include_str!("conv/tile.cuh")),
     ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),

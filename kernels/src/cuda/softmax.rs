@@ -16,14 +16,7 @@ pub fn softmax(gpu: &'static Gpu, axis: Axis, log: bool, x: Slice<'_>, y: SliceM
 
 /// The gradient of the input, from that of the output `g` and the output `y`:
 /// y·(g − Σ g·y), and g − exp(y)·Σ g for the logarithm.
-pub fn softmax_backward(
-    gpu: &'static Gpu,
-    axis: Axis,
-    log: bool,
-    g: Slice<'_>,
-    y: Slice<'_>,
-    dx: SliceMut<'_>,
-) -> Result<(), CudaError> {
+pub fn softmax_backward(gpu: &'static Gpu, axis: Axis, log: bool, g: Slice<'_>, y: Slice<'_>, dx: SliceMut<'_>) -> Result<(), CudaError> {
     run(gpu, axis, if log { Kind::LogBackward } else { Kind::Backward }, [g, y], dx)
 }
 
@@ -170,9 +163,20 @@ mod tests {
     #[test]
     fn both_directions_match_f64() {
         let Some(gpu) = device() else { return };
-        for (outer, n, inner) in
-            [(3, 1, 1), (40, 17, 1), (7, 96, 1), (3, 1000, 1), (2, 5000, 1), (300, 4, 1), (2, 5, 3), (3, 21, 12), (2, 200, 7), (1, 7, 256), (0, 4, 1), (2, 0, 3)]
-        {
+        for (outer, n, inner) in [
+            (3, 1, 1),
+            (40, 17, 1),
+            (7, 96, 1),
+            (3, 1000, 1),
+            (2, 5000, 1),
+            (300, 4, 1),
+            (2, 5, 3),
+            (3, 21, 12),
+            (2, 200, 7),
+            (1, 7, 256),
+            (0, 4, 1),
+            (2, 0, 3),
+        ] {
             let axis = Axis { outer, n, inner };
             for ty in [Type::F32, Type::F64, Type::F16, Type::BF16] {
                 check(gpu, ty, axis, 0);
@@ -185,7 +189,13 @@ mod tests {
     #[test]
     fn long_lines() {
         let Some(gpu) = device() else { return };
-        for (ty, outer, n, inner) in [(Type::F32, 1, 40_000, 1), (Type::F32, 1, 33_001, 1), (Type::F64, 1, 33_000, 1), (Type::F32, 1, 1500, 4), (Type::BF16, 1, 40_001, 1)] {
+        for (ty, outer, n, inner) in [
+            (Type::F32, 1, 40_000, 1),
+            (Type::F32, 1, 33_001, 1),
+            (Type::F64, 1, 33_000, 1),
+            (Type::F32, 1, 1500, 4),
+            (Type::BF16, 1, 40_001, 1),
+        ] {
             check(gpu, ty, Axis { outer, n, inner }, 0);
         }
     }

@@ -298,7 +298,8 @@ pub fn normalize_backward(
     let (dw, db) = (gradient(dw.as_ref(), ty, layout.c), gradient(db.as_ref(), ty, layout.c));
     let wants_parameters = dw != DevicePtr::NULL || db != DevicePtr::NULL;
     let pass = Pass::new(layout, grouping, ty);
-    let (sums, parts) = if wants_parameters || (dx.is_some() && !fixed) { pass.sums(gpu, mean, g.ptr(), x.ptr())? } else { (gpu.alloc(0)?, 0) };
+    let (sums, parts) =
+        if wants_parameters || (dx.is_some() && !fixed) { pass.sums(gpu, mean, g.ptr(), x.ptr())? } else { (gpu.alloc(0)?, 0) };
     let (shape, parts) = (pass.shape(), parts as i64);
     let entries = if grouping == Grouping::Batch { layout.c } else { layout.n * layout.c };
     let table = gpu.alloc(if dx.is_some() { entries * 4 * statistics_type(ty).size() } else { 0 })?;
@@ -307,8 +308,7 @@ pub fn normalize_backward(
     if dx.is_some() || grouping == Grouping::Batch {
         let len = (layout.numel() / count) as f64;
         let kernel = kernel(gpu, ty, Macros { pattern: 4, ..Macros::default() }, "gradient_coefficients")?;
-        let args: [&dyn Arg; 11] =
-            [&shape, &sums.ptr(), &parts, &mean, &rstd, &w, &len, &table_ptr, &dw, &db, &i32::from(fixed)];
+        let args: [&dyn Arg; 11] = [&shape, &sums.ptr(), &parts, &mean, &rstd, &w, &len, &table_ptr, &dw, &db, &i32::from(fixed)];
         // SAFETY: `sums` has `parts` pairs for each channel of each sample (none are read if there are no parts), the table an entry for each
         // channel, or for each channel of each sample, and statistics and parameters were checked above.
         unsafe { kernel.launch(Launch::blocks(count, THREADS as u32), &args)? };

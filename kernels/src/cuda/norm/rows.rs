@@ -1,8 +1,8 @@
 //! Layer norm and RMS norm over rows.
 
 use super::super::compile::number;
+use super::super::fill;
 use super::super::memory::{DevicePtr, Slice, SliceMut, Type};
-use super::super::pointwise;
 use super::super::reduce::statistics_type;
 use super::super::{Arg, CudaError, Gpu, Kernel, Launch, Source};
 use super::{Rows, divisor, gradient, parameter};
@@ -79,8 +79,8 @@ pub fn layer_norm(
     assert!(x.len() == y.len() && y.ty() == ty && count == rstd.len() && x.len() == n * count);
     expect_statistics(ty, mean.ty(), rstd.ty());
     if x.is_empty() {
-        pointwise::fill(gpu, f64::NAN, mean.reborrow())?;
-        return pointwise::fill(gpu, f64::NAN, rstd.reborrow());
+        fill::fill(gpu, &mut mean, f64::NAN)?;
+        return fill::fill(gpu, &mut rstd, f64::NAN);
     }
     let (w, b) = (parameter(weight.as_ref(), ty, n), parameter(bias.as_ref(), ty, n));
     let vec = divisor(n, 16 / ty.size());

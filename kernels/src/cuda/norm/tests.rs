@@ -55,8 +55,19 @@ fn check_rows(gpu: &'static Gpu, ty: Type, count: usize, n: usize, centered: boo
     layer_norm(gpu, rows, at(&xs, ty, offset, count * n), weight, bias, y.slice_mut(), mean.slice_mut(), rstd.slice_mut()).unwrap();
     let (mut dw, mut db) = (Values::unwritten(gpu, ty, n), Values::unwritten(gpu, ty, n));
     let (want_dw, want_db) = (affine.then(|| dw.slice_mut()), affine.then(|| db.slice_mut()));
-    layer_norm_backward(gpu, rows, at(&gs, ty, offset, g.len()), at(&xs, ty, offset, count * n), weight, mean.slice(), rstd.slice(), dx.slice_mut(), want_dw, want_db)
-        .unwrap();
+    layer_norm_backward(
+        gpu,
+        rows,
+        at(&gs, ty, offset, g.len()),
+        at(&xs, ty, offset, count * n),
+        weight,
+        mean.slice(),
+        rstd.slice(),
+        dx.slice_mut(),
+        want_dw,
+        want_db,
+    )
+    .unwrap();
     let what = format!("{count} rows of {n}, centered {centered}, affine {affine}, single {single}");
     let (mut y_want, mut dx_want, mut dw_want, mut db_want) = (vec![], vec![], vec![0.0; n], vec![0.0; n]);
     for row in 0..count {
@@ -116,7 +127,8 @@ fn empty_rows() {
     assert!(mean.read().iter().chain(&rstd.read()).all(|x| x.is_nan()));
     let rows = Rows { n: 2, ..rows };
     let (none, mut dw) = (Values::unwritten(gpu, Type::F32, 0), Values::new(gpu, Type::F32, &[1.0; 2]));
-    layer_norm_backward(gpu, rows, none.slice(), none.slice(), None, none.slice(), none.slice(), y.slice_mut(), Some(dw.slice_mut()), None).unwrap();
+    layer_norm_backward(gpu, rows, none.slice(), none.slice(), None, none.slice(), none.slice(), y.slice_mut(), Some(dw.slice_mut()), None)
+        .unwrap();
     assert_eq!(dw.read(), [0.0; 2]);
 }
 
