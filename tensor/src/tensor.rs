@@ -63,6 +63,11 @@ impl Tensor {
         Ok(Self::from_storage(Storage::from_device(buffer), layout, dtype))
     }
 
+    /// A new row-major tensor of a GPU whose elements are stale: for [`gpu_slice_mut`](Self::gpu_slice_mut) to be filled.
+    pub(crate) fn stale_on_gpu(gpu: &'static Gpu, shape: Shape, dtype: DType) -> Result<Self> {
+        Self::build_on_gpu(gpu, Layout::contiguous(shape), dtype, |_| Ok(()))
+    }
+
     fn bytes_of(layout: &Layout, dtype: DType) -> Result<usize> {
         let bytes = layout.numel().checked_mul(dtype.size());
         bytes.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))
@@ -165,6 +170,13 @@ impl Tensor {
         let buffer = self.0.storage.on_gpu()?;
         View::new(buffer, self.dtype().gpu_type(), layout.offset(), layout.shape().dims(), layout.strides())
             .ok_or_else(|| Error::shape("gpu_view", format!("layout {layout:?} leaves its storage of {} bytes", buffer.len())))
+    }
+
+    /// All that a GPU's buffer holds from the tensor's first element on.
+    pub(crate) fn gpu_data(&self) -> Result<Slice<'_>> {
+        let (buffer, ty, offset) = (self.0.storage.on_gpu()?, self.dtype().gpu_type(), self.0.layout.offset());
+        let len = (buffer.len() / ty.size()).saturating_sub(offset);
+        Slice::new(buffer, ty, offset, len).ok_or_else(|| Error::shape("gpu_data", format!("{:?} leaves its storage", self.0.layout)))
     }
 
     /// The elements of a row-major tensor in a GPU's memory: an error if it is not contiguous.

@@ -67,6 +67,12 @@ impl AxisMap {
         &self.taps[self.starts[o]..self.starts[o + 1]]
     }
 
+    /// What the sum of output `o` is divided by.
+    #[inline(always)]
+    pub fn divisor(&self, o: usize) -> f64 {
+        self.divisors[o]
+    }
+
     /// The transposed matrix, divisors folded into its weights: the map of the gradient.
     pub fn transpose(&self) -> Self {
         let mut starts = vec![0; self.inputs + 1];

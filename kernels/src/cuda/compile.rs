@@ -14,6 +14,22 @@ pub(crate) struct Source {
     pub(crate) text: &'static str,
 }
 
+/// The value of a macro: a number up to 32, or a power of two up to 1024.
+pub(super) fn number(n: usize) -> &'static str {
+    const SMALL: [&str; 33] = [
+        "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16", "17", "18", "19", "20", "21", "22",
+        "23", "24", "25", "26", "27", "28", "29", "30", "31", "32",
+    ];
+    match n {
+        64 => "64",
+        128 => "128",
+        256 => "256",
+        512 => "512",
+        1024 => "1024",
+        _ => SMALL[n],
+    }
+}
+
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("attention.cuh")),
@@ -21,6 +37,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
+    ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
     ("conv_tile.cuh", include_str!("conv/tile.cuh")),
     ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),

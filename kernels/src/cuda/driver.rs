@@ -210,7 +210,7 @@ impl Backend for Driver {
     }
 
     fn compile(&self, name: &str, source: &str, contract: bool, out: &Path) -> Result<(), CudaError> {
-        let code = nvrtc()?.compile(name, source, contract, &self.architecture())?;
+        let (code, _) = nvrtc()?.compile(name, source, contract, &self.architecture())?;
         std::fs::write(out, code).map_err(|e| CudaError::Unavailable(format!("{}: {e}", out.display())))
     }
 

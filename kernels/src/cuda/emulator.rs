@@ -7,10 +7,10 @@
 //! It stands for a GPU of `KILN_EMULATE_CAPABILITY` (`9.0` by default), so that each level of kernels can be chosen.
 
 use super::backend::{Backend, FunctionHandle, Info};
-use super::compile;
 use super::error::CudaError;
 use super::launch::{Launch, TensorMap, TensorMapSpec};
 use super::memory::Type;
+use super::{check, compile};
 use libloading::Library;
 use std::alloc::{alloc, dealloc};
 use std::collections::HashMap;
@@ -32,8 +32,18 @@ type MemoryHook = unsafe extern "C" fn(u64, u64);
 const RUNTIME: &str = "emulate";
 
 /// How a library is made of a file. Kernels see CUDA's rules: any object may be read as another type, and nothing is contracted that is not asked for.
-const FLAGS: &[&str] =
-    &["-std=c++17", "-shared", "-fPIC", "-w", "-g1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno"];
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-Wno-psabi",
+    "-g1",
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+];
 const RUNTIME_FLAGS: &[&str] = &["-O3", "-fno-semantic-interposition"];
 const KERNEL_FLAGS: &[&str] =
     &["-O1", "-DKILN_EMULATE", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-nostartfiles"];
@@ -218,10 +228,13 @@ impl Backend for Emulator {
     }
 
     fn target(&self) -> Result<String, CudaError> {
-        Ok(format!("emulator {} {:?} {:?}", Self::compiler(), flags(RUNTIME, false), flags("", self.checked)))
+        Ok(format!("emulator {} {:?} {:?} {:?}", Self::compiler(), flags(RUNTIME, false), flags("", self.checked), check::architectures()))
     }
 
-    fn compile(&self, name: &str, source: &str, _: bool, out: &Path) -> Result<(), CudaError> {
+    fn compile(&self, name: &str, source: &str, contract: bool, out: &Path) -> Result<(), CudaError> {
+        if name != RUNTIME {
+            check::check(name, source, contract)?;
+        }
         let text = out.with_extension("cpp");
         let failed = |log: String| CudaError::Compile { name: name.to_string(), log };
         std::fs::write(&text, source).map_err(|e| failed(e.to_string()))?;
@@ -332,3 +345,7 @@ impl Backend for Emulator {
 
     fn drop_graph(&self, _: u64) {}
 }
+
+#[cfg(test)]
+#[path = "emulator_tests.rs"]
+mod tests;

@@ -84,7 +84,13 @@ pub fn bounds(gpu: &'static Gpu, index: Slice<'_>) -> Result<Option<(i64, i64)>,
 ///
 /// # Panics
 /// If a length does not fit the shape, or types differ.
-pub fn index_select(gpu: &'static Gpu, src: Slice<'_>, shape: [usize; 3], index: Slice<'_>, out: &mut SliceMut<'_>) -> Result<(), CudaError> {
+pub fn index_select(
+    gpu: &'static Gpu,
+    src: Slice<'_>,
+    shape: [usize; 3],
+    index: Slice<'_>,
+    out: &mut SliceMut<'_>,
+) -> Result<(), CudaError> {
     let [outer, n, inner] = shape;
     assert!(src.len() == outer * n * inner && out.len() == outer * index.len() * inner, "lengths");
     assert!(src.ty() == out.ty() && index.ty() == Type::I64, "types");
@@ -93,7 +99,8 @@ pub fn index_select(gpu: &'static Gpu, src: Slice<'_>, shape: [usize; 3], index:
     }
     // Words as wide as rows and addresses allow.
     let row = inner * src.ty().size();
-    let word = [16, 8, 4, 2].into_iter().find(|&w| row % w == 0 && src.ptr().is_aligned(w as u64) && out.ptr().is_aligned(w as u64)).unwrap_or(1);
+    let word =
+        [16, 8, 4, 2].into_iter().find(|&w| row % w == 0 && src.ptr().is_aligned(w as u64) && out.ptr().is_aligned(w as u64)).unwrap_or(1);
     let (rows, launch) = Rows::new(outer * index.len(), row / word);
     let kernel = move_module(gpu, word)?.kernel("select_rows")?;
     // SAFETY: rows of `src` and `out` are `row` bytes long; `src` has `outer * n` of them and `out` `outer * len`, as many as were counted. The kernel reads no row beyond `n`.
@@ -178,7 +185,14 @@ fn row_major(shape: &[usize]) -> [usize; 8] {
 ///
 /// # Panics
 /// If ranks, lengths, extents or types do not fit.
-pub fn gather(gpu: &'static Gpu, src: View<'_>, dim: usize, index: Slice<'_>, shape: &[usize], out: &mut SliceMut<'_>) -> Result<(), CudaError> {
+pub fn gather(
+    gpu: &'static Gpu,
+    src: View<'_>,
+    dim: usize,
+    index: Slice<'_>,
+    shape: &[usize],
+    out: &mut SliceMut<'_>,
+) -> Result<(), CudaError> {
     assert!(shape.len() == src.shape().len() && (0..shape.len()).all(|d| d == dim || shape[d] <= src.shape()[d]), "extents");
     assert!(index.len() == out.len() && out.len() == shape.iter().product(), "lengths");
     assert!(src.ty() == out.ty() && index.ty() == Type::I64, "types");
@@ -307,18 +321,8 @@ pub fn scatter_add(
         let kernel = gpu.module(&SOURCE, &[("T", src.ty().name()), ("SUM", "1")])?.kernel("scatter_add_columns")?;
         // SAFETY: the other coordinates lie inside of sources and target; the kernel leaves neither's extent in `dim`.
         unsafe {
-            let args: [&dyn Arg; 10] = [
-                &from,
-                &target,
-                &sizes[0],
-                &sizes[1],
-                &sizes[2],
-                &to.extent,
-                &to.stride,
-                &to.index.ptr(),
-                &src.ptr(),
-                &out.ptr(),
-            ];
+            let args: [&dyn Arg; 10] =
+                [&from, &target, &sizes[0], &sizes[1], &sizes[2], &to.extent, &to.stride, &to.index.ptr(), &src.ptr(), &out.ptr()];
             return kernel.launch(Launch::over(to.columns, THREADS), &args);
         }
     }
@@ -367,7 +371,14 @@ pub fn nonzero(gpu: &'static Gpu, x: Slice<'_>, shape: &[usize]) -> Result<(Devi
 ///
 /// # Panics
 /// If lengths or types differ.
-pub fn triangle(gpu: &'static Gpu, x: Slice<'_>, rows: usize, cols: usize, kept: Triangle, out: &mut SliceMut<'_>) -> Result<(), CudaError> {
+pub fn triangle(
+    gpu: &'static Gpu,
+    x: Slice<'_>,
+    rows: usize,
+    cols: usize,
+    kept: Triangle,
+    out: &mut SliceMut<'_>,
+) -> Result<(), CudaError> {
     assert!(x.len() == out.len() && x.ty() == out.ty());
     if out.is_empty() {
         return Ok(());

@@ -40,7 +40,8 @@ fn bounds_are_the_extremes() {
 }
 
 fn select<T: Element>(gpu: &'static Gpu, ty: Type) {
-    for [outer, n, inner, k] in [[1, 5, 3, 7], [2, 4, 1, 9], [1, 50, 64, 40], [3, 70, 300, 9], [1, 2, 5000, 5], [2, 3, 4, 0], [0, 3, 4, 2]] {
+    for [outer, n, inner, k] in [[1, 5, 3, 7], [2, 4, 1, 9], [1, 50, 64, 40], [3, 70, 300, 9], [1, 2, 5000, 5], [2, 3, 4, 0], [0, 3, 4, 2]]
+    {
         let (src, index) = (numbers(outer * n * inner), positions(k, n));
         let mut out = Values::unwritten(gpu, ty, outer * k * inner);
         let (on_gpu, positions) = (Values::new(gpu, ty, &src), upload(gpu, &index));
@@ -61,7 +62,16 @@ fn rows_are_selected() {
 }
 
 fn add<T: Accumulate>(gpu: &'static Gpu, ty: Type) {
-    let shapes = [[1, 5, 3, 70], [2, 4, 1, 9], [1, 50, 64, 400], [2, 70, 37, 90], [1, 3, 520, 100], [1, 70_000, 2, 5000], [2, 3, 4, 0], [0, 3, 4, 2]];
+    let shapes = [
+        [1, 5, 3, 70],
+        [2, 4, 1, 9],
+        [1, 50, 64, 400],
+        [2, 70, 37, 90],
+        [1, 3, 520, 100],
+        [1, 70_000, 2, 5000],
+        [2, 3, 4, 0],
+        [0, 3, 4, 2],
+    ];
     for [outer, n, inner, k] in shapes {
         // Fractions of many sizes, so that another order would show.
         let src: Vec<f64> = numbers(outer * k * inner).iter().enumerate().map(|(i, x)| x / (1 + i % 13) as f64).collect();
@@ -161,7 +171,8 @@ fn a_position_out_of_range_reads_zero_and_writes_nothing() {
 }
 
 fn found<T: Element>(gpu: &'static Gpu, ty: Type) {
-    for (shape, every) in [(&[0usize, 3][..], 1), (&[7], 2), (&[5, 4, 3], 3), (&[9000], 1), (&[3, 5000], 7), (&[200], usize::MAX), (&[], 1)] {
+    for (shape, every) in [(&[0usize, 3][..], 1), (&[7], 2), (&[5, 4, 3], 3), (&[9000], 1), (&[3, 5000], 7), (&[200], usize::MAX), (&[], 1)]
+    {
         let n = shape.iter().product();
         let x: Vec<f64> = (0..n).map(|i| if i % every == every - 1 { if i % 2 == 0 { f64::NAN } else { 3.0 } } else { -0.0 }).collect();
         let x: Vec<f64> = if ty == Type::Bool { x.iter().map(|&x| (x != 0.0) as u8 as f64).collect() } else { x };

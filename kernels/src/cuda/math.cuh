@@ -57,8 +57,10 @@ template <class A> __device__ __forceinline__ A clamp(A x, A low, A high) {
     return x > high ? high : x;
 }
 
+// 1 / (1 + e^−x), without overflow on either side, so that small values keep their digits.
 template <class A> __device__ __forceinline__ A sigmoid(A x) {
-    return A(1) / (A(1) + exp(-x));
+    A e = exp(-abs(x));
+    return (x < 0 ? e : A(1)) / (A(1) + e);
 }
 
 // Beyond ±128 every gate is open or shut, and infinity times 0 would be NaN.

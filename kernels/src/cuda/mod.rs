@@ -9,7 +9,9 @@
 
 mod alloc;
 pub mod attention;
+mod axis_maps;
 mod backend;
+mod check;
 mod compile;
 pub mod conv;
 pub mod copy;
@@ -24,11 +26,15 @@ mod graph;
 pub mod index;
 mod launch;
 mod memory;
+pub mod norm;
 mod nvrtc;
 pub mod optim;
 pub mod pointwise;
+pub mod pool;
 pub mod random;
 pub mod reduce;
+pub mod resample;
+pub mod softmax;
 pub mod sort;
 #[cfg(test)]
 mod testing;

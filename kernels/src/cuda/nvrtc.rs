@@ -77,12 +77,18 @@ impl Nvrtc {
         symbol.map(|symbol| *symbol).map_err(|e| CudaError::Unavailable(format!("NVRTC has no {name}: {e}")))
     }
 
-    /// Machine code (a CUBIN) of a kernel file for `arch` (`sm_90a`), or the compiler's messages as an error.
-    pub(super) fn compile(&self, name: &str, text: &str, contract: bool, arch: &str) -> Result<Vec<u8>, CudaError> {
+    /// Machine code (a CUBIN) of a kernel file for `arch` (`sm_90a`) and what the compiler said of it, or its messages as an error.
+    pub(super) fn compile(&self, name: &str, text: &str, contract: bool, arch: &str) -> Result<(Vec<u8>, String), CudaError> {
         let broken = |log: String| CudaError::Compile { name: name.to_string(), log };
         let source = CString::new(text).map_err(|e| broken(e.to_string()))?;
         let file = CString::new(format!("{name}.cu")).map_err(|e| broken(e.to_string()))?;
-        let options = [format!("--gpu-architecture={arch}"), "--std=c++17".into(), format!("--fmad={contract}"), "--device-int128".into()];
+        let options = [
+            format!("--gpu-architecture={arch}"),
+            "--std=c++17".into(),
+            format!("--fmad={contract}"),
+            "--device-int128".into(),
+            "--ptxas-options=--verbose".into(),
+        ];
         let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         type Create =
@@ -98,13 +104,13 @@ impl Nvrtc {
         }
         // SAFETY: a program made above, and as many options as counted.
         let status = unsafe { compile(program, pointers.len() as c_int, pointers.as_ptr()) };
-        let result = match status {
-            0 => self.bytes(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN"),
-            _ => self.bytes(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").and_then(|log| {
-                let log = CStr::from_bytes_until_nul(&log).map_or_else(|_| "no log".into(), |log| log.to_string_lossy().into_owned());
-                Err(broken(format!("for {arch}: {log}")))
-            }),
-        };
+        let log = self
+            .bytes(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
+            .map(|log| CStr::from_bytes_until_nul(&log).map_or_else(|_| "no log".into(), |log| log.to_string_lossy().into_owned()));
+        let result = log.and_then(|log| match status {
+            0 => Ok((self.bytes(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")?, log)),
+            _ => Err(broken(format!("for {arch}: {log}"))),
+        });
         // SAFETY: made above, used for the last time.
         unsafe { destroy(&mut program) };
         result

@@ -292,21 +292,6 @@ pub fn cast(gpu: &'static Gpu, x: View<'_>, mut out: Output<'_>) -> Result<(), C
     Operands::new([0.0; 2], [Operand::View(x)], [from.size()], &out).launch(kernel, &mut out.data)
 }
 
-/// Every element of `out` becomes `value`, rounded to the type.
-pub fn fill(gpu: &'static Gpu, value: f64, mut out: SliceMut<'_>) -> Result<(), CudaError> {
-    if out.is_empty() {
-        return Ok(());
-    }
-    let ty = out.ty();
-    let kernel = kernel(gpu, format!("fill {}", ty.name()), ty, 1, "kernel_fill", || {
-        "__device__ __forceinline__ T filled(const A* v, const A* p) {\n    return narrow<T>(v[0]);\n}\nKILN_POINTWISE(kernel_fill, 1, T, T, filled)\n".into()
-    })?;
-    let len = [out.len()];
-    let operands =
-        Operands::new([0.0; 2], [Operand::Scalar(value)], [ty.size()], &Output { data: out.reborrow(), shape: &len, strides: &[1] });
-    operands.launch(kernel, &mut out)
-}
-
 /// A number as kernel files read it, to the last bit.
 fn literal(x: f64) -> String {
     if x.is_finite() { format!("A({x:e})") } else { format!("A(__longlong_as_double(0x{:x}ULL))", x.to_bits()) }

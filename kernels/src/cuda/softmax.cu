@@ -12,7 +12,7 @@ typedef Compute<T> C;
 
 constexpr bool LOG = KIND % 2 == 1;
 constexpr bool BACKWARD = KIND >= 2;
-constexpr int VALUES = ITEMS * VEC;
+[[maybe_unused]] constexpr int VALUES = ITEMS * VEC;
 
 __device__ __forceinline__ C exponential(C x) {
     if constexpr (is_half_type<T>) {

@@ -8,6 +8,7 @@ use crate::{Bool, DType, Error, ErrorKind, Result, Shape, Tensor, WithDType, bf1
 use std::borrow::Cow;
 
 use kiln_kernels::cpu::attention::{self, Attended, Attention, Gradients, Heads, Mask};
+use kiln_kernels::cuda::{Gpu, attention as gpu_attention};
 
 /// What [`scaled_dot_product_attention`](Tensor::scaled_dot_product_attention) takes besides query, key and value.
 #[derive(Clone, Copy, Default)]
@@ -186,6 +187,31 @@ impl Problem {
         })
     }
 
+    /// Calls `f` with the inputs as a GPU's kernel takes them.
+    fn with_gpu_inputs<R>(&self, f: impl FnOnce(&gpu_attention::Attention<'_>) -> Result<R>) -> Result<R> {
+        let broadcast =
+            |x: &Tensor, batch: &Shape| x.layout().broadcast_to(NAME, &Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat())?);
+        let (q, k, v) = (broadcast(&self.q, &self.batch)?, broadcast(&self.k, &self.key_batch)?, broadcast(&self.v, &self.key_batch)?);
+        let mask = self.mask.as_ref().map(|mask| mask.expand([&self.batch[..], &[self.queries, self.keys]].concat())).transpose()?;
+        let mask = match &mask {
+            None => None,
+            Some(mask) if mask.dtype() == DType::Bool => Some(gpu_attention::Mask::Open(mask.gpu_view()?)),
+            Some(mask) => Some(gpu_attention::Mask::Bias(mask.gpu_view()?)),
+        };
+        let (q, k, v) = (self.q.gpu_view_as(&q)?, self.k.gpu_view_as(&k)?, self.v.gpu_view_as(&v)?);
+        f(&gpu_attention::Attention { q, k, v, mask, causal: self.causal, scale: self.scale })
+    }
+
+    fn fused_on_gpu(mut self, gpu: &'static Gpu) -> Result<Tensor> {
+        self.mask = self.mask.map(|mask| mask.detach());
+        let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
+        let mut lse = Tensor::stale_on_gpu(gpu, Shape::new(&[self.batch.numel() * self.queries])?, DType::F32)?;
+        let mut out = Tensor::stale_on_gpu(gpu, shape, self.q.dtype())?;
+        let (o, l) = (out.gpu_slice_mut()?, lse.gpu_slice_mut()?);
+        self.with_gpu_inputs(|inputs| Ok(gpu_attention::forward(gpu, inputs, o, l)?))?;
+        self.record_fused(out, lse)
+    }
+
     fn fused<T: WithDType + Attended>(mut self) -> Result<Tensor> {
         self.mask = self.mask.map(|mask| mask.detach());
         let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
@@ -194,6 +220,10 @@ impl Problem {
             let lse = lse.as_slice_mut()?;
             self.with_kernel_inputs(|inputs| Ok(attention::forward::<T>(inputs, out, lse)?))
         })?;
+        self.record_fused(out, lse)
+    }
+
+    fn record_fused(self, out: Tensor, lse: Tensor) -> Result<Tensor> {
         let (q, k, v) = (self.q.clone(), self.k.clone(), self.v.clone());
         let output = out.clone();
         record(NAME, out, &[&q, &k, &v], |_| Fused { problem: self, output, lse })
@@ -212,10 +242,11 @@ impl Op for Fused {
         NAME
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        let gradients = match self.output.dtype() {
+        let gradients = match (self.output.dtype(), grad.gpu()?) {
             _ if is_grad_enabled() => self.problem.composed_gradients(grad),
-            DType::F16 => self.kernel::<f16>(grad),
-            DType::BF16 => self.kernel::<bf16>(grad),
+            (_, Some(gpu)) => self.gpu_kernel(gpu, grad),
+            (DType::F16, _) => self.kernel::<f16>(grad),
+            (DType::BF16, _) => self.kernel::<bf16>(grad),
             _ => self.kernel::<f32>(grad),
         };
         Ok(gradients?.map(Some).into())
@@ -223,6 +254,19 @@ impl Op for Fused {
 }
 
 impl Fused {
+    fn gpu_kernel(&self, gpu: &'static Gpu, grad: &Tensor) -> Result<[Tensor; 3]> {
+        let Problem { q, k, v, batch, key_batch, .. } = &self.problem;
+        let grad = grad.detach().contiguous()?;
+        let like = |batch: &Shape, x: &Tensor| {
+            Tensor::stale_on_gpu(gpu, Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat())?, x.dtype())
+        };
+        let (mut dq, mut dk, mut dv) = (like(batch, q)?, like(key_batch, k)?, like(key_batch, v)?);
+        let given = gpu_attention::Gradients { out: self.output.gpu_slice()?, grad: grad.gpu_slice()?, lse: self.lse.gpu_slice()? };
+        let (a, b, c) = (dq.gpu_slice_mut()?, dk.gpu_slice_mut()?, dv.gpu_slice_mut()?);
+        self.problem.with_gpu_inputs(|inputs| Ok(gpu_attention::backward(gpu, inputs, given, a, b, c)?))?;
+        Ok([dq, dk, dv])
+    }
+
     fn kernel<T: WithDType + Attended>(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
         let Problem { q, k, v, batch, key_batch, .. } = &self.problem;
         let grad = grad.detach().contiguous()?;
@@ -253,13 +297,18 @@ impl Tensor {
     fn attention_of_one_dtype(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
         self.check_attention(key, value)?;
         let problem = Problem::new(self, key, value, options)?;
+        let fits_gpu = self.dim(-1)?.max(value.dim(-1)?) <= gpu_attention::MAX_WIDTH;
         match self.dtype() {
             _ if problem.queries == 1 || self.dim(-1)? == 0 => problem.composed(),
             _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) => problem.composed(),
-            DType::F32 => problem.fused::<f32>(),
-            DType::F16 => problem.fused::<f16>(),
-            DType::BF16 => problem.fused::<bf16>(),
-            _ => problem.composed(),
+            DType::F64 => problem.composed(),
+            dtype => match (self.gpu()?, dtype) {
+                (Some(gpu), _) if fits_gpu => problem.fused_on_gpu(gpu),
+                (Some(_), _) => problem.composed(),
+                (None, DType::F16) => problem.fused::<f16>(),
+                (None, DType::BF16) => problem.fused::<bf16>(),
+                (None, _) => problem.fused::<f32>(),
+            },
         }
     }
 

@@ -5,8 +5,9 @@
 
 use crate::autocast::{lowered, lowered_option};
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Error, Result, Shape, Tensor, WithDType, broadcast_shapes};
-use kiln_kernels::cpu::gemm::{Gemm, GemmElement};
+use crate::{DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
+use kiln_kernels::cpu::gemm::{Gemm, GemmElement, matmul_precision};
+use kiln_kernels::cuda::{Gpu, gemm as gpu_gemm};
 use kiln_kernels::view::MatView;
 
 /// dA = dC · Bᵀ and dB = Aᵀ · dC. Each factor is saved only if the other one is tracked.
@@ -69,6 +70,25 @@ pub(super) fn factor<'a, T: WithDType>(x: &'a Tensor, batch: &[usize]) -> Result
     Ok((view, batch_offsets(batch, batch_strides)))
 }
 
+/// As [`factor`], of a tensor of a GPU.
+fn gpu_factor<'a>(x: &'a Tensor, batch: &[usize]) -> Result<(gpu_gemm::Matrix<'a>, Vec<usize>)> {
+    let matrix = &x.dims()[x.rank() - 2..];
+    let shape = Shape::new(&[batch, matrix].concat())?;
+    let layout = x.layout().broadcast_to("matmul", &shape)?;
+    let (batch_strides, strides) = layout.strides().split_at(batch.len());
+    let view = gpu_gemm::Matrix::new(x.gpu_data()?, matrix[0], matrix[1], strides[0], strides[1]);
+    let view = view.ok_or_else(|| Error::shape("matmul", format!("layout {layout:?} leaves its storage")))?;
+    Ok((view, batch_offsets(batch, batch_strides)))
+}
+
+fn run_on_gpu(gpu: &'static Gpu, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
+    let (n, dtype) = (b.dims()[b.rank() - 1], a.dtype());
+    let ((a, a_offsets), (b, b_offsets)) = (gpu_factor(a, batch)?, gpu_factor(b, batch)?);
+    let bias = bias.map(Tensor::gpu_slice).transpose()?;
+    let gemm = gpu_gemm::Gemm { bias, precision: matmul_precision(), ..gpu_gemm::Gemm::batched(a, &a_offsets, b, &b_offsets) };
+    Tensor::build_on_gpu(gpu, Layout::contiguous(*shape), dtype, |mut out| Ok(gemm.run(gpu, &mut out, n)?))
+}
+
 /// `a · b (+ bias)` of checked factors of at least two dimensions, whose leading dimensions broadcast; not recorded.
 fn product(op: &str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let lead = |x: &Tensor| Shape::new(&x.dims()[..x.rank() - 2]);
@@ -76,7 +96,10 @@ fn product(op: &str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Te
     let (m, n) = (a.dims()[a.rank() - 2], b.dims()[b.rank() - 1]);
     let shape = Shape::new(&[&batch[..], &[m, n]].concat())?;
     let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
-    for_number!(a.dtype(), op, T => run::<T>(a, b, bias.as_ref(), &batch, &shape))
+    match a.gpu()? {
+        Some(gpu) if a.dtype() != DType::Bool => run_on_gpu(gpu, a, b, bias.as_ref(), &batch, &shape),
+        _ => for_number!(a.dtype(), op, T => run::<T>(a, b, bias.as_ref(), &batch, &shape)),
+    }
 }
 
 fn run<T: WithDType + GemmElement>(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
@@ -214,7 +237,6 @@ impl Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
 
     #[test]
     fn errors_say_what_to_do() {

@@ -1,9 +1,9 @@
 #include "kiln.cuh"
 #include "conv_geometry.cuh"
-// Depthwise convolution, one channel a group: all passes in plain loops. Macros: T, V (channels of a thread: 4 or 1).
+// Depthwise convolution, one channel a group: all passes in plain loops. Macros: T, CHANNELS (channels of a thread: 4 or 1).
 
 typedef Compute<T> Sum;
-typedef Pack<T, V> Channels;
+typedef Pack<T, CHANNELS> Channels;
 
 // The source pixel of a target under a tap, in its image; -1 if there is none.
 __device__ __forceinline__ i64 source_pixel(const ConvGather& g, i32 b0, i32 b1, i32 b2, i32 t0, i32 t1, i32 t2) {
@@ -16,7 +16,7 @@ __device__ __forceinline__ i64 source_pixel(const ConvGather& g, i32 b0, i32 b1,
 
 extern "C" __global__ void __launch_bounds__(256)
 conv_depthwise(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, T* __restrict__ y) {
-    const i32 taps = conv_taps(g), lines = g.groups / V;
+    const i32 taps = conv_taps(g), lines = g.groups / CHANNELS;
     const i64 source_image = (i64)g.axis[0].source * g.axis[1].source * g.axis[2].source;
     const i64 count = g.n * g.axis[0].target * g.axis[1].target * g.axis[2].target * lines;
     for (i64 i = global_thread(); i < count; i += global_threads()) {
@@ -25,12 +25,12 @@ conv_depthwise(const ConvGather g, const T* __restrict__ x, const T* __restrict_
         split3(i, 1, lines, pixel, none, c);
         split3(pixel, g.axis[1].target, g.axis[2].target, outer, o1, o2);
         split3(outer, 1, g.axis[0].target, image, none, o0);
-        c *= V;
+        c *= CHANNELS;
         const i32 b0 = base_of(g, 0, o0), b1 = base_of(g, 1, o1), b2 = base_of(g, 2, o2);
         const T* factors = w + (i64)c * taps;
-        Sum sum[V];
+        Sum sum[CHANNELS];
 #pragma unroll
-        for (i32 e = 0; e < V; ++e) {
+        for (i32 e = 0; e < CHANNELS; ++e) {
             sum[e] = 0;
         }
         for (i32 t0 = 0; t0 < g.axis[0].kernel; ++t0) {
@@ -42,7 +42,7 @@ conv_depthwise(const ConvGather g, const T* __restrict__ x, const T* __restrict_
                     }
                     const Channels line = *(const Channels*)(x + (image * source_image + at) * g.groups + c);
 #pragma unroll
-                    for (i32 e = 0; e < V; ++e) {
+                    for (i32 e = 0; e < CHANNELS; ++e) {
                         sum[e] += widen<T>(line.x[e]) * load(factors + (i64)e * taps);
                     }
                 }
@@ -50,7 +50,7 @@ conv_depthwise(const ConvGather g, const T* __restrict__ x, const T* __restrict_
         }
         Channels out;
 #pragma unroll
-        for (i32 e = 0; e < V; ++e) {
+        for (i32 e = 0; e < CHANNELS; ++e) {
             out.x[e] = narrow<T>(sum[e] + (bias ? load(bias + c + e) : Sum(0)));
         }
         *(Channels*)(y + pixel * g.groups + c) = out;

@@ -365,7 +365,7 @@ fn depthwise(
     let ty = y.ty();
     let line = 4 * ty.size() as u64;
     let four = g.groups().is_multiple_of(4) && x.ptr().is_aligned(line) && y.ptr().is_aligned(line);
-    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("V", if four { "4" } else { "1" })])?.kernel("conv_depthwise")?;
+    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("CHANNELS", if four { "4" } else { "1" })])?.kernel("conv_depthwise")?;
     let launch = Launch::over(if four { y.len() / 4 } else { y.len() }, 256);
     // SAFETY: the lengths of `x`, `w`, `bias` and `y` were checked against the shape that `g` was made of.
     unsafe { kernel.launch(launch, &[g, &x.ptr(), &w.ptr(), &bias_ptr(bias), &y.ptr()]) }
@@ -414,7 +414,7 @@ fn depthwise_weight(gpu: &'static Gpu, g: &Gather, x: Slice<'_>, gy: Slice<'_>) 
     let parts = plan::parts(units, g.target_pixels().div_ceil(64));
     let partial = gpu.alloc(parts * g.groups() * g.taps() * sum_size(ty))?;
     // The number of channels at once is that of the other kernel of the file.
-    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("V", "1")])?.kernel("conv_depthwise_weight")?;
+    let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("CHANNELS", "1")])?.kernel("conv_depthwise_weight")?;
     let launch = blocks(units.saturating_mul(parts), 256)?;
     // SAFETY: the lengths of `x` and `gy` were checked against the shape that `g` was made of; `partial` holds a sum for each part, channel and tap.
     unsafe { kernel.launch(launch, &[g, &x.ptr(), &gy.ptr(), &partial.ptr(), &(parts as i32)])? };

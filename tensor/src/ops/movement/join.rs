@@ -110,7 +110,7 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
     let offset = amounts.iter().zip(layout.strides()).map(|(&(before, _), stride)| before.max(0) as usize * stride).sum();
     let out = match x.gpu()? {
         Some(gpu) => Tensor::build_on_gpu(gpu, layout, x.dtype(), |mut out| {
-            cuda::pointwise::fill(gpu, value, out.reborrow())?;
+            cuda::fill::fill(gpu, &mut out, value)?;
             Ok(cuda::copy::copy_into_strided(gpu, inner.gpu_view()?, out, offset, layout.strides())?)
         }),
         None => for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(Device::Cpu, layout, |out| {

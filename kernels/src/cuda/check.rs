@@ -1,0 +1,54 @@
+//! Kernel files through CUDA's own compiler on a machine without a GPU: what the emulator runs is then known to compile for GPUs, too.
+//!
+//! `KILN_CUDA_CHECK=sm_75,sm_90a` names the architectures, and NVRTC must be there. A file is tried from the capability on that the end of
+//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone; files of these two levels must also keep all values in registers.
+
+use super::error::CudaError;
+use super::nvrtc::nvrtc;
+
+/// The architectures to try.
+pub(super) fn architectures() -> Vec<String> {
+    let list = std::env::var("KILN_CUDA_CHECK").unwrap_or_default();
+    list.split(',').map(str::trim).filter(|arch| !arch.is_empty()).map(String::from).collect()
+}
+
+/// Whether files of this name are for the architecture (`sm_90a`), and whether they are tuned for tensor cores.
+fn level(name: &str, arch: &str) -> (bool, bool) {
+    let number: u32 = arch.chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
+    match name {
+        name if name.ends_with("_hopper") => (arch == "sm_90a", true),
+        name if name.ends_with("_mma") => (number >= 80, true),
+        _ => (true, false),
+    }
+}
+
+/// An error if the file does not compile for one of the [`architectures`], or spills there, or its products wait for each other.
+pub(super) fn check(name: &str, text: &str, contract: bool) -> Result<(), CudaError> {
+    for arch in architectures() {
+        let (applies, tuned) = level(name, &arch);
+        if !applies {
+            continue;
+        }
+        let (_, log) = nvrtc()?.compile(name, text, contract, &arch)?;
+        let spills = |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+        let serialized = |line: &&str| line.contains("wgmma") && line.contains("serializ");
+        if let Some(line) = log.lines().find(|line| tuned && (spills(line) || serialized(line))) {
+            return Err(CudaError::Compile { name: name.to_string(), log: format!("for {arch}: {}", line.trim()) });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::level;
+
+    #[test]
+    fn levels_follow_names() {
+        assert_eq!(level("gemm_hopper", "sm_90a"), (true, true));
+        assert_eq!(level("gemm_hopper", "sm_100"), (false, true));
+        assert_eq!(level("gemm_mma", "sm_75"), (false, true));
+        assert_eq!(level("attention_mma", "sm_89"), (true, true));
+        assert_eq!(level("softmax", "sm_75"), (true, false));
+    }
+}
