@@ -246,7 +246,10 @@ fn backward_at(
     let x = attention.extents();
     let (rows, key_rows) = ((x.heads * x.queries) as usize, (x.heads / x.group.max(1) * x.keys) as usize);
     let (width, value_width) = (x.width as usize, x.value_width as usize);
-    assert!(given.out.len() == rows * value_width && given.grad.len() == given.out.len() && given.lse.len() == rows, "what the forward pass gave");
+    assert!(
+        given.out.len() == rows * value_width && given.grad.len() == given.out.len() && given.lse.len() == rows,
+        "what the forward pass gave"
+    );
     assert!(dq.len() == rows * width && dk.len() == key_rows * width && dv.len() == key_rows * value_width, "gradients");
     let types = [given.out.ty(), given.grad.ty(), dq.ty(), dk.ty(), dv.ty()];
     assert!(types.iter().all(|&ty| ty == attention.q.ty()) && given.lse.ty() == attention.compute(), "types");
@@ -303,7 +306,13 @@ fn forward_portable(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, out: &Sli
     unsafe { tiles.module.kernel("attention_forward")?.launch(launch, &args) }
 }
 
-fn backward_portable(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &Gradients<'_>, to: &[SliceMut<'_>; 3]) -> Result<(), CudaError> {
+fn backward_portable(
+    gpu: &'static Gpu,
+    a: &Attention<'_>,
+    x: &Extents,
+    given: &Gradients<'_>,
+    to: &[SliceMut<'_>; 3],
+) -> Result<(), CudaError> {
     let tiles = Portable::new(gpu, a, x)?;
     let rows = tiles.grad_rows;
     let queries = tiles.launch(x.query_blocks(16 * rows), rows, Portable::GRAD_STEP, 1);
@@ -314,7 +323,16 @@ fn backward_portable(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &
     unsafe {
         let args: [&dyn Arg; 5] = [&given.out.ptr(), &given.grad.ptr(), &along.ptr(), &(x.heads * x.queries), &x.value_width];
         tiles.module.kernel("attention_along")?.launch(launch, &args)?;
-        backward_strided(&tiles.module, ["attention_backward_queries", "attention_backward_keys"], [queries, keys], a, x, given, &along.ptr(), to)
+        backward_strided(
+            &tiles.module,
+            ["attention_backward_queries", "attention_backward_keys"],
+            [queries, keys],
+            a,
+            x,
+            given,
+            &along.ptr(),
+            to,
+        )
     }
 }
 
@@ -379,7 +397,8 @@ fn backward_mma(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &Gradi
     let along = gpu.alloc(given.lse.len() * 4)?;
     let lanes = (head / 8).min(32);
     let shared = ((2 * rows + 4 * step) * head * 2) as u32;
-    let [queries, keys] = [x.query_blocks(rows), x.key_blocks(rows)].map(|blocks| Launch::blocks(blocks, 32 * warps as u32).with_shared(shared));
+    let [queries, keys] =
+        [x.query_blocks(rows), x.key_blocks(rows)].map(|blocks| Launch::blocks(blocks, 32 * warps as u32).with_shared(shared));
     // SAFETY: see above; `along` holds one value a query.
     unsafe {
         let args: [&dyn Arg; 5] = [&given.out.ptr(), &given.grad.ptr(), &along.ptr(), &(x.heads * x.queries), &x.value_width];
@@ -493,7 +512,13 @@ fn forward_hopper(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, out: &Slice
     unsafe { module.kernel("attention_forward_hopper")?.launch(launch, &args) }
 }
 
-fn backward_hopper(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &Gradients<'_>, to: &[SliceMut<'_>; 3]) -> Result<(), CudaError> {
+fn backward_hopper(
+    gpu: &'static Gpu,
+    a: &Attention<'_>,
+    x: &Extents,
+    given: &Gradients<'_>,
+    to: &[SliceMut<'_>; 3],
+) -> Result<(), CudaError> {
     use hopper::{KEY_ROWS, KEY_STEP, QUERY_ROWS, QUERY_STEP, STAGES};
     let head = padded_head(x.widest());
     let macros = [
@@ -525,16 +550,29 @@ fn backward_hopper(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &Gr
         let maps = [q.map(gpu, KEY_STEP)?, k.map(gpu, KEY_ROWS)?, v.map(gpu, KEY_ROWS)?, grad.map(gpu, KEY_STEP)?];
         let [q_map, k_map, v_map, grad_map] = &maps;
         let args: [&dyn Arg; 14] = [
-            q_map, k_map, v_map, grad_map, &inner, &key_inner, &value_inner, &grad_inner, &shift, &mean, &(padded as i64), &dk.ptr(), &dv.ptr(), x,
+            q_map,
+            k_map,
+            v_map,
+            grad_map,
+            &inner,
+            &key_inner,
+            &value_inner,
+            &grad_inner,
+            &shift,
+            &mean,
+            &(padded as i64),
+            &dk.ptr(),
+            &dv.ptr(),
+            x,
         ];
         module.kernel("attention_backward_keys_hopper")?.launch(launch, &args)?;
 
-        let launch = Launch::blocks(x.query_blocks(QUERY_ROWS), 128 * (QUERY_ROWS as u32 / 64 + 1)).with_shared(shared(QUERY_ROWS, QUERY_STEP));
+        let launch =
+            Launch::blocks(x.query_blocks(QUERY_ROWS), 128 * (QUERY_ROWS as u32 / 64 + 1)).with_shared(shared(QUERY_ROWS, QUERY_STEP));
         let maps = [q.map(gpu, QUERY_ROWS)?, k.map(gpu, QUERY_STEP)?, v.map(gpu, QUERY_STEP)?, grad.map(gpu, QUERY_ROWS)?];
         let [q_map, k_map, v_map, grad_map] = &maps;
-        let args: [&dyn Arg; 13] = [
-            q_map, k_map, v_map, grad_map, &inner, &key_inner, &value_inner, &grad_inner, &shift, &mean, &(padded as i64), &dq.ptr(), x,
-        ];
+        let args: [&dyn Arg; 13] =
+            [q_map, k_map, v_map, grad_map, &inner, &key_inner, &value_inner, &grad_inner, &shift, &mean, &(padded as i64), &dq.ptr(), x];
         module.kernel("attention_backward_queries_hopper")?.launch(launch, &args)
     }
 }
@@ -566,7 +604,8 @@ mod tests {
 
     /// Extents and strides of `[batch, heads, rows, cols]`.
     fn layout(c: &Case, heads: usize, rows: usize, cols: usize) -> ([usize; 4], [usize; 4]) {
-        let strides = if c.rows_outside { [rows * heads * cols, cols, heads * cols, 1] } else { [heads * rows * cols, rows * cols, cols, 1] };
+        let strides =
+            if c.rows_outside { [rows * heads * cols, cols, heads * cols, 1] } else { [heads * rows * cols, rows * cols, cols, 1] };
         ([c.batch, heads, rows, cols], strides)
     }
 
@@ -630,7 +669,8 @@ mod tests {
         fn check(&self, gpu: &'static Gpu, level: Level, ty: Type) {
             let &Case { batch, heads, group, queries, keys, width, value_width, causal, mask, .. } = self;
             let key_heads = heads / group;
-            let what = format!("{level:?} {ty:?} {batch}x{heads}/{group} {queries}x{keys} {width},{value_width} causal {causal} mask {mask}");
+            let what =
+                format!("{level:?} {ty:?} {batch}x{heads}/{group} {queries}x{keys} {width},{value_width} causal {causal} mask {mask}");
             let scale = 1.0 / (width as f64).sqrt();
             let (q, k) = (values(batch * heads * queries * width, 1), values(batch * key_heads * keys * width, 2));
             let (v, g) = (values(batch * key_heads * keys * value_width, 3), values(batch * heads * queries * value_width, 4));
@@ -647,7 +687,8 @@ mod tests {
                 .collect();
             let mask_values = Values::new(gpu, if mask == 2 { ty } else { Type::Bool }, &of_mask);
             let (mask_shape, mask_strides) = ([batch, heads, queries, keys], [0, 0, keys, 1]);
-            let mask_view = View::new(mask_values.buffer(), if mask == 2 { ty } else { Type::Bool }, 0, &mask_shape, &mask_strides).unwrap();
+            let mask_view =
+                View::new(mask_values.buffer(), if mask == 2 { ty } else { Type::Bool }, 0, &mask_shape, &mask_strides).unwrap();
             let attention = Attention {
                 q: View::new(q.buffer(), ty, 0, &qs, &qt).unwrap(),
                 k: View::new(k.buffer(), ty, 0, &ks, &kt).unwrap(),
@@ -679,8 +720,10 @@ mod tests {
                 return;
             }
             let mut dq = Values::unwritten(gpu, ty, rows * width);
-            let (mut dk, mut dv) =
-                (Values::unwritten(gpu, ty, batch * key_heads * keys * width), Values::unwritten(gpu, ty, batch * key_heads * keys * value_width));
+            let (mut dk, mut dv) = (
+                Values::unwritten(gpu, ty, batch * key_heads * keys * width),
+                Values::unwritten(gpu, ty, batch * key_heads * keys * value_width),
+            );
             let given = Gradients { out: out.slice(), grad: g.slice(), lse: lse.slice() };
             backward_at(level, gpu, &attention, given, dq.slice_mut(), dk.slice_mut(), dv.slice_mut()).unwrap();
             close("dq", &dq.read(), &expected[2]);
@@ -689,7 +732,13 @@ mod tests {
         }
     }
 
-    fn case([batch, heads, group]: [usize; 3], [queries, keys]: [usize; 2], [width, value_width]: [usize; 2], causal: bool, mask: usize) -> Case {
+    fn case(
+        [batch, heads, group]: [usize; 3],
+        [queries, keys]: [usize; 2],
+        [width, value_width]: [usize; 2],
+        causal: bool,
+        mask: usize,
+    ) -> Case {
         Case { batch, heads, group, queries, keys, width, value_width, causal, mask, rows_outside: (queries + keys) % 2 == 1 }
     }
 
