@@ -548,7 +548,8 @@ fn backward_hopper(
         let args: [&dyn Arg; 7] = [&given.out.ptr(), &given.grad.ptr(), &given.lse.ptr(), &shift, &mean, &(padded as i64), x];
         module.kernel("attention_along_hopper")?.launch(Launch::blocks((values * head / 8).div_ceil(256), 256), &args)?;
 
-        let launch = Launch::blocks(x.key_blocks(KEY_ROWS), 128 * (KEY_ROWS as u32 / 64 + 1)).with_shared(shared(KEY_ROWS, KEY_STEP) + (STAGES * KEY_STEP * 8) as u32);
+        let launch = Launch::blocks(x.key_blocks(KEY_ROWS), 128 * (KEY_ROWS as u32 / 64 + 1))
+            .with_shared(shared(KEY_ROWS, KEY_STEP) + (STAGES * KEY_STEP * 8) as u32);
         let maps = [q.map(gpu, KEY_STEP)?, k.map(gpu, KEY_ROWS)?, v.map(gpu, KEY_ROWS)?, grad.map(gpu, KEY_STEP)?];
         let [q_map, k_map, v_map, grad_map] = &maps;
         let args: [&dyn Arg; 14] = [
