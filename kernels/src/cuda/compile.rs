@@ -37,6 +37,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
+    ("softmax.cuh", include_str!("softmax.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
     ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),

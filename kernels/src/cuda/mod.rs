@@ -15,6 +15,8 @@ mod check;
 mod compile;
 pub mod conv;
 pub mod copy;
+pub mod cross_entropy;
+pub mod cumulative;
 mod driver;
 mod emulator;
 mod error;

@@ -187,7 +187,8 @@ template <bool MAX, bool MAGNITUDE> struct ExtremeOf {
     static __device__ __forceinline__ Lane neutral() {
         return !MAX ? highest(Lane(0)) : MAGNITUDE ? Lane(0) : lowest(Lane(0));
     }
-    static __device__ __forceinline__ Lane map(Lane x, const Results&) {
+    // A template, so that magnitudes are looked up for floats only.
+    template <class L> static __device__ __forceinline__ L map(L x, const Results&) {
         if constexpr (MAGNITUDE) {
             return magnitude(x);
         } else {

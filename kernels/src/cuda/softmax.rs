@@ -41,7 +41,7 @@ struct Variant {
 }
 
 /// The greatest power of two up to `most` (one itself) that divides `n`.
-fn divisor(n: usize, most: usize) -> usize {
+pub(super) fn divisor(n: usize, most: usize) -> usize {
     most.min(1 << n.trailing_zeros().min(8))
 }
 

@@ -9,11 +9,7 @@ pub use channels::{Statistics, group_moments, normalize, normalize_backward};
 pub use rows::{layer_norm, layer_norm_backward};
 
 use super::memory::{DevicePtr, Slice, SliceMut, Type};
-
-/// The greatest power of two up to `most` (one itself) that divides `n`.
-fn divisor(n: usize, most: usize) -> usize {
-    most.min(1 << n.trailing_zeros().min(8))
-}
+use super::softmax::divisor;
 
 /// The address of a parameter of `n` elements of type `ty`, or none.
 fn parameter(values: Option<&Slice<'_>>, ty: Type, n: usize) -> DevicePtr {
