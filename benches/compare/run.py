@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Runs Kiln's workloads and PyTorch's in alternation, a process each, and prints one table of ratios.
 
-    python benches/compare/run.py [--only SUBSTRING,...] [--rounds N] [--threads N] [--markdown]
+    python benches/compare/run.py [--only SUBSTRING,...] [--rounds N] [--threads N] [--device cuda] [--compile] [--binary PATH] [--markdown]
 
 Needs PyTorch in the Python that runs it, and `cargo bench --no-run` to have been run (or it builds first). PyTorch gets its best
-settings: fused optimisers, channels_last, and glibc's malloc told to keep its pages.
+settings: fused optimisers, channels_last, and glibc's malloc told to keep its pages. Of a workload that PyTorch has more than one way to do
+(`NAME_cudnn`, `NAME_flash`; `--compile`), the table has the fastest.
 """
 import argparse, json, os, pathlib, statistics, subprocess, sys
 
@@ -33,25 +34,31 @@ def main():
     ap.add_argument("--rounds", type=int, default=3, help="alternations; the table shows medians over them")
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--budget", type=float, default=2.0, help="seconds of timed work per workload and round")
+    ap.add_argument("--device", default="cpu", help="cpu or cuda")
+    ap.add_argument("--compile", action="store_true", help="time PyTorch's models compiled, too, and take the faster")
+    ap.add_argument("--binary", help="the workloads' program, if it is built already")
     ap.add_argument("--markdown", action="store_true", help="print the table in markdown")
     a = ap.parse_args()
-    binary = bench_binary()
-    options = ["--only", a.only, "--threads", str(a.threads), "--budget", str(a.budget)]
+    binary = a.binary or bench_binary()
+    options = ["--only", a.only, "--threads", str(a.threads), "--budget", str(a.budget), "--device", a.device]
+    torch_bench = [sys.executable, ROOT / "benches/compare/torch_bench.py", *options]
     ours, theirs = {}, {}
     for _ in range(a.rounds):
-        for table, command, env in (
-            (ours, [binary, "--json", *options], None),
-            (theirs, [sys.executable, ROOT / "benches/compare/torch_bench.py", *options], MALLOC),
+        for table, way, command, env in (
+            (ours, "", [binary, "--json", *options], None),
+            (theirs, "", torch_bench, MALLOC),
+            *([(theirs, "_compiled", [*torch_bench, "--compile"], MALLOC)] if a.compile else []),
         ):
             for name, ms in rows(command, env).items():
-                table.setdefault(name, []).append(ms)
+                table.setdefault(name + way, []).append(ms)
     sep = " | " if a.markdown else "  "
     print(sep.join(["workload".ljust(44), "PyTorch ms".rjust(11), "Kiln ms".rjust(11), "PyTorch ÷ Kiln".rjust(14)]))
     if a.markdown:
         print("--- | ---: | ---: | ---:")
     for name in ours:
-        if name in theirs:
-            k, t = statistics.median(ours[name]), statistics.median(theirs[name])
+        ways = [statistics.median(theirs[name + way]) for way in ("", "_compiled", "_cudnn", "_flash") if name + way in theirs]
+        if ways:
+            k, t = statistics.median(ours[name]), min(ways)
             print(sep.join([name.ljust(44), f"{t:.3f}".rjust(11), f"{k:.3f}".rjust(11), f"{t / k:.2f}".rjust(14)]))
 
 

@@ -1,4 +1,4 @@
-//! Shapes that fill a GPU: names as in `benches/compare/torch_cuda.py`. On a processor they are left out.
+//! Shapes that fill a GPU: names as in `benches/compare/torch_bench.py`. On a processor they are left out.
 
 use crate::Bench;
 use kiln::autograd::{GradOptions, grad_with};

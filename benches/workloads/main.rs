@@ -2,10 +2,12 @@
 //! `cargo bench --bench workloads -- --json [--only SUBSTRING[,SUBSTRING…]] [--threads N] [--device cuda]`.
 //! On a GPU, a call's time includes the wait for its result; [`gpu`] adds shapes that are too large for a processor.
 
+mod gpt;
 mod gpu;
 mod layers;
 mod ops;
 mod training;
+mod unet;
 
 use clap::Parser;
 use kiln::{Device, Result, set_default_device};
@@ -101,6 +103,8 @@ fn main() -> Result<()> {
         layers::convolutions(&bench)?;
         layers::attention(&bench)?;
         training::run(&bench)?;
+        gpt::run(&bench)?;
+        unet::run(&bench)?;
         gpu::run(&bench)
     })
 }

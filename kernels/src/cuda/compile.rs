@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A kernel file.
 #[derive(Debug)]
@@ -14,12 +15,29 @@ pub(crate) struct Source {
     pub(crate) text: &'static str,
 }
 
+/// The value of a macro: a number up to 32, or a power of two up to 1024.
+pub(super) fn number(n: usize) -> &'static str {
+    const SMALL: [&str; 33] = [
+        "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16", "17", "18", "19", "20", "21", "22",
+        "23", "24", "25", "26", "27", "28", "29", "30", "31", "32",
+    ];
+    match n {
+        64 => "64",
+        128 => "128",
+        256 => "256",
+        512 => "512",
+        1024 => "1024",
+        _ => SMALL[n],
+    }
+}
+
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
+    ("softmax.cuh", include_str!("softmax.cuh")),
     ("emulate.cuh", include_str!("emulate.cuh")),
     ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
@@ -123,11 +141,13 @@ pub(super) fn build(backend: &dyn Backend, name: &str, contract: bool, text: &st
         ))
     };
     fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
-    // Written beside its place and moved there, so that another process never sees half of it.
-    let fresh = folder.join(format!("{name}-{}.{}", &key[..32], std::process::id()));
+    // Written beside its place and moved there, so that another process or thread never sees half of it.
+    static COMPILED: AtomicU64 = AtomicU64::new(0);
+    let own = format!("{}-{}", std::process::id(), COMPILED.fetch_add(1, Relaxed));
+    let fresh = folder.join(format!("{name}-{}.{own}", &key[..32]));
     backend.compile(name, text, contract, &fresh)?;
     let code = fs::read(&fresh).map_err(|e| failed(&fresh, e))?;
-    let fresh_sum = fresh.with_extension(format!("{}.sum", std::process::id()));
+    let fresh_sum = fresh.with_extension(format!("{own}.sum"));
     fs::write(&fresh_sum, digest(&[&code])).map_err(|e| failed(&fresh_sum, e))?;
     fs::rename(&fresh, &file).map_err(|e| failed(&file, e))?;
     fs::rename(&fresh_sum, &sum).map_err(|e| failed(&sum, e))?;

@@ -35,6 +35,7 @@ Machine machine;
 constexpr size_t STACK = 128 << 10;
 constexpr size_t PAGE = 4096;
 
+static std::mutex one_at_a_time;
 static std::vector<Fiber*> free_fibers, all_fibers;
 static Fiber host;
 
@@ -146,18 +147,21 @@ std::string line_of(const void* where) {
     if (where == nullptr || dladdr(where, &info) == 0 || info.dli_fname == nullptr) {
         return "";
     }
-    // The instruction that called, not the one to return to.
+    // The instruction that called, not the one to return to; the first line is the innermost of the functions that were inlined there.
     const u64 offset = (u64)where - 1 - (u64)info.dli_fbase;
-    std::string line;
-    if (FILE* pipe = popen(format("addr2line -s -e '%s' 0x%llx 2>/dev/null", info.dli_fname, offset).c_str(), "r")) {
+    std::string lines;
+    if (FILE* pipe = popen(format("addr2line -i -s -e '%s' 0x%llx 2>/dev/null", info.dli_fname, offset).c_str(), "r")) {
         char text[256];
-        if (fgets(text, sizeof text, pipe) != nullptr && text[0] != '?') {
-            line = text;
+        while (fgets(text, sizeof text, pipe) != nullptr) {
+            std::string line = text;
             line.erase(line.find_first_of("\n ("));
+            if (line[0] != '?' && line.compare(0, 8, "emulate.") != 0) {
+                lines += (lines.empty() ? " (" : " in ") + line;
+            }
         }
         pclose(pipe);
     }
-    return line.empty() ? format(" (at 0x%llx in the module)", offset) : " (" + line + ")";
+    return lines.empty() ? format(" (at 0x%llx in the module)", offset) : lines + ")";
 }
 
 std::string shared_name(u32 smem) {
@@ -633,6 +637,9 @@ static void run_cluster() {
     switch_to(&host, thread->fiber);
     machine.current = nullptr;
     free_fibers = all_fibers;
+    if (machine.checked) {
+        check_cluster_ends();
+    }
     if (machine.failed) {
         return;
     }
@@ -688,15 +695,15 @@ static Image find_image(const void* code) {
 
 static std::string refuse(const KilnKernel* kernel, const u32* grid, const u32* block, u32 shared) {
     const u64 threads = (u64)block[0] * block[1] * block[2];
-    const u32 statics = machine.image.static_bytes;
     if (threads == 0 || threads > 1024 || block[2] > 64) {
         return format("a block of %u x %u x %u threads", block[0], block[1], block[2]);
     }
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) {
         return format("a grid of %u x %u x %u blocks", grid[0], grid[1], grid[2]);
     }
-    if (statics > 48 << 10 || shared + statics > SHARED_LIMIT) {
-        return format("%u bytes of dynamic and %u of static shared memory", shared, statics);
+    // The module's static shared memory is that of all its kernels: what one of them takes is for the compiler to limit.
+    if (shared > SHARED_LIMIT || machine.image.static_bytes > SHARED_ROOM / 2) {
+        return format("%u bytes of dynamic shared memory (and %u bytes static in all kernels of the file)", shared, machine.image.static_bytes);
     }
     if (grid[0] % kernel->blocks_of_cluster != 0 || kernel->blocks_of_cluster > CLUSTER_LIMIT) {
         return format("a grid of %u blocks in clusters of %u", grid[0], kernel->blocks_of_cluster);
@@ -756,7 +763,6 @@ using namespace emulate;
 extern "C" {
 
 int kiln_emulate_launch(const KilnKernel* kernel, const u32* grid, const u32* block, u32 shared, void** args, char* message, u64 message_len) {
-    static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     launch(kernel, grid, block, shared, args);
     if (machine.failed && message_len > 0) {

@@ -83,7 +83,7 @@ static void settle(Mbarrier& bar) {
     ++bar.phase;
     bar.pending = bar.expected;
     if (machine.checked) {
-        check_phase_ends(bar);
+        check_phase_ends(bar.knowledge, bar.released);
     }
     for (Thread* waiting : bar.waiting) {
         make_ready(waiting);
@@ -182,6 +182,9 @@ void thread_ends(Thread& thread) {
 void cluster_completes() {
     machine.cluster_arrived = 0;
     ++machine.cluster_phase;
+    if (machine.checked) {
+        check_phase_ends(machine.cluster_knowledge, machine.cluster_released);
+    }
     for (u8& pending : machine.cluster_pending) {
         pending = pending == 1 ? 2 : pending;
     }
@@ -466,7 +469,7 @@ void kiln_emulate_cluster_wait() {
     }
     machine.cluster_pending[t.id] = 0;
     if (machine.checked) {
-        check_waited(t, machine.cluster_knowledge);
+        check_waited(t, machine.cluster_released);
     }
 }
 

@@ -9,11 +9,12 @@ enum class Access : u8 { Read, Write, Atomic };
 
 void check_launch_starts(u64 clusters);
 void check_cluster_starts();
+void check_cluster_ends();
 
 // Order between threads: what one did before it gave its knowledge was before whatever another does after it took it.
 void check_arrives(Thread& thread, Knowledge*& into);
 void check_waited(Thread& thread, const Knowledge* from);
-void check_phase_ends(Mbarrier& bar);
+void check_phase_ends(Knowledge*& gathered, Knowledge*& released);
 void check_barrier_completes(Block& block, Barrier& barrier, bool whole_block);
 void check_lanes_meet(Warp& warp, u32 lanes);
 void check_fence(Thread& thread);

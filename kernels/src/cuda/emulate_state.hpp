@@ -71,7 +71,6 @@ struct Thread {
     u32 copy_group, bulk_group;
     std::vector<Copy> copies;
     std::vector<BulkStore> stores;
-    Knowledge* knowledge;
 };
 
 struct Barrier {
@@ -178,6 +177,7 @@ struct Machine {
     std::vector<Thread*> cluster_waiting;
     std::vector<u8> cluster_pending;
     Knowledge* cluster_knowledge;
+    Knowledge* cluster_released;
     u32 shared_bytes, static_bytes, static_first;
     bool checked;
     bool failed;

@@ -32,8 +32,18 @@ type MemoryHook = unsafe extern "C" fn(u64, u64);
 const RUNTIME: &str = "emulate";
 
 /// How a library is made of a file. Kernels see CUDA's rules: any object may be read as another type, and nothing is contracted that is not asked for.
-const FLAGS: &[&str] =
-    &["-std=c++17", "-shared", "-fPIC", "-w", "-g1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno"];
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-w",
+    "-Wno-psabi",
+    "-g1",
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+];
 const RUNTIME_FLAGS: &[&str] = &["-O3", "-fno-semantic-interposition"];
 const KERNEL_FLAGS: &[&str] =
     &["-O1", "-DKILN_EMULATE", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-stack-protector", "-nostartfiles"];
@@ -225,7 +235,8 @@ impl Backend for Emulator {
         if name != RUNTIME {
             check::check(name, source, contract)?;
         }
-        let text = out.with_extension("cpp");
+        let mut text = out.as_os_str().to_os_string();
+        text.push(".cpp");
         let failed = |log: String| CudaError::Compile { name: name.to_string(), log };
         std::fs::write(&text, source).map_err(|e| failed(e.to_string()))?;
         let output = Command::new(Self::compiler())
@@ -335,3 +346,7 @@ impl Backend for Emulator {
 
     fn drop_graph(&self, _: u64) {}
 }
+
+#[cfg(test)]
+#[path = "emulator_tests.rs"]
+mod tests;

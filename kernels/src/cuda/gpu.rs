@@ -153,6 +153,12 @@ impl Gpu {
 
     /// Copies bytes from the host into new memory. The copy is queued; `bytes` may be changed at once.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
+        if self.pool.load(Relaxed) != 0 {
+            // A replay would read whatever the memory of the copy holds by then.
+            return Err(CudaError::Unavailable(
+                "a copy from the host cannot be recorded: make the tensor before the recording begins".into(),
+            ));
+        }
         let buffer = self.alloc(bytes.len())?;
         if !bytes.is_empty() {
             self.make_current()?;
@@ -242,5 +248,80 @@ impl Gpu {
 impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Gpu(cuda:{}, {})", self.ordinal, self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Values, device};
+    use super::super::{Slice, SliceMut, Type};
+    use super::*;
+
+    #[test]
+    fn memory_is_reused_counted_and_refused_in_words() {
+        let Some(gpu) = device() else { return };
+        // A size that no other test uses.
+        let bytes = 5 << 20;
+        let first = gpu.alloc(bytes).unwrap();
+        let before = gpu.memory_stats();
+        assert!(before.in_use >= bytes && before.held >= before.in_use && before.peak >= before.in_use);
+        let address = first.ptr();
+        drop(first);
+        assert_eq!(gpu.alloc(bytes).unwrap().ptr(), address);
+        let error = gpu.alloc(1 << 46).unwrap_err();
+        assert!(matches!(error, CudaError::OutOfMemory { requested, .. } if requested == 1 << 46), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("were asked for") && text.contains("are held") && text.contains("are free"), "{text}");
+        assert!(gpu.alloc(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn bytes_go_and_come_back() {
+        let Some(gpu) = device() else { return };
+        // More than one piece of the pinned memory that uploads go through.
+        let bytes: Vec<u8> = (0..40 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let buffer = gpu.upload(&bytes).unwrap();
+        let mut back = vec![0; bytes.len() - 7];
+        gpu.download(&buffer, 7, &mut back).unwrap();
+        assert!(back == bytes[7..]);
+        let mut copy = gpu.alloc(bytes.len()).unwrap();
+        let from = Slice::new(&buffer, Type::U8, 0, bytes.len()).unwrap();
+        gpu.copy(from, &mut SliceMut::new(&mut copy, Type::U8, 0, bytes.len()).unwrap()).unwrap();
+        gpu.zero(&mut SliceMut::new(&mut copy, Type::U8, 0, 3).unwrap()).unwrap();
+        let mut back = vec![1; 5];
+        gpu.download(&copy, 0, &mut back).unwrap();
+        assert_eq!(back, [0, 0, 0, bytes[3], bytes[4]]);
+    }
+
+    #[test]
+    fn recorded_work_is_replayed_on_the_same_memory() {
+        let Some(gpu) = device() else { return };
+        let mut x = Values::new(gpu, Type::F32, &[1.0, 2.0, 3.0]);
+        let step = |x: &mut Values| super::super::gradient::scale(gpu, &mut x.slice_mut(), 2.0);
+        // Compiled before the recording.
+        step(&mut x).unwrap();
+        if gpu.is_emulated() {
+            assert!(gpu.capture(|| step(&mut x)).is_err());
+            return;
+        }
+        let (graph, ()) = gpu.capture(|| step(&mut x)).unwrap();
+        assert_eq!(x.read(), [2.0, 4.0, 6.0], "recording runs nothing");
+        graph.replay().unwrap();
+        graph.replay().unwrap();
+        assert_eq!(x.read(), [8.0, 16.0, 24.0]);
+        let (start, end) = (gpu.event().unwrap(), {
+            graph.replay().unwrap();
+            gpu.event().unwrap()
+        });
+        assert!(start.elapsed_ms(&end).unwrap() >= 0.0);
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_an_error() {
+        assert!(gpu(63).is_err() && gpu(1000).is_err());
+        if device().is_none() && !std::path::Path::new("/dev/nvidia0").exists() {
+            let error = gpu(0).unwrap_err().to_string();
+            assert!(error.starts_with("cuda:0 is not available"), "{error}");
+        }
     }
 }

@@ -187,7 +187,8 @@ template <bool MAX, bool MAGNITUDE> struct ExtremeOf {
     static __device__ __forceinline__ Lane neutral() {
         return !MAX ? highest(Lane(0)) : MAGNITUDE ? Lane(0) : lowest(Lane(0));
     }
-    static __device__ __forceinline__ Lane map(Lane x, const Results&) {
+    // A template, so that magnitudes are looked up for floats only.
+    template <class L> static __device__ __forceinline__ L map(L x, const Results&) {
         if constexpr (MAGNITUDE) {
             return magnitude(x);
         } else {
@@ -333,31 +334,6 @@ typedef Each<PowersOf> PowerNorm;
 
 typedef Each<ExtremeOf<true, true>> AbsMax;
 typedef Each<ExtremeOf<false, true>> AbsMin;
-
-// Σ x² in f64: exact to rounding for numbers of any size.
-struct WideSquaresOf {
-    typedef double Lane;
-    typedef double Acc;
-    static __device__ __forceinline__ Lane neutral() {
-        return 0;
-    }
-    static __device__ __forceinline__ Lane map(Lane x, const Results&) {
-        return x * x;
-    }
-    static __device__ __forceinline__ Lane combine(Lane a, Lane b) {
-        return a + b;
-    }
-    static __device__ __forceinline__ Acc promote(Lane x) {
-        return x;
-    }
-    static __device__ __forceinline__ Acc merge(Acc a, Acc b) {
-        return a + b;
-    }
-    static __device__ __forceinline__ void finish(Acc acc, const Results& r, i64 o) {
-        ((double*)r.out)[o] = acc;
-    }
-};
-typedef Each<WideSquaresOf> SumSquares;
 
 // Number, mean and squared deviations. Within a batch the deviations are taken from its own rounded mean (and how far that is off is found with
 // them); batches are merged by Chan's formula: no cancellation, however far the mean lies from zero.

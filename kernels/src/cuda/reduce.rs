@@ -5,7 +5,7 @@
 //! only, so that the bits are the same on every GPU.
 
 use super::launch::impl_arg;
-use super::memory::{DevicePtr, Slice, SliceMut, Type, View};
+use super::memory::{DevicePtr, SliceMut, Type, View};
 use super::{CudaError, Gpu, Launch, Source};
 use crate::iter::Walk;
 
@@ -326,14 +326,6 @@ pub fn norm(gpu: &'static Gpu, x: View<'_>, axes: &[bool], p: f64, out: SliceMut
 pub fn logsumexp(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
     expect_float(&x);
     to(gpu, x, axes, "LogSumExp", x.ty(), out, (0.0, 0))
-}
-
-/// Σ x² as one f64, for every dtype.
-pub(super) fn sum_squares(gpu: &'static Gpu, x: Slice<'_>, out: SliceMut<'_>) -> Result<(), CudaError> {
-    assert!(x.ty().is_float() && out.ty() == Type::F64 && out.len() == 1, "one f64 for floats");
-    let shape = [x.len()];
-    let view = x.view(&shape, &[1]).expect("the whole slice");
-    reduce(gpu, view, &[true], "SumSquares", Results::new(&out), 1)
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 // Sorting: rows of up to TILE elements in shared memory (bitonic), long ones by digits of eight bits, least significant first (radix sort). Both are
 // stable: the first because a key is followed by its place, so that no two are equal, the second by construction.
 //
-// T: type of the elements (BOOL where u8 stands for bool); K: u32 or u64, unsigned keys of the same order that hold them.
+// T: type of the elements (BOOL where u8 stands for bool); KEY: u32 or u64, unsigned keys of the same order.
 #include "kiln.cuh"
+
+typedef KEY K;
 
 // Keys as in cpu/sort.rs: NaN is the largest, -0 equals 0.
 template <class E> __device__ __forceinline__ K key_of(E x) {
@@ -200,14 +202,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_counts(u32* counts, i
 }
 KILN_KERNEL(scan_counts)
 
+// A part of a row, in order.
+struct Sorted {
+    K keys[PART];
+    u32 places[PART];
+};
+
 // Moves keys to where their digit sorts them to. `places` go with them: null means 0, 1, 2, ... A part's keys are put in order in shared memory first, so that those of one digit are written
-// together. With `final`, which has room for `k` places a row, the first k places are written there and nothing else. A row of one part needs no counts.
+// together. With `final`, which has room for `k` places a row, the first k places are written there and nothing else. A row of one part needs no counts. Dynamic shared memory: a `Sorted`.
 extern "C" __global__ void __launch_bounds__(THREADS) move_keys(const K* keys, const u32* places, i64 len, i64 parts, i32 shift, const u32* counts, const u32* totals, K* keys_out, u32* places_out, i64* final, i64 k) {
     __shared__ u32 counters[WARPS][DIGITS];
     __shared__ u32 base[DIGITS];
     __shared__ u32 scratch[WARPS];
-    __shared__ K sorted_keys[PART];
-    __shared__ u32 sorted_places[PART];
+    KILN_SHARED(Sorted, sorted);
     const i64 row = blockIdx.x / parts, part = blockIdx.x % parts;
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
     const int held = len - part * PART < PART ? (int)(len - part * PART) : PART;
@@ -262,19 +269,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) move_keys(const K* keys, c
         const int at = (warp * EACH + i) * 32 + lane;
         if (at < held) {
             const u32 to = counters[warp][digit_of(key[i], shift)] + rank[i];
-            sorted_keys[to] = key[i];
-            sorted_places[to] = places != nullptr ? places[row * len + part * PART + at] : (u32)(part * PART + at);
+            sorted->keys[to] = key[i];
+            sorted->places[to] = places != nullptr ? places[row * len + part * PART + at] : (u32)(part * PART + at);
         }
     }
     __syncthreads();
     for (int i = t; i < held; i += THREADS) {
-        const K moved = sorted_keys[i];
+        const K moved = sorted->keys[i];
         const i64 to = base[digit_of(moved, shift)] + (u32)i;
         if (final == nullptr) {
             keys_out[row * len + to] = moved;
-            places_out[row * len + to] = sorted_places[i];
+            places_out[row * len + to] = sorted->places[i];
         } else if (to < k) {
-            final[row * k + to] = sorted_places[i];
+            final[row * k + to] = sorted->places[i];
         }
     }
 }

@@ -48,7 +48,7 @@ impl Keys {
     }
 
     fn module(self, gpu: &'static Gpu) -> Result<Module, CudaError> {
-        let defines = [("T", self.element), ("K", if self.is_wide() { "u64" } else { "u32" }), ("BOOL", "1")];
+        let defines = [("T", self.element), ("KEY", if self.is_wide() { "u64" } else { "u32" }), ("BOOL", "1")];
         gpu.module(&SOURCE, if self.is_bool { &defines } else { &defines[..2] })
     }
 }
@@ -197,6 +197,7 @@ fn radix_sort(
     let counts = gpu.alloc(if counted { rows * DIGITS * parts * 4 } else { 0 })?;
     let totals = gpu.alloc(if counted { rows * DIGITS * 4 } else { 0 })?;
     let (rows_of_digits, blocks) = (Launch::blocks(rows * DIGITS, THREADS), Launch::blocks(rows * parts, THREADS));
+    let shared = (part * (keys.size() + 4)) as u32;
     let (len, parts) = (len as i64, parts as i64);
     let mut from = (unsorted.ptr(), DevicePtr::NULL);
     for pass in 0..passes {
@@ -212,7 +213,7 @@ fn radix_sort(
             }
             let args: [&dyn Arg; 11] =
                 [&from.0, &from.1, &len, &parts, &shift, &counts, &totals, &to.keys.ptr(), &to.places.ptr(), &last, &(k as i64)];
-            move_keys.launch(blocks, &args)?;
+            move_keys.launch(blocks.with_shared(shared), &args)?;
         }
         from = (to.keys.ptr(), to.places.ptr());
         if let Some(other) = other.as_mut().filter(|_| pass + 1 < passes) {
@@ -240,6 +241,7 @@ mod tests {
     }
 
     fn check(gpu: &'static Gpu, ty: Type, x: &[f64], len: usize, k: usize) {
+        let x = &if ty == Type::Bool { x.iter().map(|&x| (x != 0.0) as u8 as f64).collect() } else { x.to_vec() };
         let on_gpu = Values::new(gpu, ty, x);
         for descending in [false, true] {
             let mut out = Values::unwritten(gpu, Type::I64, x.len() / len.max(1) * k);

@@ -58,7 +58,7 @@ fn activations() -> Vec<Case> {
     vec![
         one("tanh", Tensor::tanh, f64::tanh),
         one("sigmoid", Tensor::sigmoid, double::sigmoid),
-        one("relu", Tensor::relu, |x| if x.is_nan() { x } else { x.max(0.0) }),
+        one("relu", Tensor::relu, |x| if x <= 0.0 { 0.0 } else { x }),
         one("leaky_relu", |x| x.leaky_relu(0.2), |x| if x > 0.0 { x } else { 0.2 * x }),
         one("elu", |x| x.elu(1.5), |x| if x > 0.0 { x } else { 1.5 * x.exp_m1() }),
         one("gelu", Tensor::gelu, |x| if x == f64::NEG_INFINITY { f64::NAN } else { x * double::normal_cdf(x) }),
