@@ -415,6 +415,8 @@ mod hopper {
     pub(super) const BACKWARD_WIDTH: usize = 128;
     /// Stages of a ring of tiles.
     pub(super) const STAGES: usize = 2;
+    /// Bytes of barriers.
+    pub(super) const BARRIERS: usize = 8 * (2 + 4 * STAGES);
     /// Backward: keys of a block and queries of a step, and the same turned round.
     pub(super) const KEY_ROWS: usize = 128;
     pub(super) const KEY_STEP: usize = 64;
@@ -503,7 +505,7 @@ fn forward_hopper(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, out: &Slice
     let (inner, key_inner, value_inner) = (q.inner(), k.inner(), v.inner());
     let (q, k, v) = (q.map(gpu, rows)?, k.map(gpu, step)?, v.map(gpu, step)?);
     let blocks = x.query_blocks(rows).min(gpu.multiprocessors() as usize);
-    let shared = (rows + 2 * hopper::STAGES * step) * head * 2;
+    let shared = (rows + 2 * hopper::STAGES * step) * head * 2 + hopper::BARRIERS;
     let launch = Launch::blocks(blocks, 128 * (rows as u32 / 64 + 1)).with_shared(shared as u32);
     let head_bytes = (x.keys * (x.width + x.value_width)) as usize * 2;
     let section = (hopper::CACHE / head_bytes).max(1) as i64 * x.group;
@@ -539,14 +541,15 @@ fn backward_hopper(
     let [q, k, v] = [&a.q, &a.k, &a.v].map(Mapped::of);
     let grad = Mapped::dense(given.grad, heads, x.queries as usize, x.value_width as usize);
     let [inner, key_inner, value_inner, grad_inner] = [&q, &k, &v, &grad].map(Mapped::inner);
-    let shared = |rows: usize, step: usize| ((2 * rows + 2 * STAGES * step) * head * 2) as u32;
+    let shared = |rows: usize, step: usize| ((2 * rows + 2 * STAGES * step) * head * 2 + hopper::BARRIERS) as u32;
     let [dq, dk, dv] = to;
     // SAFETY: see above; `shift` and `mean` hold `padded` values a head, a multiple of every block and step of queries.
     unsafe {
         let args: [&dyn Arg; 7] = [&given.out.ptr(), &given.grad.ptr(), &given.lse.ptr(), &shift, &mean, &(padded as i64), x];
         module.kernel("attention_along_hopper")?.launch(Launch::blocks((values * head / 8).div_ceil(256), 256), &args)?;
 
-        let launch = Launch::blocks(x.key_blocks(KEY_ROWS), 128 * (KEY_ROWS as u32 / 64 + 1)).with_shared(shared(KEY_ROWS, KEY_STEP));
+        let launch = Launch::blocks(x.key_blocks(KEY_ROWS), 128 * (KEY_ROWS as u32 / 64 + 1))
+            .with_shared(shared(KEY_ROWS, KEY_STEP) + (STAGES * KEY_STEP * 8) as u32);
         let maps = [q.map(gpu, KEY_STEP)?, k.map(gpu, KEY_ROWS)?, v.map(gpu, KEY_ROWS)?, grad.map(gpu, KEY_STEP)?];
         let [q_map, k_map, v_map, grad_map] = &maps;
         let args: [&dyn Arg; 14] = [
