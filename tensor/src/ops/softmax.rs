@@ -3,8 +3,9 @@
 use super::reduce::axis_of;
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
-use crate::{Error, Result, Tensor};
+use crate::{Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::softmax;
+use kiln_kernels::cuda::softmax as gpu_softmax;
 
 /// With y the output: dx = y·(g − Σ g·y), and for the logarithm dx = g − exp(y)·Σ g.
 struct Softmax {
@@ -35,6 +36,11 @@ impl Softmax {
     fn fused(&self, grad: &Tensor) -> Result<Tensor> {
         let axis = axis_of(grad.shape(), self.dim);
         let (grad, y) = (grad.detach().contiguous()?, &self.output);
+        if let Some(gpu) = y.gpu()? {
+            return Tensor::build_on_gpu(gpu, Layout::contiguous(*y.shape()), y.dtype(), |dx| {
+                Ok(gpu_softmax::softmax_backward(gpu, axis, self.log, grad.gpu_slice()?, y.gpu_slice()?, dx)?)
+            });
+        }
         for_float!(y.dtype(), self.name(), T => Tensor::build::<T>(grad.device(), y.shape(), |dx| {
             softmax::softmax_backward(axis, self.log, grad.as_slice::<T>()?, y.as_slice::<T>()?, dx);
             Ok(())
@@ -59,10 +65,16 @@ impl Tensor {
         }
         let dim = self.shape().dim(op, dim)?;
         let x = self.detach().contiguous()?;
-        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.device(), self.shape(), |y| {
-            softmax::softmax(axis_of(self.shape(), dim), log, x.as_slice::<T>()?, y);
-            Ok(())
-        }))?;
+        let axis = axis_of(self.shape(), dim);
+        let out = for_float!(self.dtype(), op, T => match x.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*self.shape()), self.dtype(), |y| {
+                Ok(gpu_softmax::softmax(gpu, axis, log, x.gpu_slice()?, y)?)
+            }),
+            None => Tensor::build::<T>(self.device(), self.shape(), |y| {
+                softmax::softmax(axis, log, x.as_slice::<T>()?, y);
+                Ok(())
+            }),
+        })?;
         let output = out.clone();
         record(op, out, &[self], |_| Softmax { dim, log, output })
     }

@@ -4,10 +4,11 @@ use super::rows::parameter_gradient;
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
-use crate::{Error, Layout, Result, Shape, Tensor};
+use crate::{Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::{FloatLane, Numeric};
 use kiln_kernels::cpu::norm::{self, Channels, Grouping, Statistics};
 use kiln_kernels::cpu::reduce::Spread;
+use kiln_kernels::cuda::{Gpu, SliceMut, norm as gpu_norm};
 
 /// What batch norm gives in training: the output, and the statistics of the batch for the running averages.
 #[derive(Clone, Debug)]
@@ -121,6 +122,9 @@ impl ChannelNorm {
         let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
         let wants = |i: usize| self.given[i] && ctx.needs(1 + (i.min(1) * self.given[0] as usize));
         let c = Shape::new(&[images.channels.c])?;
+        if let Some(gpu) = g.gpu()? {
+            return self.fused_on_gpu(gpu, &images, &g, weight.as_ref(), [ctx.needs(0), wants(0), wants(1)]);
+        }
         let (mut dw, mut db) = (parameter_gradient(&c, &self.x, wants(0))?, parameter_gradient(&c, &self.x, wants(1))?);
         for_float!(self.x.dtype(), self.name, T => {
             let mut run = |dx: Option<&mut [T]>| -> Result<()> {
@@ -141,6 +145,34 @@ impl ChannelNorm {
             Ok([dx, dw, db])
         })
     }
+
+    fn fused_on_gpu(
+        &self,
+        gpu: &'static Gpu,
+        images: &Images,
+        g: &Tensor,
+        weight: Option<&Tensor>,
+        wants: [bool; 3],
+    ) -> Result<[Option<Tensor>; 3]> {
+        let (dtype, c) = (g.dtype(), Shape::new(&[images.channels.c])?);
+        let room = |wanted: bool| wanted.then(|| Tensor::stale_on_gpu(gpu, c, dtype)).transpose();
+        let (mut dw, mut db) = (room(wants[1])?, room(wants[2])?);
+        let mut run = |dx: Option<SliceMut<'_>>| -> Result<()> {
+            let statistics = gpu_norm::Statistics { grouping: self.grouping, mean: self.mean.gpu_slice()?, rstd: self.rstd.gpu_slice()? };
+            let weight = weight.map(Tensor::gpu_slice).transpose()?;
+            let dw = dw.as_mut().map(Tensor::gpu_slice_mut).transpose()?;
+            let db = db.as_mut().map(Tensor::gpu_slice_mut).transpose()?;
+            let (g, x) = (g.gpu_dense_slice()?, images.data.gpu_dense_slice()?);
+            Ok(gpu_norm::normalize_backward(gpu, images.channels, statistics, self.fixed, weight, g, x, dx, dw, db)?)
+        };
+        let dx = if wants[0] {
+            Some(Tensor::build_on_gpu(gpu, images.layout, dtype, |dx| run(Some(dx)))?)
+        } else {
+            run(None)?;
+            None
+        };
+        Ok([dx, dw, db])
+    }
 }
 
 /// Statistics as tensors: mean, 1/√(var + ε), and the variance with Bessel's correction.
@@ -150,10 +182,17 @@ where
     T::Lane: crate::Scalar,
 {
     let count = images.channels.statistics(grouping);
+    if let Some(gpu) = images.data.gpu()? {
+        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(images.data.dtype()));
+        let (mut mean, mut rstd, mut var) = (room()?, room()?, room()?);
+        let out = [mean.gpu_slice_mut()?, rstd.gpu_slice_mut()?, var.gpu_slice_mut()?];
+        gpu_norm::group_moments(gpu, images.channels, grouping, eps, images.data.gpu_dense_slice()?, out)?;
+        return Ok([mean, rstd, var]);
+    }
     let mut spreads = vec![Spread::default(); count];
     norm::group_moments::<T>(images.channels, grouping, images.data.as_dense_slice()?, &mut spreads);
     let tensor =
-        |f: &dyn Fn(&Spread) -> f64| Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count);
+        |f: &dyn Fn(&Spread) -> f64| Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count)?.to_device(Device::Cpu);
     Ok([tensor(&|s| s.mean)?, tensor(&|s| 1.0 / (s.variance(0.0) + eps).sqrt())?, tensor(&|s| s.variance(1.0))?])
 }
 
@@ -179,13 +218,21 @@ impl Plan<'_> {
     fn apply(&self, x: &Tensor, images: &Images, mean: Tensor, rstd: Tensor, fixed: bool) -> Result<Tensor> {
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(self.weight)?, dense(self.bias)?);
-        let out = for_float!(x.dtype(), self.op, T => Tensor::build_with_layout::<T>(x.device(), images.layout, |y| {
-            let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            let statistics = Statistics { grouping: self.grouping, mean: mean.as_slice()?, rstd: rstd.as_slice()? };
-            norm::normalize::<T>(images.channels, statistics, w, b, images.data.as_dense_slice()?, y);
-            Ok(())
-        }))?;
+        let out = for_float!(x.dtype(), self.op, T => match x.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, images.layout, x.dtype(), |y| {
+                let w = w.as_ref().map(Tensor::gpu_slice).transpose()?;
+                let b = b.as_ref().map(Tensor::gpu_slice).transpose()?;
+                let statistics = gpu_norm::Statistics { grouping: self.grouping, mean: mean.gpu_slice()?, rstd: rstd.gpu_slice()? };
+                Ok(gpu_norm::normalize(gpu, images.channels, statistics, w, b, images.data.gpu_dense_slice()?, y)?)
+            }),
+            None => Tensor::build_with_layout::<T>(x.device(), images.layout, |y| {
+                let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let statistics = Statistics { grouping: self.grouping, mean: mean.as_slice()?, rstd: rstd.as_slice()? };
+                norm::normalize::<T>(images.channels, statistics, w, b, images.data.as_dense_slice()?, y);
+                Ok(())
+            }),
+        })?;
         let inputs: Vec<&Tensor> = [Some(x), self.weight, self.bias].into_iter().flatten().collect();
         record(self.op, out, &inputs, |_| ChannelNorm {
             name: self.op,

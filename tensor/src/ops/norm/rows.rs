@@ -3,8 +3,9 @@
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
-use crate::{Error, IntoShape, Result, Shape, Tensor};
+use crate::{Device, Error, IntoShape, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::norm::{self, Rows};
+use kiln_kernels::cuda::{Gpu, norm as gpu_norm};
 
 /// The rule of both; see [`composed_gradient`].
 struct LayerNorm {
@@ -47,6 +48,9 @@ impl LayerNorm {
         let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
         let wants = |i: usize| self.given[i] && ctx.needs(1 + (i.min(1) * self.given[0] as usize));
         let (wants_weight, wants_bias) = (wants(0), wants(1));
+        if let Some(gpu) = x.gpu()? {
+            return self.fused_on_gpu(gpu, &g, &x, weight.as_ref(), [wants_weight, wants_bias]);
+        }
         for_float!(x.dtype(), self.name(), T => {
             let (mut dw, mut db) = (parameter_gradient(&self.normalized, &x, wants_weight)?, parameter_gradient(&self.normalized, &x, wants_bias)?);
             let dx = Tensor::build::<T>(x.device(), x.shape(), |dx| {
@@ -58,6 +62,19 @@ impl LayerNorm {
             })?;
             Ok([Some(dx), dw, db])
         })
+    }
+
+    fn fused_on_gpu(&self, gpu: &'static Gpu, g: &Tensor, x: &Tensor, weight: Option<&Tensor>, wants: [bool; 2]) -> Result<[Option<Tensor>; 3]> {
+        let room = |wanted: bool| wanted.then(|| Tensor::stale_on_gpu(gpu, self.normalized, x.dtype())).transpose();
+        let (mut dw, mut db) = (room(wants[0])?, room(wants[1])?);
+        let dx = Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
+            let weight = weight.map(Tensor::gpu_slice).transpose()?;
+            let dw = dw.as_mut().map(Tensor::gpu_slice_mut).transpose()?;
+            let db = db.as_mut().map(Tensor::gpu_slice_mut).transpose()?;
+            let (mean, rstd) = (self.mean.gpu_slice()?, self.rstd.gpu_slice()?);
+            Ok(gpu_norm::layer_norm_backward(gpu, self.rows, g.gpu_slice()?, x.gpu_slice()?, weight, mean, rstd, dx, dw, db)?)
+        })?;
+        Ok([Some(dx), dw, db])
     }
 }
 
@@ -76,7 +93,7 @@ fn one_row(grad: &Tensor, rank: usize) -> Result<Option<Tensor>> {
 
 /// Room for the gradient of a parameter, if it is wanted.
 pub(super) fn parameter_gradient(shape: &Shape, like: &Tensor, wanted: bool) -> Result<Option<Tensor>> {
-    wanted.then(|| Tensor::zeros(shape, like.dtype())).transpose()
+    wanted.then(|| Tensor::zeros(shape, like)).transpose()
 }
 
 impl Tensor {
@@ -113,14 +130,24 @@ impl Tensor {
         let x = input.detach().contiguous()?;
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(weight)?, dense(bias)?);
-        let (mut mean, mut rstd) =
-            (Tensor::zeros(count, statistics_dtype(input.dtype()))?, Tensor::zeros(count, statistics_dtype(input.dtype()))?);
-        let out = for_float!(input.dtype(), op, T => Tensor::build::<T>(x.device(), input.shape(), |y| {
-            let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            norm::layer_norm::<T>(rows, x.as_slice()?, w, b, y, mean.as_slice_mut()?, rstd.as_slice_mut()?);
-            Ok(())
-        }))?;
+        let statistic = || match x.gpu()? {
+            Some(gpu) => Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(input.dtype())),
+            None => Tensor::zeros(count, (statistics_dtype(input.dtype()), Device::Cpu)),
+        };
+        let (mut mean, mut rstd) = (statistic()?, statistic()?);
+        let out = for_float!(input.dtype(), op, T => match x.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*input.shape()), input.dtype(), |y| {
+                let w = w.as_ref().map(Tensor::gpu_slice).transpose()?;
+                let b = b.as_ref().map(Tensor::gpu_slice).transpose()?;
+                Ok(gpu_norm::layer_norm(gpu, rows, x.gpu_slice()?, w, b, y, mean.gpu_slice_mut()?, rstd.gpu_slice_mut()?)?)
+            }),
+            None => Tensor::build::<T>(x.device(), input.shape(), |y| {
+                let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                norm::layer_norm::<T>(rows, x.as_slice()?, w, b, y, mean.as_slice_mut()?, rstd.as_slice_mut()?);
+                Ok(())
+            }),
+        })?;
         let inputs: Vec<&Tensor> = [Some(input), weight, bias].into_iter().flatten().collect();
         let given = [weight.is_some(), bias.is_some()];
         record(op, out, &inputs, |_| LayerNorm { rows, x: input.clone(), weight: weight.cloned(), given, normalized, mean, rstd })

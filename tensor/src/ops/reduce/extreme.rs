@@ -2,8 +2,9 @@
 
 use super::Axes;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{DType, Dims, Error, Result, Tensor};
+use crate::{DType, Dims, Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::reduce;
+use kiln_kernels::cuda::reduce as gpu_reduce;
 
 /// The gradient of a maximum is shared evenly by the elements that equal it.
 struct Extreme {
@@ -66,11 +67,15 @@ impl Tensor {
     fn extreme(&self, op: &'static str, dims: Dims, max: bool) -> Result<Tensor> {
         let axes = Axes::new(op, self, dims)?;
         axes.refuse_empty(op)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
-            let view = self.view_of::<T>()?;
-            if max { reduce::max(view, &axes.reduced, out) } else { reduce::min(view, &axes.reduced, out) }
-            Ok(())
-        }))?;
+        let on_gpu = axes.on_gpu(self, axes.keepdim, self.dtype(), if max { gpu_reduce::max } else { gpu_reduce::min })?;
+        let out = match on_gpu {
+            Some(out) => out,
+            None => for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
+                let view = self.view_of::<T>()?;
+                if max { reduce::max(view, &axes.reduced, out) } else { reduce::min(view, &axes.reduced, out) }
+                Ok(())
+            }))?,
+        };
         let output = out.clone();
         record(op, out, &[self], |_| Extreme { name: op, x: self.clone(), output, axes })
     }
@@ -90,18 +95,30 @@ impl Tensor {
         let axes = Axes::new(op, self, dim.into())?;
         axes.refuse_empty(op)?;
         let kept = axes.kept();
-        let mut indices = vec![0i64; kept.numel()];
-        let values = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &kept, |out| {
-            let view = self.view_of::<T>()?;
-            if max { reduce::max_with_index(view, dim, out, &mut indices) } else { reduce::min_with_index(view, dim, out, &mut indices) }
-            Ok(())
-        }))?;
-        let indices = Tensor::from_vec(indices, kept)?;
+        let (values, indices) = match self.gpu()? {
+            Some(gpu) => {
+                let mut indices = Tensor::stale_on_gpu(gpu, kept, DType::I64)?;
+                let kernel = if max { gpu_reduce::max_with_index } else { gpu_reduce::min_with_index };
+                let values = Tensor::build_on_gpu(gpu, Layout::contiguous(kept), self.dtype(), |out| {
+                    Ok(kernel(gpu, self.gpu_view()?, dim, out, indices.gpu_slice_mut()?)?)
+                })?;
+                (values, indices)
+            }
+            None => {
+                let mut indices = vec![0i64; kept.numel()];
+                let values = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &kept, |out| {
+                    let view = self.view_of::<T>()?;
+                    if max { reduce::max_with_index(view, dim, out, &mut indices) } else { reduce::min_with_index(view, dim, out, &mut indices) }
+                    Ok(())
+                }))?;
+                (values, Tensor::from_vec(indices, kept)?.to_device(self.device())?)
+            }
+        };
         let extent = axes.from[dim];
         let mut along = vec![1; axes.from.rank()];
         along[dim] = extent;
         let chosen = if self.is_tracked() {
-            let places = Tensor::arange(0.0, extent as f64, 1.0, DType::I64)?.reshape(along)?;
+            let places = Tensor::arange(0.0, extent as f64, 1.0, (DType::I64, self.device()))?.reshape(along)?;
             Some(indices.reshape(axes.keepdim)?.eq(&places)?)
         } else {
             None

@@ -10,9 +10,11 @@ pub(super) use scan::axis_of;
 
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Bool, DType, Dims, Error, Result, Shape, Tensor};
+use crate::{Bool, DType, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::Numeric;
 use kiln_kernels::cpu::reduce;
+use kiln_kernels::cuda::reduce as gpu_reduce;
+use kiln_kernels::cuda::{CudaError, Gpu, SliceMut, View};
 
 /// What a reduction does to a shape.
 struct Axes {
@@ -57,10 +59,28 @@ impl Axes {
         Ok(())
     }
 
+    /// The reduction `kernel` of `x` to `shape`, if a GPU holds it.
+    fn on_gpu(
+        &self,
+        x: &Tensor,
+        shape: Shape,
+        dtype: DType,
+        kernel: impl FnOnce(&'static Gpu, View<'_>, &[bool], SliceMut<'_>) -> std::result::Result<(), CudaError>,
+    ) -> Result<Option<Tensor>> {
+        let Some(gpu) = x.gpu()? else { return Ok(None) };
+        let layout = Layout::contiguous(shape);
+        Tensor::build_on_gpu(gpu, layout, dtype, |out| Ok(kernel(gpu, x.gpu_view()?, &self.reduced, out)?)).map(Some)
+    }
+
     /// The gradient of an output for each element that it was made of.
     fn spread(&self, grad: &Tensor) -> Result<Tensor> {
         grad.reshape(self.keepdim)?.expand(self.from)
     }
+}
+
+/// The dtype of sums and products.
+fn total_dtype(dtype: DType) -> DType {
+    if dtype.is_float() { dtype } else { DType::I64 }
 }
 
 /// The gradient of a sum is repeated along the summed dimensions; that of a mean is divided by their number.
@@ -113,7 +133,7 @@ impl Product {
         let permuted = self.x.permute(&order)?;
         let n = self.axes.count;
         let lines = self.x.numel() / n.max(1);
-        let diagonal = Tensor::eye(n, DType::F32)?.ne_scalar(0.0)?;
+        let diagonal = Tensor::eye(n, (DType::F32, self.x.device()))?.ne_scalar(0.0)?;
         let others = permuted.reshape([lines, 1, n])?.expand([lines, n, n])?.masked_fill(&diagonal, 1.0)?.prod(2)?;
         others.reshape(permuted.shape())?.permute(&back)
     }
@@ -127,10 +147,13 @@ impl Tensor {
 
     fn sum_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("sum", self, dims)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
-            reduce::sum::<T>(self.view_of()?, &axes.reduced, out);
-            Ok(())
-        }))?;
+        let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::sum)? {
+            Some(out) => out,
+            None => for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
+                reduce::sum::<T>(self.view_of()?, &axes.reduced, out);
+                Ok(())
+            }))?,
+        };
         record("sum", out, &[self], |_| Sum { name: "sum", axes, divisor: 1.0 })
     }
 
@@ -146,10 +169,13 @@ impl Tensor {
 
     fn mean_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("mean", self, dims)?;
-        let out = for_float!(self.dtype(), "mean", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
-            reduce::mean(self.view_of::<T>()?, &axes.reduced, out);
-            Ok(())
-        }))?;
+        let out = for_float!(self.dtype(), "mean", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::mean)? {
+            Some(out) => Ok(out),
+            None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
+                reduce::mean(self.view_of::<T>()?, &axes.reduced, out);
+                Ok(())
+            }),
+        })?;
         let divisor = axes.count as f64;
         record("mean", out, &[self], |_| Sum { name: "mean", axes, divisor })
     }
@@ -166,10 +192,13 @@ impl Tensor {
 
     fn prod_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("prod", self, dims)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
-            reduce::prod::<T>(self.view_of()?, &axes.reduced, out);
-            Ok(())
-        }))?;
+        let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::prod)? {
+            Some(out) => out,
+            None => for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
+                reduce::prod::<T>(self.view_of()?, &axes.reduced, out);
+                Ok(())
+            }))?,
+        };
         let output = out.clone();
         record("prod", out, &[self], |_| Product { x: self.clone(), output, axes })
     }
@@ -187,6 +216,9 @@ impl Tensor {
 
     fn any_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("any", self, dims)?;
+        if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::any)? {
+            return Ok(out);
+        }
         for_any!(self.dtype(), T => Tensor::build::<Bool>(self.device(), &axes.kept(), |out| {
             reduce::any(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())
@@ -200,6 +232,9 @@ impl Tensor {
 
     fn all_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("all", self, dims)?;
+        if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::all)? {
+            return Ok(out);
+        }
         for_any!(self.dtype(), T => Tensor::build::<Bool>(self.device(), &axes.kept(), |out| {
             reduce::all(self.view_of::<T>()?, &axes.reduced, out);
             Ok(())

@@ -5,6 +5,7 @@ use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Dims, Result, Tensor};
 use kiln_kernels::cpu::reduce;
+use kiln_kernels::cuda::reduce as gpu_reduce;
 
 /// var = Σ (x − mean)² / (n − correction); its gradient is 2·(x − mean) / (n − correction).
 /// For the standard deviation, half of that over the output, and 0 where that is 0.
@@ -116,14 +117,21 @@ impl Tensor {
     fn spread_keepdim(&self, op: &'static str, dims: Dims, correction: f64, root: bool) -> Result<Tensor> {
         let axes = Axes::new(op, self, dims)?;
         let divisor = (axes.count as f64 - correction).max(0.0);
-        let out = for_float!(self.dtype(), op, T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
-            if root {
-                reduce::std(self.view_of::<T>()?, &axes.reduced, correction, out);
-            } else {
-                reduce::var(self.view_of::<T>()?, &axes.reduced, correction, out);
+        let kernel = if root { gpu_reduce::std } else { gpu_reduce::var };
+        let out = for_float!(self.dtype(), op, T => {
+            let on_gpu = axes.on_gpu(self, axes.keepdim, self.dtype(), |gpu, x, reduced, out| kernel(gpu, x, reduced, correction, out))?;
+            match on_gpu {
+                Some(out) => Ok(out),
+                None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
+                    if root {
+                        reduce::std(self.view_of::<T>()?, &axes.reduced, correction, out);
+                    } else {
+                        reduce::var(self.view_of::<T>()?, &axes.reduced, correction, out);
+                    }
+                    Ok(())
+                }),
             }
-            Ok(())
-        }))?;
+        })?;
         let deviation = root.then(|| out.clone());
         record(op, out, &[self], |_| Var { x: self.clone(), deviation, axes, divisor })
     }
@@ -144,10 +152,16 @@ impl Tensor {
         if p == f64::NEG_INFINITY {
             axes.refuse_empty("norm")?;
         }
-        let out = for_float!(self.dtype(), "norm", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
-            reduce::norm(self.view_of::<T>()?, &axes.reduced, p, out);
-            Ok(())
-        }))?;
+        let out = for_float!(self.dtype(), "norm", T => {
+            let on_gpu = axes.on_gpu(self, axes.keepdim, self.dtype(), |gpu, x, reduced, out| gpu_reduce::norm(gpu, x, reduced, p, out))?;
+            match on_gpu {
+                Some(out) => Ok(out),
+                None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
+                    reduce::norm(self.view_of::<T>()?, &axes.reduced, p, out);
+                    Ok(())
+                }),
+            }
+        })?;
         let output = out.clone();
         record("norm", out, &[self], |_| Norm { x: self.clone(), output, axes, p })
     }
@@ -164,10 +178,13 @@ impl Tensor {
 
     fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {
         let axes = Axes::new("logsumexp", self, dims)?;
-        let out = for_float!(self.dtype(), "logsumexp", T => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
-            reduce::logsumexp(self.view_of::<T>()?, &axes.reduced, out);
-            Ok(())
-        }))?;
+        let out = for_float!(self.dtype(), "logsumexp", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::logsumexp)? {
+            Some(out) => Ok(out),
+            None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
+                reduce::logsumexp(self.view_of::<T>()?, &axes.reduced, out);
+                Ok(())
+            }),
+        })?;
         let output = out.clone();
         record("logsumexp", out, &[self], |_| LogSumExp { x: self.clone(), output, axes })
     }

@@ -1,10 +1,12 @@
 //! Cumulative sums.
 
+use super::total_dtype;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Result, Shape, Tensor};
+use crate::{Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::cumulative;
 use kiln_kernels::cpu::lanes::Numeric;
 use kiln_kernels::cpu::softmax::Axis;
+use kiln_kernels::cuda;
 
 /// The gradient of a cumulative sum is the cumulative sum of the gradient from the other end.
 struct CumSum {
@@ -35,10 +37,15 @@ impl Tensor {
     fn scan(&self, dim: usize, reverse: bool) -> Result<Tensor> {
         let x = self.detach().contiguous()?;
         let axis = axis_of(self.shape(), dim);
-        let out = for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), self.shape(), |out| {
-            cumulative::cumsum::<T>(axis, reverse, x.as_slice()?, out);
-            Ok(())
-        }))?;
+        let out = match x.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*self.shape()), total_dtype(self.dtype()), |out| {
+                Ok(cuda::cumulative::cumsum(gpu, axis, reverse, x.gpu_slice()?, out)?)
+            }),
+            None => for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), self.shape(), |out| {
+                cumulative::cumsum::<T>(axis, reverse, x.as_slice()?, out);
+                Ok(())
+            })),
+        }?;
         record("cumsum", out, &[self], |_| CumSum { dim, reverse })
     }
 }
