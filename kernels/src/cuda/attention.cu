@@ -1,7 +1,7 @@
 // Attention for any dtype, extents and strides, on the plain arithmetic units: out = softmax(scale · Q·Kᵀ + mask) · V block by block, and its
 // gradients. Defines: T; WIDTH, a multiple of 16 that is at least the width of keys and of values; in sixteens, ROWS and STEP, the rows of a block and
 // of those that it walks over, and GRAD_ROWS and GRAD_STEP, the same of the backward pass: what registers (sums of WIDTH values a row) and 48 KiB of
-// shared memory hold.
+// shared memory hold. Shared memory: `stage_size` values and one tile of `weights_size` (backward, for keys: two).
 //
 // Every kernel gives a block some rows (queries, or keys for dK and dV) and walks over blocks of the other side, so each result has one writer and its
 // sums one order. Two steps do all the work: `multiply_rows` makes a tile of scores from two blocks of rows, `add_weighted` adds rows weighted by a
@@ -18,7 +18,9 @@ constexpr int COLS = WIDTH / 16;
 constexpr int CHUNK = 16;
 constexpr int PITCH = CHUNK + 4;
 
-__device__ constexpr int larger_size(int a, int b) { return a > b ? a : b; }
+// Values in shared memory: two staged chunks of rows, or a chunk of whole rows; and a tile of weights.
+__device__ constexpr int stage_size(int rows, int step) { return 16 * (rows + step) * PITCH > CHUNK * WIDTH ? 16 * (rows + step) * PITCH : CHUNK * WIDTH; }
+__device__ constexpr int weights_size(int rows, int step) { return 16 * rows * (16 * step + 4); }
 
 struct alignas(4 * sizeof(Real)) Quad {
     Real x[4];
@@ -181,8 +183,8 @@ __device__ __forceinline__ i64 reach(const Extents& x, i64 end) { return x.causa
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_forward(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data, Matrices mask_layout,
     T* out, Real* lse, Extents x) {
-    __shared__ alignas(32) Real stage[larger_size(16 * (ROWS + STEP) * PITCH, CHUNK * WIDTH)];
-    __shared__ alignas(32) Real weights[16 * ROWS * (16 * STEP + 4)];
+    KILN_SHARED(Real, stage);
+    Real* const weights = stage + stage_size(ROWS, STEP);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 blocks = (x.queries + 16 * ROWS - 1) / (16 * ROWS);
     // The last queries of a causal problem have the most to do, so they begin.
@@ -276,8 +278,8 @@ __device__ __forceinline__ Real weight(Real score, i64 query, i64 key, Real lse,
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_backward_queries(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
     Matrices mask_layout, const T* grad, const Real* lse, const Real* along, T* dq, Extents x) {
-    __shared__ alignas(32) Real stage[larger_size(16 * (GRAD_ROWS + GRAD_STEP) * PITCH, CHUNK * WIDTH)];
-    __shared__ alignas(32) Real weights[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];
+    KILN_SHARED(Real, stage);
+    Real* const weights = stage + stage_size(GRAD_ROWS, GRAD_STEP);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 blocks = (x.queries + 16 * GRAD_ROWS - 1) / (16 * GRAD_ROWS);
     const i64 head = blockIdx.x % x.heads, first = (blocks - 1 - blockIdx.x / x.heads) * (16 * GRAD_ROWS);
@@ -315,9 +317,9 @@ KILN_KERNEL(attention_backward_queries)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_backward_keys(const T* q, Matrices q_layout, const T* k, Matrices k_layout, const T* v, Matrices v_layout, const void* mask_data,
     Matrices mask_layout, const T* grad, const Real* lse, const Real* along, T* dk, T* dv, Extents x) {
-    __shared__ alignas(32) Real stage[larger_size(16 * (GRAD_ROWS + GRAD_STEP) * PITCH, CHUNK * WIDTH)];
-    __shared__ alignas(32) Real weights[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];
-    __shared__ alignas(32) Real d_scores[16 * GRAD_ROWS * (16 * GRAD_STEP + 4)];
+    KILN_SHARED(Real, stage);
+    Real* const weights = stage + stage_size(GRAD_ROWS, GRAD_STEP);
+    Real* const d_scores = weights + weights_size(GRAD_ROWS, GRAD_STEP);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const i64 key_heads = x.heads / x.group;
     const i64 key_head = blockIdx.x % key_heads, first = blockIdx.x / key_heads * (16 * GRAD_ROWS);

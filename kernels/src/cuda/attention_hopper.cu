@@ -10,6 +10,7 @@
 // Defines: T (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1; STAGES of a ring.
 // BACKWARD 0: ROWS, the queries of a tile, STEP, the keys of a step, and PINGPONG, 0 or 1.
 // BACKWARD 1: KEY_ROWS and KEY_STEP, the keys of a block and the queries of a step for dK and dV; QUERY_ROWS and QUERY_STEP, the same turned round for dQ.
+// Shared memory: all tiles, for dK and dV two rings of a float a query, and 8 bytes a barrier, of which there are at most 2 + 4·STAGES.
 // Every matrix comes as a map of dimensions (width, rows, heads, batch); widths are multiples of 8; the scale is positive.
 
 #include "kiln.cuh"
@@ -330,9 +331,8 @@ extern "C" __global__ void __launch_bounds__(128 * (WORKERS + 1), 1)
 attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
     i32 inner, i32 key_inner, i32 value_inner, i64 section, T* out, float* lse, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[2 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), k_tiles = q_tile + ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * TILE_BYTES;
-    const u32 q_full = smem_addr(bars), q_empty = q_full + 8, k_full = q_empty + 8, k_empty = k_full + 8 * STAGES;
+    const u32 q_full = v_tiles + STAGES * TILE_BYTES, q_empty = q_full + 8, k_full = q_empty + 8, k_empty = k_full + 8 * STAGES;
     const u32 v_full = k_empty + 8 * STAGES, v_empty = v_full + 8 * STAGES;
     if (threadIdx.x == 0) {
         mbarrier_init(q_full, 1);
@@ -484,12 +484,12 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
     const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner, const float* shift, const float* mean,
     i64 padded, T* dk, T* dv, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
-    __shared__ alignas(16) float shifts[STAGES][KEY_STEP];
-    __shared__ alignas(16) float means[STAGES][KEY_STEP];
     const u32 k_tile = smem_addr(smem), v_tile = k_tile + KEY_ROWS * HEAD * 2;
     const u32 q_tiles = v_tile + KEY_ROWS * HEAD * 2, grad_tiles = q_tiles + STAGES * KEY_STEP_BYTES;
-    const u32 kv_full = smem_addr(bars), q_full = kv_full + 8, q_empty = q_full + 8 * STAGES;
+    constexpr u32 VECTORS = (2 * KEY_ROWS * HEAD * 2) + 2 * STAGES * KEY_STEP_BYTES;
+    float* const shifts = (float*)(smem + VECTORS);
+    float* const means = shifts + STAGES * KEY_STEP;
+    const u32 kv_full = k_tile + VECTORS + 2 * STAGES * KEY_STEP * 4, q_full = kv_full + 8, q_empty = q_full + 8 * STAGES;
     const u32 grad_full = q_empty + 8 * STAGES, grad_empty = grad_full + 8 * STAGES;
     if (threadIdx.x == 0) {
         mbarrier_init(kv_full, 1);
@@ -521,11 +521,11 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
                     mbarrier_wait(q_empty + 8 * ring.stage, ring.parity ^ 1);
                     mbarrier_expect_tx(q_bar, KEY_STEP_BYTES + KEY_STEP * 4);
                     load_tile<KEY_STEP>(q_tiles + ring.stage * KEY_STEP_BYTES, &q_map, q_bar, query0, head, inner);
-                    bulk_load(smem_addr(shifts[ring.stage]), shift + at, KEY_STEP * 4, q_bar);
+                    bulk_load(smem_addr(shifts + ring.stage * KEY_STEP), shift + at, KEY_STEP * 4, q_bar);
                     mbarrier_wait(grad_empty + 8 * ring.stage, ring.parity ^ 1);
                     mbarrier_expect_tx(grad_bar, KEY_STEP_BYTES + KEY_STEP * 4);
                     load_tile<KEY_STEP>(grad_tiles + ring.stage * KEY_STEP_BYTES, &grad_map, grad_bar, query0, head, grad_inner);
-                    bulk_load(smem_addr(means[ring.stage]), mean + at, KEY_STEP * 4, grad_bar);
+                    bulk_load(smem_addr(means + ring.stage * KEY_STEP), mean + at, KEY_STEP * 4, grad_bar);
                     ring.advance();
                 }
             }
@@ -573,7 +573,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
                 for (int n = 0; n < KEY_STEP / 8; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const float less = shifts[stage][8 * n + 2 * (threadIdx.x % 4) + e];
+                        const float less = shifts[stage * KEY_STEP + 8 * n + 2 * (threadIdx.x % 4) + e];
 #pragma unroll
                         for (int h = 0; h < 2; ++h) {
                             float& s = tile[4 * n + 2 * h + e];
@@ -590,7 +590,7 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
                 for (int n = 0; n < KEY_STEP / 8; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const float less = means[stage][8 * n + 2 * (threadIdx.x % 4) + e];
+                        const float less = means[stage * KEY_STEP + 8 * n + 2 * (threadIdx.x % 4) + e];
                         d_tile[4 * n + e] = tile[4 * n + e] * (d_tile[4 * n + e] - less);
                         d_tile[4 * n + 2 + e] = tile[4 * n + 2 + e] * (d_tile[4 * n + 2 + e] - less);
                     }
@@ -626,10 +626,9 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const
     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap grad_map, i32 inner, i32 key_inner, i32 value_inner, i32 grad_inner,
     const float* shift, const float* mean, i64 padded, T* dq, Extents x) {
     KILN_SHARED(u8, smem);
-    __shared__ alignas(8) u64 bars[1 + 4 * STAGES];
     const u32 q_tile = smem_addr(smem), grad_tile = q_tile + QUERY_ROWS * HEAD * 2;
     const u32 k_tiles = grad_tile + QUERY_ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * QUERY_STEP_BYTES;
-    const u32 q_full = smem_addr(bars), k_full = q_full + 8, k_empty = k_full + 8 * STAGES;
+    const u32 q_full = v_tiles + STAGES * QUERY_STEP_BYTES, k_full = q_full + 8, k_empty = k_full + 8 * STAGES;
     const u32 v_full = k_empty + 8 * STAGES, v_empty = v_full + 8 * STAGES;
     if (threadIdx.x == 0) {
         mbarrier_init(q_full, 1);

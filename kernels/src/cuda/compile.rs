@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A kernel file.
 #[derive(Debug)]
@@ -140,11 +141,13 @@ pub(super) fn build(backend: &dyn Backend, name: &str, contract: bool, text: &st
         ))
     };
     fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
-    // Written beside its place and moved there, so that another process never sees half of it.
-    let fresh = folder.join(format!("{name}-{}.{}", &key[..32], std::process::id()));
+    // Written beside its place and moved there, so that another process or thread never sees half of it.
+    static COMPILED: AtomicU64 = AtomicU64::new(0);
+    let own = format!("{}-{}", std::process::id(), COMPILED.fetch_add(1, Relaxed));
+    let fresh = folder.join(format!("{name}-{}.{own}", &key[..32]));
     backend.compile(name, text, contract, &fresh)?;
     let code = fs::read(&fresh).map_err(|e| failed(&fresh, e))?;
-    let fresh_sum = fresh.with_extension(format!("{}.sum", std::process::id()));
+    let fresh_sum = fresh.with_extension(format!("{own}.sum"));
     fs::write(&fresh_sum, digest(&[&code])).map_err(|e| failed(&fresh_sum, e))?;
     fs::rename(&fresh, &file).map_err(|e| failed(&file, e))?;
     fs::rename(&fresh_sum, &sum).map_err(|e| failed(&sum, e))?;

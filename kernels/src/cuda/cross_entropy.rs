@@ -132,7 +132,13 @@ pub fn place(gpu: &'static Gpu, classes: &Classes<'_>, x: Slice<'_>, out: SliceM
 
 /// log Σ exp(x) − x\[target\] of each row of logits, 0 where it is ignored: `classes.s` is 1. `kept` gets two numbers for each row, of
 /// [`statistics_type`], for the backward pass.
-pub fn cross_entropy(gpu: &'static Gpu, classes: &Classes<'_>, x: Slice<'_>, loss: SliceMut<'_>, kept: SliceMut<'_>) -> Result<(), CudaError> {
+pub fn cross_entropy(
+    gpu: &'static Gpu,
+    classes: &Classes<'_>,
+    x: Slice<'_>,
+    loss: SliceMut<'_>,
+    kept: SliceMut<'_>,
+) -> Result<(), CudaError> {
     let (ty, rows, c) = (x.ty(), classes.n, classes.c);
     assert!(classes.s == 1 && x.len() == rows * c && loss.len() == rows && loss.ty() == ty);
     assert!(kept.len() == 2 * rows && kept.ty() == statistics_type(ty), "two numbers for each row");

@@ -53,7 +53,9 @@ pub fn cumsum(gpu: &'static Gpu, axis: Axis, reverse: bool, x: Slice<'_>, y: Sli
     let (parts, part) = (parts as i64, part as i64);
     if parts > 1 {
         // SAFETY: x has `lines · n` elements, `totals` a number for each part of each line.
-        unsafe { module.kernel("column_totals")?.launch(launch, &[&x.ptr(), &totals.ptr(), &lines_arg, &n_arg, &inner_arg, &parts, &part])? };
+        unsafe {
+            module.kernel("column_totals")?.launch(launch, &[&x.ptr(), &totals.ptr(), &lines_arg, &n_arg, &inner_arg, &parts, &part])?
+        };
     }
     // SAFETY: as above, y is as long as x, and with one part no totals are read.
     unsafe {
@@ -70,7 +72,9 @@ mod tests {
     #[test]
     fn scans_match_a_plain_loop() {
         let Some(gpu) = device() else { return };
-        for (outer, n, inner) in [(1, 1, 1), (3, 17, 1), (2, 9, 5), (1, 20_000, 1), (2, 2048, 1), (1, 700, 3), (40, 130, 1), (0, 3, 1), (2, 0, 3)] {
+        for (outer, n, inner) in
+            [(1, 1, 1), (3, 17, 1), (2, 9, 5), (1, 20_000, 1), (2, 2048, 1), (1, 700, 3), (40, 130, 1), (0, 3, 1), (2, 0, 3)]
+        {
             let axis = Axis { outer, n, inner };
             for ty in [Type::F32, Type::F64, Type::I64, Type::U8, Type::Bool] {
                 let raw = (0..axis.numel()).map(|i| ((i * 7919 + i / 3) % 61) as f64 - 30.0);

@@ -695,15 +695,15 @@ static Image find_image(const void* code) {
 
 static std::string refuse(const KilnKernel* kernel, const u32* grid, const u32* block, u32 shared) {
     const u64 threads = (u64)block[0] * block[1] * block[2];
-    const u32 statics = machine.image.static_bytes;
     if (threads == 0 || threads > 1024 || block[2] > 64) {
         return format("a block of %u x %u x %u threads", block[0], block[1], block[2]);
     }
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0 || grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) {
         return format("a grid of %u x %u x %u blocks", grid[0], grid[1], grid[2]);
     }
-    if (statics > 48 << 10 || shared + statics > SHARED_LIMIT) {
-        return format("%u bytes of dynamic and %u of static shared memory", shared, statics);
+    // The module's static shared memory is that of all its kernels: what one of them takes is for the compiler to limit.
+    if (shared > SHARED_LIMIT || machine.image.static_bytes > SHARED_ROOM / 2) {
+        return format("%u bytes of dynamic shared memory (and %u bytes static in all kernels of the file)", shared, machine.image.static_bytes);
     }
     if (grid[0] % kernel->blocks_of_cluster != 0 || kernel->blocks_of_cluster > CLUSTER_LIMIT) {
         return format("a grid of %u blocks in clusters of %u", grid[0], kernel->blocks_of_cluster);

@@ -235,7 +235,8 @@ impl Backend for Emulator {
         if name != RUNTIME {
             check::check(name, source, contract)?;
         }
-        let text = out.with_extension("cpp");
+        let mut text = out.as_os_str().to_os_string();
+        text.push(".cpp");
         let failed = |log: String| CudaError::Compile { name: name.to_string(), log };
         std::fs::write(&text, source).map_err(|e| failed(e.to_string()))?;
         let output = Command::new(Self::compiler())

@@ -9,6 +9,9 @@
 #include "gemm.cuh"
 
 constexpr i32 THREADS = (TILE_M / THREAD_M) * (TILE_N / THREAD_N);
+#ifndef BLOCKS
+#define BLOCKS (512 / THREADS)
+#endif
 constexpr i32 QUADS_M = THREAD_M / 4, QUADS_N = THREAD_N / 4;
 // Keeps rows 16-byte aligned and moves the columns of neighbouring k to other banks.
 constexpr i32 PAD = 4;
@@ -62,7 +65,7 @@ template <i32 EXTENT, bool ALONG_K, i32 VECTOR> struct Loader {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) gemm_tiled(const GemmArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_tiled(const GemmArgs args) {
     __shared__ __align__(16) Sum a_tile[2][TILE_K][TILE_M + PAD];
     __shared__ __align__(16) Sum b_tile[2][TILE_K][TILE_N + PAD];
     const i32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;

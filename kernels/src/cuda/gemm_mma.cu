@@ -7,6 +7,7 @@
 // 16 bytes that are permuted so that the 8 lines which one load of a fragment reads lie in different banks:
 //   k contiguous: a line is a row of 128 bytes; ldmatrix reads fragments as they are (a TF32 is a pair of 16-bit halves to it);
 //   m or n contiguous: a line is one k; ldmatrix transposes halves, TF32 are read one by one.
+// Tensor cores cut off what does not fit an f32 when they add. Where f32 is to be nearly exact, each block of k is summed on its own and added by a rounded addition.
 #include "kiln.cuh"
 #include "gemm.cuh"
 
@@ -48,11 +49,13 @@ template <i32 EXTENT, bool MN> __device__ __forceinline__ void copy_block(u32 sm
     }
 }
 
-// Splits an f32 into TF32: itself rounded, and what that leaves.
+// Splits an f32 into TF32: itself rounded, and what that leaves (not wanted where there is one part: `low` may then be `high`).
 __device__ __forceinline__ void split_tf32(u32 bits, u32& high, u32& low) {
     const float x = __uint_as_float(bits);
     high = f32_to_tf32(x);
-    low = PARTS == 2 ? f32_to_tf32(x - __uint_as_float(high)) : 0;
+    if constexpr (PARTS == 2) {
+        low = f32_to_tf32(x - __uint_as_float(high));
+    }
 }
 
 // The fragments of A for 16 rows from `row` on and STEP_K of k from `k` on.
@@ -166,23 +169,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm_mma(const GemmArgs ar
             __syncthreads();
             copy_next();
             const u32 offset = stage * (A_BYTES + B_BYTES);
-#pragma unroll
-            for (i32 k = 0; k < BLOCK_K; k += STEP_K) {
-                u32 x[TILES_M][PARTS][4], y[TILES_N / 2][2][PARTS][2];
+            // The fragments of a step are loaded while those of the last one are multiplied.
+            u32 x[2][TILES_M][PARTS][4], y[2][TILES_N / 2][2][PARTS][2];
+            const auto load_step = [&](i32 step) {
 #pragma unroll
                 for (i32 i = 0; i < TILES_M; ++i) {
-                    load_a(x[i], ring + offset, warp_row + i * 16, k, shared + offset);
+                    load_a(x[step & 1][i], ring + offset, warp_row + i * 16, step * STEP_K, shared + offset);
                 }
 #pragma unroll
                 for (i32 j = 0; j < TILES_N / 2; ++j) {
-                    load_b(y[j], ring + offset + A_BYTES, warp_col + j * 16, k, shared + offset + A_BYTES);
+                    load_b(y[step & 1][j], ring + offset + A_BYTES, warp_col + j * 16, step * STEP_K, shared + offset + A_BYTES);
+                }
+            };
+            float sums[TILES_M][TILES_N][4] = {};
+            load_step(0);
+#pragma unroll
+            for (i32 step = 0; step < BLOCK_K / STEP_K; ++step) {
+                if (step + 1 < BLOCK_K / STEP_K) {
+                    load_step(step + 1);
                 }
 #pragma unroll
                 for (i32 i = 0; i < TILES_M; ++i) {
 #pragma unroll
                     for (i32 j = 0; j < TILES_N; ++j) {
-                        multiply<T>(acc[i][j], x[i], y[j / 2][j % 2]);
+                        multiply<T>(PARTS == 2 ? sums[i][j] : acc[i][j], x[step & 1][i], y[step & 1][j / 2][j % 2]);
                     }
+                }
+            }
+            if constexpr (PARTS == 2) {
+#pragma unroll
+                for (i32 i = 0; i < TILES_M * TILES_N * 4; ++i) {
+                    acc[i / 4 / TILES_N][i / 4 % TILES_N][i % 4] += sums[i / 4 / TILES_N][i / 4 % TILES_N][i % 4];
                 }
             }
             stage = stage + 1 == STAGES ? 0 : stage + 1;

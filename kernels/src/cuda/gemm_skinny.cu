@@ -11,7 +11,7 @@ constexpr i32 WARPS = 8, THREADS = WARPS * 32;
 // Rows of the large factor that a warp takes at once (along k): they share what is loaded of the small one.
 constexpr i32 ROWS = FEW >= 4 ? 2 : 1;
 // Steps whose loads are under way at once: with few sums, a step alone does not keep memory busy.
-constexpr i32 UNROLL = FEW == 1 ? 4 : FEW == 2 ? 2 : 1;
+constexpr i32 UNROLL = FEW == 1 ? 4 : FEW == 2 ? 2 : 1, ROWS_UNROLL = FEW >= 4 ? 2 : 4;
 // Lanes along the rows (not along k): with vectors, together 128 bytes.
 constexpr i32 LANES = VECTOR > 1 ? 8 : 32;
 
@@ -40,17 +40,38 @@ __device__ __forceinline__ void put(const GemmArgs& args, Sum sum, i64 split, i6
 }
 
 // VECTOR elements from `p` on, of which `left` exist; the rest is zero.
-template <bool CONTIGUOUS> __device__ __forceinline__ Pack<T, VECTOR> load_along_k(const T* p, i64 stride, i64 left) {
-    Pack<T, VECTOR> x;
-    if (CONTIGUOUS && left >= VECTOR) {
-        x = *(const Pack<T, VECTOR>*)p;
+template <bool CONTIGUOUS, bool WHOLE> __device__ __forceinline__ Pack<T, VECTOR> load_vector(const T* p, i64 stride, i64 left) {
+    if constexpr (CONTIGUOUS && WHOLE) {
+        return *(const Pack<T, VECTOR>*)p;
     } else {
+        Pack<T, VECTOR> x;
 #pragma unroll
         for (i32 e = 0; e < VECTOR; ++e) {
-            x.x[e] = e < left ? p[e * stride] : T{};
+            x.x[e] = WHOLE || e < left ? p[e * stride] : T{};
+        }
+        return x;
+    }
+}
+
+// One vector along k of each row of both sides.
+template <bool WHOLE> __device__ __forceinline__ void add_products(Sum (&acc)[ROWS][FEW], const T* const (&large)[ROWS], const T* const (&small)[FEW], const Sides& sides,
+    i64 k, i64 left) {
+    Pack<T, VECTOR> x[ROWS];
+#pragma unroll
+    for (i32 r = 0; r < ROWS; ++r) {
+        x[r] = load_vector<true, WHOLE>(large[r] + k, 1, left);
+    }
+#pragma unroll
+    for (i32 f = 0; f < FEW; ++f) {
+        const Pack<T, VECTOR> y = load_vector<FEW_ALONG_K, WHOLE>(small[f] + k * sides.small_k, sides.small_k, left);
+#pragma unroll
+        for (i32 r = 0; r < ROWS; ++r) {
+#pragma unroll
+            for (i32 e = 0; e < VECTOR; ++e) {
+                acc[r][f] += (Sum)widen<T>(x[r].x[e]) * (Sum)widen<T>(y.x[e]);
+            }
         }
     }
-    return x;
 }
 
 // A warp per ROWS rows; its lanes share k.
@@ -65,26 +86,26 @@ __device__ __forceinline__ void products_along_k(const GemmArgs& args) {
         const i64 batch = item / args.splits, split = item % args.splits;
         const i64 row0 = unit % groups * ROWS;
         const Sides sides = sides_of(args, batch);
+        const T *large[ROWS], *small[FEW];
+#pragma unroll
+        for (i32 r = 0; r < ROWS; ++r) {
+            large[r] = sides.large + min(row0 + r, sides.rows - 1) * sides.large_row;
+        }
+#pragma unroll
+        for (i32 f = 0; f < FEW; ++f) {
+            small[f] = sides.small + min((i64)f, sides.few - 1) * sides.small_row;
+        }
         Sum acc[ROWS][FEW] = {};
+        const i64 first = steps * split / args.splits, last = steps * (split + 1) / args.splits;
+        // Steps that lie in k as a whole load without a question, so that several are under way at once.
+        const i64 whole = min(last, args.k / (32 * VECTOR));
 #pragma unroll UNROLL
-        for (i64 step = steps * split / args.splits; step < steps * (split + 1) / args.splits; ++step) {
-            const i64 k = (step * 32 + lane) * VECTOR, left = args.k - k;
-            Pack<T, VECTOR> x[ROWS];
-#pragma unroll
-            for (i32 r = 0; r < ROWS; ++r) {
-                x[r] = load_along_k<true>(sides.large + min(row0 + r, sides.rows - 1) * sides.large_row + k, 1, left);
-            }
-#pragma unroll
-            for (i32 f = 0; f < FEW; ++f) {
-                const Pack<T, VECTOR> y = load_along_k<FEW_ALONG_K>(sides.small + min((i64)f, sides.few - 1) * sides.small_row + k * sides.small_k, sides.small_k, left);
-#pragma unroll
-                for (i32 r = 0; r < ROWS; ++r) {
-#pragma unroll
-                    for (i32 e = 0; e < VECTOR; ++e) {
-                        acc[r][f] += (Sum)widen<T>(x[r].x[e]) * (Sum)widen<T>(y.x[e]);
-                    }
-                }
-            }
+        for (i64 step = first; step < whole; ++step) {
+            add_products<true>(acc, large, small, sides, (step * 32 + lane) * VECTOR, VECTOR);
+        }
+        if (whole < last) {
+            const i64 k = (whole * 32 + lane) * VECTOR;
+            add_products<false>(acc, large, small, sides, k, args.k - k);
         }
 #pragma unroll
         for (i32 r = 0; r < ROWS; ++r) {
@@ -95,6 +116,19 @@ __device__ __forceinline__ void products_along_k(const GemmArgs& args) {
                     put(args, sum, split, batch, row0 + r, f);
                 }
             }
+        }
+    }
+}
+
+// One vector along the rows at one k.
+template <bool WHOLE> __device__ __forceinline__ void add_products(Sum (&acc)[FEW][VECTOR], const Sides& sides, i64 row, i64 k, i64 left) {
+    const Pack<T, VECTOR> x = load_vector<true, WHOLE>(sides.large + k * sides.large_k + row, 1, left);
+#pragma unroll
+    for (i32 f = 0; f < FEW; ++f) {
+        const Sum y = (Sum)load<T>(sides.small + min((i64)f, sides.few - 1) * sides.small_row + k * sides.small_k);
+#pragma unroll
+        for (i32 e = 0; e < VECTOR; ++e) {
+            acc[f][e] += (Sum)widen<T>(x.x[e]) * y;
         }
     }
 }
@@ -116,19 +150,15 @@ __device__ __forceinline__ void products_along_rows(const GemmArgs& args) {
         const Sides sides = sides_of(args, batch);
         const i64 left = sides.rows - row0 - my_rows;
         Sum acc[FEW][VECTOR] = {};
-#pragma unroll UNROLL
-        for (i64 step = steps * split / args.splits; step < steps * (split + 1) / args.splits; ++step) {
-            const i64 k = step * K_LANES + my_k;
-            if (k < args.k && left > 0) {
-                const Pack<T, VECTOR> x = load_along_k<true>(sides.large + k * sides.large_k + row0 + my_rows, 1, left);
-#pragma unroll
-                for (i32 f = 0; f < FEW; ++f) {
-                    const Sum y = (Sum)load<T>(sides.small + min((i64)f, sides.few - 1) * sides.small_row + k * sides.small_k);
-#pragma unroll
-                    for (i32 e = 0; e < VECTOR; ++e) {
-                        acc[f][e] += (Sum)widen<T>(x.x[e]) * y;
-                    }
-                }
+        const i64 first = (steps * split / args.splits) * K_LANES + my_k, last = min(steps * (split + 1) / args.splits * K_LANES, args.k);
+        if (left >= VECTOR) {
+#pragma unroll ROWS_UNROLL
+            for (i64 k = first; k < last; k += K_LANES) {
+                add_products<true>(acc, sides, row0 + my_rows, k, left);
+            }
+        } else if (left > 0) {
+            for (i64 k = first; k < last; k += K_LANES) {
+                add_products<false>(acc, sides, row0 + my_rows, k, left);
             }
         }
 #pragma unroll
@@ -156,7 +186,7 @@ __device__ __forceinline__ void products_along_rows(const GemmArgs& args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) gemm_skinny(const GemmArgs args) {
+extern "C" __global__ void __launch_bounds__(THREADS, FEW <= 2 ? 4 : FEW <= 4 ? 2 : 1) gemm_skinny(const GemmArgs args) {
     if constexpr (ALONG_K) {
         products_along_k(args);
     } else {

@@ -158,6 +158,12 @@ impl Gpu {
 
     /// Copies bytes from the host into new memory. The copy is queued; `bytes` may be changed at once.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
+        if self.pool.load(Relaxed) != 0 {
+            // A replay would read whatever the memory of the copy holds by then.
+            return Err(CudaError::Unavailable(
+                "a copy from the host cannot be recorded: make the tensor before the recording begins".into(),
+            ));
+        }
         let buffer = self.alloc(bytes.len())?;
         if !bytes.is_empty() {
             self.make_current()?;

@@ -158,16 +158,16 @@ KILN_DEVICE void stmatrix_x4_trans(u32 smem, const u32 (&d)[4]) {
 
 /// d += a·b with a 16x16, b 16x8 (sm_80).
 KILN_DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 KILN_DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 /// d += a·b with a 16x8, b 8x8 of TF32 (sm_80).
 KILN_DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -183,7 +183,7 @@ KILN_DEVICE void mbarrier_expect_tx(u32 bar, u32 bytes) {
 KILN_DEVICE void mbarrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 /// Arrives at the barrier that lies at `bar` in block `rank` of the cluster.
 KILN_DEVICE void mbarrier_arrive_remote(u32 bar, u32 rank) {
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}"
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
         ::"r"(bar), "r"(rank) : "memory");
 }
 /// True once the phase of this parity has ended; may wait a short while first.
@@ -194,6 +194,9 @@ KILN_DEVICE bool mbarrier_try_wait(u32 bar, u32 parity) {
 }
 /// Waits until the phase of this parity has ended. With KILN_WAIT_LIMIT (nanoseconds) a wait that lasts longer stops the kernel with an error.
 KILN_DEVICE void mbarrier_wait(u32 bar, u32 parity) {
+    if (mbarrier_try_wait(bar, parity)) {
+        return;
+    }
 #ifdef KILN_WAIT_LIMIT
     const u64 start = global_timer();
     while (!mbarrier_try_wait(bar, parity)) {
@@ -206,7 +209,7 @@ KILN_DEVICE void mbarrier_wait(u32 bar, u32 parity) {
     }
 #endif
 }
-/// Orders this thread's plain accesses to shared memory before later ones by the copy engine or the tensor cores.
+// Orders this thread's plain accesses to shared memory before later ones by the copy engine or the tensor cores.
 KILN_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- tensor memory accelerator (sm_90): coordinates are in elements, the innermost dimension first ----

@@ -241,6 +241,7 @@ mod tests {
     }
 
     fn check(gpu: &'static Gpu, ty: Type, x: &[f64], len: usize, k: usize) {
+        let x = &if ty == Type::Bool { x.iter().map(|&x| (x != 0.0) as u8 as f64).collect() } else { x.to_vec() };
         let on_gpu = Values::new(gpu, ty, x);
         for descending in [false, true] {
             let mut out = Values::unwritten(gpu, Type::I64, x.len() / len.max(1) * k);

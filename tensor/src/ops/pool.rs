@@ -6,6 +6,7 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::{DType, Error, Result, Tensor};
 use kiln_kernels::cpu::pool::{MaxPool, PoolAxis, adaptive_axis};
 use kiln_kernels::cpu::resample::AxisMap;
+use kiln_kernels::cuda::pool as gpu_pool;
 use std::sync::Arc;
 
 /// How pooling windows slide: `PoolOptions::new(3).stride(2).padding(1)`, or just the kernel's extent (windows side by side).
@@ -117,20 +118,30 @@ impl Chosen {
     /// From an image of the result's extents to one of the input's.
     fn scatter(&self, g: &Tensor) -> Result<Tensor> {
         let (source, indices) = (pixels(g)?, pixels(&self.indices)?);
-        let out = for_real!(g.dtype(), self.name, T => self.input.build::<T>(g.device(), |out| {
-            self.pool().backward(source.as_slice::<T>()?, indices.as_slice()?, out);
-            Ok(())
-        }))?;
+        let out = match g.gpu()? {
+            Some(gpu) => self.input.build_on_gpu(gpu, g.dtype(), |mut out| {
+                Ok(gpu_pool::backward(gpu, &self.pool(), source.gpu_slice()?, indices.gpu_slice()?, &mut out)?)
+            }),
+            None => for_real!(g.dtype(), self.name, T => self.input.build::<T>(g.device(), |out| {
+                self.pool().backward(source.as_slice::<T>()?, indices.as_slice()?, out);
+                Ok(())
+            })),
+        }?;
         record(self.name, out, &[g], |_| Scatter(self.clone()))
     }
 
     /// From an image of the input's extents to one of the result's.
     fn gather(&self, x: &Tensor) -> Result<Tensor> {
         let (source, indices) = (pixels(x)?, pixels(&self.indices)?);
-        let out = for_real!(x.dtype(), self.name, T => self.output.build::<T>(x.device(), |out| {
-            self.pool().gather(source.as_slice::<T>()?, indices.as_slice()?, out);
-            Ok(())
-        }))?;
+        let out = match x.gpu()? {
+            Some(gpu) => self.output.build_on_gpu(gpu, x.dtype(), |mut out| {
+                Ok(gpu_pool::gather(gpu, &self.pool(), source.gpu_slice()?, indices.gpu_slice()?, &mut out)?)
+            }),
+            None => for_real!(x.dtype(), self.name, T => self.output.build::<T>(x.device(), |out| {
+                self.pool().gather(source.as_slice::<T>()?, indices.as_slice()?, out);
+                Ok(())
+            })),
+        }?;
         record(self.name, out, &[x], |_| Gather(self.clone()))
     }
 }
@@ -185,13 +196,21 @@ fn max_pool(name: &'static str, x: &Tensor, rank: usize, windows: Windows) -> Re
     let source = pixels(x)?;
     let pool = MaxPool { n: input.n, c: input.c, windows: &windows };
     let mut values = None;
-    let indices = output.build::<i32>(x.device(), |indices| {
-        values = Some(for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |values| {
-            pool.forward(source.as_slice::<T>()?, values, indices);
+    let indices = match x.gpu()? {
+        Some(gpu) => output.build_on_gpu(gpu, DType::I32, |mut indices| {
+            values = Some(output.build_on_gpu(gpu, x.dtype(), |mut values| {
+                Ok(gpu_pool::forward(gpu, &pool, source.gpu_slice()?, &mut values, &mut indices)?)
+            })?);
             Ok(())
-        }))?);
-        Ok(())
-    })?;
+        }),
+        None => output.build::<i32>(x.device(), |indices| {
+            values = Some(for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |values| {
+                pool.forward(source.as_slice::<T>()?, values, indices);
+                Ok(())
+            }))?);
+            Ok(())
+        }),
+    }?;
     let values = values.ok_or_else(|| Error::graph(name, "no result"))?;
     let chosen = Chosen { name, windows: windows.clone(), input, output, indices: indices.clone() };
     Ok((record(name, values, &[x], |_| Gather(chosen))?, indices))

@@ -4,6 +4,7 @@
 //! leading axes have extent 1. Results have the logical shape `[n, c, …]` over that memory order.
 
 use crate::{DType, Device, Error, Layout, Result, Shape, Tensor, WithDType};
+use kiln_kernels::cuda::{Gpu, SliceMut};
 
 /// A parameter of each spatial axis: one number for all of them, or an array of one for each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -100,6 +101,11 @@ impl Extents {
     pub(super) fn build<T: WithDType>(&self, device: Device, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Tensor> {
         Tensor::build_with_layout(device, self.layout()?, fill)
     }
+
+    /// The same on a GPU, where `fill` queues the writing.
+    pub(super) fn build_on_gpu(&self, gpu: &'static Gpu, dtype: DType, fill: impl FnOnce(SliceMut<'_>) -> Result<()>) -> Result<Tensor> {
+        Tensor::build_on_gpu(gpu, self.layout()?, dtype, fill)
+    }
 }
 
 /// How messages call the axes of an image.
@@ -116,15 +122,15 @@ pub(super) fn pixels(x: &Tensor) -> Result<Tensor> {
     x.detach().permute(&order)?.contiguous()
 }
 
-/// Calls `f` with `x` as a batch of images in f32 or f64, and gives the result `x`'s dtype; an image without batch dimension
-/// goes through as a batch of one.
+/// Calls `f` with `x` as a batch of images in f32 or f64 (on a GPU also in a half type, which its kernels widen themselves), and gives
+/// the result `x`'s dtype; an image without batch dimension goes through as a batch of one.
 pub(super) fn by_image(op: &str, x: &Tensor, rank: usize, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     if x.rank() == rank + 1 && rank > 0 {
         return by_image(op, &x.unsqueeze(0)?, rank, f)?.squeeze(0);
     }
     match x.dtype() {
-        DType::F16 | DType::BF16 => f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype()),
-        DType::F32 | DType::F64 => f(x),
+        DType::F16 | DType::BF16 if x.device() == Device::Cpu => f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype()),
+        dtype if dtype.is_float() => f(x),
         other => Err(Error::unsupported_dtype(op, other, "a float dtype")),
     }
 }

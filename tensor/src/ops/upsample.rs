@@ -5,6 +5,7 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Error, Result, Tensor};
 use kiln_kernels::cpu::resample::{self, AxisMap};
 use kiln_kernels::cpu::upsample::{linear_axis, nearest_axis};
+use kiln_kernels::cuda::resample as gpu_resample;
 use std::sync::Arc;
 
 /// How values between the pixels of an image are found.
@@ -41,10 +42,15 @@ pub(super) fn resample(name: &'static str, x: &Tensor, maps: Arc<[AxisMap; 3]>, 
     let input = Extents::of(name, x, rank)?;
     let output = Extents { axes: maps.each_ref().map(AxisMap::outputs), ..input };
     let source = pixels(x)?;
-    let out = for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |out| {
-        resample::resample(&maps, input.n, input.c, source.as_slice::<T>()?, out);
-        Ok(())
-    }))?;
+    let out = match x.gpu()? {
+        Some(gpu) => output.build_on_gpu(gpu, x.dtype(), |mut out| {
+            Ok(gpu_resample::resample(gpu, &maps, input.n, input.c, source.gpu_slice()?, &mut out)?)
+        }),
+        None => for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |out| {
+            resample::resample(&maps, input.n, input.c, source.as_slice::<T>()?, out);
+            Ok(())
+        })),
+    }?;
     record(name, out, &[x], |_| Resample { name, maps, rank })
 }
 

@@ -246,9 +246,12 @@ fn pack(gpu: &'static Gpu, g: &Gather, w: Slice<'_>, width: usize, k_rows: bool)
     let packed = gpu.alloc(g.groups() * g.taps() * g.cin() * width * ty.size())?;
     if !w.is_empty() {
         let kernel = gpu.module(&PACK, &[("T", ty.name())])?.kernel("conv_pack")?;
-        let launch = Launch::over(g.groups() * g.cin() * width, 128);
+        // Where there are few channels, a thread for each tap; where there are many, a thread reads the taps of a pair of channels in a row.
+        let pairs = g.groups() * g.cin() * width;
+        let parts = if pairs < 1 << 16 { g.taps() } else { 1 };
+        let launch = Launch::over(pairs * parts, 128);
         // SAFETY: `w` has all weights, `packed` room for a row of `width` (at least `cout`) for each group, tap and channel.
-        unsafe { kernel.launch(launch, &[g, &w.ptr(), &packed.ptr(), &(width as i32), &(k_rows as i32)])? };
+        unsafe { kernel.launch(launch, &[g, &w.ptr(), &packed.ptr(), &(width as i32), &(k_rows as i32), &(parts as i32)])? };
     }
     Ok(packed)
 }
@@ -411,7 +414,7 @@ fn weight_product(
 fn depthwise_weight(gpu: &'static Gpu, g: &Gather, x: Slice<'_>, gy: Slice<'_>) -> Result<(DeviceBuffer, usize), CudaError> {
     let ty = x.ty();
     let units = g.groups().div_ceil(32) * g.taps();
-    let parts = plan::parts(units, g.target_pixels().div_ceil(64));
+    let parts = plan::parts(units, g.target_pixels().div_ceil(64), 4);
     let partial = gpu.alloc(parts * g.groups() * g.taps() * sum_size(ty))?;
     // The number of channels at once is that of the other kernel of the file.
     let kernel = gpu.module(&DEPTHWISE, &[("T", ty.name()), ("CHANNELS", "1")])?.kernel("conv_depthwise_weight")?;

@@ -4,48 +4,47 @@
 
 typedef Compute<T> Sum;
 
-// Weights of every group as [tap][c][j] (`k_rows`: [j][tap][c]), taps in the order of their phases, rows filled up to `width` with zeros.
-extern "C" __global__ void __launch_bounds__(256)
-conv_pack(const ConvGather g, const T* __restrict__ w, T* __restrict__ packed, const i32 width, const i32 k_rows) {
+// Where a tap's weights lie among those of all phases; -1 if no target uses it.
+__device__ __forceinline__ i32 packed_row(const ConvGather& g, i32 tap) {
+    ConvPhase phase[3];
+    i32 place[3];
+    for (i32 a = 2; a >= 0; --a) {
+        const ConvAxis& axis = g.axis[a];
+        const i32 at = tap % axis.kernel;
+        tap /= axis.kernel;
+        // The first target of the phase, counted from the start of the padding.
+        const i32 rest = (at * axis.dilation - axis.padding) % axis.stride;
+        const i32 p = rest < 0 ? rest + axis.stride : rest;
+        if (p >= axis.target) {
+            return -1;
+        }
+        phase[a] = phase_of(g, a, p);
+        place[a] = (at - phase[a].first_tap) / axis.tap_step;
+    }
+    return phase_start(g, phase[0], phase[1], phase[2]) + (place[0] * phase[1].taps + place[1]) * phase[2].taps + place[2];
+}
+
+// Weights of every group as [tap][c][j] (`k_rows`: [j][tap][c]), taps in the order of their phases, rows filled up to `width` with zeros. The taps of a
+// pair of channels are cut into `parts`, for as many threads.
+extern "C" __global__ void __launch_bounds__(128)
+conv_pack(const ConvGather g, const T* __restrict__ w, T* __restrict__ packed, const i32 width, const i32 k_rows, const i32 parts) {
     const i32 taps = conv_taps(g);
-    const i64 count = (i64)g.groups * g.cin * width;
-    for (i64 i = global_thread(); i < count; i += global_threads()) {
+    const i64 pairs = (i64)g.groups * g.cin * width;
+    for (i64 i = global_thread(); i < pairs * parts; i += global_threads()) {
+        const i32 part = (i32)(i / pairs);
         i64 outer, group;
         i32 j, c, none;
-        split3(i, 1, width, outer, none, j);
+        split3(i - part * pairs, 1, width, outer, none, j);
         split3(outer, 1, g.cin, group, none, c);
         const i64 in_group = (i64)taps * g.cin;
         const T* const from = w + group * g.cin * g.cout * taps + c * g.in_stride + j * g.out_stride;
         T* const to = packed + group * in_group * width + (k_rows ? j * in_group + c : (i64)c * width + j);
         const i64 step = (i64)g.cin * (k_rows ? 1 : width);
-        if (!g.transposed) {
-            for (i32 tap = 0; tap < taps; ++tap) {
-                to[tap * step] = j < g.cout ? from[tap] : T{};
-            }
-            continue;
-        }
-        i32 tap = 0;
-        for (i32 t0 = 0; t0 < g.axis[0].kernel; ++t0) {
-            for (i32 t1 = 0; t1 < g.axis[1].kernel; ++t1) {
-                for (i32 t2 = 0; t2 < g.axis[2].kernel; ++t2, ++tap) {
-                    const i32 at[3] = {t0, t1, t2};
-                    ConvPhase phase[3];
-                    i32 place[3];
-                    bool used = true;
-                    for (i32 a = 0; a < 3; ++a) {
-                        const ConvAxis& axis = g.axis[a];
-                        // The first target of the phase, counted from the start of the padding.
-                        const i32 rest = (at[a] * axis.dilation - axis.padding) % axis.stride;
-                        const i32 p = rest < 0 ? rest + axis.stride : rest;
-                        used = used && p < axis.target;
-                        phase[a] = used ? phase_of(g, a, p) : ConvPhase{0, 0, 0, 0, 0};
-                        place[a] = (at[a] - phase[a].first_tap) / axis.tap_step;
-                    }
-                    if (used) {
-                        const i32 row = phase_start(g, phase[0], phase[1], phase[2]) + (place[0] * phase[1].taps + place[1]) * phase[2].taps + place[2];
-                        to[row * step] = j < g.cout ? from[tap] : T{};
-                    }
-                }
+        const i32 end = (i32)((i64)taps * (part + 1) / parts);
+        for (i32 tap = (i32)((i64)taps * part / parts); tap < end; ++tap) {
+            const i32 row = g.transposed ? packed_row(g, tap) : tap;
+            if (row >= 0) {
+                to[row * step] = j < g.cout ? from[tap] : T{};
             }
         }
     }
@@ -57,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(256)
 conv_finish(const Sum* __restrict__ partial, const T* __restrict__ bias, T* __restrict__ y, const i64 count, const i32 channels, const i32 parts) {
     for (i64 i = global_thread(); i < count; i += global_threads()) {
         Sum sum = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (i32 part = 0; part < parts; ++part) {
             sum += partial[part * count + i];
         }
@@ -73,7 +72,7 @@ conv_weight_finish(const ConvGather g, const Sum* __restrict__ partial, T* __res
     const i64 in_group = (i64)g.cin * g.cout * taps, count = g.groups * in_group;
     for (i64 i = global_thread(); i < count; i += global_threads()) {
         Sum sum = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (i32 part = 0; part < parts; ++part) {
             sum += partial[part * count + i];
         }

@@ -46,6 +46,8 @@ pub(super) struct Tile {
     pub k: usize,
     pub stages: usize,
     pub threads: u32,
+    /// Blocks that a multiprocessor holds.
+    blocks: usize,
     /// Work done a unit of time, against the best tile's.
     efficiency: f64,
     /// The macros that name the above, and how the threads share the tile.
@@ -61,6 +63,7 @@ macro_rules! tile {
             k: $k,
             stages: 3,
             threads: $threads,
+            blocks: $blocks,
             efficiency: $efficiency,
             macros: [
                 ("BM", stringify!($m)),
@@ -90,7 +93,7 @@ const HALF: [Tile; 4] = [
     tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 0.5),
 ];
 const TF32: [Tile; 2] =
-    [tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 1, 1.0), tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 0.85)];
+    [tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 1, 1.0), tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 2, 0.85)];
 
 /// Multiprocessors that plans are made for: an H100's. A constant, so that plans do not depend on the GPU.
 const PROCESSORS: usize = 132;
@@ -138,9 +141,10 @@ fn cheapest(tiles: &'static [Tile], cost: impl Fn(&Tile) -> f64) -> Tile {
     tiles[best]
 }
 
-/// How many parts make `units` independent sums, each of `steps` steps that take about as long as handing a part over, two blocks a multiprocessor.
-pub(super) fn parts(units: usize, steps: usize) -> usize {
-    (2 * PROCESSORS / units.max(1)).clamp(1, (steps / 4).max(1))
+/// How many parts make `units` independent sums, each of `steps` steps, fill the multiprocessors with `blocks` blocks each. A part has several steps,
+/// or it would cost more to hand over than to compute.
+pub(super) fn parts(units: usize, steps: usize, blocks: usize) -> usize {
+    (blocks * PROCESSORS / units.max(1)).clamp(1, (steps / 8).max(1))
 }
 
 /// The tile of a forward pass or input gradient, and the parts of its sums.
@@ -148,10 +152,11 @@ pub(super) fn gather(g: &Gather, math: Math, ty: Type) -> (Tile, usize) {
     let (phases, pixels) = g.phases();
     let count = |t: &Tile| pixels.div_ceil(t.m) * g.cout().div_ceil(t.n) * g.groups() * phases;
     let tile = cheapest(tiles(math, ty), |t| count(t).div_ceil(PROCESSORS) as f64 * (t.m * t.n) as f64 / t.efficiency);
-    // With more than half of the multiprocessors at work, the sums of parts would cost what they save.
+    // Multiply-adds take long enough for two blocks on each multiprocessor to pay for adding up sums; tensor cores do not.
+    let enough = if math == Math::Fma { 2 * PROCESSORS } else { PROCESSORS / 2 };
     let steps = (g.taps() / phases.max(1)).max(1) * g.cin().div_ceil(tile.k);
     let most = PARTIAL_LIMIT / (g.target_pixels() * g.groups() * g.cout() * sum_size(ty)).max(1);
-    let parts = if count(&tile) > PROCESSORS / 2 { 1 } else { parts(count(&tile), steps).min(most.max(1)) };
+    let parts = if count(&tile) >= enough { 1 } else { parts(count(&tile), steps, 3).min(most.max(1)) };
     (tile, parts)
 }
 
@@ -173,5 +178,5 @@ pub(super) fn weight_cost(g: &Gather, math: Math, ty: Type) -> f64 {
 pub(super) fn weight(g: &Gather, math: Math, ty: Type) -> (Tile, usize) {
     let tile = cheapest(tiles(math, ty), |t| weight_tile_cost(g, t));
     let most = PARTIAL_LIMIT / (g.groups() * g.cout() * g.taps() * g.cin() * sum_size(ty)).max(1);
-    (tile, parts(weight_count(g, &tile), g.target_pixels().div_ceil(tile.k)).min(most.max(1)))
+    (tile, parts(weight_count(g, &tile), g.target_pixels().div_ceil(tile.k), tile.blocks).min(most.max(1)))
 }

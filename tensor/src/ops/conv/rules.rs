@@ -4,8 +4,9 @@
 use super::Geometry;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::spatial::{Extents, for_real, pixels};
-use crate::{Result, Shape, Tensor};
+use crate::{Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::conv::{self, ConvShape};
+use kiln_kernels::cuda::conv as gpu_conv;
 
 /// The convolution from which all three operations are derived, and the name under which they are recorded.
 #[derive(Clone, Copy)]
@@ -23,10 +24,17 @@ impl Conv {
     /// `x ∗ w + bias`, from the wide image to the narrow one.
     pub(super) fn forward(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (source, weight, shift) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
-        let out = for_real!(x.dtype(), self.name, T => {
-            let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            self.geometry.narrow.build::<T>(source.device(), |y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
-        })?;
+        let out = match x.gpu()? {
+            Some(gpu) => self.geometry.narrow.build_on_gpu(gpu, x.dtype(), |mut y| {
+                let bias = shift.as_ref().map(Tensor::gpu_slice).transpose()?;
+                Ok(gpu_conv::forward(gpu, &self.shape(), source.gpu_slice()?, weight.gpu_slice()?, bias, &mut y)?)
+            }),
+            None => for_real!(x.dtype(), self.name, T => {
+                let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let narrow = &self.geometry.narrow;
+                narrow.build::<T>(source.device(), |y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
+            }),
+        }?;
         let inputs = [Some(x), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| Forward {
             conv: self,
@@ -39,10 +47,17 @@ impl Conv {
     /// The gradient of [`forward`](Conv::forward) by `x` at `g`, plus `bias`: from the narrow image to the wide one.
     pub(super) fn input_grad(self, g: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (source, weight, shift) = (pixels(g)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
-        let out = for_real!(g.dtype(), self.name, T => {
-            let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-            self.geometry.wide.build::<T>(source.device(), |gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
-        })?;
+        let out = match g.gpu()? {
+            Some(gpu) => self.geometry.wide.build_on_gpu(gpu, g.dtype(), |mut gx| {
+                let bias = shift.as_ref().map(Tensor::gpu_slice).transpose()?;
+                Ok(gpu_conv::input_grad(gpu, &self.shape(), source.gpu_slice()?, weight.gpu_slice()?, bias, &mut gx)?)
+            }),
+            None => for_real!(g.dtype(), self.name, T => {
+                let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                let wide = &self.geometry.wide;
+                wide.build::<T>(source.device(), |gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
+            }),
+        }?;
         let inputs = [Some(g), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| InputGrad {
             conv: self,
@@ -57,9 +72,14 @@ impl Conv {
         let Geometry { groups, kernel, wide, narrow, .. } = self.geometry;
         let (source, target) = (pixels(x)?, pixels(g)?);
         let shape = Shape::new(&[&[narrow.c, wide.c / groups], &kernel[3 - wide.rank..]].concat())?;
-        let out = for_real!(x.dtype(), self.name, T => {
-            Tensor::build::<T>(source.device(), &shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
-        })?;
+        let out = match x.gpu()? {
+            Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut gw| {
+                Ok(gpu_conv::weight_grad(gpu, &self.shape(), source.gpu_slice()?, target.gpu_slice()?, &mut gw)?)
+            }),
+            None => for_real!(x.dtype(), self.name, T => {
+                Tensor::build::<T>(source.device(), &shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
+            }),
+        }?;
         record(self.name, out, &[x, g], |needs| WeightGrad { conv: self, x: needs.save_for(1, x), g: needs.save_for(0, g) })
     }
 }

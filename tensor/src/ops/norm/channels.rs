@@ -183,7 +183,7 @@ where
 {
     let count = images.channels.statistics(grouping);
     if let Some(gpu) = images.data.gpu()? {
-        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(images.data.dtype()));
+        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(T::DTYPE));
         let (mut mean, mut rstd, mut var) = (room()?, room()?, room()?);
         let out = [mean.gpu_slice_mut()?, rstd.gpu_slice_mut()?, var.gpu_slice_mut()?];
         gpu_norm::group_moments(gpu, images.channels, grouping, eps, images.data.gpu_dense_slice()?, out)?;
@@ -191,8 +191,9 @@ where
     }
     let mut spreads = vec![Spread::default(); count];
     norm::group_moments::<T>(images.channels, grouping, images.data.as_dense_slice()?, &mut spreads);
-    let tensor =
-        |f: &dyn Fn(&Spread) -> f64| Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count)?.to_device(Device::Cpu);
+    let tensor = |f: &dyn Fn(&Spread) -> f64| {
+        Tensor::from_vec(spreads.iter().map(|s| <T as Numeric>::Lane::round_from(f(s))).collect(), count)?.to_device(Device::Cpu)
+    };
     Ok([tensor(&|s| s.mean)?, tensor(&|s| 1.0 / (s.variance(0.0) + eps).sqrt())?, tensor(&|s| s.variance(1.0))?])
 }
 

@@ -64,7 +64,14 @@ impl LayerNorm {
         })
     }
 
-    fn fused_on_gpu(&self, gpu: &'static Gpu, g: &Tensor, x: &Tensor, weight: Option<&Tensor>, wants: [bool; 2]) -> Result<[Option<Tensor>; 3]> {
+    fn fused_on_gpu(
+        &self,
+        gpu: &'static Gpu,
+        g: &Tensor,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        wants: [bool; 2],
+    ) -> Result<[Option<Tensor>; 3]> {
         let room = |wanted: bool| wanted.then(|| Tensor::stale_on_gpu(gpu, self.normalized, x.dtype())).transpose();
         let (mut dw, mut db) = (room(wants[0])?, room(wants[1])?);
         let dx = Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
