@@ -151,6 +151,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// Whether queued work is being recorded for a [`Graph`](super::Graph): nothing may wait for it then.
+    pub fn is_capturing(&self) -> bool {
+        self.pool.load(Relaxed) != 0
+    }
+
     /// Copies bytes from the host into new memory. The copy is queued; `bytes` may be changed at once.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
         if self.pool.load(Relaxed) != 0 {
