@@ -302,17 +302,39 @@ impl Defines {
     }
 }
 
-fn run(gpu: &'static Gpu, source: &'static Source, name: &str, defines: &Defines, launch: Launch, args: &GemmArgs) -> Result<(), CudaError> {
+fn run(
+    gpu: &'static Gpu,
+    source: &'static Source,
+    name: &str,
+    defines: &Defines,
+    launch: Launch,
+    args: &GemmArgs,
+) -> Result<(), CudaError> {
     let kernel = defines.kernel(gpu, source, name)?;
     // SAFETY: the structs are those of gemm.cuh and gemm_hopper.cu, `Gemm::check` found every element that they lead to inside of its slice, and the
     // workspace was made for this plan; kernels touch indices of the extents only.
     unsafe { kernel.launch(launch, &[args]) }
 }
 
-fn launch_hopper(gpu: &'static Gpu, p: &Problem, tile: HopperTile, splits: usize, args: &GemmArgs, mut defines: Defines) -> Result<(), CudaError> {
+fn launch_hopper(
+    gpu: &'static Gpu,
+    p: &Problem,
+    tile: HopperTile,
+    splits: usize,
+    args: &GemmArgs,
+    mut defines: Defines,
+) -> Result<(), CudaError> {
     let (left, right) = if tile.swap { ((&p.b, p.n), (&p.a, p.m)) } else { ((&p.a, p.m), (&p.b, p.n)) };
-    defines.number("A_MN", !left.0.along_k() as usize).number("B_MN", !right.0.along_k() as usize).number("BLOCK_M", tile.m).number("BLOCK_N", tile.n);
-    defines.number("STAGES", tile.stages).number("CLUSTER", tile.cluster).number("PINGPONG", tile.pingpong as usize).number("SWAP", tile.swap as usize);
+    defines
+        .number("A_MN", !left.0.along_k() as usize)
+        .number("B_MN", !right.0.along_k() as usize)
+        .number("BLOCK_M", tile.m)
+        .number("BLOCK_N", tile.n);
+    defines
+        .number("STAGES", tile.stages)
+        .number("CLUSTER", tile.cluster)
+        .number("PINGPONG", tile.pingpong as usize)
+        .number("SWAP", tile.swap as usize);
     let by_tma = defines.plain && p.out_by_tma() && tile.n.is_multiple_of(64);
     let store = match (splits, tile.swap) {
         (2.., _) => "STORE_PARTIAL",

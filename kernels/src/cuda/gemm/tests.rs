@@ -257,7 +257,8 @@ fn tensor_cores_of_a_warpgroup() {
     for (a, b) in FOUR {
         for tile in [HopperTile::WIDE, HopperTile::SQUARE, HopperTile::NARROW] {
             Case::new(Type::BF16, [328, 264, 200], a, b).check(gpu, plan(tile, 1));
-            Case { pad: 3, ..Case::new(Type::F16, [136, 264, 72], a, b) }.check(gpu, plan(HopperTile { cluster: 1, pingpong: !tile.pingpong, ..tile }, 1));
+            Case { pad: 3, ..Case::new(Type::F16, [136, 264, 72], a, b) }
+                .check(gpu, plan(HopperTile { cluster: 1, pingpong: !tile.pingpong, ..tile }, 1));
         }
         Case { pad: 8, ..Case::new(Type::F16, [72, 136, 72], a, b).batched(5) }.check(gpu, plan(HopperTile::NARROW, 1));
         // Rows of C that are not aligned are stored from registers.

@@ -140,7 +140,9 @@ impl Classes {
     /// True where a target is ignored, shape `[N, S]`.
     fn ignored(&self) -> Result<Tensor> {
         match &self.targets {
-            Targets::Host(places) => Tensor::from_vec(places.iter().map(Option::is_none).collect(), [self.n, self.s])?.to_device(Device::Cpu),
+            Targets::Host(places) => {
+                Tensor::from_vec(places.iter().map(Option::is_none).collect(), [self.n, self.s])?.to_device(Device::Cpu)
+            }
             Targets::Gpu(_, targets, ignored) => targets.reshape([self.n, self.s])?.eq_scalar(*ignored as f64),
         }
     }
