@@ -26,7 +26,7 @@ constexpr int TILE = BLOCK * ITEMS;
 __device__ __forceinline__ Wide value(const T* x, i64 at) {
     return (Wide)load(x + at);
 }
-__device__ __forceinline__ void put(Total* y, i64 at, Wide x) {
+template <class Out> __device__ __forceinline__ void put(Out* y, i64 at, Wide x) {
     if constexpr (is_float_type<T>) {
         store(y + at, (Compute<T>)x);
     } else {

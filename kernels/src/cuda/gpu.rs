@@ -232,10 +232,7 @@ impl Gpu {
         contract: bool,
         text: impl FnOnce() -> String,
     ) -> Result<Module, CudaError> {
-        let slot = match lock(&self.modules).get(&key) {
-            Some(slot) => slot.clone(),
-            None => lock(&self.modules).entry(key).or_default().clone(),
-        };
+        let slot = lock(&self.modules).entry(key).or_default().clone();
         // Held during compilation: a second thread that wants the same kernel waits for it, one that wants another does not.
         let mut module = lock(&slot);
         if let Some(module) = &*module {

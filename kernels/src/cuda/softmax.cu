@@ -1,6 +1,6 @@
 // Softmax and log-softmax along the middle of [outer, n, inner], forward and backward.
 //
-// Macros: T; KIND (0 softmax, 1 its logarithm, 2 and 3 their backward passes); PATTERN:
+// Macros: T; BLOCK (threads); KIND (0 softmax, 1 its logarithm, 2 and 3 their backward passes); PATTERN:
 //   0: inner = 1, LANES threads (a warp or less of it, or a block) hold a row in registers;
 //   1: inner = 1, a block of LANES threads reads a row that is too long for registers twice;
 //   2: columns in registers, LANES threads side by side, each with VEC neighbouring columns;
@@ -25,7 +25,6 @@ __device__ __forceinline__ C forward(C x, C top, C scale, C log) {
 }
 
 #if PATTERN == 0
-constexpr int BLOCK = LANES > 32 ? LANES : 256;
 constexpr int PER_BLOCK = BLOCK / LANES;
 
 template <class F> __device__ __forceinline__ C over_lanes(C x, F combine, C* scratch) {
