@@ -61,7 +61,7 @@ extern const uint3 gridDim __asm__("kiln_emulate_grid_dim");
 extern char* const kiln_emulate_shared;
 }
 
-// Calls a kernel with arguments of the types that its signature says.
+// Calls a kernel with arguments of the types that its signature says. What is done here and by the launcher is not the kernel's, and is not checked.
 template <auto K> struct KilnInvoke;
 template <class... A, void (*K)(A...)> struct KilnInvoke<K> {
     template <u32...> struct Indices {};
@@ -77,7 +77,8 @@ template <class... A, void (*K)(A...)> struct KilnInvoke<K> {
 #define KILN_CHECKED 0
 #endif
 #define KILN_KERNEL_CLUSTER(name, blocks) \
-    extern "C" __attribute__((visibility("default"))) int name##__launch(const u32 grid[3], const u32 block[3], u32 shared_bytes, void** args, char* message, u64 message_len) { \
+    extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) int name##__launch( \
+        const u32 grid[3], const u32 block[3], u32 shared_bytes, void** args, char* message, u64 message_len) { \
         const KilnKernel kernel = {#name, KilnInvoke<name>::run, blocks, KILN_CHECKED}; \
         return kiln_emulate_launch(&kernel, grid, block, shared_bytes, args, message, message_len); \
     }
