@@ -491,6 +491,11 @@ __forceinline__ void cluster_sync() {
 }
 __forceinline__ u32 mapa(u32 smem, u32 rank) { return kiln_emulate_mapa(smem, rank); }
 __forceinline__ float load_cluster(u32 remote) { return __uint_as_float(kiln_emulate_cluster_load(remote)); }
+__forceinline__ void load_cluster4(float (&x)[4], u32 remote) {
+    for (u32 i = 0; i < 4; ++i) {
+        x[i] = load_cluster(remote + i * 4);
+    }
+}
 __forceinline__ void store_cluster(u32 remote, float x) { kiln_emulate_cluster_store(remote, __float_as_uint(x)); }
 
 template <int N> __forceinline__ void setmaxnreg_inc() { kiln_emulate_warp(KILN_SETMAXNREG, 0xffffffff, 0, N, 32); }

@@ -215,7 +215,7 @@ impl<'a> Gemm<'a> {
         }
         let units = |tile_m: usize, tile_n: usize| p.m.div_ceil(tile_m) * p.n.div_ceil(tile_n) * p.batch * plan.splits;
         match plan.level {
-            Level::Hopper(tile) => launch_hopper(gpu, p, tile, plan.splits, &args, defines)?,
+            Level::Hopper(tile) => launch_hopper(gpu, p, tile, &args, defines)?,
             Level::Mma(tile) => {
                 defines
                     .number("PARTIAL", (plan.splits > 1) as usize)
@@ -316,14 +316,7 @@ fn run(
     unsafe { kernel.launch(launch, &[args]) }
 }
 
-fn launch_hopper(
-    gpu: &'static Gpu,
-    p: &Problem,
-    tile: HopperTile,
-    splits: usize,
-    args: &GemmArgs,
-    mut defines: Defines,
-) -> Result<(), CudaError> {
+fn launch_hopper(gpu: &'static Gpu, p: &Problem, tile: HopperTile, args: &GemmArgs, mut defines: Defines) -> Result<(), CudaError> {
     let (left, right) = if tile.swap { ((&p.b, p.n), (&p.a, p.m)) } else { ((&p.a, p.m), (&p.b, p.n)) };
     defines
         .number("A_MN", !left.0.along_k() as usize)
@@ -335,29 +328,24 @@ fn launch_hopper(
         .number("CLUSTER", tile.cluster)
         .number("PINGPONG", tile.pingpong as usize)
         .number("SWAP", tile.swap as usize);
-    let by_tma = defines.plain && p.out_by_tma() && tile.n.is_multiple_of(64);
-    let store = match (splits, tile.swap) {
-        (2.., _) => "STORE_PARTIAL",
-        (_, true) => "STORE_SWAPPED",
-        _ if by_tma => "STORE_TMA",
-        _ => "STORE_STAGED",
-    };
-    defines.text("STORE", store);
+    let by_tma = defines.plain && p.out_by_tma() && tile.n.is_multiple_of(64) && !tile.swap && tile.parts == 1;
+    defines.number("PARTS", tile.parts).text("STORE", if by_tma { "STORE_TMA" } else { "STORE_STAGED" });
     let kernel = defines.kernel(gpu, &HOPPER, "gemm_hopper")?;
     let map_a = factor_map(gpu, p, left.0, left.1, tile.m)?;
     let map_b = factor_map(gpu, p, right.0, right.1, tile.n / tile.cluster)?;
     let size = p.out_ty.size() as u64;
     let row = p.row_stride as u64 * size;
-    let map_c = match store {
-        "STORE_TMA" => gpu.tensor_map(&TensorMapSpec {
+    let map_c = if by_tma {
+        gpu.tensor_map(&TensorMapSpec {
             ptr: p.out,
             ty: p.out_ty,
             dims: &[p.n as u64, p.m as u64, p.batch as u64],
             strides: &[row, row * p.m as u64],
             tile: &[64, 16, 1],
             swizzle: 128,
-        })?,
-        _ => map_a,
+        })?
+    } else {
+        map_a
     };
     let moves = |stride: i64, extent: usize| (stride != 0 && extent > 1) as i32;
     let (inner, outer) = (p.batch_inner, p.batch / p.batch_inner);
@@ -371,16 +359,16 @@ fn launch_hopper(
         a_inner: moves(left.0.inner, inner),
         b_outer: moves(right.0.outer, outer),
         b_inner: moves(right.0.inner, inner),
-        splits: splits as i32,
         group: tile.group as i32,
         alpha: args.alpha as f32,
     };
     let vectors = row.is_multiple_of(16) && args.c.is_aligned(16) && args.epilogue.residual.is_aligned(16);
-    let out = HopperOut { c: args.c, row_stride: args.c_row, batch_stride: args.c_batch, partial: args.partial, vectors: vectors as i64 };
-    let units = left.1.div_ceil(tile.m * tile.cluster) * right.1.div_ceil(tile.n) * p.batch * splits;
-    let clusters = units.min((gpu.multiprocessors() as usize / tile.cluster).max(1));
-    let shared = tile.shared_bytes(matches!(store, "STORE_TMA" | "STORE_STAGED"));
-    let launch = Launch::blocks(clusters * tile.cluster, 384).with_shared(shared);
+    let out = HopperOut { c: args.c, row_stride: args.c_row, batch_stride: args.c_batch, vectors: vectors as i64 };
+    let units = left.1.div_ceil(tile.m * tile.cluster) * right.1.div_ceil(tile.n) * p.batch;
+    let blocks = tile.cluster * tile.parts;
+    // Blocks stay and take tiles in turn, but those that share one.
+    let clusters = if tile.parts > 1 { units } else { units.min((gpu.multiprocessors() as usize / blocks).max(1)) };
+    let launch = Launch::blocks(clusters * blocks, 384).with_shared(tile.shared_bytes());
     // SAFETY: as in `run`.
     unsafe { kernel.launch(launch, &[&map_a, &map_b, &map_c, &shape, &out, &args.epilogue]) }
 }
@@ -465,7 +453,6 @@ struct HopperShape {
     a_inner: i32,
     b_outer: i32,
     b_inner: i32,
-    splits: i32,
     group: i32,
     alpha: f32,
 }
@@ -477,7 +464,6 @@ struct HopperOut {
     c: DevicePtr,
     row_stride: i64,
     batch_stride: i64,
-    partial: DevicePtr,
     vectors: i64,
 }
 

@@ -1,8 +1,8 @@
 // Matrix products of f16 and bf16 on Hopper's tensor cores (sm_90a): C = epilogue(alpha · A · B), batched.
 //
 // Macros: those of gemm.cuh, A_MN and B_MN (1 where a factor's m or n is contiguous, 0 where its k is), BLOCK_M, BLOCK_N (a tile of C), STAGES, CLUSTER (1 | 2),
-// PINGPONG (0 | 1), SWAP (1: C is stored transposed, for products of few rows, whose factors the host has exchanged), and STORE: STORE_TMA where nothing but alpha
-// follows a sum and C has 16 bits and rows of whole 16 bytes, STORE_STAGED for all else, STORE_PARTIAL for the sums of parts of k, STORE_SWAPPED.
+// PARTS (of k; 1, or up to 8 where CLUSTER is 1), PINGPONG (0 | 1), SWAP (1: C is stored transposed, for products of few rows, whose factors the host has exchanged),
+// and STORE: STORE_TMA where nothing but alpha follows a sum, C has 16 bits and rows of whole 16 bytes, and neither PARTS nor SWAP; else STORE_STAGED.
 //
 // In essence, for each tile of C:       for k0 in (0..k).step_by(64) { load A[tile rows][k0..] and B[k0..][tile columns]; acc += A·B }  store(acc)
 //  1. A block of 3 warpgroups stays on its multiprocessor and takes every gridDim-th tile.
@@ -13,15 +13,15 @@
 //  5. The two blocks of a cluster take tiles one above the other and need the same columns of B: each loads half of them into both (multicast), which
 //     saves a third of the traffic from L2. A stage may be overwritten only when the consumers of both blocks have released it.
 //  6. Tiles are visited in groups of a few rows, column by column and back, so that the blocks that run together share rows and columns in L2.
-//  7. Each warp stores its 16 rows on its own through a small swizzled buffer and TMA, without a barrier.
-// The sums' order depends on k and the splits alone.
+//  7. Each warp stores its 16 rows on its own through a small permuted buffer, without a barrier.
+//  8. Where tiles are too few to fill the GPU, the PARTS blocks of a cluster share one, each with a part of k; the sums meet in shared memory, where each block adds
+//     those of its share of the tile in the order of the parts.
 #include "kiln.cuh"
 #include "gemm.cuh"
 
 #define STORE_STAGED 0
 #define STORE_TMA 1
-#define STORE_PARTIAL 2
-#define STORE_SWAPPED 3
+#define CLUSTER_BLOCKS (CLUSTER * PARTS)
 
 constexpr i32 BLOCK_K = 64;
 // 64-row blocks of a consumer, and consumers of a stage.
@@ -30,13 +30,16 @@ constexpr i32 SHARERS = PINGPONG ? 1 : 2;
 constexpr u32 A_BYTES = BLOCK_M * BLOCK_K * 2;
 constexpr u32 B_BYTES = BLOCK_N * BLOCK_K * 2;
 constexpr u32 STAGE_BYTES = A_BYTES + B_BYTES;
-// A warp's buffer for stores: two chunks of 16 rows by 64 columns of C, or one of sums.
-constexpr u32 CHUNK_BYTES = 16 * 64 * 2, WARP_BYTES = 2 * CHUNK_BYTES;
-constexpr u32 STORE_BYTES = STORE == STORE_TMA || STORE == STORE_STAGED ? 8 * WARP_BYTES : 0;
+// A warp's buffer for stores: 16 rows by 64 columns of sums, or two such chunks of C. Parts of k meet where the stages were.
+constexpr u32 SUMS_BYTES = 16 * 64 * 4;
+constexpr u32 STORE_BYTES = PARTS == 1 ? 8 * SUMS_BYTES : 0;
+// Chunks of sums that a tile has side by side.
+constexpr i32 CHUNKS = (BLOCK_N + 63) / 64;
 // 64 rows or columns by BLOCK_K of k, m or n contiguous; 64 rows, k contiguous.
 constexpr u32 CHUNK_64_BYTES = 64 * BLOCK_K * 2;
 static_assert(ROWS * SHARERS * 64 == BLOCK_M && BLOCK_N % (8 * CLUSTER) == 0 && (!B_MN || BLOCK_N % (64 * CLUSTER) == 0));
-static_assert((STORE != STORE_TMA || BLOCK_N % 64 == 0) && (STORE == STORE_PARTIAL || SWAP == (STORE == STORE_SWAPPED)));
+static_assert(STORE != STORE_TMA || (BLOCK_N % 64 == 0 && !SWAP && PARTS == 1));
+static_assert(PARTS == 1 || (CLUSTER == 1 && !PINGPONG && STAGES * STAGE_BYTES >= BLOCK_M / 16 * CHUNKS * SUMS_BYTES));
 
 // Extents, and how tiles and batch items are visited.
 struct HopperShape {
@@ -44,19 +47,16 @@ struct HopperShape {
     // Batch items are pairs (outer, inner); a factor that does not move with one of them has step 0 there.
     i32 batch_outer, batch_inner;
     i32 a_outer, a_inner, b_outer, b_inner;
-    // Parts that k is cut into, each a tile of its own (STORE_PARTIAL).
-    i32 splits;
     // Rows of tiles in a group.
     i32 group;
     float alpha;
 };
 
-// Where C lies, for stores that are not by TMA; partial sums lie at [split][batch][m][n].
+// Where C lies, for stores that are not by TMA.
 struct HopperOut {
     OUT* c;
     i64 row_stride;
     i64 batch_stride;
-    float* partial;
     // Whether rows of C and of the residual are aligned to 16 bytes.
     i64 vectors;
 };
@@ -68,7 +68,7 @@ struct Tiles {
 
 // The work of one step: a tile of C and a range of blocks of k.
 struct Unit {
-    i32 row, col, outer, inner, split, first_k, last_k;
+    i32 row, col, outer, inner, first_k, last_k;
 };
 
 __device__ __forceinline__ Tiles tiles_of(const HopperShape& shape) {
@@ -76,13 +76,13 @@ __device__ __forceinline__ Tiles tiles_of(const HopperShape& shape) {
     tiles.cluster_rows = (shape.m + BLOCK_M * CLUSTER - 1) / (BLOCK_M * CLUSTER);
     tiles.cols = (shape.n + BLOCK_N - 1) / BLOCK_N;
     tiles.blocks_of_k = (shape.k + BLOCK_K - 1) / BLOCK_K;
-    tiles.units = (i64)tiles.cluster_rows * tiles.cols * shape.splits * shape.batch_outer * shape.batch_inner;
+    tiles.units = (i64)tiles.cluster_rows * tiles.cols * shape.batch_outer * shape.batch_inner;
     return tiles;
 }
 
 __device__ __forceinline__ Unit unit_of(const HopperShape& shape, const Tiles& tiles, i64 index, u32 rank) {
     const i32 a_matrix = tiles.cluster_rows * tiles.cols;
-    i32 item = (i32)(index / a_matrix);
+    const i32 item = (i32)(index / a_matrix);
     const i32 tile = (i32)(index - (i64)item * a_matrix);
     const i32 in_group = shape.group * tiles.cols;
     const i32 group = tile / in_group;
@@ -91,14 +91,12 @@ __device__ __forceinline__ Unit unit_of(const HopperShape& shape, const Tiles& t
     const i32 rest = tile - group * in_group;
     const i32 col = rest / rows;
     Unit unit;
-    unit.row = ((first + rest - col * rows) * CLUSTER + (i32)rank) * BLOCK_M;
+    unit.row = ((first + rest - col * rows) * CLUSTER + (CLUSTER > 1 ? (i32)rank : 0)) * BLOCK_M;
     unit.col = (group & 1 ? tiles.cols - 1 - col : col) * BLOCK_N;
-    unit.split = item % shape.splits;
-    item /= shape.splits;
     unit.inner = item % shape.batch_inner;
     unit.outer = item / shape.batch_inner;
-    unit.first_k = (i32)((i64)tiles.blocks_of_k * unit.split / shape.splits);
-    unit.last_k = (i32)((i64)tiles.blocks_of_k * (unit.split + 1) / shape.splits);
+    unit.first_k = PARTS > 1 ? tiles.blocks_of_k * (i32)rank / PARTS : 0;
+    unit.last_k = PARTS > 1 ? tiles.blocks_of_k * ((i32)rank + 1) / PARTS : tiles.blocks_of_k;
     return unit;
 }
 
@@ -182,7 +180,7 @@ template <class Out> __device__ __forceinline__ void store_by_tma(const float (&
     const u32 line = (lane & 15) * 128, first = lane >> 4;
 #pragma unroll
     for (i32 chunk = 0; chunk < BLOCK_N / 64; ++chunk) {
-        const u32 at = buffer + (chunk & 1) * CHUNK_BYTES;
+        const u32 at = buffer + (chunk & 1) * (SUMS_BYTES / 2);
         if (lane == 0) {
             // The buffer's last store is the one before the latest, or, where a tile has an odd number of chunks, may be that one.
             tma_store_wait_read<BLOCK_N / 64 % 2 == 0 ? 1 : 0>();
@@ -213,123 +211,127 @@ __device__ __forceinline__ i32 staged(i32 row, i32 col) {
     return row * 64 + ((col / 4) ^ ((row & 7) * 2)) * 4;
 }
 
-// Finishes and stores 16 rows by 64 columns of sums from a buffer. One rolled loop: what follows a sum can be long.
-__device__ __forceinline__ void finish_chunk(const float* buffer, const HopperShape& shape, const HopperOut& out, const GemmEpilogue& epilogue, i64 batch, i32 row0,
-    i32 col0, bool vectors) {
+// 16 rows by 64 columns of sums: in this block's shared memory, or in parts in those of the cluster's blocks.
+struct Sums {
+    const float* local;
+    u32 at;
+
+    __device__ __forceinline__ Pack<float, 4> four(i32 offset) const {
+        if constexpr (PARTS == 1) {
+            return *(const Pack<float, 4>*)&local[offset];
+        } else {
+            Pack<float, 4> sum = {};
+#pragma unroll
+            for (u32 part = 0; part < PARTS; ++part) {
+                float x[4];
+                load_cluster4(x, mapa(at, part) + offset * 4);
+#pragma unroll
+                for (i32 e = 0; e < 4; ++e) {
+                    sum.x[e] = part == 0 ? x[e] : sum.x[e] + x[e];
+                }
+            }
+            return sum;
+        }
+    }
+
+    __device__ __forceinline__ float one(i32 row, i32 col) const {
+        const i32 offset = staged(row, col / 4 * 4) + col % 4;
+        if constexpr (PARTS == 1) {
+            return local[offset];
+        } else {
+            float sum = load_cluster(mapa(at, 0) + offset * 4);
+#pragma unroll
+            for (u32 part = 1; part < PARTS; ++part) {
+                sum += load_cluster(mapa(at, part) + offset * 4);
+            }
+            return sum;
+        }
+    }
+};
+
+// Finishes and stores such sums. In rolled loops: what follows a sum can be long.
+__device__ __forceinline__ void finish_chunk(const Sums& sums, const HopperShape& shape, const HopperOut& out, const GemmEpilogue& epilogue, i64 batch, i32 row0,
+    i32 col0) {
     const i32 lane = threadIdx.x % 32;
     OUT* c = out.c + batch * out.batch_stride;
-    if (vectors) {
-        const i32 in_chunk = lane % 8 * 8, col = col0 + in_chunk;
-        if (col + 8 <= shape.n) {
-            float bias[8];
-#pragma unroll
-            for (i32 e = 0; e < 8; ++e) {
-                bias[e] = HAS_BIAS ? load<T>(epilogue.bias + col + e) : 0.f;
-            }
+    if constexpr (SWAP) {
+        // Neighbours in C are neighbours in a column of the tile.
 #pragma unroll 1
-            for (i32 i = lane / 8; i < 16; i += 4) {
-                if (row0 + i >= shape.m) {
-                    break;
-                }
-                // Half of the lanes begin with the second unit, so that all read different banks.
-                const i32 swap = lane / 4 % 2;
-                const Pack<float, 4> first = *(const Pack<float, 4>*)&buffer[staged(i, in_chunk + swap * 4)];
-                const Pack<float, 4> second = *(const Pack<float, 4>*)&buffer[staged(i, in_chunk + (swap ^ 1) * 4)];
-                Pack<OUT, 8 / (sizeof(OUT) / 2)> residual[sizeof(OUT) / 2], result[sizeof(OUT) / 2];
-                constexpr i32 WIDTH = 8 / (sizeof(OUT) / 2);
-#pragma unroll
-                for (i32 h = 0; h < (i32)sizeof(OUT) / 2; ++h) {
-                    if constexpr (HAS_RESIDUAL) {
-                        const OUT* from = epilogue.residual + batch * epilogue.residual_batch + (row0 + i) * epilogue.residual_row + col + h * WIDTH;
-                        residual[h] = *(const Pack<OUT, WIDTH>*)from;
-                    }
-                }
-#pragma unroll
-                for (i32 e = 0; e < 8; ++e) {
-                    const float sum = (e < 4) != (swap != 0) ? first.x[e % 4] : second.x[e % 4];
-                    float x = shape.alpha * sum;
-                    if constexpr (HAS_BIAS) {
-                        x += bias[e];
-                    }
-                    x = activation(x);
-                    if constexpr (HAS_RESIDUAL) {
-                        x += widen<OUT>(residual[e / WIDTH].x[e % WIDTH]);
-                    }
-                    result[e / WIDTH].x[e % WIDTH] = narrow<OUT>(x);
-                }
-#pragma unroll
-                for (i32 h = 0; h < (i32)sizeof(OUT) / 2; ++h) {
-                    *(Pack<OUT, WIDTH>*)(c + (row0 + i) * out.row_stride + col + h * WIDTH) = result[h];
-                }
-            }
-            return;
-        }
-        // The last columns, one by one.
-        for (i32 i = lane / 8; i < 16 && row0 + i < shape.m; i += 4) {
-            for (i32 e = 0; e < 8 && col + e < shape.n; ++e) {
-                const float sum = buffer[staged(i, in_chunk + e / 4 * 4) + e % 4];
-                store<OUT>(c + (row0 + i) * out.row_stride + col + e, finish(epilogue, shape.alpha * sum, batch, row0 + i, col + e));
+        for (i32 i = lane; i < 16 * min(64, shape.n - col0); i += 32) {
+            const i32 row = i % 16, col = i / 16;
+            if (row0 + row < shape.m) {
+                const float sum = shape.alpha * sums.one(row, col);
+                store<OUT>(c + (col0 + col) * out.row_stride + row0 + row, finish(epilogue, sum, batch, col0 + col, row0 + row));
             }
         }
         return;
     }
+    const i32 in_chunk = lane % 8 * 8, col = col0 + in_chunk;
+    if (out.vectors && col + 8 <= shape.n) {
+        constexpr i32 WIDTH = 16 / sizeof(OUT), VECTORS = 8 / WIDTH;
+        float bias[8];
+#pragma unroll
+        for (i32 e = 0; e < 8; ++e) {
+            bias[e] = HAS_BIAS ? load<T>(epilogue.bias + col + e) : 0.f;
+        }
 #pragma unroll 1
-    for (i32 i = 0; i < 16 && row0 + i < shape.m; ++i) {
-        for (i32 at = lane; at < 64 && col0 + at < shape.n; at += 32) {
-            const float sum = buffer[staged(i, at / 4 * 4) + at % 4];
-            store<OUT>(c + (row0 + i) * out.row_stride + col0 + at, finish(epilogue, shape.alpha * sum, batch, row0 + i, col0 + at));
-        }
-    }
-}
-
-// Finishes a warp's 16 rows of sums and stores them through its buffer, 64 columns at a time, by lines.
-__device__ __forceinline__ void store_staged(const float (&acc)[BLOCK_N / 2], const HopperShape& shape, const HopperOut& out, const GemmEpilogue& epilogue, i64 batch,
-    i32 row, i32 col, float* buffer, bool vectors) {
-    const i32 lane = threadIdx.x % 32;
+        for (i32 i = lane / 8; i < 16 && row0 + i < shape.m; i += 4) {
+            // Half of the lanes begin with the second unit, so that all read different banks.
+            const i32 second_first = lane / 4 % 2;
+            const Pack<float, 4> x = sums.four(staged(i, in_chunk + second_first * 4)), y = sums.four(staged(i, in_chunk + (second_first ^ 1) * 4));
+            Pack<OUT, WIDTH> residual[VECTORS], result[VECTORS];
 #pragma unroll
-    for (i32 chunk = 0; chunk < (BLOCK_N + 63) / 64; ++chunk) {
-        __syncwarp();
-#pragma unroll
-        for (i32 j = 0; j < min(8, BLOCK_N / 8 - chunk * 8); ++j) {
-#pragma unroll
-            for (i32 half = 0; half < 2; ++half) {
-                const i32 e = chunk * 32 + j * 4 + half * 2;
-                float* at = buffer + staged(lane / 4 + half * 8, j * 8 + (lane & 2) * 2) + (lane & 1) * 2;
-                *(Pack<float, 2>*)at = {acc[e], acc[e + 1]};
-            }
-        }
-        __syncwarp();
-        finish_chunk(buffer, shape, out, epilogue, batch, row, col + chunk * 64, vectors);
-    }
-}
-
-// Stores a warp's 16 rows of sums one by one: those of a part of k as they are, or those of a transposed C.
-__device__ __forceinline__ void store_singly(const float (&acc)[BLOCK_N / 2], const HopperShape& shape, const HopperOut& out, const GemmEpilogue& epilogue, i64 batch,
-    i32 split, i32 row, i32 col) {
-    const u32 lane = lane_id();
-    const i64 item = (i64)split * shape.batch_outer * shape.batch_inner + batch;
-#pragma unroll
-    for (i32 half = 0; half < 2; ++half) {
-        const i32 r = row + lane / 4 + half * 8;
-#pragma unroll
-        for (i32 e = 0; e < BLOCK_N / 4; ++e) {
-            const i32 c = col + e / 2 * 8 + (lane & 3) * 2 + e % 2;
-            if (r < shape.m && c < shape.n) {
-                const float sum = acc[e / 2 * 4 + half * 2 + e % 2];
-                const i64 i = SWAP ? c : r, j = SWAP ? r : c;
-                if constexpr (STORE == STORE_PARTIAL) {
-                    out.partial[(item * (SWAP ? shape.n : shape.m) + i) * (SWAP ? shape.m : shape.n) + j] = sum;
-                } else {
-                    store<OUT>(out.c + batch * out.batch_stride + i * out.row_stride + j, finish(epilogue, shape.alpha * sum, batch, i, j));
+            for (i32 v = 0; v < VECTORS; ++v) {
+                if constexpr (HAS_RESIDUAL) {
+                    residual[v] = *(const Pack<OUT, WIDTH>*)(epilogue.residual + batch * epilogue.residual_batch + (row0 + i) * epilogue.residual_row + col + v * WIDTH);
                 }
             }
+#pragma unroll
+            for (i32 e = 0; e < 8; ++e) {
+                float value = shape.alpha * ((e < 4) != (second_first != 0) ? x.x[e % 4] : y.x[e % 4]);
+                if constexpr (HAS_BIAS) {
+                    value += bias[e];
+                }
+                value = activation(value);
+                if constexpr (HAS_RESIDUAL) {
+                    value += widen<OUT>(residual[e / WIDTH].x[e % WIDTH]);
+                }
+                result[e / WIDTH].x[e % WIDTH] = narrow<OUT>(value);
+            }
+#pragma unroll
+            for (i32 v = 0; v < VECTORS; ++v) {
+                *(Pack<OUT, WIDTH>*)(c + (row0 + i) * out.row_stride + col + v * WIDTH) = result[v];
+            }
+        }
+    }
+    // Rows that are not aligned, or the last columns.
+    const i32 rest = out.vectors ? max(shape.n / 8 * 8 - col0, 0) : 0;
+#pragma unroll 1
+    for (i32 i = 0; i < 16 && row0 + i < shape.m; ++i) {
+        for (i32 at = rest + lane; at < 64 && col0 + at < shape.n; at += 32) {
+            const float sum = shape.alpha * sums.one(i, at);
+            store<OUT>(c + (row0 + i) * out.row_stride + col0 + at, finish(epilogue, sum, batch, row0 + i, col0 + at));
+        }
+    }
+}
+
+// Puts 64 columns of a warp's 16 rows of sums into a buffer.
+__device__ __forceinline__ void stage_chunk(const float (&acc)[BLOCK_N / 2], i32 chunk, float* buffer) {
+    const i32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (i32 j = 0; j < min(8, BLOCK_N / 8 - chunk * 8); ++j) {
+#pragma unroll
+        for (i32 half = 0; half < 2; ++half) {
+            const i32 e = chunk * 32 + j * 4 + half * 2;
+            float* at = buffer + staged(lane / 4 + half * 8, j * 8 + (lane & 2) * 2) + (lane & 1) * 2;
+            *(Pack<float, 2>*)at = {acc[e], acc[e + 1]};
         }
     }
 }
 
 extern "C" __global__ void
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
+#if CLUSTER_BLOCKS > 1
+__cluster_dims__(CLUSTER_BLOCKS, 1, 1)
 #endif
 __launch_bounds__(384, 1)
 gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_c, const HopperShape shape,
@@ -339,7 +341,7 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
     const u32 buffers = stages + STAGES * STAGE_BYTES;
     const u32 full = buffers + STORE_BYTES, empty = full + STAGES * 8;
     const u32 warp = warp_id(), lane = lane_id();
-    const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const u32 rank = CLUSTER_BLOCKS > 1 ? cluster_rank() : 0;
     if (threadIdx.x == 0) {
         tma_prefetch(&map_a);
         tma_prefetch(&map_b);
@@ -355,28 +357,30 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         __syncthreads();
     }
     const Tiles tiles = tiles_of(shape);
-    const i64 step = gridDim.x / CLUSTER;
+    const i64 step = gridDim.x / CLUSTER_BLOCKS;
     Ring ring = {0, 0};
     if (warp < 4) {
         setmaxnreg_dec<40>();
         if (warp == 0 && lane == 0) {
-            for (i64 index = blockIdx.x / CLUSTER; index < tiles.units; index += step) {
+            for (i64 index = blockIdx.x / CLUSTER_BLOCKS; index < tiles.units; index += step) {
                 const Unit unit = unit_of(shape, tiles, index, rank);
                 for (i32 k = unit.first_k; k < unit.last_k; ++k) {
                     mbarrier_wait(empty + ring.stage * 8, ring.parity ^ 1);
                     mbarrier_expect_tx(full + ring.stage * 8, STAGE_BYTES);
-                    load_stage(&map_a, &map_b, shape, unit, k * BLOCK_K, stages + ring.stage * STAGE_BYTES, full + ring.stage * 8, rank);
+                    load_stage(&map_a, &map_b, shape, unit, k * BLOCK_K, stages + ring.stage * STAGE_BYTES, full + ring.stage * 8, CLUSTER > 1 ? rank : 0);
                     ring.advance();
                 }
             }
         }
         __syncwarp();
+        if constexpr (PARTS > 1) {
+            cluster_sync();
+        }
     } else {
         setmaxnreg_inc<232>();
         const u32 consumer = warp / 4 - 1;
         const u32 first_block = PINGPONG ? 0 : consumer * ROWS;
-        const u32 my_buffer = (warp - 4) * WARP_BYTES;
-        const bool vectors = out.vectors != 0;
+        const u32 my_buffer = (warp - 4) * SUMS_BYTES;
         float acc[ROWS][BLOCK_N / 2];
         // Lane i tells block i of the cluster.
         const auto release = [&](u32 stage) {
@@ -397,7 +401,7 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 ring.advance(unit.last_k - unit.first_k);
             }
         };
-        i64 index = blockIdx.x / CLUSTER;
+        i64 index = blockIdx.x / CLUSTER_BLOCKS;
         if (PINGPONG && consumer == 1) {
             bar_arrive(TURN, 256);
             skip(index);
@@ -432,16 +436,40 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
             wgmma_wait<0>();
             release(last);
             const i64 batch = (i64)unit.outer * shape.batch_inner + unit.inner;
+            const i32 my_row = first_block * 64 + (warp & 3) * 16;
 #pragma unroll
             for (i32 r = 0; r < ROWS; ++r) {
                 hold_registers(acc[r]);
-                const i32 row = unit.row + (first_block + r) * 64 + (warp & 3) * 16;
+            }
+            if constexpr (PARTS > 1) {
+                // Both consumers have read all stages.
+                bar_sync(TURN, 256);
+            }
+#pragma unroll
+            for (i32 r = 0; r < ROWS; ++r) {
+                const i32 row = my_row + r * 64;
                 if constexpr (STORE == STORE_TMA) {
-                    store_by_tma<OUT>(acc[r], &map_c, shape.alpha, (i32)batch, row, unit.col, buffers + my_buffer);
-                } else if constexpr (STORE == STORE_STAGED) {
-                    store_staged(acc[r], shape, out, epilogue, batch, row, unit.col, (float*)(shared + STAGES * STAGE_BYTES + my_buffer), vectors);
+                    store_by_tma<OUT>(acc[r], &map_c, shape.alpha, (i32)batch, unit.row + row, unit.col, buffers + my_buffer);
                 } else {
-                    store_singly(acc[r], shape, out, epilogue, batch, unit.split, row, unit.col);
+#pragma unroll
+                    for (i32 chunk = 0; chunk < CHUNKS; ++chunk) {
+                        if constexpr (PARTS > 1) {
+                            stage_chunk(acc[r], chunk, (float*)(shared + (row / 16 * CHUNKS + chunk) * SUMS_BYTES));
+                        } else {
+                            float* buffer = (float*)(shared + STAGES * STAGE_BYTES + my_buffer);
+                            __syncwarp();
+                            stage_chunk(acc[r], chunk, buffer);
+                            __syncwarp();
+                            finish_chunk({buffer, 0}, shape, out, epilogue, batch, unit.row + row, unit.col + chunk * 64);
+                        }
+                    }
+                }
+            }
+            if constexpr (PARTS > 1) {
+                cluster_sync();
+#pragma unroll 1
+                for (i32 i = rank * 8 + warp - 4; i < BLOCK_M / 16 * CHUNKS; i += PARTS * 8) {
+                    finish_chunk({nullptr, stages + i * SUMS_BYTES}, shape, out, epilogue, batch, unit.row + i / CHUNKS * 16, unit.col + i % CHUNKS * 64);
                 }
             }
         }
@@ -452,9 +480,9 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
             __syncwarp();
         }
     }
-    // A block's shared memory must outlive the copies and arrivals that its neighbour sends there.
-    if constexpr (CLUSTER > 1) {
+    // A block's shared memory must outlive what its neighbours send there and read from there.
+    if constexpr (CLUSTER_BLOCKS > 1) {
         cluster_sync();
     }
 }
-KILN_KERNEL_CLUSTER(gemm_hopper, CLUSTER)
+KILN_KERNEL_CLUSTER(gemm_hopper, CLUSTER_BLOCKS)

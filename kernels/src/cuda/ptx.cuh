@@ -298,6 +298,10 @@ KILN_DEVICE float load_cluster(u32 remote) {
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(remote) : "memory");
     return x;
 }
+/// Four neighbours at a multiple of 16 bytes.
+KILN_DEVICE void load_cluster4(float (&x)[4], u32 remote) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(remote) : "memory");
+}
 KILN_DEVICE void store_cluster(u32 remote, float x) { asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(x) : "memory"); }
 
 // ---- warpgroups (sm_90a) ----

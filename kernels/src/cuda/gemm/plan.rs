@@ -142,7 +142,10 @@ pub(super) struct HopperTile {
     pub m: usize,
     pub n: usize,
     pub stages: usize,
+    /// Blocks of a cluster, which take tiles one above the other.
     pub cluster: usize,
+    /// Parts that k is cut into: blocks of a cluster that share a tile.
+    pub parts: usize,
     /// Rows of tiles that are visited together.
     pub group: usize,
     /// Warpgroups take tiles in turn, rather than halves of one.
@@ -152,19 +155,21 @@ pub(super) struct HopperTile {
 }
 
 impl HopperTile {
-    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 2, group: 8, pingpong: false, swap: false };
+    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 2, parts: 1, group: 8, pingpong: false, swap: false };
     pub const SQUARE: Self = Self { m: 128, n: 128, stages: 6, cluster: 2, pingpong: true, ..Self::WIDE };
-    pub const NARROW: Self = Self { m: 128, n: 64, stages: 8, cluster: 1, ..Self::WIDE };
+    /// One tile at a time, for the parts of few tiles.
+    pub const SHARED: Self = Self { n: 128, stages: 6, cluster: 1, ..Self::WIDE };
+    pub const NARROW: Self = Self { n: 64, stages: 8, cluster: 1, ..Self::WIDE };
 
     /// For 2 to 64 rows (or columns, if not `swap`): the other extent is that of `wgmma`'s 64 rows, and many stages keep memory busy.
     pub fn few(few: usize, swap: bool) -> Self {
         let n = few.next_power_of_two().max(8);
-        Self { m: 128, n, stages: if n == 64 { 8 } else { 10 }, cluster: 1, swap, ..Self::WIDE }
+        Self { n, stages: if n == 64 { 8 } else { 10 }, cluster: 1, swap, ..Self::WIDE }
     }
 
-    /// The ring of stages with two barriers for each, and buffers of 4 KiB for each of the 8 warps that store.
-    pub fn shared_bytes(&self, buffers: bool) -> u32 {
-        (self.stages * ((self.m + self.n) * 128 + 16) + if buffers { 8 * 4096 } else { 0 }) as u32
+    /// The ring of stages with two barriers for each, and buffers of 4 KiB for each of the 8 warps that store, unless parts of k meet where the stages were.
+    pub fn shared_bytes(&self) -> u32 {
+        (self.stages * ((self.m + self.n) * 128 + 16) + if self.parts == 1 { 8 * 4096 } else { 0 }) as u32
     }
 
     /// Cycles that a block of k costs: `wgmma` at its rate, which narrow tiles do not reach.
@@ -284,7 +289,8 @@ impl Plan {
         let (large, few, factor) = if swap { (p.n, p.m, &p.a) } else { (p.m, p.n, &p.b) };
         let tile = HopperTile::few(few, swap);
         let fits = (2..=64).contains(&few) && large >= 2 * few && (factor.along_k() || tile.n == 64);
-        fits.then(|| Self { level: Level::Hopper(tile), splits: splits(large.div_ceil(tile.m) * p.batch, MULTIPROCESSORS, p.k, 256) })
+        let parts = splits(large.div_ceil(tile.m) * p.batch, MULTIPROCESSORS, p.k, 256).min(8);
+        fits.then(|| Self { level: Level::Hopper(HopperTile { parts: 1 << parts.ilog2(), ..tile }), splits: 1 })
     }
 
     /// Few rows or columns, and a large factor that can be read in lines.
@@ -302,27 +308,35 @@ impl Plan {
     }
 
     /// The tile and the parts of k that should take the least time: whole rounds of blocks over the multiprocessors, each with its start and its stores.
-    pub fn hopper(p: &Problem) -> Self {
+    fn hopper(p: &Problem) -> Self {
         const START: usize = 1500;
-        // Adding the parts is another launch, and traffic of 4 bytes for each element and part, at some 8 bytes a cycle and multiprocessor.
-        const REDUCE: usize = 4000;
+        // Parts of k that meet: waiting for one another, and reading the others' sums.
+        const MEETING: usize = 1500;
         let blocks_of_k = p.k.div_ceil(64);
-        let mut best = (usize::MAX, Self { level: Level::Hopper(HopperTile::WIDE), splits: 1 });
-        for tile in [HopperTile::WIDE, HopperTile::SQUARE, HopperTile::NARROW] {
-            let tiles = p.m.div_ceil(tile.m * tile.cluster) * tile.cluster * p.n.div_ceil(tile.n) * p.batch;
-            for splits in [1, 2, 3, 4, 6, 8] {
-                if splits > 1 && (blocks_of_k < 4 * splits || tiles * splits > MULTIPROCESSORS) {
-                    break;
-                }
-                let rounds = (tiles * splits).div_ceil(MULTIPROCESSORS);
-                let adding = if splits > 1 { REDUCE + p.m * p.n * p.batch * (splits * 8 + 4) / (8 * MULTIPROCESSORS) } else { 0 };
-                let cycles = rounds * (blocks_of_k.div_ceil(splits) * tile.cycles() + START + 8 * tile.n) + adding;
-                if cycles < best.0 {
-                    best = (cycles, Self { level: Level::Hopper(tile), splits });
-                }
+        let parts = |parts| HopperTile { parts, ..HopperTile::SHARED };
+        let narrow_parts = |parts| HopperTile { parts, ..HopperTile::NARROW };
+        let candidates = [
+            HopperTile::WIDE,
+            HopperTile::SQUARE,
+            HopperTile::SHARED,
+            HopperTile::NARROW,
+            parts(2),
+            parts(4),
+            parts(8),
+            narrow_parts(2),
+            narrow_parts(4),
+            narrow_parts(8),
+        ];
+        let cycles = |tile: &HopperTile| {
+            let blocks = p.m.div_ceil(tile.m * tile.cluster) * tile.cluster * p.n.div_ceil(tile.n) * p.batch * tile.parts;
+            if tile.parts > 1 && (blocks_of_k < 4 * tile.parts || blocks > MULTIPROCESSORS) {
+                return usize::MAX;
             }
-        }
-        best.1
+            let round = blocks_of_k.div_ceil(tile.parts) * tile.cycles() + START + 8 * tile.n + if tile.parts > 1 { MEETING } else { 0 };
+            blocks.div_ceil(MULTIPROCESSORS) * round
+        };
+        let best = candidates.iter().min_by_key(|tile| cycles(tile)).unwrap_or(&HopperTile::WIDE);
+        Self { level: Level::Hopper(*best), splits: 1 }
     }
 
     fn tiled(p: &Problem) -> Self {

@@ -253,29 +253,35 @@ fn tensor_cores_of_a_warp() {
 #[test]
 fn tensor_cores_of_a_warpgroup() {
     let Some(gpu) = device().filter(|gpu| gpu.capability().0 == 9) else { return };
-    let plan = |tile, splits| Some(Plan { level: Level::Hopper(tile), splits });
+    let plan = |tile| Some(Plan { level: Level::Hopper(tile), splits: 1 });
     for (a, b) in FOUR {
         for tile in [HopperTile::WIDE, HopperTile::SQUARE, HopperTile::NARROW] {
-            Case::new(Type::BF16, [328, 264, 200], a, b).check(gpu, plan(tile, 1));
+            Case::new(Type::BF16, [328, 264, 200], a, b).check(gpu, plan(tile));
             Case { pad: 3, ..Case::new(Type::F16, [136, 264, 72], a, b) }
-                .check(gpu, plan(HopperTile { cluster: 1, pingpong: !tile.pingpong, ..tile }, 1));
+                .check(gpu, plan(HopperTile { cluster: 1, pingpong: !tile.pingpong, ..tile }));
         }
-        Case { pad: 8, ..Case::new(Type::F16, [72, 136, 72], a, b).batched(5) }.check(gpu, plan(HopperTile::NARROW, 1));
+        Case { pad: 8, ..Case::new(Type::F16, [72, 136, 72], a, b).batched(5) }.check(gpu, plan(HopperTile::NARROW));
         // Rows of C that are not aligned are stored from registers.
-        Case::new(Type::BF16, [136, 136, 136], a, b).finished().check(gpu, plan(HopperTile::NARROW, 1));
-        Case { out: Type::F32, ..Case::new(Type::BF16, [136, 136, 136], a, b) }.check(gpu, plan(HopperTile::SQUARE, 1));
-        Case::new(Type::BF16, [136, 72, 650], a, b).batched(2).finished().check(gpu, plan(HopperTile::NARROW, 3));
+        Case::new(Type::BF16, [136, 136, 136], a, b).finished().check(gpu, plan(HopperTile::NARROW));
+        Case { out: Type::F32, ..Case::new(Type::BF16, [136, 136, 136], a, b) }.check(gpu, plan(HopperTile::SQUARE));
+        for tile in [HopperTile { parts: 3, ..HopperTile::NARROW }, HopperTile { parts: 8, ..HopperTile::SHARED }] {
+            Case::new(Type::BF16, [136, 72, 648], a, b).batched(2).finished().check(gpu, plan(tile));
+            Case { pad: 8, ..Case::new(Type::BF16, [136, 264, 648], a, b) }.check(gpu, plan(tile));
+        }
     }
     for few in [2, 8, 13, 40, 64] {
         let b = if few == 64 { Rows(0) } else { Cols(0) };
         Case { pad: 1, ..Case::new(Type::BF16, [few, 264, 600], Rows(0), Cols(0)) }.check(gpu, None);
-        Case::new(Type::BF16, [few, 264, 136], Rows(0), Rows(0)).finished().check(gpu, plan(HopperTile::few(few, true), 1));
-        Case::new(Type::BF16, [264, few, 136], Cols(0), b).batched(2).finished().check(gpu, plan(HopperTile::few(few, false), 1));
+        Case::new(Type::BF16, [few, 264, 136], Rows(0), Rows(0)).finished().check(gpu, plan(HopperTile::few(few, true)));
+        Case::new(Type::BF16, [few, 264, 520], Rows(0), Rows(0))
+            .finished()
+            .check(gpu, plan(HopperTile { parts: 4, ..HopperTile::few(few, true) }));
+        Case::new(Type::BF16, [264, few, 136], Cols(0), b).batched(2).finished().check(gpu, plan(HopperTile::few(few, false)));
     }
     // More tiles than multiprocessors: each block takes several, and the ring of stages goes on.
-    Case { pad: 5, ..Case::new(Type::BF16, [1032, 520, 72], Rows(0), Cols(0)).finished() }.check(gpu, plan(HopperTile::WIDE, 1));
+    Case { pad: 5, ..Case::new(Type::BF16, [1032, 520, 72], Rows(0), Cols(0)).finished() }.check(gpu, plan(HopperTile::WIDE));
     Case { accumulate: true, residual: false, ..Case::new(Type::F16, [264, 264, 328], Rows(0), Rows(0)).finished() }
-        .check(gpu, plan(HopperTile::WIDE, 1));
+        .check(gpu, plan(HopperTile::WIDE));
 }
 
 #[test]
@@ -350,10 +356,17 @@ fn the_level_follows_from_the_problem() {
 
 #[test]
 fn k_is_cut_where_tiles_are_few() {
-    let splits = |extents| Plan::of(&problem(Type::BF16, extents, Rows(0), Cols(0)), (9, 0)).splits;
-    assert_eq!(splits([4096; 3]), 1);
-    assert!(splits([128, 256, 65536]) > 4);
-    assert_eq!(splits([128, 128, 64]), 1);
+    let parts = |extents| match Plan::of(&problem(Type::BF16, extents, Rows(0), Cols(0)), (9, 0)) {
+        Plan { level: Level::Hopper(tile), splits: 1 } => tile.parts,
+        plan => panic!("{plan:?}"),
+    };
+    assert_eq!(parts([4096; 3]), 1);
+    assert_eq!(parts([128, 256, 65536]), 8);
+    assert_eq!(parts([128, 128, 64]), 1);
+    assert_eq!(parts([8, 4096, 4096]), 4);
+    let splits = |ty, extents| Plan::of(&problem(ty, extents, Rows(0), Cols(0)), (8, 0)).splits;
+    assert!(splits(Type::F32, [128, 256, 65536]) > 4 && splits(Type::BF16, [128, 256, 65536]) > 4);
+    assert_eq!(splits(Type::F32, [2048; 3]), 1);
 }
 
 #[test]
