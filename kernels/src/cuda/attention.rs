@@ -148,7 +148,9 @@ impl Attention<'_> {
         let packed = x.width % 8 == 0 && x.value_width % 8 == 0 && inputs.iter().all(whole);
         let small = x.queries.max(x.keys).max(x.heads) <= 1 << 30;
         let half = matches!(self.q.ty(), Type::F16 | Type::BF16);
-        if gpu.capability() < (8, 0) || !half || !packed || !small || !(self.scale > 0.0 && self.scale.is_finite()) {
+        // Scores are scaled after the largest has been found among them.
+        let ordered = self.scale > 0.0 && self.scale.is_finite();
+        if gpu.capability() < (8, 0) || !(half && packed && small && ordered) {
             return Level::Portable;
         }
         let mapped = |view: &View<'_>| {
