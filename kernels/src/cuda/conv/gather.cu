@@ -29,7 +29,7 @@ struct Row {
     i32 first[3];
     i32 unused;
 };
-constexpr i32 OUTSIDE = -(1 << 30) - (1 << 29);
+constexpr i32 OUTSIDE = -(1 << 30);
 
 // The taps of a phase, and the place of k among them.
 struct Taps {

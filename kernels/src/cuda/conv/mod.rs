@@ -87,7 +87,7 @@ impl Gather {
         let too_large = |what: &str| CudaError::Unavailable(format!("a convolution on the GPU counts {what} in 32 bits: {shape:?}"));
         let (ci, co, taps) = (shape.ci / shape.groups, shape.co / shape.groups, shape.taps());
         // Positions and what is added to them stay below the mark for pixels outside of the tile.
-        let limit = 1 << 30;
+        let limit = 1 << 29;
         for i in 0..3 {
             let reach = [shape.input[i], 2 * shape.padding[i], shape.stride[i], shape.dilation[i] * shape.kernel[i], shape.output[i]];
             if reach.iter().sum::<usize>() > limit {

@@ -79,7 +79,7 @@ fn every_way_to_multiply_agrees_with_the_definition() {
 }
 
 #[test]
-fn every_tile_is_of_use_and_agrees_with_the_definition() {
+fn larger_tiles_agree_with_the_definition() {
     let Some(gpu) = device() else { return };
     // Images enough that a multiprocessor gets several tiles, so that larger ones pay.
     for (n, c) in [(60, 64), (120, 32), (60, 128), (60, 256)] {
