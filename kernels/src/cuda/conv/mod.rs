@@ -146,6 +146,16 @@ impl Gather {
         self.axis.iter().map(|a| a.kernel as usize).product()
     }
 
+    /// Whether the taps of each axis fit the bits of a word.
+    fn has_masks(&self) -> bool {
+        self.axis.iter().all(|a| a.kernel <= 32)
+    }
+
+    /// Whether, besides, sources lie a constant apart for each tap, whatever the target.
+    fn is_linear(&self) -> bool {
+        self.has_masks() && (self.transposed == 0 || self.axis.iter().all(|a| a.stride == 1))
+    }
+
     fn target_pixels(&self) -> usize {
         self.n as usize * self.axis.iter().map(|a| a.target as usize).product::<usize>()
     }
@@ -313,7 +323,8 @@ fn product(
     let vector = by_lines(x.ptr(), g.cin(), ty);
     let group_size = tile.group() * if parts > 1 { sum_size(ty) } else { ty.size() };
     let aligned = g.cout().is_multiple_of(tile.group()) && (parts > 1 || y.ptr().is_aligned(group_size as u64));
-    let defines = tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1))]);
+    let defines =
+        tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1)), ("MASKS", flag(g.has_masks()))]);
     let kernel = gpu.module(math.source(&GATHER), &defines)?.kernel("conv_gather")?;
     let count = tiles_m.saturating_mul(tiles_n).saturating_mul(g.groups()).saturating_mul(phases).saturating_mul(parts);
     let launch =
@@ -408,6 +419,7 @@ fn weight_product(
             ("T", ty.name()),
             ("DENSE_VECTOR", flag(by_lines(target.ptr(), g.cout(), ty))),
             ("SOURCE_VECTOR", flag(by_lines(source.ptr(), g.cin(), ty))),
+            ("LINEAR", flag(g.is_linear())),
         ],
     );
     let kernel = gpu.module(math.source(&WEIGHT), &defines)?.kernel("conv_weight")?;
