@@ -2,6 +2,7 @@
 
 use crate::device::default_device;
 use crate::{DType, Device, Error, IntoShape, Layout, Result, Scalar, Shape, Tensor, WithDType};
+use kiln_kernels::cuda;
 use kiln_kernels::element::Element;
 
 /// Dtype and device of a new tensor: `DType::F64`, `(DType::F16, device)`, a device (then f32), or `()` for f32; without a device, the
@@ -54,10 +55,20 @@ impl Tensor {
     }
 
     fn filled(shape: Shape, value: f64, options: TensorOptions) -> Result<Tensor> {
-        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &shape, |out| {
-            out.fill(<T as Element>::from_f64(value));
-            Ok(())
-        }))
+        Self::filled_as(Layout::contiguous(shape), value, options)
+    }
+
+    fn filled_as(layout: Layout, value: f64, TensorOptions { dtype, device }: TensorOptions) -> Result<Tensor> {
+        match device.gpu()? {
+            Some(gpu) => {
+                let out = Tensor::build_on_gpu(gpu, layout, dtype, |mut out| Ok(cuda::fill::fill(gpu, &mut out, value)?))?;
+                Ok(if dtype == DType::I64 { out.within(value as i64, value as i64) } else { out })
+            }
+            None => for_any!(dtype, T => Tensor::build_with_layout::<T>(device, layout, |out| {
+                out.fill(<T as Element>::from_f64(value));
+                Ok(())
+            })),
+        }
     }
 
     /// Zeros of `shape`.
@@ -82,10 +93,7 @@ impl Tensor {
 
     /// `value` in this tensor's shape, memory order, dtype and device, untracked.
     pub fn full_like(&self, value: f64) -> Result<Tensor> {
-        for_any!(self.dtype(), T => Tensor::build_with_layout::<T>(self.device(), self.layout().dense_like(), |out| {
-            out.fill(<T as Element>::from_f64(value));
-            Ok(())
-        }))
+        Self::filled_as(self.layout().dense_like(), value, self.into())
     }
 
     /// A scalar tensor (no dimensions).
@@ -180,7 +188,14 @@ impl Tensor {
             return Err(Error::argument("arange", format!("cannot step from {start} to {end} by {step}")));
         }
         let shape = Shape::new(&[count.max(0.0) as usize])?;
-        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &shape, |out| {
+        if let Some(gpu) = options.device.gpu()? {
+            let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| {
+                Ok(cuda::fill::arange(gpu, &mut out, start, step)?)
+            })?;
+            let (first, last) = (start as i64, (start + (count - 1.0) * step) as i64);
+            return Ok(if options.dtype == DType::I64 { out.within(first.min(last), first.max(last)) } else { out });
+        }
+        for_any!(options.dtype, T => Tensor::build::<T>(Device::Cpu, &shape, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 *o = <T as Element>::from_f64(start + i as f64 * step);
             }
@@ -194,8 +209,13 @@ impl Tensor {
     }
 
     fn spaced(start: f64, end: f64, count: usize, options: TensorOptions) -> Result<Tensor> {
+        if let Some(gpu) = options.device.gpu()? {
+            return Tensor::build_on_gpu(gpu, Layout::contiguous(Shape::new(&[count])?), options.dtype, |mut out| {
+                Ok(cuda::fill::linspace(gpu, &mut out, start, end)?)
+            });
+        }
         let step = if count > 1 { (end - start) / (count - 1) as f64 } else { 0.0 };
-        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &Shape::new(&[count])?, |out| {
+        for_any!(options.dtype, T => Tensor::build::<T>(Device::Cpu, &Shape::new(&[count])?, |out| {
             for (i, o) in out.iter_mut().enumerate() {
                 // From the nearer end, so that both ends are exact.
                 let x = if i < count / 2 { start + i as f64 * step } else { end - (count - 1 - i) as f64 * step };
@@ -211,7 +231,11 @@ impl Tensor {
     }
 
     fn eye_of(n: usize, options: TensorOptions) -> Result<Tensor> {
-        for_any!(options.dtype, T => Tensor::build::<T>(options.device, &Shape::new(&[n, n])?, |out| {
+        let shape = Shape::new(&[n, n])?;
+        if let Some(gpu) = options.device.gpu()? {
+            return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| Ok(cuda::fill::eye(gpu, &mut out, n)?));
+        }
+        for_any!(options.dtype, T => Tensor::build::<T>(Device::Cpu, &shape, |out| {
             out.fill(T::default());
             out.iter_mut().step_by(n + 1).for_each(|o| *o = <T as Element>::from_f64(1.0));
             Ok(())

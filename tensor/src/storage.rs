@@ -2,7 +2,7 @@
 
 use crate::{Device, Error, ErrorKind, Result, WithDType};
 use kiln_kernels::cpu::alloc::Buffer;
-use kiln_kernels::cuda::{DeviceBuffer, Gpu};
+use kiln_kernels::cuda::{self, DeviceBuffer, Gpu, Slice, Type};
 use memmap2::Mmap;
 use std::fs::File;
 use std::path::Path;
@@ -36,9 +36,15 @@ struct OnGpu {
     gpu: &'static Gpu,
     device: OnceLock<DeviceBuffer>,
     host: OnceLock<Buffer>,
+    /// Limits of the i64 that the bytes hold, once somebody knew or asked: dropped with the first write.
+    bounds: OnceLock<(i64, i64)>,
 }
 
 impl OnGpu {
+    fn new(gpu: &'static Gpu, device: OnceLock<DeviceBuffer>, host: OnceLock<Buffer>) -> Self {
+        Self { gpu, device, host, bounds: OnceLock::new() }
+    }
+
     fn device(&self) -> Result<&DeviceBuffer> {
         if let (None, Some(host)) = (self.device.get(), self.host.get()) {
             // If another thread was faster, its copy is the same.
@@ -71,14 +77,14 @@ impl Storage {
     pub(crate) fn from_buffer(buffer: Buffer, device: Device) -> Result<Self> {
         let bytes = match device.gpu()? {
             None => Bytes::Host(buffer),
-            Some(gpu) => Bytes::Gpu(OnGpu { gpu, device: OnceLock::new(), host: OnceLock::from(buffer) }),
+            Some(gpu) => Bytes::Gpu(OnGpu::new(gpu, OnceLock::new(), OnceLock::from(buffer))),
         };
         Ok(Self(Arc::new(bytes)))
     }
 
     /// Bytes of a GPU.
     pub(crate) fn from_device(buffer: DeviceBuffer) -> Self {
-        Self(Arc::new(Bytes::Gpu(OnGpu { gpu: buffer.gpu(), device: OnceLock::from(buffer), host: OnceLock::new() })))
+        Self(Arc::new(Bytes::Gpu(OnGpu::new(buffer.gpu(), OnceLock::from(buffer), OnceLock::new()))))
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -104,6 +110,7 @@ impl Storage {
             Some(Bytes::Gpu(bytes)) => {
                 bytes.host()?;
                 bytes.device.take();
+                bytes.bounds.take();
                 Ok(bytes.host.get_mut())
             }
         }
@@ -124,6 +131,7 @@ impl Storage {
             Some(Bytes::Gpu(bytes)) => {
                 bytes.device()?;
                 bytes.host.take();
+                bytes.bounds.take();
                 Ok(bytes.device.get_mut())
             }
         }
@@ -131,7 +139,11 @@ impl Storage {
 
     /// Reads `out.len()` elements from element `offset` on, without leaving a copy of the whole on the host.
     pub(crate) fn read<T: WithDType>(&self, offset: usize, out: &mut [T]) -> Result<()> {
-        if let Bytes::Gpu(OnGpu { gpu, device, host }) = &*self.0
+        if out.is_empty() {
+            // A view without elements may begin anywhere.
+            return Ok(());
+        }
+        if let Bytes::Gpu(OnGpu { gpu, device, host, .. }) = &*self.0
             && let (Some(device), None) = (device.get(), host.get())
         {
             let bytes = size_of_val(out);
@@ -142,6 +154,36 @@ impl Storage {
         let all = self.host()?.as_slice::<T>();
         out.copy_from_slice(all.get(offset..offset + out.len()).ok_or_else(missing)?);
         Ok(())
+    }
+
+    /// Limits between which all i64 lie that a GPU's bytes hold, which must be some: as they were [told](Self::set_bounds), or else the least and the greatest, which
+    /// waits for the GPU unless the host has a copy. They are remembered, so that an index is looked through once. `None` for bytes at home on the host.
+    pub(crate) fn bounds(&self) -> Result<Option<(i64, i64)>> {
+        let Bytes::Gpu(bytes) = &*self.0 else { return Ok(None) };
+        if bytes.bounds.get().is_none() {
+            let found = match bytes.host.get() {
+                Some(host) => host.as_slice::<i64>().iter().fold((i64::MAX, i64::MIN), |(least, most), &i| (least.min(i), most.max(i))),
+                None => {
+                    let device = bytes.device()?;
+                    let all = Slice::new(device, Type::I64, 0, device.len() / 8).ok_or_else(missing)?;
+                    cuda::index::bounds(bytes.gpu, all)?.ok_or_else(missing)?
+                }
+            };
+            let _ = bytes.bounds.set(found);
+        }
+        Ok(bytes.bounds.get().copied())
+    }
+
+    /// The limits, if they are known.
+    pub(crate) fn known_bounds(&self) -> Option<(i64, i64)> {
+        if let Bytes::Gpu(bytes) = &*self.0 { bytes.bounds.get().copied() } else { None }
+    }
+
+    /// Remembers limits that whoever made the bytes knows.
+    pub(crate) fn set_bounds(&self, bounds: (i64, i64)) {
+        if let Bytes::Gpu(bytes) = &*self.0 {
+            let _ = bytes.bounds.set(bounds);
+        }
     }
 
     /// Whether nobody else holds the bytes.

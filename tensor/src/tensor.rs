@@ -32,6 +32,12 @@ impl Tensor {
         &self.0.storage
     }
 
+    /// This (i64) tensor, all of whose elements are known to lie between two values: as an index it needs no check.
+    pub(crate) fn within(self, least: i64, greatest: i64) -> Self {
+        self.0.storage.set_bounds((least, greatest));
+        self
+    }
+
     /// A tensor over the same data with another layout, untracked: the caller records the operation.
     pub(crate) fn with_layout(&self, layout: Layout) -> Self {
         Self::from_storage(self.0.storage.clone(), layout, self.0.dtype)

@@ -1,24 +1,61 @@
 //! Reading and writing at positions that are data. Positions are i64 tensors; one that is out of range is an error that names it.
 //! Where several sources meet in one element, they are taken in the order of the index: results are the same on any number of threads.
+//!
+//! On a GPU a kernel cannot return an error, so an index is looked through before: once, its limits stay with its memory. Nothing waits for that if
+//! the values came from the host, or from an operation that knows what it makes (`argsort`, `randint`, `arange`, …).
 
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::{Bool, DType, Error, Result, Shape, Tensor};
+use crate::storage::Storage;
+use crate::{Bool, DType, Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::index::{self as kernel, OutOfRange};
+use kiln_kernels::cuda::index as gpu_kernel;
+use kiln_kernels::cuda::{CudaError, Gpu, SliceMut};
 
-/// The index as a row-major i64 tensor.
-fn positions(op: &str, index: &Tensor) -> Result<Tensor> {
+/// The index as a row-major i64 tensor of the device.
+fn positions(op: &str, index: &Tensor, device: Device) -> Result<Tensor> {
     if index.dtype() != DType::I64 {
         return Err(Error::unsupported_dtype(op, index.dtype(), "i64 positions"));
     }
-    index.contiguous()
+    let dense = index.to_device(device)?.contiguous()?;
+    // Limits of all elements are limits of those that were copied.
+    if let Some(bounds) = index.storage().known_bounds() {
+        dense.storage().set_bounds(bounds);
+    }
+    Ok(dense)
 }
 
 /// [`positions`] of one dimension.
-fn positions_1d(op: &str, index: &Tensor) -> Result<Tensor> {
+fn positions_1d(op: &str, index: &Tensor, device: Device) -> Result<Tensor> {
     if index.rank() != 1 {
         return Err(Error::shape(op, format!("expected an index of one dimension, got shape {}", index.shape())));
     }
-    positions(op, index)
+    positions(op, index, device)
+}
+
+/// An error that names the first position of a GPU's index that is outside of `0..size`.
+fn expect_in_range(op: &'static str, index: &Tensor, size: usize) -> Result<()> {
+    if index.numel() == 0 || index.storage().bounds()?.is_some_and(|(least, greatest)| least >= 0 && (greatest as u64) < size as u64) {
+        return Ok(());
+    }
+    kernel::check_indices(&index.to_vec::<i64>()?, size).map_err(out_of_range(op))
+}
+
+/// The elements that a GPU's kernel picked from `source`, in its dtype.
+fn picked(
+    gpu: &'static Gpu,
+    source: &Tensor,
+    shape: &Shape,
+    pick: impl FnOnce(&mut SliceMut<'_>) -> std::result::Result<(), CudaError>,
+) -> Result<Tensor> {
+    let out = Tensor::build_on_gpu(gpu, Layout::contiguous(*shape), source.dtype(), |mut out| Ok(pick(&mut out)?))?;
+    if let Some(bounds) = source.storage().known_bounds() {
+        out.storage().set_bounds(bounds);
+    }
+    Ok(out)
+}
+
+fn expect_number(op: &str, dtype: DType) -> Result<()> {
+    if dtype == DType::Bool { Err(Error::unsupported_dtype(op, dtype, "a numeric dtype")) } else { Ok(()) }
 }
 
 fn out_of_range(op: &'static str) -> impl Fn(OutOfRange) -> Error {
@@ -36,13 +73,52 @@ impl Op for IndexSelect {
         "index_select"
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some(Tensor::zeros(self.from, grad)?.index_add(self.dim as isize, &self.index, grad)?)])
+        Ok(vec![Some(index_sum(self.from, self.dim, &self.index, grad)?)])
     }
 }
 
 struct IndexAdd {
     dim: usize,
     index: Tensor,
+}
+
+/// `index_add` to zeros, in place: the gradient of a selection.
+struct IndexSum {
+    dim: usize,
+    index: Tensor,
+}
+
+impl Op for IndexSum {
+    fn name(&self) -> &'static str {
+        "index_add"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(grad.index_select(self.dim as isize, &self.index)?)])
+    }
+}
+
+/// Zeros of `shape` to whose slices `index` of dimension `dim` those of `source` were added.
+fn index_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let out = index_add_to(Tensor::zeros(shape, source)?, dim, index, source)?;
+    record("index_add", out, &[source], |_| IndexSum { dim, index: index.clone() })
+}
+
+/// `out` with the slices of `source` added, untracked. The index is row-major, and its length fits.
+fn index_add_to(mut out: Tensor, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let (outer, n, inner) = out.shape().around(dim);
+    let dense = source.detach().contiguous()?;
+    match out.gpu()? {
+        Some(gpu) => {
+            expect_number("index_add", out.dtype())?;
+            expect_in_range("index_add", index, n)?;
+            gpu_kernel::index_add(gpu, &mut out.gpu_slice_mut()?, [outer, n, inner], index.gpu_slice()?, dense.gpu_slice()?)?;
+        }
+        None => for_number!(out.dtype(), "index_add", T => {
+            kernel::index_add(out.as_slice_mut::<T>()?, [outer, n, inner], index.as_slice()?, dense.as_slice()?)
+                .map_err(out_of_range("index_add"))
+        })?,
+    }
+    Ok(out)
 }
 
 impl Op for IndexAdd {
@@ -66,13 +142,55 @@ impl Op for Gather {
         "gather"
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        Ok(vec![Some(Tensor::zeros(self.from, grad)?.scatter_add(self.dim as isize, &self.index, grad)?)])
+        Ok(vec![Some(scatter_sum(self.from, self.dim, &self.index, grad)?)])
     }
 }
 
 struct ScatterAdd {
     dim: usize,
     index: Tensor,
+}
+
+/// `scatter_add` to zeros, in place: the gradient of a gathering.
+struct ScatterSum {
+    dim: usize,
+    index: Tensor,
+}
+
+impl Op for ScatterSum {
+    fn name(&self) -> &'static str {
+        "scatter_add"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        Ok(vec![Some(grad.gather(self.dim as isize, &self.index)?)])
+    }
+}
+
+/// Zeros of `shape` with `source` added where `index` says. f16 and bf16 are summed in f32.
+fn scatter_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    if matches!(source.dtype(), DType::F16 | DType::BF16) {
+        return scatter_sum(shape, dim, index, &source.to_dtype(DType::F32)?)?.to_dtype(source.dtype());
+    }
+    let out = scatter_add_to(Tensor::zeros(shape, source)?, dim, index, source)?;
+    record("scatter_add", out, &[source], |_| ScatterSum { dim, index: index.clone() })
+}
+
+/// `out` with `source` added where `index` says, untracked. The index is row-major, and the shapes fit.
+fn scatter_add_to(mut out: Tensor, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let (dense, shape) = (source.detach().contiguous()?, *out.shape());
+    match out.gpu()? {
+        Some(gpu) => {
+            expect_number("scatter_add", out.dtype())?;
+            expect_in_range("scatter_add", index, shape[dim])?;
+            let (at, source) = (index.gpu_slice()?, dense.gpu_slice()?);
+            gpu_kernel::scatter_add(gpu, &mut out.gpu_slice_mut()?, shape.dims(), dim, at, index.dims(), source)?;
+        }
+        None => for_number!(out.dtype(), "scatter_add", T => {
+            kernel::scatter_add(out.as_slice_mut::<T>()?, shape.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
+                .map_err(out_of_range("scatter_add"))
+        })?,
+    }
+    Ok(out)
 }
 
 impl Op for ScatterAdd {
@@ -107,24 +225,29 @@ impl Op for Scatter {
 
 /// Ones where a source of a scatter is the last at its place, else zeros.
 fn remaining(dim: usize, index: &Tensor, target: &Shape, dtype: DType) -> Result<Tensor> {
-    let numbers: Vec<i64> = (0..index.numel() as i64).collect();
-    let numbers = Tensor::from_vec(numbers, index.shape())?;
-    let last = Tensor::zeros(target, DType::I64)?.scatter(dim as isize, index, &numbers)?.gather(dim as isize, index)?;
-    let kept: Vec<bool> = last.as_slice::<i64>()?.iter().enumerate().map(|(i, &n)| n == i as i64).collect();
-    Tensor::from_vec(kept, index.shape())?.to_dtype(dtype)
+    let numbers = Tensor::arange(0.0, index.numel() as f64, 1.0, index)?.reshape(index.shape())?;
+    let last = Tensor::zeros(target, index)?.scatter(dim as isize, index, &numbers)?.gather(dim as isize, index)?;
+    last.eq(&numbers)?.to_dtype(dtype)
 }
 
 impl Tensor {
     /// The slices of dimension `dim` that `index` (i64, one dimension) names, in its order.
     pub fn index_select(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
         let dim = self.shape().dim("index_select", dim)?;
-        let index = positions_1d("index_select", index)?;
+        let index = positions_1d("index_select", index, self.device())?;
         let (outer, n, inner) = self.shape().around(dim);
         let shape = self.shape().with_dim(dim, index.numel())?;
         let dense = self.detach().contiguous()?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &shape, |out| {
-            kernel::index_select(dense.as_slice::<T>()?, [outer, n, inner], index.as_slice()?, out).map_err(out_of_range("index_select"))
-        }))?;
+        let out = match self.gpu()? {
+            Some(gpu) => {
+                expect_in_range("index_select", &index, n)?;
+                let (source, index) = (dense.gpu_slice()?, index.gpu_slice()?);
+                picked(gpu, &dense, &shape, |out| gpu_kernel::index_select(gpu, source, [outer, n, inner], index, out))
+            }
+            None => for_any!(self.dtype(), T => Tensor::build::<T>(Device::Cpu, &shape, |out| {
+                kernel::index_select(dense.as_slice::<T>()?, [outer, n, inner], index.as_slice()?, out).map_err(out_of_range("index_select"))
+            })),
+        }?;
         record("index_select", out, &[self], |_| IndexSelect { dim, index, from: *self.shape() })
     }
 
@@ -132,7 +255,7 @@ impl Tensor {
     pub fn index_add(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
         self.expect_same("index_add", source)?;
         let dim = self.shape().dim("index_add", dim)?;
-        let index = positions_1d("index_add", index)?;
+        let index = positions_1d("index_add", index, self.device())?;
         if self.shape().with_dim(dim, index.numel())? != *source.shape() {
             let message = format!(
                 "a source of shape {} does not fit {} slices of dimension {dim} of shape {}",
@@ -142,13 +265,7 @@ impl Tensor {
             );
             return Err(Error::shape("index_add", message));
         }
-        let (outer, n, inner) = self.shape().around(dim);
-        let dense = source.detach().contiguous()?;
-        let mut out = self.detach().copy()?;
-        for_number!(self.dtype(), "index_add", T => {
-            kernel::index_add(out.as_slice_mut::<T>()?, [outer, n, inner], index.as_slice()?, dense.as_slice()?)
-                .map_err(out_of_range("index_add"))
-        })?;
+        let out = index_add_to(self.detach().copy()?, dim, &index, source)?;
         record("index_add", out, &[self, source], |_| IndexAdd { dim, index })
     }
 
@@ -166,23 +283,38 @@ impl Tensor {
     /// `index` has as many dimensions as the tensor and is nowhere larger, except in `dim`. PyTorch's `take_along_dim` is the same.
     pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
         let dim = self.shape().dim("gather", dim)?;
-        let index = positions("gather", index)?;
+        let index = positions("gather", index, self.device())?;
         self.check_index_shape("gather", dim, &index)?;
-        let out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), index.shape(), |out| {
-            kernel::gather(self.view_of::<T>()?, dim, index.as_slice()?, index.dims(), out).map_err(out_of_range("gather"))
-        }))?;
+        let out = match self.gpu()? {
+            Some(gpu) => {
+                expect_in_range("gather", &index, self.shape()[dim])?;
+                let (source, at) = (self.gpu_view()?, index.gpu_slice()?);
+                picked(gpu, self, index.shape(), |out| gpu_kernel::gather(gpu, source, dim, at, index.dims(), out))
+            }
+            None => for_any!(self.dtype(), T => Tensor::build::<T>(Device::Cpu, index.shape(), |out| {
+                kernel::gather(self.view_of::<T>()?, dim, index.as_slice()?, index.dims(), out).map_err(out_of_range("gather"))
+            })),
+        }?;
         record("gather", out, &[self], |_| Gather { dim, index, from: *self.shape() })
     }
 
     /// A copy in which, for every index i of `index` (i64), the element whose coordinate `dim` is `index[i]` and whose others are i's is `source[i]`:
     /// the last of several in `dim`'s order. `source` has the shape of `index`.
     pub fn scatter(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
-        let (dim, index, dense) = self.scatter_arguments("scatter", dim, index, source)?;
+        let (dim, index) = self.scatter_arguments("scatter", dim, index, source)?;
+        let dense = source.detach().contiguous()?;
         let mut out = self.detach().copy()?;
-        for_any!(self.dtype(), T => {
-            kernel::scatter(out.as_slice_mut::<T>()?, self.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
-                .map_err(out_of_range("scatter"))
-        })?;
+        match self.gpu()? {
+            Some(gpu) => {
+                expect_in_range("scatter", &index, self.shape()[dim])?;
+                let (at, source) = (index.gpu_slice()?, dense.gpu_slice()?);
+                gpu_kernel::scatter(gpu, &mut out.gpu_slice_mut()?, self.dims(), dim, at, index.dims(), source)?;
+            }
+            None => for_any!(self.dtype(), T => {
+                kernel::scatter(out.as_slice_mut::<T>()?, self.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
+                    .map_err(out_of_range("scatter"))
+            })?,
+        }
         let remain = match source.is_tracked() {
             true => Some(remaining(dim, &index, self.shape(), self.dtype())?),
             false => None,
@@ -196,25 +328,21 @@ impl Tensor {
             self.expect_same("scatter_add", source)?;
             return self.to_dtype(DType::F32)?.scatter_add(dim, index, &source.to_dtype(DType::F32)?)?.to_dtype(self.dtype());
         }
-        let (dim, index, dense) = self.scatter_arguments("scatter_add", dim, index, source)?;
-        let mut out = self.detach().copy()?;
-        for_number!(self.dtype(), "scatter_add", T => {
-            kernel::scatter_add(out.as_slice_mut::<T>()?, self.dims(), dim, index.as_slice()?, index.dims(), dense.as_slice()?)
-                .map_err(out_of_range("scatter_add"))
-        })?;
+        let (dim, index) = self.scatter_arguments("scatter_add", dim, index, source)?;
+        let out = scatter_add_to(self.detach().copy()?, dim, &index, source)?;
         record("scatter_add", out, &[self, source], |_| ScatterAdd { dim, index })
     }
 
-    /// The checks of a scatter: dimension, positions, and the source's data.
-    fn scatter_arguments(&self, op: &str, dim: isize, index: &Tensor, source: &Tensor) -> Result<(usize, Tensor, Tensor)> {
+    /// The checks of a scatter: dimension and positions.
+    fn scatter_arguments(&self, op: &str, dim: isize, index: &Tensor, source: &Tensor) -> Result<(usize, Tensor)> {
         self.expect_same(op, source)?;
         let dim = self.shape().dim(op, dim)?;
-        let index = positions(op, index)?;
+        let index = positions(op, index, self.device())?;
         self.check_index_shape(op, dim, &index)?;
         if index.shape() != source.shape() {
             return Err(Error::shape(op, format!("the index has shape {}, the source {}", index.shape(), source.shape())));
         }
-        Ok((dim, index, source.detach().contiguous()?))
+        Ok((dim, index))
     }
 
     /// The elements where `mask` (bool, broadcast to this tensor's shape) is true, in row-major order, as one dimension.
@@ -222,17 +350,29 @@ impl Tensor {
         if mask.dtype() != DType::Bool {
             return Err(Error::unsupported_dtype("masked_select", mask.dtype(), "a bool mask"));
         }
-        let mask = mask.expand(self.shape())?.contiguous()?;
-        let index = kernel::nonzero(mask.as_slice::<Bool>()?);
-        self.reshape(-1)?.index_select(0, &Tensor::from_slice(&index, index.len())?)
+        let mask = mask.to_device(self.device())?.expand(self.shape())?.contiguous()?;
+        let index = match self.gpu()? {
+            Some(_) => mask.reshape(-1)?.nonzero()?.reshape(-1)?,
+            None => {
+                let index = kernel::nonzero(mask.as_slice::<Bool>()?);
+                Tensor::from_slice(&index, index.len())?
+            }
+        };
+        self.reshape(-1)?.index_select(0, &index)
     }
 
     /// The indices of the elements that are not zero, in row-major order: i64 of shape (count, rank).
     pub fn nonzero(&self) -> Result<Tensor> {
         let dense = self.detach().contiguous()?;
+        if let Some(gpu) = self.gpu()? {
+            let (coordinates, count) = gpu_kernel::nonzero(gpu, dense.gpu_slice()?, self.dims())?;
+            let layout = Layout::contiguous(Shape::new(&[count, self.rank()])?);
+            let most = self.dims().iter().max().map_or(0, |&d| d as i64 - 1);
+            return Ok(Tensor::from_storage(Storage::from_device(coordinates), layout, DType::I64).within(0, most));
+        }
         let flat = for_any!(self.dtype(), T => dense.as_slice::<T>().map(kernel::nonzero))?;
         let strides = self.shape().contiguous_strides();
-        Tensor::build::<i64>(self.device(), &Shape::new(&[flat.len(), self.rank()])?, |out| {
+        Tensor::build::<i64>(Device::Cpu, &Shape::new(&[flat.len(), self.rank()])?, |out| {
             for (row, at) in out.chunks_mut(self.rank().max(1)).zip(flat) {
                 for (d, o) in row.iter_mut().enumerate() {
                     *o = at / strides[d] as i64 % self.dims()[d] as i64;
@@ -244,10 +384,17 @@ impl Tensor {
 
     /// A new last dimension of `classes` elements: one at the class that the (i64) element names, else zero, as i64.
     pub fn one_hot(&self, classes: usize) -> Result<Tensor> {
-        let index = positions("one_hot", self)?;
+        let index = positions("one_hot", self, self.device())?;
+        let shape = self.shape().with_inserted(self.rank(), classes)?;
+        if let Some(gpu) = self.gpu()? {
+            expect_in_range("one_hot", &index, classes)?;
+            return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
+                Ok(gpu_kernel::one_hot(gpu, index.gpu_slice()?, classes, &mut out)?)
+            });
+        }
         let index = index.as_slice::<i64>()?;
         kernel::check_indices(index, classes).map_err(out_of_range("one_hot"))?;
-        Tensor::build::<i64>(self.device(), &self.shape().with_inserted(self.rank(), classes)?, |out| {
+        Tensor::build::<i64>(Device::Cpu, &shape, |out| {
             out.fill(0);
             for (row, &class) in out.chunks_mut(classes.max(1)).zip(index) {
                 row[class as usize] = 1;

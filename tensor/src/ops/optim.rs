@@ -3,9 +3,10 @@
 //!
 //! A tensor whose memory is shared (with a live graph, say) moves to a copy first: no other holder sees a change.
 
-use crate::{DType, Error, ErrorKind, Result, Tensor, WithDType};
+use crate::{DType, Device, Error, ErrorKind, Result, Tensor, WithDType};
 use kiln_kernels::cpu::gradient;
 use kiln_kernels::cpu::optim::{self, OptimFloat, Slot, Value};
+use kiln_kernels::cuda::{self, CudaError, Gpu, SliceMut};
 use kiln_kernels::element::Float;
 
 pub use kiln_kernels::cpu::optim::{Adam, Lion, RmsProp, Rule, Sgd};
@@ -76,6 +77,12 @@ pub fn step<const N: usize>(rule: &impl FusedRule<N>, updates: Vec<Update<'_, N>
 /// As for [`step`].
 pub fn step_with<const N: usize>(rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
     updates.iter().try_for_each(check)?;
+    while let Some(gpu) = updates.iter().find_map(|u| u.param.gpu().transpose()).transpose()? {
+        let device = Device::Cuda(gpu.ordinal());
+        let (on_gpu, rest) = updates.into_iter().partition(|u| u.param.device() == device);
+        step_on_gpu(gpu, rule, on_gpu)?;
+        updates = rest;
+    }
     let (double, single): (Vec<_>, Vec<_>) = updates.iter_mut().partition(|u| u.param.dtype() == DType::F64);
     step_as::<f64, N>(rule, double)?;
     let (single, half): (Vec<_>, Vec<_>) = single.into_iter().partition(|u| u.param.dtype() == DType::F32);
@@ -109,6 +116,17 @@ fn check<const N: usize>(update: &Update<'_, N>) -> Result<()> {
     Ok(())
 }
 
+fn step_on_gpu<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
+    let grads = updates.iter().map(|u| u.grad.detach().contiguous()).collect::<Result<Vec<_>>>()?;
+    let mut slots = Vec::with_capacity(updates.len());
+    for (update, grad) in updates.iter_mut().zip(&grads) {
+        let states = update.states.iter_mut().map(|s| s.gpu_slice_mut()).collect::<Result<Vec<_>>>()?;
+        let states = states.try_into().map_err(|_| Error::argument("optimizer step", "a rule's number of states is fixed"))?;
+        slots.push(cuda::optim::Slot { param: update.param.gpu_slice_mut()?, grad: grad.gpu_slice()?, states });
+    }
+    Ok(cuda::optim::step(gpu, rule, &slots)?)
+}
+
 fn step_as<T: OptimFloat + WithDType, const N: usize>(rule: &impl Rule<N>, updates: Vec<&mut Update<'_, N>>) -> Result<()> {
     let grads = updates.iter().map(|u| u.grad.detach().contiguous()).collect::<Result<Vec<_>>>()?;
     let mut slots = Vec::with_capacity(updates.len());
@@ -138,11 +156,31 @@ fn step_half<const N: usize>(rule: &impl Rule<N>, update: &mut Update<'_, N>) ->
 /// 0 for none.
 pub fn global_norm(tensors: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
+    let dense = |tensor: &Tensor| if tensor.layout().is_dense() { Ok(tensor.detach()) } else { tensor.detach().contiguous() };
+    let mut on_gpu: Vec<(&'static Gpu, Vec<Tensor>)> = Vec::new();
     for tensor in tensors {
-        let dense = if tensor.layout().is_dense() { tensor.detach() } else { tensor.detach().contiguous()? };
+        let dense = dense(tensor)?;
+        if let Some(gpu) = dense.gpu()? {
+            expect_float("global_norm", dense.dtype())?;
+            match on_gpu.iter_mut().find(|(other, _)| std::ptr::eq(*other, gpu)) {
+                Some((_, list)) => list.push(dense),
+                None => on_gpu.push((gpu, vec![dense])),
+            }
+            continue;
+        }
         sum += for_float!(dense.dtype(), "global_norm", T => Ok(gradient::sum_squares(dense.as_dense_slice::<T>()?)))?;
     }
+    for (gpu, list) in on_gpu {
+        let slices = list.iter().map(Tensor::gpu_dense_slice).collect::<Result<Vec<_>>>()?;
+        let mut bytes = [0; 8];
+        gpu.download(&cuda::gradient::sum_squares(gpu, &slices)?, 0, &mut bytes)?;
+        sum += f64::from_le_bytes(bytes);
+    }
     Ok(sum.sqrt())
+}
+
+fn expect_float(op: &str, dtype: DType) -> Result<()> {
+    if dtype.is_float() { Ok(()) } else { Err(Error::unsupported_dtype(op, dtype, "a float dtype")) }
 }
 
 /// `x ← x · factor`.
@@ -157,6 +195,7 @@ pub fn clamp_(tensor: &mut Tensor, low: f64, high: f64) -> Result<()> {
 
 trait InPlace {
     fn apply<T: Float>(&self, x: &mut [T]);
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError>;
 }
 
 struct Scale(f64);
@@ -164,6 +203,9 @@ struct Scale(f64);
 impl InPlace for Scale {
     fn apply<T: Float>(&self, x: &mut [T]) {
         gradient::scale(x, self.0);
+    }
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError> {
+        cuda::gradient::scale(gpu, x, self.0)
     }
 }
 
@@ -173,9 +215,19 @@ impl InPlace for Clamp {
     fn apply<T: Float>(&self, x: &mut [T]) {
         gradient::clamp(x, self.0, self.1);
     }
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError> {
+        cuda::gradient::clamp(gpu, x, self.0, self.1)
+    }
 }
 
 fn in_place(tensor: &mut Tensor, op: &str, f: impl InPlace) -> Result<()> {
+    if let Some(gpu) = tensor.gpu()? {
+        expect_float(op, tensor.dtype())?;
+        if let Some(x) = tensor.donate_on_gpu()? {
+            return Ok(f.apply_on_gpu(gpu, x)?);
+        }
+        return Ok(f.apply_on_gpu(gpu, tensor.gpu_slice_mut()?)?);
+    }
     for_float!(tensor.dtype(), op, T => {
         match tensor.donate::<T>() {
             // Any dense memory order will do where the memory is ours.

@@ -1,13 +1,14 @@
 //! Random tensors, from an explicit [`Generator`] or the global one, and dropout.
 //!
 //! A draw is a pure function of the generator's state and the element's place in row-major order (see [`kiln_kernels::cpu::random`]), on any number of threads
-//! and at any instruction-set level. The functions on `Tensor` draw from [`Generator::global`].
+//! and at any instruction-set level; a GPU draws the same (f64 normals to rounding). The functions on `Tensor` draw from [`Generator::global`].
 
 use crate::device::default_device;
 use crate::generator::GeneratorState;
 use crate::graph::{Ctx, Grads, Op, record, refuse_tracked};
-use crate::{DType, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions};
+use crate::{DType, Device, Dims, Error, Generator, IntoShape, Layout, Result, Shape, Tensor, TensorOptions};
 use kiln_kernels::cpu::random::{self, RandomFloat, Stream};
+use kiln_kernels::cuda::random as gpu_random;
 use kiln_kernels::element::{Bool, Element};
 
 fn stream(state: GeneratorState) -> Stream {
@@ -18,7 +19,15 @@ impl Generator {
     fn float(&self, op: &str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
         for_float!(options.dtype, op, T => {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
-            Tensor::build::<T>(options.device, &shape, |out| {
+            if let Some(gpu) = options.device.gpu()? {
+                return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| {
+                    Ok(match draw {
+                        Draw::Uniform => gpu_random::uniform(gpu, stream, &mut out)?,
+                        Draw::Normal => gpu_random::normal(gpu, stream, &mut out)?,
+                    })
+                });
+            }
+            Tensor::build::<T>(Device::Cpu, &shape, |out| {
                 match draw {
                     Draw::Uniform => T::uniform(stream, out),
                     Draw::Normal => T::normal(stream, out),
@@ -48,7 +57,13 @@ impl Generator {
             return Err(Error::argument("randint", format!("the range {low}..{high} is empty")));
         }
         let stream = stream(self.reserve(random::groups_of_longs(shape.numel())));
-        Tensor::build::<i64>(default_device(), &shape, |out| {
+        if let Some(gpu) = default_device().gpu()? {
+            let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
+                Ok(gpu_random::integers(gpu, stream, low, high.wrapping_sub(low) as u64, &mut out)?)
+            })?;
+            return Ok(out.within(low, high - 1));
+        }
+        Tensor::build::<i64>(Device::Cpu, &shape, |out| {
             random::integers(stream, low, high.wrapping_sub(low) as u64, out);
             Ok(())
         })
@@ -58,7 +73,13 @@ impl Generator {
     pub fn randperm(&self, n: usize) -> Result<Tensor> {
         let shape = Shape::new(&[n])?;
         let stream = stream(self.reserve(random::groups_of_longs(n)));
-        Tensor::build::<i64>(default_device(), &shape, |out| {
+        if let Some(gpu) = default_device().gpu()? {
+            let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
+                Ok(gpu_random::permutation(gpu, stream, &mut out)?)
+            })?;
+            return Ok(out.within(0, n as i64 - 1));
+        }
+        Tensor::build::<i64>(Device::Cpu, &shape, |out| {
             random::permutation(stream, out);
             Ok(())
         })
@@ -69,13 +90,16 @@ impl Generator {
         refuse_tracked("bernoulli", &[probabilities])?;
         let p = probabilities.detach().contiguous()?;
         let uniform = self.rand(p.shape(), (DType::F32, p.device()))?;
+        if p.device() != Device::Cpu {
+            return drawn_on_gpu(&uniform, &p);
+        }
         let uniform = uniform.as_slice::<f32>()?;
         for_float!(p.dtype(), "bernoulli", T => {
             let p = p.as_slice::<T>()?;
             if let Some(p) = p.iter().map(|p| Element::to_f64(*p)).find(|p| !(0.0..=1.0).contains(p)) {
                 return Err(Error::argument("bernoulli", format!("{p} is not a probability")));
             }
-            Tensor::build::<T>(probabilities.device(), probabilities.shape(), |out| {
+            Tensor::build::<T>(Device::Cpu, probabilities.shape(), |out| {
                 for ((o, p), &u) in out.iter_mut().zip(p).zip(uniform) {
                     *o = <T as Element>::from_f64(((u as f64) < Element::to_f64(*p)) as u8 as f64);
                 }
@@ -92,7 +116,12 @@ impl Generator {
     fn booleans(&self, p: f64, shape: Shape) -> Result<Tensor> {
         check_probability("rand_bool", p)?;
         let stream = stream(self.reserve(random::groups_of_words(shape.numel())));
-        Tensor::build::<Bool>(default_device(), &shape, |out| {
+        if let Some(gpu) = default_device().gpu()? {
+            return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::Bool, |mut out| {
+                Ok(gpu_random::bernoulli(gpu, stream, p, &mut out)?)
+            });
+        }
+        Tensor::build::<Bool>(Device::Cpu, &shape, |out| {
             random::bernoulli(stream, p, out);
             Ok(())
         })
@@ -105,6 +134,18 @@ impl Generator {
         let stream = stream(self.reserve(random::groups_of_words(x.numel())));
         dropped(x, stream, p)
     }
+}
+
+/// Ones where the uniform lies below the probability, as the host's loop compares them: in f64. The check of the probabilities waits for the GPU.
+fn drawn_on_gpu(uniform: &Tensor, p: &Tensor) -> Result<Tensor> {
+    let wide = p.to_dtype(DType::F64)?;
+    if p.numel() > 0 {
+        // Either is NaN if a probability is.
+        for extreme in [wide.min(Dims::All)?, wide.max(Dims::All)?] {
+            check_probability("bernoulli", extreme.item::<f64>()?)?;
+        }
+    }
+    uniform.to_dtype(DType::F64)?.lt(&wide)?.to_dtype(p.dtype())
 }
 
 enum Draw {
@@ -133,10 +174,15 @@ impl Op for Dropout {
 
 fn dropped(x: &Tensor, stream: Stream, p: f64) -> Result<Tensor> {
     let dense = x.detach().contiguous()?;
-    let out = for_float!(x.dtype(), "dropout", T => Tensor::build::<T>(x.device(), x.shape(), |out| {
-        random::dropout(stream, p, dense.as_slice::<T>()?, out);
-        Ok(())
-    }))?;
+    let out = match x.gpu()? {
+        Some(gpu) if x.dtype().is_float() => Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |mut out| {
+            Ok(gpu_random::dropout(gpu, stream, p, dense.gpu_slice()?, &mut out)?)
+        }),
+        _ => for_float!(x.dtype(), "dropout", T => Tensor::build::<T>(x.device(), x.shape(), |out| {
+            random::dropout(stream, p, dense.as_slice::<T>()?, out);
+            Ok(())
+        })),
+    }?;
     record("dropout", out, &[x], |_| Dropout { stream, p })
 }
 

@@ -1,7 +1,8 @@
 //! Order: sort, argsort, topk. Stable; NaN counts as the largest value. Places are i64 and carry no gradient; values are gathered by them.
 
-use crate::{Error, Result, Tensor};
+use crate::{DType, Device, Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::sort::argsort;
+use kiln_kernels::cuda;
 
 /// The places of the first `k` elements of dimension `dim` in sorted order.
 fn places(op: &str, x: &Tensor, dim: isize, k: Option<usize>, descending: bool) -> Result<Tensor> {
@@ -16,10 +17,16 @@ fn places(op: &str, x: &Tensor, dim: isize, k: Option<usize>, descending: bool) 
         return Err(Error::argument(op, format!("{k} elements were asked for, dimension {dim} of shape {} has {len}", x.shape())));
     }
     let shape = rows.shape().with_dim(rows.rank() - 1, k)?;
-    let sorted = for_any!(x.dtype(), T => Tensor::build::<i64>(x.device(), &shape, |out| {
-        argsort(rows.as_slice::<T>()?, len, k, descending, out);
-        Ok(())
-    }))?;
+    let sorted = match x.gpu()? {
+        Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
+            Ok(cuda::sort::argsort(gpu, rows.gpu_slice()?, len, k, descending, &mut out)?)
+        })
+        .map(|places| places.within(0, len as i64 - 1)),
+        None => for_any!(x.dtype(), T => Tensor::build::<i64>(Device::Cpu, &shape, |out| {
+            argsort(rows.as_slice::<T>()?, len, k, descending, out);
+            Ok(())
+        })),
+    }?;
     sorted.movedim(-1, dim)
 }
 

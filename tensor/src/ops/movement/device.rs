@@ -2,7 +2,7 @@
 
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::storage::Storage;
-use crate::{Device, Layout, Result, Tensor};
+use crate::{DType, Device, Layout, Result, Tensor};
 
 /// The gradient goes back to where the tensor came from.
 struct ToDevice {
@@ -19,6 +19,16 @@ impl Op for ToDevice {
 }
 
 impl Tensor {
+    /// The least and the greatest of i64 elements that the host holds, or limits that are known of a GPU's.
+    fn known_bounds(&self) -> Result<Option<(i64, i64)>> {
+        if self.device() != Device::Cpu {
+            return Ok(self.storage().known_bounds());
+        }
+        let values = self.detach().contiguous()?;
+        let values = values.as_slice::<i64>()?;
+        Ok(values.iter().min().copied().zip(values.iter().max().copied()))
+    }
+
     /// The same elements on `device`: itself if they are there already, else a row-major copy.
     pub fn to_device(&self, device: Device) -> Result<Tensor> {
         if self.device() == device {
@@ -33,6 +43,11 @@ impl Tensor {
                 None => Storage::from_buffer(buffer, Device::Cpu)?,
             })
         })?;
+        if self.dtype() == DType::I64
+            && let Some(bounds) = self.known_bounds()?
+        {
+            storage.set_bounds(bounds);
+        }
         let out = Tensor::from_storage(storage, Layout::contiguous(*self.shape()), self.dtype());
         record("to_device", out, &[self], |_| ToDevice { from: self.device() })
     }

@@ -87,10 +87,15 @@ fn keep_triangle(x: &Tensor, kept: Triangle) -> Result<Tensor> {
         return Err(Error::shape("tril", format!("expected a matrix or a batch of them, got shape {}", x.shape())));
     };
     let dense = x.detach().contiguous()?;
-    let out = for_any!(x.dtype(), T => Tensor::build::<T>(x.device(), x.shape(), |out| {
-        triangle(dense.as_slice::<T>()?, rows, cols, kept, out);
-        Ok(())
-    }))?;
+    let out = match x.gpu()? {
+        Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |mut out| {
+            Ok(cuda::index::triangle(gpu, dense.gpu_slice()?, rows, cols, kept, &mut out)?)
+        }),
+        None => for_any!(x.dtype(), T => Tensor::build::<T>(Device::Cpu, x.shape(), |out| {
+            triangle(dense.as_slice::<T>()?, rows, cols, kept, out);
+            Ok(())
+        })),
+    }?;
     record("tril", out, &[x], |_| KeepTriangle { kept })
 }
 
@@ -270,8 +275,13 @@ impl Tensor {
         let mut out = self.detach().contiguous()?;
         for &d in &dims {
             let (outer, n, inner) = out.shape().around(d);
+            if self.device() != Device::Cpu {
+                let reversed = Tensor::arange(n as f64 - 1.0, -1.0, -1.0, (DType::I64, self.device()))?;
+                out = out.index_select(d as isize, &reversed)?;
+                continue;
+            }
             let reversed: Vec<i64> = (0..n as i64).rev().collect();
-            out = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), self.shape(), |o| {
+            out = for_any!(self.dtype(), T => Tensor::build::<T>(Device::Cpu, self.shape(), |o| {
                 index_select(out.as_slice::<T>()?, [outer, n, inner], &reversed, o).map_err(|e| Error::index("flip", e.to_string()))
             }))?;
         }

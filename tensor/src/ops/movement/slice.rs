@@ -90,7 +90,7 @@ impl Op for Unfold {
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
         let (windows, size) = (grad.dims()[self.dim], grad.dims()[grad.rank() - 1]);
         let positions: Vec<i64> = (0..windows).flat_map(|w| (0..size).map(move |i| (w * self.step + i) as i64)).collect();
-        let positions = Tensor::from_vec(positions, windows * size)?;
+        let positions = Tensor::from_vec(positions, windows * size)?.to_device(grad.device())?;
         let dim = self.dim as isize;
         let flat = grad.movedim(-1, dim + 1)?.flatten(dim, dim + 1)?;
         let zeros = Tensor::zeros(self.from, grad)?;
