@@ -2,7 +2,7 @@
 #include "conv_geometry.cuh"
 // Convolution and its gradient by the input, as a product whose left factor is gathered while it is loaded.
 //
-// Macros: T, VECTOR (1 where a source pixel's channels are read by 16 bytes, 0 by elements), PARTIAL (1: sums of a part of the taps and channels, in f32 or
+// Macros: T, VECTOR (1 where a source pixel's channels are read by 16 bytes, 0 by elements), MASKS (1 where no axis has more than 32 taps), PARTIAL (1: sums of a part of the taps and channels, in f32 or
 // f64, to be finished by conv_finish), STAGES, BLOCKS (that a multiprocessor is to hold), and those of conv_tile.cuh.
 //
 // In essence, for target pixels m of a phase and target channels n:
@@ -22,14 +22,16 @@ constexpr i32 A_TURNS = BM / A_ROWS_AT_ONCE;
 constexpr i32 B_COPIES = BN * (i32)sizeof(T) / 16;
 static_assert(THREADS % A_COPIES == 0 && BM % A_ROWS_AT_ONCE == 0, "all threads copy alike");
 
-// A target pixel; pixels are counted over all images. What is out of the tile's phase has a source outside of any image.
+// A target pixel: where its first tap's source would lie, and where this tile's part of it does (-1 if it does not exist).
 struct Row {
     i64 source;
     i64 target;
-    i32 first[3];
+    // MASKS: a bit for each tap of an axis, set where its source lies in the image. Else the position of the first tap's source.
+    i32 axis[3];
     i32 unused;
 };
-constexpr i32 OUTSIDE = -(1 << 30) - (1 << 29);
+// A position from which no tap leads into an image.
+constexpr i32 OUTSIDE = -(1 << 30);
 
 // The taps of a phase, and the place of k among them.
 struct Taps {
@@ -76,16 +78,16 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
     T* const stages = (T*)shared;
     Row* const rows = (Row*)(shared + STAGES * STAGE_SIZE * sizeof(T));
 
-    i64 block = blockIdx.x;
-    const i32 tile_n = (i32)(block % tiles_n);
+    u32 block = blockIdx.x;
+    const i32 tile_n = block % tiles_n;
     block /= tiles_n;
-    const i32 tile_m = (i32)(block % tiles_m);
+    const i32 tile_m = block % tiles_m;
     block /= tiles_m;
-    const i32 group = (i32)(block % g.groups);
+    const i32 group = block % g.groups;
     block /= g.groups;
     i32 p[3];
-    axes_of_phase(g, (i32)(block % phases), p);
-    const i32 part = (i32)(block / phases);
+    axes_of_phase(g, block % phases, p);
+    const i32 part = block / phases;
 
     const ConvPhase d = phase_of(g, 0, p[0]), h = phase_of(g, 1, p[1]), v = phase_of(g, 2, p[2]);
     const i64 pixels = g.n * d.targets * h.targets * v.targets;
@@ -93,20 +95,32 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
     if (first_row >= pixels) {
         return;
     }
+    const i32 pixel_len = g.groups * g.cin;
+    const i32 taps_of[3] = {d.taps, h.taps, v.taps};
     for (i32 r = threadIdx.x; r < BM; r += THREADS) {
-        Row row = {0, -1, {OUTSIDE, OUTSIDE, OUTSIDE}, 0};
+        Row row = {0, -1, {MASKS ? 0 : OUTSIDE, MASKS ? 0 : OUTSIDE, MASKS ? 0 : OUTSIDE}, 0};
         if (first_row + r < pixels) {
             i64 outer, image;
             i32 q0, q1, q2, none;
             split3(first_row + r, h.targets, v.targets, outer, q1, q2);
             split3(outer, 1, d.targets, image, none, q0);
-            row.source = image * g.axis[0].source * g.axis[1].source * g.axis[2].source;
-            row.target = ((image * g.axis[0].target + p[0] + (i64)q0 * g.axis[0].period) * g.axis[1].target + p[1] + (i64)q1 * g.axis[1].period) *
+            const i32 first[3] = {d.first + q0 * g.axis[0].target_step, h.first + q1 * g.axis[1].target_step, v.first + q2 * g.axis[2].target_step};
+            const i64 source = ((image * g.axis[0].source + first[0]) * g.axis[1].source + first[1]) * g.axis[2].source + first[2];
+            const i64 target = ((image * g.axis[0].target + p[0] + (i64)q0 * g.axis[0].period) * g.axis[1].target + p[1] + (i64)q1 * g.axis[1].period) *
                     g.axis[2].target +
                 p[2] + (i64)q2 * g.axis[2].period;
-            row.first[0] = d.first + q0 * g.axis[0].target_step;
-            row.first[1] = h.first + q1 * g.axis[1].target_step;
-            row.first[2] = v.first + q2 * g.axis[2].target_step;
+            row.source = source * pixel_len + group * g.cin;
+            row.target = (target * g.groups + group) * g.cout + tile_n * BN;
+#pragma unroll
+            for (i32 a = 0; a < 3; ++a) {
+                if constexpr (MASKS) {
+                    for (i32 tap = 0; tap < taps_of[a]; ++tap) {
+                        row.axis[a] |= ((u32)(first[a] + tap * g.axis[a].source_step) < (u32)g.axis[a].source) << tap;
+                    }
+                } else {
+                    row.axis[a] = first[a];
+                }
+            }
         }
         rows[r] = row;
     }
@@ -129,22 +143,32 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
         taps.c = k % g.cin;
         taps.seek(k / g.cin);
     }
-    const i32 pixel_len = g.groups * g.cin;
+    // How far apart in the source neighbouring taps are.
+    const i64 step2 = (i64)g.axis[2].source_step * pixel_len;
+    const i64 step1 = (i64)g.axis[1].source_step * g.axis[2].source * pixel_len;
+    const i64 step0 = (i64)g.axis[0].source_step * g.axis[1].source * g.axis[2].source * pixel_len;
+    i64 tap_offset = 0;
     // Element of the source that is to be copied next into each of this thread's rows, and whether there is one.
     i64 at[VECTOR ? A_TURNS : 1];
     u32 inside = 0;
     static_assert(!VECTOR || A_TURNS <= 32, "a bit each");
     const auto look_up = [&](i32 turn, i64& element) -> bool {
         const Row& row = rows[my_row + turn * A_ROWS_AT_ONCE];
-        const i32 sd = row.first[0] + taps.at[0] * g.axis[0].source_step;
-        const i32 sh = row.first[1] + taps.at[1] * g.axis[1].source_step;
-        const i32 sv = row.first[2] + taps.at[2] * g.axis[2].source_step;
-        const bool within = (u32)sd < (u32)g.axis[0].source && (u32)sh < (u32)g.axis[1].source && (u32)sv < (u32)g.axis[2].source;
-        const i64 pixel = row.source + ((i64)sd * g.axis[1].source + sh) * g.axis[2].source + sv;
-        element = within ? pixel * pixel_len + (group * g.cin + taps.c) : 0;
+        bool within;
+        if constexpr (MASKS) {
+            within = ((u32)row.axis[0] >> taps.at[0] & (u32)row.axis[1] >> taps.at[1] & (u32)row.axis[2] >> taps.at[2] & 1) != 0;
+        } else {
+            within = true;
+#pragma unroll
+            for (i32 a = 0; a < 3; ++a) {
+                within = within && (u32)(row.axis[a] + taps.at[a] * g.axis[a].source_step) < (u32)g.axis[a].source;
+            }
+        }
+        element = within ? row.source + tap_offset : 0;
         return within;
     };
     const auto look_up_all = [&]() {
+        tap_offset = taps.at[0] * step0 + taps.at[1] * step1 + taps.at[2] * step2 + taps.c;
         if constexpr (VECTOR) {
             inside = 0;
 #pragma unroll
@@ -186,6 +210,8 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
             for (i32 turn = 0; turn < A_TURNS; ++turn) {
                 at[turn] += BK;
             }
+        } else {
+            tap_offset += BK;
         }
     };
 
@@ -208,21 +234,31 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
-    const i64 target_len = (i64)g.groups * g.cout;
-    tile.each([&](i32 r, i32 n, const Sum (&sum)[GROUP]) {
-        const i64 target = rows[r].target;
-        const i32 channel = tile_n * BN + n;
-        if (target < 0 || channel >= g.cout) {
-            return;
-        }
-        const i64 element = target * target_len + (i64)group * g.cout + channel;
-        if constexpr (PARTIAL) {
-            const i64 images = g.n * g.axis[0].target * g.axis[1].target * g.axis[2].target;
-            store_group(partial + part * images * target_len + element, channel, g.cout, aligned, [&](i32 e) { return sum[e]; });
-        } else {
-            store_group(y + element, channel, g.cout, aligned,
-                [&](i32 e) { return sum[e] + (bias && channel + e < g.cout ? load(bias + (i64)group * g.cout + channel + e) : Sum(0)); });
-        }
-    });
+    const i32 channels = g.cout - tile_n * BN;
+    T const* const my_bias = bias ? bias + (i64)group * g.cout + tile_n * BN : nullptr;
+    Sum* const sums = partial + (PARTIAL ? part * g.n * g.axis[0].target * g.axis[1].target * g.axis[2].target * g.groups * g.cout : 0);
+    struct Shift {
+        Sum x[GROUP];
+    };
+    tile.each(
+        [&](i32 n) {
+            Shift shift;
+#pragma unroll
+            for (i32 e = 0; e < GROUP; ++e) {
+                shift.x[e] = !PARTIAL && my_bias && n + e < channels ? load(my_bias + n + e) : Sum(0);
+            }
+            return shift;
+        },
+        [&](const Shift& shift, i32 r, i32 n, const Sum (&sum)[GROUP]) {
+            const i64 target = rows[r].target;
+            if (target < 0 || n >= channels) {
+                return;
+            }
+            if constexpr (PARTIAL) {
+                store_group(sums + target + n, n, channels, aligned, [&](i32 e) { return sum[e]; });
+            } else {
+                store_group(y + target + n, n, channels, aligned, [&](i32 e) { return sum[e] + shift.x[e]; });
+            }
+        });
 }
 KILN_KERNEL(conv_gather)

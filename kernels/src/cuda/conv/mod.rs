@@ -87,7 +87,7 @@ impl Gather {
         let too_large = |what: &str| CudaError::Unavailable(format!("a convolution on the GPU counts {what} in 32 bits: {shape:?}"));
         let (ci, co, taps) = (shape.ci / shape.groups, shape.co / shape.groups, shape.taps());
         // Positions and what is added to them stay below the mark for pixels outside of the tile.
-        let limit = 1 << 30;
+        let limit = 1 << 29;
         for i in 0..3 {
             let reach = [shape.input[i], 2 * shape.padding[i], shape.stride[i], shape.dilation[i] * shape.kernel[i], shape.output[i]];
             if reach.iter().sum::<usize>() > limit {
@@ -144,6 +144,16 @@ impl Gather {
 
     fn taps(&self) -> usize {
         self.axis.iter().map(|a| a.kernel as usize).product()
+    }
+
+    /// Whether the taps of each axis fit the bits of a word.
+    fn has_masks(&self) -> bool {
+        self.axis.iter().all(|a| a.kernel <= 32)
+    }
+
+    /// Whether, besides, sources lie a constant apart for each tap, whatever the target.
+    fn is_linear(&self) -> bool {
+        self.has_masks() && (self.transposed == 0 || self.axis.iter().all(|a| a.stride == 1))
     }
 
     fn target_pixels(&self) -> usize {
@@ -313,7 +323,8 @@ fn product(
     let vector = by_lines(x.ptr(), g.cin(), ty);
     let group_size = tile.group() * if parts > 1 { sum_size(ty) } else { ty.size() };
     let aligned = g.cout().is_multiple_of(tile.group()) && (parts > 1 || y.ptr().is_aligned(group_size as u64));
-    let defines = tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1))]);
+    let defines =
+        tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1)), ("MASKS", flag(g.has_masks()))]);
     let kernel = gpu.module(math.source(&GATHER), &defines)?.kernel("conv_gather")?;
     let count = tiles_m.saturating_mul(tiles_n).saturating_mul(g.groups()).saturating_mul(phases).saturating_mul(parts);
     let launch =
@@ -408,6 +419,7 @@ fn weight_product(
             ("T", ty.name()),
             ("DENSE_VECTOR", flag(by_lines(target.ptr(), g.cout(), ty))),
             ("SOURCE_VECTOR", flag(by_lines(source.ptr(), g.cin(), ty))),
+            ("LINEAR", flag(g.is_linear())),
         ],
     );
     let kernel = gpu.module(math.source(&WEIGHT), &defines)?.kernel("conv_weight")?;

@@ -108,10 +108,13 @@ const HALF: [Tile; 4] = [
     tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 3, 0.5),
 ];
 const TF32: [Tile; 2] = [
+    tile!([128, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 2, 1.0),
+    tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 3, 0.85),
+];
+const TF32X3: [Tile; 2] = [
     tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 3, 1, 1.0),
     tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 2, 0.85),
 ];
-
 const WARPGROUP: [Tile; 4] = [
     tile!([128, 256, 64], "WARPS_M" = 8, "WARPS_N" = 1, 256, 3, 1, 1.0),
     tile!([128, 128, 64], "WARPS_M" = 8, "WARPS_N" = 1, 256, 4, 1, 0.85),
@@ -144,10 +147,10 @@ impl Tile {
     }
 
     /// All macros of a kernel.
-    pub(super) fn defines(&self, math: Math, own: &[(&'static str, &'static str); 3]) -> [(&'static str, &'static str); 11] {
-        let mut all = [("MATH", math.name()); 11];
-        all[1..4].copy_from_slice(own);
-        all[4..].copy_from_slice(&self.macros);
+    pub(super) fn defines(&self, math: Math, own: &[(&'static str, &'static str); 4]) -> [(&'static str, &'static str); 12] {
+        let mut all = [("MATH", math.name()); 12];
+        all[1..5].copy_from_slice(own);
+        all[5..].copy_from_slice(&self.macros);
         all
     }
 }
@@ -159,7 +162,8 @@ fn tiles(math: Math, ty: Type) -> &'static [Tile] {
         (Math::Fma, _) => &FMA_HALF,
         (Math::Half, _) => &HALF,
         (Math::Warpgroup, _) => &WARPGROUP,
-        (Math::Tf32 | Math::Tf32x3, _) => &TF32,
+        (Math::Tf32, _) => &TF32,
+        (Math::Tf32x3, _) => &TF32X3,
     }
 }
 

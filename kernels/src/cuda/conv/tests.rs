@@ -62,6 +62,9 @@ fn every_way_to_multiply_agrees_with_the_definition() {
         shape2d(2, [32, 72], [9, 7], [3, 3], [1, 1, 1], 1),
         shape2d(2, [3, 40], [9, 7], [4, 4], [2, 1, 1], 1),
         shape2d(1, [16, 48], [8, 8], [4, 4], [2, 1, 1], 2),
+        // More taps than a word has bits; and the gradient of many weights of few outputs by way of the input's pixels, two apart.
+        shape2d(1, [8, 8], [2, 40], [1, 33], [1, 16, 1], 1),
+        shape2d(2, [64, 5], [8, 8], [4, 4], [2, 1, 1], 1),
     ];
     for s in some {
         check(gpu, &s, Type::F16, Math::Fma);
@@ -79,7 +82,7 @@ fn every_way_to_multiply_agrees_with_the_definition() {
 }
 
 #[test]
-fn every_tile_is_of_use_and_agrees_with_the_definition() {
+fn larger_tiles_agree_with_the_definition() {
     let Some(gpu) = device() else { return };
     // Images enough that a multiprocessor gets several tiles, so that larger ones pay.
     for (n, c) in [(60, 64), (120, 32), (60, 128), (60, 256)] {

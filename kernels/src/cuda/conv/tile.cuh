@@ -125,14 +125,16 @@ struct Tile {
 
     __device__ __forceinline__ void finish() {}
 
-    // Calls f(row, column, sums of GROUP columns).
-    template <class F> __device__ __forceinline__ void each(F f) {
+    // Calls use(prepare(column), row, column, sums of GROUP columns).
+    template <class P, class F> __device__ __forceinline__ void each(P prepare, F use) {
 #pragma unroll
-        for (i32 i = 0; i < TM; ++i) {
+        for (i32 j = 0; j < TN / 4; ++j) {
+            const i32 column = (j * N + n) * 4;
+            const auto prepared = prepare(column);
 #pragma unroll
-            for (i32 j = 0; j < TN / 4; ++j) {
+            for (i32 i = 0; i < TM; ++i) {
                 const Sum four[4] = {sum[i][j * 4], sum[i][j * 4 + 1], sum[i][j * 4 + 2], sum[i][j * 4 + 3]};
-                f(row_of(m, i), (j * N + n) * 4, four);
+                use(prepared, row_of(m, i), column, four);
             }
         }
     }
@@ -178,14 +180,16 @@ struct Tile {
         hold_registers(sum);
     }
 
-    template <class F> __device__ __forceinline__ void each(F f) {
+    template <class P, class F> __device__ __forceinline__ void each(P prepare, F use) {
         const i32 row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (i32 j = 0; j < BN / 8; ++j) {
+            const i32 column = j * 8 + threadIdx.x % 4 * 2;
+            const auto prepared = prepare(column);
 #pragma unroll
             for (i32 half = 0; half < 2; ++half) {
                 const float two[2] = {sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]};
-                f(row + half * 8, j * 8 + threadIdx.x % 4 * 2, two);
+                use(prepared, row + half * 8, column, two);
             }
         }
     }
@@ -309,15 +313,17 @@ struct Tile {
 
     __device__ __forceinline__ void finish() {}
 
-    template <class F> __device__ __forceinline__ void each(F f) {
+    template <class P, class F> __device__ __forceinline__ void each(P prepare, F use) {
 #pragma unroll
-        for (i32 i = 0; i < M; ++i) {
+        for (i32 j = 0; j < N; ++j) {
+            const i32 column = col + j * 8 + lane % 4 * 2;
+            const auto prepared = prepare(column);
 #pragma unroll
-            for (i32 j = 0; j < N; ++j) {
+            for (i32 i = 0; i < M; ++i) {
 #pragma unroll
                 for (i32 half = 0; half < 2; ++half) {
                     const float two[2] = {sum[i][j][half * 2], sum[i][j][half * 2 + 1]};
-                    f(row + i * 16 + half * 8 + lane / 4, col + j * 8 + lane % 4 * 2, two);
+                    use(prepared, row + i * 16 + half * 8 + lane / 4, column, two);
                 }
             }
         }

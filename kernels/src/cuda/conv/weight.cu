@@ -2,7 +2,8 @@
 #include "conv_geometry.cuh"
 // The gradient of a convolution by its weights, as a product over target pixels: rows are target channels, columns are taps × source channels.
 //
-// Macros: T, DENSE_VECTOR and SOURCE_VECTOR (1 where the channels of a target or source pixel are read by 16 bytes, 0 by elements), STAGES, BLOCKS, and those
+// Macros: T, DENSE_VECTOR and SOURCE_VECTOR (1 where the channels of a target or source pixel are read by 16 bytes, 0 by elements), LINEAR (1
+// where a tap's source lies a constant away from that of the first tap, and no axis has more than 32 taps), STAGES, BLOCKS, and those
 // of conv_tile.cuh.
 //
 // In essence, for target channels m and columns (tap, c):     for p in target pixels { acc[m][(tap, c)] += target[p][m] · source[s(p, tap)][c] }
@@ -16,10 +17,11 @@ constexpr i32 DENSE_V = DENSE_VECTOR ? LINE : 1, SOURCE_V = SOURCE_VECTOR ? LINE
 constexpr i32 DENSE_COPIES = BM / DENSE_V, SOURCE_COPIES = BN / SOURCE_V;
 static_assert(THREADS % SOURCE_COPIES == 0 && BK % (THREADS / SOURCE_COPIES) == 0 && THREADS >= BK, "a thread copies from one column");
 
-// A target pixel: the first pixel of its image in the source, and what a tap's position is counted from.
+// A target pixel. LINEAR: the source's element that taps are counted from, and of each axis a bit for every tap, set where its source lies in the image.
+// Else the first pixel of its image in the source, and what a tap's position is counted from.
 struct Pixel {
     i64 source;
-    i32 base[3];
+    i32 axis[3];
     i32 exists;
 };
 
@@ -30,13 +32,14 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
     T* const stages = (T*)shared;
     Pixel* const table = (Pixel*)(shared + STAGES * STAGE_SIZE * sizeof(T));
 
-    i64 block = blockIdx.x;
-    const i32 tile_n = (i32)(block % tiles_n);
+    u32 block = blockIdx.x;
+    const i32 tile_n = block % tiles_n;
     block /= tiles_n;
-    const i32 tile_m = (i32)(block % tiles_m);
+    const i32 tile_m = block % tiles_m;
     block /= tiles_m;
-    const i32 group = (i32)(block % g.groups);
-    const i32 part = (i32)(block / g.groups);
+    const i32 group = block % g.groups;
+    const i32 part = block / g.groups;
+    const i32 source_len = g.groups * g.cin, target_len = g.groups * g.cout;
 
     const i64 pixels = g.n * g.axis[0].target * g.axis[1].target * g.axis[2].target;
     const i64 blocks_of_pixels = (pixels + BK - 1) / BK;
@@ -53,13 +56,25 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
             split3(pixel, g.axis[1].target, g.axis[2].target, outer, t1, t2);
             split3(outer, 1, g.axis[0].target, image, none, t0);
             const i32 at[3] = {t0, t1, t2};
-            Pixel& entry = table[step % 2 * BK + threadIdx.x];
-            entry.source = image * g.axis[0].source * g.axis[1].source * g.axis[2].source;
+            Pixel entry = {image * g.axis[0].source * g.axis[1].source * g.axis[2].source, {0, 0, 0}, pixel < end};
+            i64 first = 0;
 #pragma unroll
             for (i32 a = 0; a < 3; ++a) {
-                entry.base[a] = base_of(g, a, at[a]);
+                const i32 base = base_of(g, a, at[a]);
+                first = first * g.axis[a].source + base;
+                if constexpr (LINEAR) {
+                    for (i32 tap = 0; tap < g.axis[a].kernel; ++tap) {
+                        entry.axis[a] |= ((u32)source_of(g, a, base, tap * g.axis[a].dilation) < (u32)g.axis[a].source) << tap;
+                    }
+                } else {
+                    entry.axis[a] = base;
+                }
             }
-            entry.exists = pixel < end;
+            if constexpr (LINEAR) {
+                entry.source = (entry.source + first) * source_len;
+                entry.axis[0] = pixel < end ? entry.axis[0] : 0;
+            }
+            table[step % 2 * BK + threadIdx.x] = entry;
         }
     };
 
@@ -69,13 +84,15 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
     i32 tap = column / g.cin;
     const i32 channel = group * g.cin + column - tap * g.cin;
     const bool is_column = column < columns;
-    i32 shift[3];
+    i32 taps[3], shift[3];
 #pragma unroll
     for (i32 a = 2; a >= 0; --a) {
-        shift[a] = tap % g.axis[a].kernel * g.axis[a].dilation;
+        taps[a] = tap % g.axis[a].kernel;
+        shift[a] = taps[a] * g.axis[a].dilation;
         tap /= g.axis[a].kernel;
     }
-    const i32 source_len = g.groups * g.cin, target_len = g.groups * g.cout;
+    const i64 tap_offset = ((i64)shift[0] * g.axis[1].source + shift[1]) * g.axis[2].source + shift[2];
+    const T* const from_tap = source + (g.transposed ? -tap_offset : tap_offset) * source_len + channel;
 
     const auto copy_step = [&](i32 step, i32 stage) {
         T* const a = stages + stage * STAGE_SIZE;
@@ -95,12 +112,19 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
 #pragma unroll 4
         for (i32 row = my_row; row < BK; row += THREADS / SOURCE_COPIES) {
             const Pixel& entry = table[step % 2 * BK + row];
-            const i32 d = source_of(g, 0, entry.base[0], shift[0]);
-            const i32 h = source_of(g, 1, entry.base[1], shift[1]);
-            const i32 v = source_of(g, 2, entry.base[2], shift[2]);
-            const bool exists = is_column && entry.exists && (u32)d < (u32)g.axis[0].source && (u32)h < (u32)g.axis[1].source && (u32)v < (u32)g.axis[2].source;
-            const i64 at = entry.source + ((i64)d * g.axis[1].source + h) * g.axis[2].source + v;
-            const T* const from = source + (exists ? at * source_len + channel : 0);
+            const T* from;
+            bool exists;
+            if constexpr (LINEAR) {
+                exists = is_column && ((u32)entry.axis[0] >> taps[0] & (u32)entry.axis[1] >> taps[1] & (u32)entry.axis[2] >> taps[2] & 1);
+                from = exists ? from_tap + entry.source : source;
+            } else {
+                const i32 d = source_of(g, 0, entry.axis[0], shift[0]);
+                const i32 h = source_of(g, 1, entry.axis[1], shift[1]);
+                const i32 v = source_of(g, 2, entry.axis[2], shift[2]);
+                exists = is_column && entry.exists && (u32)d < (u32)g.axis[0].source && (u32)h < (u32)g.axis[1].source && (u32)v < (u32)g.axis[2].source;
+                const i64 at = entry.source + ((i64)d * g.axis[1].source + h) * g.axis[2].source + v;
+                from = source + (exists ? at * source_len + channel : 0);
+            }
             if constexpr (SOURCE_VECTOR) {
                 copy16(b + b_place(row, n), from, exists);
             } else {
@@ -134,7 +158,8 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
     }
 
     Sum* const sums = partial + ((i64)part * g.groups + group) * g.cout * columns;
-    tile.each([&](i32 m, i32 n, const Sum (&sum)[GROUP]) {
+    struct Nothing {};
+    tile.each([](i32) { return Nothing{}; }, [&](Nothing, i32 m, i32 n, const Sum (&sum)[GROUP]) {
         const i32 row = tile_m * BM + m, at = tile_n * BN + n;
         if (row < g.cout && at < columns) {
             store_group(sums + (i64)row * columns + at, at, columns, aligned, [&](i32 e) { return sum[e]; });
