@@ -104,6 +104,10 @@ __device__ __forceinline__ void load_tile(u32 tile, const TensorMap* map, u32 ba
     }
 }
 
+/// Waits anew for a phase that is known to have ended. The compiler would move arithmetic behind the end of the products that it is to run under; what
+/// was held before a loop stays before it.
+__device__ __forceinline__ void stay_before(u32 bar, u32 parity) { mbarrier_wait(bar, parity); }
+
 __device__ __forceinline__ void arrive_warp(u32 bar) {
     if (threadIdx.x % 32 == 0) {
         mbarrier_arrive(bar);
@@ -196,7 +200,8 @@ struct Softmax {
     __device__ __forceinline__ void weigh(float (&tile)[STEP / 2], float (&factor)[2], const i32 (&open)[2]) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float most = largest[h];
+            // Two chains each for the largest and the sum, so that one does not wait for its own last link.
+            float most_of[2] = {largest[h], -infinity()};
 #pragma unroll
             for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
@@ -205,25 +210,25 @@ struct Softmax {
                     if (MASKED && 8 * n + e >= open[h]) {
                         s = -infinity();
                     }
-                    most = fmaxf(most, s);
+                    most_of[e] = fmaxf(most_of[e], s);
                 }
             }
-            most = row_largest(most);
+            const float most = row_largest(fmaxf(most_of[0], most_of[1]));
             // Where every score so far is shut, exponentials are taken relative to zero: they are zero, or NaN for a NaN.
             const float shift = most == -infinity() ? 0.0f : most * scale;
             factor[h] = ex2_approx(largest[h] * scale - shift);
             largest[h] = most;
-            float sum = 0;
+            float sum[2] = {0, 0};
 #pragma unroll
             for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     float& s = tile[4 * n + 2 * h + e];
                     s = ex2_approx(s * scale - shift);
-                    sum += s;
+                    sum[e] += s;
                 }
             }
-            total[h] = total[h] * factor[h] + sum;
+            total[h] = total[h] * factor[h] + (sum[0] + sum[1]);
         }
     }
 };
@@ -262,11 +267,13 @@ struct Worker {
         }
     }
 
+    __device__ __forceinline__ void await_keys() const { mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity); }
+
     /// The last keys' weights.
     __device__ __forceinline__ void begin(const Extents& x, i64 first, i32 step) {
         float tile[STEP / 2], factor[2];
         i32 open[2];
-        mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
+        await_keys();
         wgmma_fence();
         multiply_rows<ROWS, STEP>(tile, q_tile, k_tiles + k_ring.stage * TILE_BYTES);
         wgmma_commit();
@@ -277,14 +284,16 @@ struct Worker {
         k_ring.advance();
         softmax.weigh<true>(tile, factor, open);
         pack_left<STEP>(weights, tile);
+        if (step > 0) {
+            await_keys();
+        }
     }
 
-    /// Adds the values of the step before under the weights of this one.
+    /// Adds the values of the step before under the weights of this one, whose keys have come, and waits for the next keys.
     template <bool MASKED>
     __device__ __forceinline__ void step(const Extents& x, i64 first, i32 step) {
         float tile[STEP / 2], factor[2];
         i32 open[2] = {0, 0};
-        mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity);
         await_turn(index);
         wgmma_fence();
         multiply_rows<ROWS, STEP>(tile, q_tile, k_tiles + k_ring.stage * TILE_BYTES);
@@ -302,6 +311,12 @@ struct Worker {
         arrive_warp(k_empty + 8 * k_ring.stage);
         k_ring.advance();
         softmax.weigh<MASKED>(tile, factor, open);
+        // Held, and with this wait between, the exponentials stay before the end of the products (see `stay_before`).
+        hold_registers(tile);
+        hold_registers(softmax.total);
+        if (step > 0) {
+            await_keys();
+        }
         wgmma_wait<0>();
         hold_registers(sums);
         arrive_warp(v_empty + 8 * v_ring.stage);
@@ -584,6 +599,8 @@ attention_backward_keys_hopper(const __grid_constant__ TensorMap q_map, const __
                         }
                     }
                 }
+                hold_registers(tile);
+                stay_before(grad_full + 8 * stage, ring.parity);
                 wgmma_wait<0>();
                 hold_registers(d_tile);
 #pragma unroll
@@ -714,6 +731,8 @@ attention_backward_queries_hopper(const __grid_constant__ TensorMap q_map, const
                     }
                 }
             }
+            hold_registers(tile);
+            stay_before(v_full + 8 * stage, ring.parity);
             wgmma_wait<0>();
             hold_registers(d_tile);
             arrive_warp(v_empty + 8 * stage);

@@ -657,12 +657,8 @@ static void run_cluster() {
     }
 }
 
+// Asked at each launch: a module may be unloaded and another be put in its place.
 static Image find_image(const void* code) {
-    static std::unordered_map<const void*, Image> known;
-    const auto found = known.find(code);
-    if (found != known.end()) {
-        return found->second;
-    }
     Image image = {(u8*)code, nullptr, nullptr, 0};
     dl_iterate_phdr(
         [](dl_phdr_info* info, size_t, void* out) {
@@ -690,7 +686,7 @@ static Image find_image(const void* code) {
             return is_it ? 1 : 0;
         },
         &image);
-    return known[code] = image;
+    return image;
 }
 
 static std::string refuse(const KilnKernel* kernel, const u32* grid, const u32* block, u32 shared) {

@@ -16,7 +16,7 @@ mod tests;
 
 use self::plan::{Factor, HopperTile, Level, Plan, Problem, TiledTile};
 use super::compile::Source;
-use super::launch::{Arg, Launch, TensorMap, TensorMapSpec, impl_arg};
+use super::launch::{Kernel, Launch, TensorMap, TensorMapSpec, impl_arg};
 use super::memory::{DevicePtr, Slice, SliceMut, Type};
 use super::{CudaError, DeviceBuffer, Gpu};
 use crate::cpu::gemm::MatmulPrecision;
@@ -230,7 +230,7 @@ impl<'a> Gemm<'a> {
                     .number("STAGES", tile.stages);
                 let threads = (tile.m / tile.warp_m * (tile.n / tile.warp_n) * 32) as u32;
                 let launch = Launch::blocks(units(tile.m, tile.n), threads).with_shared((tile.stages * (tile.m + tile.n) * 128) as u32);
-                run(gpu, &MMA, "gemm_mma", &defines, launch, &[&args])?;
+                run(gpu, &MMA, "gemm_mma", &defines, launch, &args)?;
             }
             Level::Skinny(skinny) => {
                 defines.number("PARTIAL", (plan.splits > 1) as usize).number("SWAP", skinny.swap as usize).number("FEW", skinny.few);
@@ -238,7 +238,7 @@ impl<'a> Gemm<'a> {
                     .number("ALONG_K", skinny.along_k as usize)
                     .number("VECTOR", skinny.vector)
                     .number("FEW_ALONG_K", skinny.few_along_k as usize);
-                run(gpu, &SKINNY, "gemm_skinny", &defines, Launch::blocks(skinny.blocks(p, plan.splits), 256), &[&args])?;
+                run(gpu, &SKINNY, "gemm_skinny", &defines, Launch::blocks(skinny.blocks(p, plan.splits), 256), &args)?;
             }
             Level::Tiled(TiledTile { m, n, k, thread }) => {
                 defines.number("PARTIAL", (plan.splits > 1) as usize).number("TILE_M", m).number("TILE_N", n).number("TILE_K", k);
@@ -247,13 +247,13 @@ impl<'a> Gemm<'a> {
                 let most = 4.min(16 / ty.size());
                 defines.number("A_VECTOR", p.vector(&p.a, most)).number("B_VECTOR", p.vector(&p.b, most));
                 let threads = (m / thread * (n / thread)) as u32;
-                run(gpu, &TILED, "gemm_tiled", &defines, Launch::blocks(units(m, n), threads), &[&args])?;
+                run(gpu, &TILED, "gemm_tiled", &defines, Launch::blocks(units(m, n), threads), &args)?;
             }
         }
         if plan.splits > 1 {
             let mut defines = Defines::new(ty, p.out_ty);
             self.define_epilogue(&mut defines);
-            run(gpu, &REDUCE, "gemm_reduce", &defines, Launch::over(p.batch * p.m * p.n, 256), &[&args])?;
+            run(gpu, &REDUCE, "gemm_reduce", &defines, Launch::over(p.batch * p.m * p.n, 256), &args)?;
         }
         Ok(())
     }
@@ -265,6 +265,7 @@ impl<'a> Gemm<'a> {
         if let Some(row) = self.activation {
             defines.text("ACTIVATION", row.cuda);
         }
+        defines.plain = self.bias.is_none() && self.residual.is_none() && !self.accumulate && self.activation.is_none();
     }
 }
 
@@ -275,20 +276,29 @@ fn upload(gpu: &'static Gpu, offsets: &[usize]) -> Result<DeviceBuffer, CudaErro
 }
 
 /// The macros of a kernel.
-struct Defines(Vec<(&'static str, String)>);
+struct Defines {
+    list: Vec<(&'static str, String)>,
+    /// Nothing but alpha follows a sum.
+    plain: bool,
+}
 
 impl Defines {
     fn new(ty: Type, out: Type) -> Self {
-        Self(vec![("T", ty.name().into()), ("OUT", out.name().into())])
+        Self { list: vec![("T", ty.name().into()), ("OUT", out.name().into())], plain: true }
     }
 
     fn text(&mut self, name: &'static str, value: &str) -> &mut Self {
-        self.0.push((name, value.into()));
+        self.list.push((name, value.into()));
         self
     }
 
     fn number(&mut self, name: &'static str, value: usize) -> &mut Self {
         self.text(name, &value.to_string())
+    }
+
+    fn kernel(&self, gpu: &'static Gpu, source: &'static Source, name: &str) -> Result<Kernel, CudaError> {
+        let list: Vec<(&str, &str)> = self.list.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        gpu.module(source, &list)?.kernel(name)
     }
 }
 
@@ -298,13 +308,12 @@ fn run(
     name: &str,
     defines: &Defines,
     launch: Launch,
-    args: &[&dyn Arg],
+    args: &GemmArgs,
 ) -> Result<(), CudaError> {
-    let defines: Vec<(&str, &str)> = defines.0.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let kernel = gpu.module(source, &defines)?.kernel(name)?;
+    let kernel = defines.kernel(gpu, source, name)?;
     // SAFETY: the structs are those of gemm.cuh and gemm_hopper.cu, `Gemm::check` found every element that they lead to inside of its slice, and the
     // workspace was made for this plan; kernels touch indices of the extents only.
-    unsafe { kernel.launch(launch, args) }
+    unsafe { kernel.launch(launch, &[args]) }
 }
 
 fn launch_hopper(
@@ -315,60 +324,68 @@ fn launch_hopper(
     args: &GemmArgs,
     mut defines: Defines,
 ) -> Result<(), CudaError> {
-    let by_tma = splits == 1 && p.out_by_tma();
-    let (a_mn, b_mn) = (!p.a.along_k(), !p.b.along_k());
-    defines.number("A_MN", a_mn as usize).number("B_MN", b_mn as usize).number("BLOCK_M", tile.m).number("BLOCK_N", tile.n);
-    defines.number("STAGES", tile.stages).number("CLUSTER", tile.cluster);
-    defines.text(
-        "STORE",
-        if splits > 1 {
-            "STORE_PARTIAL"
-        } else if by_tma {
-            "STORE_TMA"
-        } else {
-            "STORE_DIRECT"
-        },
-    );
-    let map_a = factor_map(gpu, p, &p.a, p.m, tile.m)?;
-    let map_b = factor_map(gpu, p, &p.b, p.n, tile.n / tile.cluster)?;
+    let (left, right) = if tile.swap { ((&p.b, p.n), (&p.a, p.m)) } else { ((&p.a, p.m), (&p.b, p.n)) };
+    defines
+        .number("A_MN", !left.0.along_k() as usize)
+        .number("B_MN", !right.0.along_k() as usize)
+        .number("BLOCK_M", tile.m)
+        .number("BLOCK_N", tile.n);
+    defines
+        .number("STAGES", tile.stages)
+        .number("CLUSTER", tile.cluster)
+        .number("PINGPONG", tile.pingpong as usize)
+        .number("SWAP", tile.swap as usize);
+    let by_tma = defines.plain && p.out_by_tma() && tile.n.is_multiple_of(64);
+    let store = match (splits, tile.swap) {
+        (2.., _) => "STORE_PARTIAL",
+        (_, true) => "STORE_SWAPPED",
+        _ if by_tma => "STORE_TMA",
+        _ => "STORE_STAGED",
+    };
+    defines.text("STORE", store);
+    let kernel = defines.kernel(gpu, &HOPPER, "gemm_hopper")?;
+    let map_a = factor_map(gpu, p, left.0, left.1, tile.m)?;
+    let map_b = factor_map(gpu, p, right.0, right.1, tile.n / tile.cluster)?;
     let size = p.out_ty.size() as u64;
-    let map_c = if by_tma {
-        let row = p.row_stride as u64 * size;
-        gpu.tensor_map(&TensorMapSpec {
+    let row = p.row_stride as u64 * size;
+    let map_c = match store {
+        "STORE_TMA" => gpu.tensor_map(&TensorMapSpec {
             ptr: p.out,
             ty: p.out_ty,
             dims: &[p.n as u64, p.m as u64, p.batch as u64],
             strides: &[row, row * p.m as u64],
             tile: &[64, 16, 1],
             swizzle: 128,
-        })?
-    } else {
-        map_a
+        })?,
+        _ => map_a,
     };
     let moves = |stride: i64, extent: usize| (stride != 0 && extent > 1) as i32;
     let (inner, outer) = (p.batch_inner, p.batch / p.batch_inner);
     let shape = HopperShape {
-        m: p.m as i32,
-        n: p.n as i32,
+        m: left.1 as i32,
+        n: right.1 as i32,
         k: p.k as i32,
         batch_outer: outer as i32,
         batch_inner: inner as i32,
-        a_outer: moves(p.a.outer, outer),
-        a_inner: moves(p.a.inner, inner),
-        b_outer: moves(p.b.outer, outer),
-        b_inner: moves(p.b.inner, inner),
+        a_outer: moves(left.0.outer, outer),
+        a_inner: moves(left.0.inner, inner),
+        b_outer: moves(right.0.outer, outer),
+        b_inner: moves(right.0.inner, inner),
         splits: splits as i32,
         group: tile.group as i32,
         alpha: args.alpha as f32,
     };
-    let out = HopperOut { c: args.c, row_stride: args.c_row, batch_stride: args.c_batch, partial: args.partial };
-    let units = p.m.div_ceil(tile.m * tile.cluster) * p.n.div_ceil(tile.n) * p.batch * splits;
+    let vectors = row.is_multiple_of(16) && args.c.is_aligned(16) && args.epilogue.residual.is_aligned(16);
+    let out = HopperOut { c: args.c, row_stride: args.c_row, batch_stride: args.c_batch, partial: args.partial, vectors: vectors as i64 };
+    let units = left.1.div_ceil(tile.m * tile.cluster) * right.1.div_ceil(tile.n) * p.batch * splits;
     let clusters = units.min((gpu.multiprocessors() as usize / tile.cluster).max(1));
-    let launch = Launch::blocks(clusters * tile.cluster, 384).with_shared(tile.shared_bytes(by_tma));
-    run(gpu, &HOPPER, "gemm_hopper", &defines, launch, &[&map_a, &map_b, &map_c, &shape, &out, &args.epilogue])
+    let shared = tile.shared_bytes(matches!(store, "STORE_TMA" | "STORE_STAGED"));
+    let launch = Launch::blocks(clusters * tile.cluster, 384).with_shared(shared);
+    // SAFETY: as in `run`.
+    unsafe { kernel.launch(launch, &[&map_a, &map_b, &map_c, &shape, &out, &args.epilogue]) }
 }
 
-/// A factor's map: `rows` by k, or k by `rows` where those are contiguous; tiles of 64 elements of the contiguous dimension.
+// A factor's map: `rows` by k, or k by `rows` where those are contiguous; tiles of 64 elements of the contiguous dimension.
 fn factor_map(gpu: &'static Gpu, p: &Problem, factor: &Factor, rows: usize, tile_rows: usize) -> Result<TensorMap, CudaError> {
     let size = p.ty.size() as u64;
     let (inner, lines, line, tile) = if factor.along_k() {
@@ -461,6 +478,7 @@ struct HopperOut {
     row_stride: i64,
     batch_stride: i64,
     partial: DevicePtr,
+    vectors: i64,
 }
 
 impl_arg!(EpilogueArg, GemmArgs, HopperShape, HopperOut);

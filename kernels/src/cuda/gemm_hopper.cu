@@ -184,7 +184,8 @@ template <class Out> __device__ __forceinline__ void store_by_tma(const float (&
     for (i32 chunk = 0; chunk < BLOCK_N / 64; ++chunk) {
         const u32 at = buffer + (chunk & 1) * CHUNK_BYTES;
         if (lane == 0) {
-            tma_store_wait_read<1>();
+            // The buffer's last store is the one before the latest, or, where a tile has an odd number of chunks, may be that one.
+            tma_store_wait_read<BLOCK_N / 64 % 2 == 0 ? 1 : 0>();
         }
         __syncwarp();
 #pragma unroll
@@ -387,6 +388,8 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 mbarrier_arrive(empty + stage * 8);
             }
         };
+        // Consumers multiply in turn: barriers know a phase only from its neighbours, so none may wait for a stage whose content before its own has not come.
+        constexpr u32 TURN = 1;
         // Leaves out the stages of a tile that the other consumer takes.
         const auto skip = [&](i64 index) {
             if (index < tiles.units) {
@@ -396,11 +399,15 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
         };
         i64 index = blockIdx.x / CLUSTER;
         if (PINGPONG && consumer == 1) {
+            bar_arrive(TURN, 256);
             skip(index);
             index += step;
         }
         while (index < tiles.units) {
             const Unit unit = unit_of(shape, tiles, index, rank);
+            if constexpr (PINGPONG) {
+                bar_sync(TURN + consumer, 256);
+            }
             u32 last = 0;
             for (i32 k = unit.first_k; k < unit.last_k; ++k) {
                 mbarrier_wait(full + ring.stage * 8, ring.parity);
@@ -414,13 +421,16 @@ gemm_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ Ten
                 last = ring.stage;
                 ring.advance();
             }
-            wgmma_wait<0>();
-            release(last);
             index += step;
             if constexpr (PINGPONG) {
+                if (index < tiles.units) {
+                    bar_arrive(TURN + (consumer ^ 1), 256);
+                }
                 skip(index);
                 index += step;
             }
+            wgmma_wait<0>();
+            release(last);
             const i64 batch = (i64)unit.outer * shape.batch_inner + unit.inner;
 #pragma unroll
             for (i32 r = 0; r < ROWS; ++r) {

@@ -20,7 +20,8 @@ pub struct Gpu {
     backend: Box<dyn Backend>,
     emulated: bool,
     cache: Mutex<Cache>,
-    modules: Mutex<HashMap<String, Module>>,
+    /// By kernel file and macros; empty while nobody has compiled it.
+    modules: Mutex<HashMap<String, Arc<Mutex<Option<Module>>>>>,
     /// The pool that a capture in progress allocates from, or 0.
     pool: AtomicU64,
 }
@@ -151,6 +152,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// Whether queued work is being recorded for a [`Graph`](super::Graph): nothing may wait for it then.
+    pub fn is_capturing(&self) -> bool {
+        self.pool.load(Relaxed) != 0
+    }
+
     /// Copies bytes from the host into new memory. The copy is queued; `bytes` may be changed at once.
     pub fn upload(&'static self, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
         if self.pool.load(Relaxed) != 0 {
@@ -226,16 +232,19 @@ impl Gpu {
         contract: bool,
         text: impl FnOnce() -> String,
     ) -> Result<Module, CudaError> {
-        // Held during compilation: a second thread that wants the same kernel waits for it.
-        let mut modules = lock(&self.modules);
-        if let Some(module) = modules.get(&key) {
+        let slot = match lock(&self.modules).get(&key) {
+            Some(slot) => slot.clone(),
+            None => lock(&self.modules).entry(key).or_default().clone(),
+        };
+        // Held during compilation: a second thread that wants the same kernel waits for it, one that wants another does not.
+        let mut module = lock(&slot);
+        if let Some(module) = &*module {
             return Ok(module.clone());
         }
         self.make_current()?;
         let handle = compile::load(self.backend(), name, contract, &text())?;
-        let module = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
-        modules.insert(key, module.clone());
-        Ok(module)
+        let made = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
+        Ok(module.insert(made).clone())
     }
 
     /// Encodes a tile-wise view of a tensor for the copy engine.

@@ -156,18 +156,18 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
     look_up_all();
     i32 loaded = first_k;
     const auto copy_step = [&](i32 stage) {
-        T* const a = stages + stage * STAGE_SIZE + my_row * A_STRIDE + column;
+        T* const a = stages + stage * STAGE_SIZE;
         if constexpr (VECTOR) {
 #pragma unroll
             for (i32 turn = 0; turn < A_TURNS; ++turn) {
-                copy16(a + turn * A_ROWS_AT_ONCE * A_STRIDE, x + at[turn], k < end_k && (inside >> turn & 1));
+                copy16(a + a_place(my_row + turn * A_ROWS_AT_ONCE, column), x + at[turn], k < end_k && (inside >> turn & 1));
             }
         } else {
 #pragma unroll 4
             for (i32 turn = 0; turn < A_TURNS; ++turn) {
                 i64 element;
                 const bool within = k < end_k && look_up(turn, element);
-                copy1(a + turn * A_ROWS_AT_ONCE * A_STRIDE, x + (within ? element : 0), within);
+                copy1(a + a_place(my_row + turn * A_ROWS_AT_ONCE, column), x + (within ? element : 0), within);
             }
         }
         T* const b = stages + stage * STAGE_SIZE + A_SIZE;
@@ -175,7 +175,7 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
         for (i32 i = threadIdx.x; i < BK * B_COPIES; i += THREADS) {
             const i32 row = i / B_COPIES, n = i % B_COPIES * (16 / (i32)sizeof(T));
             const bool exists = loaded + row < end_k;
-            copy16(b + row * B_STRIDE + n, weights + (exists ? (i64)(loaded + row) * width + n : 0), exists);
+            copy16(b + b_place(row, n), weights + (exists ? (i64)(loaded + row) * width + n : 0), exists);
         }
         loaded += BK;
         k += BK;
@@ -198,14 +198,13 @@ conv_gather(const ConvGather g, const T* __restrict__ x, const T* __restrict__ w
         copies_commit();
     }
     for (i32 step = 0, stage = 0; step < steps; ++step) {
-        copies_wait<STAGES - 2>();
-        __syncthreads();
-        if (step + STAGES - 1 < steps) {
-            copy_step(stage == 0 ? STAGES - 1 : stage - 1);
-        }
-        copies_commit();
-        const T* const a = stages + stage * STAGE_SIZE;
-        tile.multiply(a, a + A_SIZE);
+        await_stage<STAGES - 2>();
+        multiply_stage(tile, stages + stage * STAGE_SIZE, [&]() {
+            if (step + STAGES - 1 < steps) {
+                copy_step(stage == 0 ? STAGES - 1 : stage - 1);
+            }
+            copies_commit();
+        });
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 

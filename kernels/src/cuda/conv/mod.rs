@@ -1,7 +1,7 @@
 //! Convolution over channels-last images, as [`crate::cpu::conv`] describes it: forward pass, input gradient and weight gradient, each as a
 //! product whose factors are gathered from the images while they are loaded.
 //!
-//! - `gather.cu`: forward pass and input gradient, the tiles of a product on tensor cores or multiply-adds (`tile.cuh`);
+//! - `gather.cu`: forward pass and input gradient, the tiles of a product by multiply-adds or on tensor cores (`tile.cuh`);
 //! - `thin.cu`: the same to up to [`THIN`] channels a group;
 //! - `weight.cu`: the weight gradient, over parts of the pixels;
 //! - `depthwise.cu`: one channel a group, all passes;
@@ -18,8 +18,23 @@ use super::{CudaError, DeviceBuffer, DevicePtr, Gpu, Launch, Slice, SliceMut, So
 use crate::cpu::conv::ConvShape;
 use plan::Math;
 
-const GATHER: Source = Source { name: "conv_gather", text: include_str!("gather.cu") };
-const WEIGHT: Source = Source { name: "conv_weight", text: include_str!("weight.cu") };
+/// By multiply-adds, on tensor cores, on Hopper's.
+static GATHER: [Source; 3] = {
+    const TEXT: &str = include_str!("gather.cu");
+    [
+        Source { name: "conv_gather", text: TEXT },
+        Source { name: "conv_gather_mma", text: TEXT },
+        Source { name: "conv_gather_hopper", text: TEXT },
+    ]
+};
+static WEIGHT: [Source; 3] = {
+    const TEXT: &str = include_str!("weight.cu");
+    [
+        Source { name: "conv_weight", text: TEXT },
+        Source { name: "conv_weight_mma", text: TEXT },
+        Source { name: "conv_weight_hopper", text: TEXT },
+    ]
+};
 const THIN_SOURCE: Source = Source { name: "conv_thin", text: include_str!("thin.cu") };
 const DEPTHWISE: Source = Source { name: "conv_depthwise", text: include_str!("depthwise.cu") };
 const PACK: Source = Source { name: "conv_pack", text: include_str!("pack.cu") };
@@ -299,7 +314,7 @@ fn product(
     let group_size = tile.group() * if parts > 1 { sum_size(ty) } else { ty.size() };
     let aligned = g.cout().is_multiple_of(tile.group()) && (parts > 1 || y.ptr().is_aligned(group_size as u64));
     let defines = tile.defines(math, &[("T", ty.name()), ("VECTOR", flag(vector)), ("PARTIAL", flag(parts > 1))]);
-    let kernel = gpu.module(&GATHER, &defines)?.kernel("conv_gather")?;
+    let kernel = gpu.module(math.source(&GATHER), &defines)?.kernel("conv_gather")?;
     let count = tiles_m.saturating_mul(tiles_n).saturating_mul(g.groups()).saturating_mul(phases).saturating_mul(parts);
     let launch =
         blocks(count, tile.threads)?.with_shared((tile.stage_bytes(math, ty, true) * tile.stages + tile.m * size_of::<[i64; 4]>()) as u32);
@@ -395,7 +410,7 @@ fn weight_product(
             ("SOURCE_VECTOR", flag(by_lines(source.ptr(), g.cin(), ty))),
         ],
     );
-    let kernel = gpu.module(&WEIGHT, &defines)?.kernel("conv_weight")?;
+    let kernel = gpu.module(math.source(&WEIGHT), &defines)?.kernel("conv_weight")?;
     let count = tiles_m.saturating_mul(tiles_n).saturating_mul(g.groups()).saturating_mul(parts);
     let table = 2 * tile.k * size_of::<[i64; 3]>();
     let launch = blocks(count, tile.threads)?.with_shared((tile.stage_bytes(math, ty, false) * tile.stages + table) as u32);

@@ -1,7 +1,7 @@
 //! Which tiles a product is cut into, and into how many parts its sums. Both depend on shape, type and precision alone, so that a sum has one
 //! order on every GPU.
 
-use super::{Gather, Gpu, Type, sum_size};
+use super::{Gather, Gpu, Source, Type, sum_size};
 use crate::cpu::gemm::{MatmulPrecision, matmul_precision};
 
 /// How a product is computed: the values of MATH in `tile.cuh`.
@@ -15,12 +15,16 @@ pub(super) enum Math {
     Tf32,
     /// Tensor cores on f32 split into two TF32.
     Tf32x3,
+    /// Hopper's warpgroups on f16 or bf16.
+    Warpgroup,
 }
 
 impl Math {
     pub(super) fn of(gpu: &Gpu, ty: Type) -> Self {
         match (ty, matmul_precision()) {
             _ if gpu.capability() < (8, 0) => Self::Fma,
+            // Later GPUs have other instructions in the place of Hopper's.
+            (Type::F16 | Type::BF16, _) if gpu.capability() == (9, 0) => Self::Warpgroup,
             (Type::F16 | Type::BF16, _) => Self::Half,
             (Type::F32, MatmulPrecision::High) => Self::Tf32x3,
             (Type::F32, MatmulPrecision::Medium) => Self::Tf32,
@@ -34,6 +38,16 @@ impl Math {
             Self::Half => "1",
             Self::Tf32 => "2",
             Self::Tf32x3 => "3",
+            Self::Warpgroup => "4",
+        }
+    }
+
+    /// The one of a kernel file's names that says what it needs.
+    pub(super) fn source(self, [plain, tensor_cores, hopper]: &'static [Source; 3]) -> &'static Source {
+        match self {
+            Self::Fma => plain,
+            Self::Half | Self::Tf32 | Self::Tf32x3 => tensor_cores,
+            Self::Warpgroup => hopper,
         }
     }
 }
@@ -54,14 +68,15 @@ pub(super) struct Tile {
     macros: [(&'static str, &'static str); 7],
 }
 
-/// `[m, n, k]`, what a thread (multiply-adds) or how many warps (tensor cores) along m and n, threads, and blocks on a multiprocessor.
+/// `[m, n, k]`, what a thread (multiply-adds) or how many warps (tensor cores) along m and n, threads, stages, blocks on a
+/// multiprocessor, and efficiency.
 macro_rules! tile {
-    ([$m:literal, $n:literal, $k:literal], $a:literal = $av:literal, $b:literal = $bv:literal, $threads:literal, $blocks:literal, $efficiency:literal) => {
+    ([$m:literal, $n:literal, $k:literal], $a:literal = $av:literal, $b:literal = $bv:literal, $threads:literal, $stages:literal, $blocks:literal, $efficiency:literal) => {
         Tile {
             m: $m,
             n: $n,
             k: $k,
-            stages: 3,
+            stages: $stages,
             threads: $threads,
             blocks: $blocks,
             efficiency: $efficiency,
@@ -71,7 +86,7 @@ macro_rules! tile {
                 ("BK", stringify!($k)),
                 ($a, stringify!($av)),
                 ($b, stringify!($bv)),
-                ("STAGES", "3"),
+                ("STAGES", stringify!($stages)),
                 ("BLOCKS", stringify!($blocks)),
             ],
         }
@@ -80,20 +95,29 @@ macro_rules! tile {
 
 // A step of k is 64 bytes of a row for multiply-adds, 128 for tensor cores.
 const FMA: [Tile; 3] = [
-    tile!([128, 64, 16], "TM" = 8, "TN" = 8, 128, 3, 1.0),
-    tile!([64, 64, 16], "TM" = 8, "TN" = 4, 128, 4, 0.85),
-    tile!([64, 32, 16], "TM" = 4, "TN" = 4, 128, 4, 0.6),
+    tile!([128, 64, 16], "TM" = 8, "TN" = 8, 128, 3, 3, 1.0),
+    tile!([64, 64, 16], "TM" = 8, "TN" = 4, 128, 3, 4, 0.85),
+    tile!([64, 32, 16], "TM" = 4, "TN" = 4, 128, 3, 4, 0.6),
 ];
-const FMA_HALF: [Tile; 1] = [tile!([64, 64, 16], "TM" = 8, "TN" = 4, 128, 3, 1.0)];
-const FMA_F64: [Tile; 1] = [tile!([64, 64, 8], "TM" = 4, "TN" = 4, 256, 2, 1.0)];
+const FMA_HALF: [Tile; 1] = [tile!([64, 64, 16], "TM" = 8, "TN" = 4, 128, 3, 3, 1.0)];
+const FMA_F64: [Tile; 1] = [tile!([64, 64, 8], "TM" = 4, "TN" = 4, 256, 3, 2, 1.0)];
 const HALF: [Tile; 4] = [
-    tile!([128, 128, 64], "WARPS_M" = 2, "WARPS_N" = 4, 256, 1, 1.0),
-    tile!([128, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 2, 0.9),
-    tile!([64, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 0.75),
-    tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 0.5),
+    tile!([128, 128, 64], "WARPS_M" = 2, "WARPS_N" = 4, 256, 3, 1, 1.0),
+    tile!([128, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 2, 0.9),
+    tile!([64, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 3, 0.75),
+    tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 3, 0.5),
 ];
-const TF32: [Tile; 2] =
-    [tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 1, 1.0), tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 2, 0.85)];
+const TF32: [Tile; 2] = [
+    tile!([128, 64, 32], "WARPS_M" = 4, "WARPS_N" = 2, 256, 3, 1, 1.0),
+    tile!([64, 64, 32], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 2, 0.85),
+];
+
+const WARPGROUP: [Tile; 4] = [
+    tile!([128, 256, 64], "WARPS_M" = 8, "WARPS_N" = 1, 256, 3, 1, 1.0),
+    tile!([128, 128, 64], "WARPS_M" = 8, "WARPS_N" = 1, 256, 4, 1, 0.85),
+    tile!([128, 64, 64], "WARPS_M" = 8, "WARPS_N" = 1, 256, 3, 2, 0.75),
+    tile!([64, 64, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 4, 0.65),
+];
 
 /// Multiprocessors that plans are made for: an H100's. A constant, so that plans do not depend on the GPU.
 const PROCESSORS: usize = 132;
@@ -110,6 +134,9 @@ impl Tile {
     /// Bytes of a stage, as STAGE_SIZE in `tile.cuh`.
     pub(super) fn stage_bytes(&self, math: Math, ty: Type, a_rows: bool) -> usize {
         let size = ty.size();
+        if math == Math::Warpgroup {
+            return (self.m + self.n) * self.k * size;
+        }
         let pad = if size == 8 { 4 } else { 16 / size };
         let wide = if matches!(math, Math::Tf32 | Math::Tf32x3) { 8 } else { pad };
         let a = if a_rows { self.m * (self.k + pad) } else { self.k * (self.m + wide) };
@@ -131,6 +158,7 @@ fn tiles(math: Math, ty: Type) -> &'static [Tile] {
         (Math::Fma, Type::F64) => &FMA_F64,
         (Math::Fma, _) => &FMA_HALF,
         (Math::Half, _) => &HALF,
+        (Math::Warpgroup, _) => &WARPGROUP,
         (Math::Tf32 | Math::Tf32x3, _) => &TF32,
     }
 }

@@ -51,7 +51,7 @@ fn all_three_products_agree_with_the_definition() {
     for s in shapes() {
         check(gpu, &s, Type::F32, Math::Fma);
         check(gpu, &s, Type::F64, Math::Fma);
-        check(gpu, &s, Type::BF16, Math::Half);
+        check(gpu, &s, Type::BF16, Math::of(gpu, Type::BF16));
     }
 }
 
@@ -64,11 +64,17 @@ fn every_way_to_multiply_agrees_with_the_definition() {
         shape2d(1, [16, 48], [8, 8], [4, 4], [2, 1, 1], 2),
     ];
     for s in some {
-        check(gpu, &s, Type::F16, Math::Half);
         check(gpu, &s, Type::F16, Math::Fma);
         check(gpu, &s, Type::BF16, Math::Fma);
-        check(gpu, &s, Type::F32, Math::Tf32);
-        check(gpu, &s, Type::F32, Math::Tf32x3);
+        if gpu.capability() >= (8, 0) {
+            check(gpu, &s, Type::F16, Math::Half);
+            check(gpu, &s, Type::BF16, Math::Half);
+            check(gpu, &s, Type::F32, Math::Tf32);
+            check(gpu, &s, Type::F32, Math::Tf32x3);
+        }
+        if gpu.capability() == (9, 0) {
+            check(gpu, &s, Type::F16, Math::Warpgroup);
+        }
     }
 }
 
@@ -76,10 +82,10 @@ fn every_way_to_multiply_agrees_with_the_definition() {
 fn every_tile_is_of_use_and_agrees_with_the_definition() {
     let Some(gpu) = device() else { return };
     // Images enough that a multiprocessor gets several tiles, so that larger ones pay.
-    for (n, c) in [(60, 64), (120, 32)] {
+    for (n, c) in [(60, 64), (120, 32), (60, 128), (60, 256)] {
         let s = shape2d(n, [8, c], [16, 20], [1, 1], [1, 0, 1], 1);
         check(gpu, &s, Type::F32, Math::Fma);
-        check(gpu, &s, Type::BF16, Math::Half);
+        check(gpu, &s, Type::BF16, Math::of(gpu, Type::BF16));
     }
 }
 

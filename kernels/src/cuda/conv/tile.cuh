@@ -1,17 +1,36 @@
 // A tile of a product, BM by BN, summed over stages of BK that lie in shared memory; shared by the convolution's passes.
 //
 // Macros: T, MATH, BM, BN, BK, and TM, TN (a thread's share, MATH_FMA) or WARPS_M, WARPS_N (else); A_ROWS is 1 where the left factor lies in rows of k
-// ([m][k]), 0 where in rows of m ([k][m]). The right factor lies in rows of n ([k][n]).
+// ([m][k]), 0 where in rows of m ([k][m]). The right factor lies in rows of n ([k][n]). `a_place` and `b_place` say where an element of a stage is.
+//
+// A stage is multiplied by `start` and `finish`; in between, warpgroups are free to copy the next one.
 #pragma once
 
-// Multiply-adds; tensor cores on 16-bit elements; on f32 rounded to TF32; on f32 split into two TF32.
+// Multiply-adds; tensor cores on 16-bit elements; on f32 rounded to TF32; on f32 split into two TF32; Hopper's warpgroups on 16-bit elements.
 #define MATH_FMA 0
 #define MATH_HALF 1
 #define MATH_TF32 2
 #define MATH_TF32X3 3
+#define MATH_WARPGROUP 4
 
 typedef Compute<T> Sum;
 
+#if MATH == MATH_WARPGROUP
+// Blocks of 64 elements in lines of 128 bytes, whose 16-byte units are exchanged as Hopper's tensor cores expect (the 128-byte swizzle): by the line's
+// number, modulo 8. Blocks of a factor that is not in rows of k follow one another.
+static_assert(BK == 64, "a line of 128 bytes");
+constexpr i32 A_SIZE = BM * BK;
+constexpr i32 B_SIZE = BK * BN;
+__device__ __forceinline__ i32 swizzled(i32 line, i32 column) {
+    return line * 64 + ((column / 8 ^ line % 8) * 8 + column % 8);
+}
+__device__ __forceinline__ i32 b_place(i32 k, i32 n) {
+    return n / 64 * BK * 64 + swizzled(k, n % 64);
+}
+__device__ __forceinline__ i32 a_place(i32 line, i32 column) {
+    return A_ROWS ? swizzled(line, column) : b_place(line, column);
+}
+#else
 // Rows are 16 bytes longer than their content (32 where single f32 are read by rows of k, or four f64), so that what a warp reads at once lies in
 // different banks.
 constexpr i32 PAD = sizeof(T) == 8 ? 4 : 16 / (i32)sizeof(T);
@@ -20,6 +39,13 @@ constexpr i32 A_STRIDE = A_ROWS ? BK + PAD : BM + WIDE_PAD;
 constexpr i32 B_STRIDE = BN + WIDE_PAD;
 constexpr i32 A_SIZE = (A_ROWS ? BM : BK) * A_STRIDE;
 constexpr i32 B_SIZE = BK * B_STRIDE;
+__device__ __forceinline__ i32 a_place(i32 row, i32 column) {
+    return row * A_STRIDE + column;
+}
+__device__ __forceinline__ i32 b_place(i32 row, i32 column) {
+    return row * B_STRIDE + column;
+}
+#endif
 constexpr i32 STAGE_SIZE = A_SIZE + B_SIZE;
 
 #if MATH == MATH_FMA
@@ -57,7 +83,7 @@ struct Tile {
         return A_ROWS ? m + i * M : (i / 4 * M + m) * 4 + i % 4;
     }
 
-    __device__ __forceinline__ void multiply(const T* a, const T* b) {
+    __device__ __forceinline__ void start(const T* a, const T* b) {
         typedef Pack<T, 4> Four;
         constexpr i32 STEP = A_ROWS ? 4 : 1;
 #pragma unroll
@@ -97,6 +123,8 @@ struct Tile {
         }
     }
 
+    __device__ __forceinline__ void finish() {}
+
     // Calls f(row, column, sums of GROUP columns).
     template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
@@ -105,6 +133,59 @@ struct Tile {
             for (i32 j = 0; j < TN / 4; ++j) {
                 const Sum four[4] = {sum[i][j * 4], sum[i][j * 4 + 1], sum[i][j * 4 + 2], sum[i][j * 4 + 3]};
                 f(row_of(m, i), (j * N + n) * 4, four);
+            }
+        }
+    }
+};
+
+#elif MATH == MATH_WARPGROUP
+
+constexpr i32 THREADS = WARPS_M * 32;
+constexpr i32 GROUP = 2;
+static_assert(WARPS_M * 16 == BM && WARPS_M % 4 == 0 && WARPS_N == 1 && BN % 64 == 0, "64 rows a warpgroup");
+
+struct Tile {
+    float sum[BN / 2];
+    i32 group;
+
+    __device__ __forceinline__ Tile() {
+        group = warp_id() / 4;
+#pragma unroll
+        for (i32 i = 0; i < BN / 2; ++i) {
+            sum[i] = 0;
+        }
+    }
+
+    __device__ __forceinline__ void start(const T* a, const T* b) {
+        constexpr u32 BLOCK_BYTES = 64 * BK * 2;
+        const u64 left = wgmma_descriptor(smem_addr(a) + group * BLOCK_BYTES, A_ROWS ? 16 : BLOCK_BYTES, 1024);
+        const u64 right = wgmma_descriptor(smem_addr(b), BLOCK_BYTES, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (i32 k = 0; k < BK / 16; ++k) {
+            // Descriptors count in units of 16 bytes; 16 of k are 32 bytes of a line, or 16 lines.
+            if constexpr (Same<T, bf16>::value) {
+                wgmma_bf16<BN, !A_ROWS, 1>(sum, left + k * (A_ROWS ? 2 : 128), right + k * 128, 1);
+            } else {
+                wgmma_f16<BN, !A_ROWS, 1>(sum, left + k * (A_ROWS ? 2 : 128), right + k * 128, 1);
+            }
+        }
+        wgmma_commit();
+    }
+
+    __device__ __forceinline__ void finish() {
+        wgmma_wait<0>();
+        hold_registers(sum);
+    }
+
+    template <class F> __device__ __forceinline__ void each(F f) {
+        const i32 row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (i32 j = 0; j < BN / 8; ++j) {
+#pragma unroll
+            for (i32 half = 0; half < 2; ++half) {
+                const float two[2] = {sum[j * 4 + half * 2], sum[j * 4 + half * 2 + 1]};
+                f(row + half * 8, j * 8 + threadIdx.x % 4 * 2, two);
             }
         }
     }
@@ -141,7 +222,7 @@ struct Tile {
     }
 
 #if MATH == MATH_HALF
-    __device__ __forceinline__ void multiply(const T* a, const T* b) {
+    __device__ __forceinline__ void start(const T* a, const T* b) {
         const u32 a_at = smem_addr(a), b_at = smem_addr(b);
         // The row of an 8x8 matrix whose address this lane gives, and which of four matrices it belongs to.
         const i32 r = lane & 7, low = (lane >> 3 & 1) * 8, high = (lane >> 4) * 8;
@@ -176,7 +257,7 @@ struct Tile {
         return (rounded & 0x7fffffff) >= 0x7f800000 ? 0 : f32_to_tf32(__uint_as_float(x) - __uint_as_float(rounded));
     }
 
-    __device__ __forceinline__ void multiply(const T* a, const T* b) {
+    __device__ __forceinline__ void start(const T* a, const T* b) {
         const u32 a_at = smem_addr(a);
         const i32 r = lane & 7, low = (lane >> 3 & 1) * 8, high = (lane >> 4) * 4;
         const i32 k_of = lane % 4, of = lane / 4;
@@ -226,6 +307,8 @@ struct Tile {
     }
 #endif
 
+    __device__ __forceinline__ void finish() {}
+
     template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
         for (i32 i = 0; i < M; ++i) {
@@ -242,6 +325,27 @@ struct Tile {
 };
 
 #endif
+
+// Multiplies a stage whose copies this thread has waited for, and calls `copy` to fetch another one: before, where the thread itself multiplies, or meanwhile.
+template <class F> __device__ __forceinline__ void multiply_stage(Tile& tile, const T* stage, F copy) {
+    if constexpr (MATH == MATH_WARPGROUP) {
+        tile.start(stage, stage + A_SIZE);
+        copy();
+        tile.finish();
+    } else {
+        copy();
+        tile.start(stage, stage + A_SIZE);
+    }
+}
+
+// Waits until all but the `N` latest stages that were copied can be read.
+template <int N> __device__ __forceinline__ void await_stage() {
+    copies_wait<N>();
+    if constexpr (MATH == MATH_WARPGROUP) {
+        fence_proxy_async();
+    }
+    __syncthreads();
+}
 
 // `GROUP` elements of a row, of which those from `end` on do not exist; `together` says that whole groups may be stored at once.
 template <class E, class F> __device__ __forceinline__ void store_group(E* at, i32 col, i32 end, bool together, F value) {

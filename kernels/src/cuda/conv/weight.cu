@@ -86,9 +86,9 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
             const bool exists = pixel + row < end && tile_m * BM + m < g.cout;
             const T* const from = target + (exists ? (pixel + row) * target_len + (i64)group * g.cout + tile_m * BM + m : 0);
             if constexpr (DENSE_VECTOR) {
-                copy16(a + row * A_STRIDE + m, from, exists);
+                copy16(a + a_place(row, m), from, exists);
             } else {
-                copy1(a + row * A_STRIDE + m, from, exists);
+                copy1(a + a_place(row, m), from, exists);
             }
         }
         T* const b = a + A_SIZE;
@@ -102,9 +102,9 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
             const i64 at = entry.source + ((i64)d * g.axis[1].source + h) * g.axis[2].source + v;
             const T* const from = source + (exists ? at * source_len + channel : 0);
             if constexpr (SOURCE_VECTOR) {
-                copy16(b + row * B_STRIDE + n, from, exists);
+                copy16(b + b_place(row, n), from, exists);
             } else {
-                copy1(b + row * B_STRIDE + n, from, exists);
+                copy1(b + b_place(row, n), from, exists);
             }
         }
     };
@@ -121,16 +121,15 @@ conv_weight(const ConvGather g, const T* __restrict__ source, const T* __restric
         copies_commit();
     }
     for (i32 step = 0, stage = 0; step < steps; ++step) {
-        copies_wait<STAGES - 2>();
-        __syncthreads();
-        const i32 ahead = step + STAGES - 1;
-        if (ahead < steps) {
-            copy_step(ahead, stage == 0 ? STAGES - 1 : stage - 1);
-        }
-        look_up(ahead + 1);
-        copies_commit();
-        const T* const a = stages + stage * STAGE_SIZE;
-        tile.multiply(a, a + A_SIZE);
+        await_stage<STAGES - 2>();
+        multiply_stage(tile, stages + stage * STAGE_SIZE, [&]() {
+            const i32 ahead = step + STAGES - 1;
+            if (ahead < steps) {
+                copy_step(ahead, stage == 0 ? STAGES - 1 : stage - 1);
+            }
+            look_up(ahead + 1);
+            copies_commit();
+        });
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 

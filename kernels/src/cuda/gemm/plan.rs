@@ -145,16 +145,26 @@ pub(super) struct HopperTile {
     pub cluster: usize,
     /// Rows of tiles that are visited together.
     pub group: usize,
+    /// Warpgroups take tiles in turn, rather than halves of one.
+    pub pingpong: bool,
+    /// The factors are exchanged and C is stored transposed.
+    pub swap: bool,
 }
 
 impl HopperTile {
-    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 2, group: 8 };
-    pub const SQUARE: Self = Self { m: 128, n: 128, stages: 6, cluster: 1, group: 8 };
-    pub const NARROW: Self = Self { m: 128, n: 64, stages: 8, cluster: 1, group: 8 };
+    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 2, group: 8, pingpong: false, swap: false };
+    pub const SQUARE: Self = Self { m: 128, n: 128, stages: 6, cluster: 2, pingpong: true, ..Self::WIDE };
+    pub const NARROW: Self = Self { m: 128, n: 64, stages: 8, cluster: 1, ..Self::WIDE };
 
-    /// The ring of stages, two buffers of 2 KiB for each of the 8 warps that store, and two barriers a stage.
-    pub fn shared_bytes(&self, stores_by_tma: bool) -> u32 {
-        (self.stages * ((self.m + self.n) * 128 + 16) + if stores_by_tma { 8 * 4096 } else { 0 }) as u32
+    /// For 2 to 64 rows (or columns, if not `swap`): the other extent is that of `wgmma`'s 64 rows, and many stages keep memory busy.
+    pub fn few(few: usize, swap: bool) -> Self {
+        let n = few.next_power_of_two().max(8);
+        Self { m: 128, n, stages: if n == 64 { 8 } else { 10 }, cluster: 1, swap, ..Self::WIDE }
+    }
+
+    /// The ring of stages with two barriers for each, and buffers of 4 KiB for each of the 8 warps that store.
+    pub fn shared_bytes(&self, buffers: bool) -> u32 {
+        (self.stages * ((self.m + self.n) * 128 + 16) + if buffers { 8 * 4096 } else { 0 }) as u32
     }
 
     /// Cycles that a block of k costs: `wgmma` at its rate, which narrow tiles do not reach.
@@ -251,11 +261,12 @@ impl Plan {
         if p.k == 0 {
             return Self { level: Level::Tiled(TiledTile::SMALL), splits: 1 };
         }
-        if let Some(plan) = Self::skinny(p) {
+        let half = matches!(p.ty, Type::F16 | Type::BF16);
+        let hopper = half && capability.0 == 9 && p.by_tma(&p.a, p.m) && p.by_tma(&p.b, p.n);
+        if let Some(plan) = Self::few(p).filter(|_| hopper).or_else(|| Self::skinny(p)) {
             return plan;
         }
-        let half = matches!(p.ty, Type::F16 | Type::BF16);
-        if half && capability.0 == 9 && p.by_tma(&p.a, p.m) && p.by_tma(&p.b, p.n) {
+        if hopper {
             return Self::hopper(p);
         }
         let tensor_cores = half || (p.ty == Type::F32 && p.precision != MatmulPrecision::Highest);
@@ -265,6 +276,15 @@ impl Plan {
             return Self { level: Level::Mma(tile), splits: splits(tiles, MULTIPROCESSORS, p.k, 256) };
         }
         Self::tiled(p)
+    }
+
+    /// Few rows or columns, but more than one, on `wgmma`: a multiply-add for each of them and each element of the large factor would take longer than reading it.
+    fn few(p: &Problem) -> Option<Self> {
+        let swap = p.m < p.n;
+        let (large, few, factor) = if swap { (p.n, p.m, &p.a) } else { (p.m, p.n, &p.b) };
+        let tile = HopperTile::few(few, swap);
+        let fits = (2..=64).contains(&few) && large >= 2 * few && (factor.along_k() || tile.n == 64);
+        fits.then(|| Self { level: Level::Hopper(tile), splits: splits(large.div_ceil(tile.m) * p.batch, MULTIPROCESSORS, p.k, 256) })
     }
 
     /// Few rows or columns, and a large factor that can be read in lines.

@@ -255,14 +255,22 @@ fn tensor_cores_of_a_warpgroup() {
     let Some(gpu) = device().filter(|gpu| gpu.capability().0 == 9) else { return };
     let plan = |tile, splits| Some(Plan { level: Level::Hopper(tile), splits });
     for (a, b) in FOUR {
-        for tile in [HopperTile::WIDE, HopperTile::SQUARE, HopperTile { cluster: 2, ..HopperTile::SQUARE }, HopperTile::NARROW] {
+        for tile in [HopperTile::WIDE, HopperTile::SQUARE, HopperTile::NARROW] {
             Case::new(Type::BF16, [328, 264, 200], a, b).check(gpu, plan(tile, 1));
+            Case { pad: 3, ..Case::new(Type::F16, [136, 264, 72], a, b) }
+                .check(gpu, plan(HopperTile { cluster: 1, pingpong: !tile.pingpong, ..tile }, 1));
         }
         Case { pad: 8, ..Case::new(Type::F16, [72, 136, 72], a, b).batched(5) }.check(gpu, plan(HopperTile::NARROW, 1));
         // Rows of C that are not aligned are stored from registers.
         Case::new(Type::BF16, [136, 136, 136], a, b).finished().check(gpu, plan(HopperTile::NARROW, 1));
         Case { out: Type::F32, ..Case::new(Type::BF16, [136, 136, 136], a, b) }.check(gpu, plan(HopperTile::SQUARE, 1));
         Case::new(Type::BF16, [136, 72, 650], a, b).batched(2).finished().check(gpu, plan(HopperTile::NARROW, 3));
+    }
+    for few in [2, 8, 13, 40, 64] {
+        let b = if few == 64 { Rows(0) } else { Cols(0) };
+        Case { pad: 1, ..Case::new(Type::BF16, [few, 264, 600], Rows(0), Cols(0)) }.check(gpu, None);
+        Case::new(Type::BF16, [few, 264, 136], Rows(0), Rows(0)).finished().check(gpu, plan(HopperTile::few(few, true), 1));
+        Case::new(Type::BF16, [264, few, 136], Cols(0), b).batched(2).finished().check(gpu, plan(HopperTile::few(few, false), 1));
     }
     // More tiles than multiprocessors: each block takes several, and the ring of stages goes on.
     Case { pad: 5, ..Case::new(Type::BF16, [1032, 520, 72], Rows(0), Cols(0)).finished() }.check(gpu, plan(HopperTile::WIDE, 1));

@@ -2,8 +2,9 @@
 
 use super::{Reduction, expect_alike};
 use crate::autocast::raised;
-use crate::graph::{Ctx, Grads, Op, record};
-use crate::{DType, Error, Result, Shape, Tensor};
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::{DType, Device, Error, Layout, Result, Shape, Tensor};
+use kiln_kernels::cuda::{Gpu, cross_entropy as gpu_classes};
 use std::sync::Arc;
 
 /// How [`cross_entropy`](Tensor::cross_entropy_with) and [`nll_loss`](Tensor::nll_loss_with) weigh their elements.
@@ -36,62 +37,146 @@ pub struct BceOptions<'a> {
     pub reduction: Reduction,
 }
 
-/// Checked class indices of `[N, S]` elements of an input `[N, C, S]`.
+/// The integer classes of `[N, S]` elements of an input `[N, C, S]`.
 struct Classes {
     n: usize,
     c: usize,
     s: usize,
+    targets: Targets,
+}
+
+enum Targets {
     /// The place of each element's class in the input; `None` where the target is ignored.
-    places: Vec<Option<usize>>,
+    Host(Vec<Option<usize>>),
+    /// The classes (i64, row-major) in the memory of a GPU, and the one that is ignored.
+    Gpu(&'static Gpu, Tensor, i64),
 }
 
 impl Classes {
-    fn new(op: &str, input: &Shape, target: &Tensor, ignore_index: i64) -> Result<Self> {
+    fn new(op: &str, input: &Tensor, target: &Tensor, ignore_index: i64) -> Result<Self> {
+        let shape = input.shape();
         let expected = || {
             let message =
-                format!("an input of shape {input} ([N, C, ...] or [C]) needs targets of the same shape without C, got {}", target.shape());
+                format!("an input of shape {shape} ([N, C, ...] or [C]) needs targets of the same shape without C, got {}", target.shape());
             Error::shape(op, message)
         };
-        let dim = match input.rank() {
+        let dim = match shape.rank() {
             0 => return Err(expected()),
             1 => 0,
             _ => 1,
         };
-        if input.without(dim) != *target.shape() {
+        if shape.without(dim) != *target.shape() {
             return Err(expected());
         }
-        let targets = match target.dtype() {
-            DType::I64 => target.to_vec::<i64>()?,
-            DType::I32 | DType::U8 => target.detach().to_dtype(DType::I64)?.to_vec::<i64>()?,
+        let target = match target.dtype() {
+            DType::I64 => target.detach(),
+            DType::I32 | DType::U8 => target.detach().to_dtype(DType::I64)?,
             other => return Err(Error::unsupported_dtype(op, other, "integer classes, or probabilities in the input's shape and dtype")),
         };
-        let (n, c, s) = (input[..dim].iter().product(), input[dim], input[dim + 1..].iter().product::<usize>());
+        let (n, c, s) = (shape[..dim].iter().product(), shape[dim], shape[dim + 1..].iter().product::<usize>());
+        if let Some(gpu) = input.gpu()? {
+            if target.device() != input.device() {
+                return Err(Error::device_mismatch(op, input.device(), target.device()));
+            }
+            return Ok(Self { n, c, s, targets: Targets::Gpu(gpu, target.contiguous()?, ignore_index) });
+        }
         let place = |(i, class): (usize, i64)| match usize::try_from(class) {
             _ if class == ignore_index => Ok(None),
             Ok(class) if class < c => Ok(Some((i / s * c + class) * s + i % s)),
-            _ => Err(Error::index(op, format!("target {class} at position {i} is not a class of 0..{c} (nor the ignored {ignore_index})"))),
+            _ => Err(no_class(op, class, i, c, ignore_index)),
         };
-        Ok(Self { n, c, s, places: targets.into_iter().enumerate().map(place).collect::<Result<_>>()? })
+        let places = target.to_vec::<i64>()?.into_iter().enumerate().map(place).collect::<Result<_>>()?;
+        Ok(Self { n, c, s, targets: Targets::Host(places) })
     }
 
-    /// Each element's factor: its class's weight, 1 without weights, 0 where it is ignored.
-    fn weights(&self, op: &str, x: &Tensor, weight: Option<&Tensor>) -> Result<Vec<f64>> {
-        let weight = weight.map(|w| class_weights(op, x, w, self.c)).transpose()?;
+    /// Each element's factor, in the dtype and on the device of `x`: its class's weight, 1 without weights, 0 where it is ignored; and their sum.
+    fn weights(&self, op: &str, x: &Tensor, weight: Option<&Tensor>) -> Result<(Tensor, Total)> {
+        weight.map_or(Ok(()), |weight| expect_class_weights(op, x, weight, self.c))?;
+        let places = match &self.targets {
+            Targets::Host(places) => places,
+            Targets::Gpu(gpu, targets, ignored) => return self.weights_on_gpu(op, x.dtype(), gpu, targets, *ignored, weight),
+        };
+        let weight = weight.map(|w| w.detach().to_dtype(DType::F64)?.to_vec::<f64>()).transpose()?;
         let of = |place: &Option<usize>| match (place, &weight) {
             (None, _) => 0.0,
             (Some(place), Some(weight)) => weight[place / self.s % self.c],
             (Some(_), None) => 1.0,
         };
-        Ok(self.places.iter().map(of).collect())
+        let weights: Vec<f64> = places.iter().map(of).collect();
+        let total = weights.iter().sum();
+        Ok((Tensor::from_vec(weights, [self.n, self.s])?.to_device(x.device())?.to_dtype(x.dtype())?, Total::Number(total)))
+    }
+
+    /// The weights of targets that the host does not know. That each is a class is checked here, which waits for the GPU; while its work is
+    /// only recorded nobody can wait, and a target that is no class makes the loss NaN.
+    fn weights_on_gpu(
+        &self,
+        op: &str,
+        dtype: DType,
+        gpu: &'static Gpu,
+        targets: &Tensor,
+        ignored: i64,
+        weight: Option<&Tensor>,
+    ) -> Result<(Tensor, Total)> {
+        let weight = weight.map(|w| w.detach().contiguous()).transpose()?;
+        let room = |shape: &[usize], dtype| Tensor::stale_on_gpu(gpu, Shape::new(shape)?, dtype);
+        let (mut weights, mut total, mut bad) = (room(&[self.n, self.s], dtype)?, room(&[], DType::F64)?, room(&[], DType::I64)?);
+        let weight = weight.as_ref().map(Tensor::gpu_slice).transpose()?;
+        let (w, t, b) = (weights.gpu_slice_mut()?, total.gpu_slice_mut()?, bad.gpu_slice_mut()?);
+        gpu_classes::weigh(gpu, &self.on_gpu(targets, ignored)?, weight, w, t, b)?;
+        if !gpu.is_capturing() {
+            let bad = bad.item::<i64>()?;
+            if let Ok(at) = usize::try_from(bad) {
+                return Err(no_class(op, targets.to_vec::<i64>()?[at], at, self.c, ignored));
+            }
+        }
+        Ok((weights, Total::OnGpu(total)))
+    }
+
+    fn on_gpu<'a>(&self, targets: &'a Tensor, ignored: i64) -> Result<gpu_classes::Classes<'a>> {
+        Ok(gpu_classes::Classes { targets: targets.gpu_slice()?, ignored, n: self.n, c: self.c, s: self.s })
+    }
+
+    /// True where a target is ignored, shape `[N, S]`.
+    fn ignored(&self) -> Result<Tensor> {
+        match &self.targets {
+            Targets::Host(places) => {
+                Tensor::from_vec(places.iter().map(Option::is_none).collect(), [self.n, self.s])?.to_device(Device::Cpu)
+            }
+            Targets::Gpu(_, targets, ignored) => targets.reshape([self.n, self.s])?.eq_scalar(*ignored as f64),
+        }
     }
 }
 
-fn class_weights(op: &str, x: &Tensor, weight: &Tensor, c: usize) -> Result<Vec<f64>> {
+fn no_class(op: &str, class: i64, position: usize, c: usize, ignored: i64) -> Error {
+    Error::index(op, format!("target {class} at position {position} is not a class of 0..{c} (nor the ignored {ignored})"))
+}
+
+/// The sum of the weights of a loss's elements.
+enum Total {
+    Number(f64),
+    OnGpu(Tensor),
+}
+
+impl Total {
+    /// `sum` over this total; a half-precision sum is divided in f32.
+    fn mean(&self, sum: &Tensor) -> Result<Tensor> {
+        let total = match self {
+            Total::Number(total) => return sum.div_scalar(*total),
+            Total::OnGpu(total) => total,
+        };
+        let dtype = if sum.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        sum.to_dtype(dtype)?.div(&total.to_dtype(dtype)?)?.to_dtype(sum.dtype())
+    }
+}
+
+/// An error unless there is a weight of the input's dtype for each class.
+fn expect_class_weights(op: &str, x: &Tensor, weight: &Tensor, c: usize) -> Result<()> {
     x.expect_same(op, weight)?;
     if weight.dims() != [c] {
         return Err(Error::shape(op, format!("weight must have shape [{c}], got {}", weight.shape())));
     }
-    weight.detach().to_dtype(DType::F64)?.to_vec::<f64>()
+    Ok(())
 }
 
 /// Picks each element's class out of `[N, C, S]` (0 where ignored), or, the other way round, places `[N, S]` there among zeros:
@@ -112,60 +197,120 @@ impl Op for Pick {
 
 fn pick(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let data = x.detach().contiguous()?;
-    let out = for_float!(x.dtype(), "nll_loss", T => {
-        let data = data.as_slice::<T>()?;
-        Tensor::build::<T>(x.device(), &Shape::new(&[classes.n, classes.s])?, |out| {
-            out.iter_mut().zip(&classes.places).for_each(|(out, place)| *out = place.map_or(T::default(), |at| data[at]));
-            Ok(())
-        })
+    let shape = Shape::new(&[classes.n, classes.s])?;
+    let out = for_float!(x.dtype(), "nll_loss", T => match &classes.targets {
+        Targets::Gpu(gpu, targets, ignored) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |out| {
+            Ok(gpu_classes::pick(gpu, &classes.on_gpu(targets, *ignored)?, data.gpu_slice()?, out)?)
+        }),
+        Targets::Host(places) => {
+            let data = data.as_slice::<T>()?;
+            Tensor::build::<T>(x.device(), &shape, |out| {
+                out.iter_mut().zip(places).for_each(|(out, place)| *out = place.map_or(T::default(), |at| data[at]));
+                Ok(())
+            })
+        }
     })?;
     record("pick_classes", out, &[x], |_| Pick { classes: classes.clone(), place: false })
 }
 
 fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let data = x.detach().contiguous()?;
-    let out = for_float!(x.dtype(), "nll_loss", T => {
-        let data = data.as_slice::<T>()?;
-        Tensor::build::<T>(x.device(), &Shape::new(&[classes.n, classes.c, classes.s])?, |out| {
-            out.fill(T::default());
-            for (&x, at) in data.iter().zip(&classes.places) {
-                if let Some(at) = *at {
-                    out[at] = x;
+    let shape = Shape::new(&[classes.n, classes.c, classes.s])?;
+    let out = for_float!(x.dtype(), "nll_loss", T => match &classes.targets {
+        Targets::Gpu(gpu, targets, ignored) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |out| {
+            Ok(gpu_classes::place(gpu, &classes.on_gpu(targets, *ignored)?, data.gpu_slice()?, out)?)
+        }),
+        Targets::Host(places) => {
+            let data = data.as_slice::<T>()?;
+            Tensor::build::<T>(x.device(), &shape, |out| {
+                out.fill(T::default());
+                for (&x, at) in data.iter().zip(places) {
+                    if let Some(at) = *at {
+                        out[at] = x;
+                    }
                 }
-            }
-            Ok(())
-        })
+                Ok(())
+            })
+        }
     })?;
     record("place_classes", out, &[x], |_| Pick { classes: classes.clone(), place: true })
 }
 
-/// The negative log-likelihood of log-probabilities.
-fn nll(op: &str, log_p: &Tensor, target: &Tensor, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
+/// −log softmax(x) at the targets, in one pass over logits `[N, C]` of a GPU; its gradient is (softmax(x) − 1 at the target)·g.
+struct RowLoss {
+    x: Tensor,
+    /// The largest logit of each row, and the logarithm of the sum of the exponentials relative to it.
+    kept: Tensor,
+    classes: Arc<Classes>,
+}
+
+impl Op for RowLoss {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+    fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
+        if let (Targets::Gpu(gpu, targets, ignored), false) = (&self.classes.targets, is_grad_enabled()) {
+            let (x, grad) = (self.x.detach().contiguous()?, grad.detach().contiguous()?);
+            let dx = Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
+                let classes = self.classes.on_gpu(targets, *ignored)?;
+                Ok(gpu_classes::cross_entropy_backward(gpu, &classes, x.gpu_slice()?, self.kept.gpu_slice()?, grad.gpu_slice()?, dx)?)
+            })?;
+            return Ok(vec![Some(dx)]);
+        }
+        let placed = place(grad, &self.classes)?.reshape(self.x.shape())?;
+        let p = self.x.softmax(1)?;
+        Ok(vec![Some(p.mul(&placed.sum_keepdim(1)?)?.sub(&placed)?)])
+    }
+}
+
+/// The losses `[N, 1]` of logits `[N, C, 1]` of a GPU.
+fn row_losses(x: &Tensor, classes: &Arc<Classes>, gpu: &'static Gpu, targets: &Tensor, ignored: i64) -> Result<Tensor> {
+    let logits = x.reshape([classes.n, classes.c])?;
+    let data = logits.detach().contiguous()?;
+    let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let mut kept = Tensor::stale_on_gpu(gpu, Shape::new(&[2, classes.n])?, wide)?;
+    let shape = Shape::new(&[classes.n, 1])?;
+    let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |loss| {
+        Ok(gpu_classes::cross_entropy(gpu, &classes.on_gpu(targets, ignored)?, data.gpu_slice()?, loss, kept.gpu_slice_mut()?)?)
+    })?;
+    record("cross_entropy", out, &[&logits], |_| RowLoss { x: logits.clone(), kept, classes: classes.clone() })
+}
+
+/// The negative log-likelihood of log-probabilities, or of logits if `logits`.
+fn nll(op: &str, x: &Tensor, logits: bool, target: &Tensor, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
     let smoothing = options.label_smoothing;
     if !(0.0..=1.0).contains(&smoothing) {
         return Err(Error::argument(op, format!("label_smoothing must lie in 0..=1, got {smoothing}")));
     }
-    let classes = Arc::new(Classes::new(op, log_p.shape(), target, options.ignore_index)?);
+    let classes = Arc::new(Classes::new(op, x, target, options.ignore_index)?);
     let Classes { n, c, s, .. } = *classes;
-    let weights = classes.weights(op, log_p, options.weight)?;
-    let total: f64 = weights.iter().sum();
-    let log_p = log_p.reshape([n, c, s])?;
-    let weights = Tensor::from_vec(weights, [n, s])?.to_dtype(log_p.dtype())?;
-    let mut losses = pick(&log_p, &classes)?.mul(&weights)?.neg()?;
-    if smoothing > 0.0 {
-        let weighted = match options.weight {
-            Some(weight) => log_p.mul(&weight.detach().reshape([1, c, 1])?)?,
-            None => log_p,
-        };
-        let ignored = Tensor::from_vec(classes.places.iter().map(Option::is_none).collect(), [n, s])?;
-        let even = weighted.sum(1)?.mul_scalar(-smoothing / c as f64)?.masked_fill(&ignored, 0.0)?;
-        losses = losses.mul_scalar(1.0 - smoothing)?.add(&even)?;
-    }
+    let (weights, total) = classes.weights(op, x, options.weight)?;
+    let losses = match &classes.targets {
+        Targets::Gpu(gpu, targets, ignored) if logits && s == 1 && smoothing == 0.0 && x.dtype().is_float() => {
+            row_losses(x, &classes, gpu, targets, *ignored)?.mul(&weights)?
+        }
+        _ => {
+            let log_p = if logits { x.log_softmax(isize::from(x.rank() > 1))? } else { x.clone() }.reshape([n, c, s])?;
+            let losses = pick(&log_p, &classes)?.mul(&weights)?.neg()?;
+            if smoothing > 0.0 { smoothed(&losses, log_p, &classes, options)? } else { losses }
+        }
+    };
     match options.reduction {
         Reduction::None => losses.reshape(target.shape()),
         Reduction::Sum => losses.sum(()),
-        Reduction::Mean => losses.sum(())?.div_scalar(total),
+        Reduction::Mean => total.mean(&losses.sum(())?),
     }
+}
+
+/// `losses` with a share of the target spread evenly over all classes.
+fn smoothed(losses: &Tensor, log_p: Tensor, classes: &Classes, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
+    let smoothing = options.label_smoothing;
+    let weighted = match options.weight {
+        Some(weight) => log_p.mul(&weight.detach().reshape([1, classes.c, 1])?)?,
+        None => log_p,
+    };
+    let even = weighted.sum(1)?.mul_scalar(-smoothing / classes.c as f64)?.masked_fill(&classes.ignored()?, 0.0)?;
+    losses.mul_scalar(1.0 - smoothing)?.add(&even)
 }
 
 /// Cross-entropy with a probability for each class: −Σ w·t·log p, the mean being over the elements.
@@ -182,7 +327,7 @@ fn cross_entropy_of_probabilities(
     let target = if smoothing > 0.0 { target.mul_scalar(1.0 - smoothing)?.add_scalar(smoothing / c as f64)? } else { target.clone() };
     let mut terms = log_p.mul(&target)?;
     if let Some(weight) = options.weight {
-        class_weights(op, log_p, weight, c)?;
+        expect_class_weights(op, log_p, weight, c)?;
         let mut along = vec![1; log_p.rank()];
         along[dim] = c;
         terms = terms.mul(&weight.detach().reshape(along)?)?;
@@ -254,12 +399,11 @@ impl Tensor {
     /// −log softmax(x) at the target classes. `self` holds logits, `[N, C]`, `[N, C, ...]` or `[C]`; `target` integer classes in the
     /// same shape without C, or probabilities in the same shape and dtype. A class outside of 0..C is an error, except `ignore_index`.
     pub fn cross_entropy_with(&self, target: &Tensor, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
-        let dim = usize::from(self.rank() > 1);
-        let log_p = self.log_softmax(dim as isize)?;
         if target.dtype().is_float() {
-            return cross_entropy_of_probabilities("cross_entropy", &log_p, target, dim, options);
+            let dim = usize::from(self.rank() > 1);
+            return cross_entropy_of_probabilities("cross_entropy", &self.log_softmax(dim as isize)?, target, dim, options);
         }
-        nll("cross_entropy", &log_p, target, options)
+        nll("cross_entropy", &*raised(self)?, true, target, options)
     }
 
     /// The mean of −x at the target classes: [`nll_loss_with`](Tensor::nll_loss_with) its defaults.
@@ -269,7 +413,7 @@ impl Tensor {
 
     /// −x at the target classes, `self` holding log-probabilities; see [`cross_entropy_with`](Tensor::cross_entropy_with).
     pub fn nll_loss_with(&self, target: &Tensor, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
-        nll("nll_loss", self, target, options)
+        nll("nll_loss", self, false, target, options)
     }
 
     /// The mean of [`bce_with_logits_with`](Tensor::bce_with_logits_with).
