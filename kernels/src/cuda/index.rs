@@ -162,17 +162,8 @@ fn add_sorted(
     let module = gpu.module(&SOURCE, &[("T", src.ty().name()), ("SUM", "1")])?;
     let sizes = [count, n, inner, outer].map(|x| x as i64);
     let width = inner.next_power_of_two().min(128);
-    let args: [&dyn Arg; 9] = [
-        &sorted.keys.ptr(),
-        &sorted.places.ptr(),
-        &sizes[0],
-        &sizes[1],
-        &sizes[2],
-        &sizes[3],
-        &src.ptr(),
-        &out.ptr(),
-        &(width as i32),
-    ];
+    let args: [&dyn Arg; 9] =
+        [&sorted.keys.ptr(), &sorted.places.ptr(), &sizes[0], &sizes[1], &sizes[2], &sizes[3], &src.ptr(), &out.ptr(), &(width as i32)];
     // SAFETY: sorted keys and places are `count` long, and the places below it; the shapes are those of `src` and `out`, as the callers checked.
     unsafe {
         module.kernel(name)?.launch(Launch::over(threads, THREADS), &args[..8])?;
