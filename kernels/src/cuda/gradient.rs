@@ -66,13 +66,13 @@ impl Computed {
 }
 
 /// `x ← x · factor`, rounded once from the compute type (the factor is rounded to that type first).
-pub fn scale(gpu: &'static Gpu, x: SliceMut<'_>, factor: f64) -> Result<(), CudaError> {
+pub fn scale(gpu: &'static Gpu, x: &mut SliceMut<'_>, factor: f64) -> Result<(), CudaError> {
     let factor = if x.ty() == Type::F64 { Computed::Double(factor) } else { Computed::Single(factor as f32) };
     in_place(gpu, "scale", x, &[factor])
 }
 
 /// `x ← min(max(x, low), high)`; NaN stays NaN. The bounds are rounded to the type of x first.
-pub fn clamp(gpu: &'static Gpu, x: SliceMut<'_>, low: f64, high: f64) -> Result<(), CudaError> {
+pub fn clamp(gpu: &'static Gpu, x: &mut SliceMut<'_>, low: f64, high: f64) -> Result<(), CudaError> {
     let ty = x.ty();
     in_place(
         gpu,
@@ -87,7 +87,7 @@ pub fn clamp(gpu: &'static Gpu, x: SliceMut<'_>, low: f64, high: f64) -> Result<
     )
 }
 
-fn in_place(gpu: &'static Gpu, name: &str, x: SliceMut<'_>, numbers: &[Computed]) -> Result<(), CudaError> {
+fn in_place(gpu: &'static Gpu, name: &str, x: &mut SliceMut<'_>, numbers: &[Computed]) -> Result<(), CudaError> {
     assert!(x.ty().is_float(), "{name} takes floats");
     if x.is_empty() {
         return Ok(());
@@ -147,9 +147,9 @@ mod tests {
                 numbers.iter_mut().step_by(5).for_each(|x| *x = f64::NAN);
                 let mut x = Values::new(gpu, ty, &numbers);
                 let before = x.read();
-                scale(gpu, x.slice_mut(), 1.0 / 3.0).unwrap();
+                scale(gpu, &mut x.slice_mut(), 1.0 / 3.0).unwrap();
                 let scaled = x.read();
-                clamp(gpu, x.slice_mut(), -0.3, 0.4).unwrap();
+                clamp(gpu, &mut x.slice_mut(), -0.3, 0.4).unwrap();
                 for ((x, scaled), before) in x.read().iter().zip(scaled).zip(before) {
                     let (s, c) = match ty {
                         Type::F64 => of_type::<f64>(before),

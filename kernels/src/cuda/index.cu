@@ -200,6 +200,14 @@ __device__ __forceinline__ A plus(A a, A b) {
     return (A)(a + b);
 }
 
+// A target with more sources than this is left to `add_long`.
+constexpr int LONG = 128;
+
+// Whether the sorted sources of a target that begin at `r` are more than LONG.
+__device__ __forceinline__ bool is_long(const u32* keys, i64 r, i64 count) {
+    return r + LONG < count && keys[r + LONG] == keys[r];
+}
+
 // out[o, key, ..] += src[o, place, ..], a thread for each column of each target. For narrow rows.
 extern "C" __global__ void __launch_bounds__(THREADS) add_narrow(const u32* keys, const u32* places, i64 count, i64 n, i64 inner, i64 outer, const T* src, T* out) {
     const i64 items = outer * count * inner;
@@ -208,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_narrow(const u32* keys
         const i64 o = row / count;
         i64 r = row - o * count;
         const u32 key = keys[r];
-        if (key >= n || (r > 0 && keys[r - 1] == key)) {
+        if (key >= n || (r > 0 && keys[r - 1] == key) || is_long(keys, r, count)) {
             continue;
         }
         T* target = out + (o * n + key) * inner + column;
@@ -235,7 +243,7 @@ template <int N> __device__ __forceinline__ void add_wide(const u32* keys, const
         const i64 o = row / count;
         i64 r = row - o * count;
         const u32 key = keys[r];
-        if (key >= n || (r > 0 && keys[r - 1] == key)) {
+        if (key >= n || (r > 0 && keys[r - 1] == key) || is_long(keys, r, count)) {
             continue;
         }
         const bool inside = column < inner;
@@ -299,6 +307,80 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_vectors(const u32* key
     add_wide<16 / sizeof(T)>(keys, places, count, n, inner, outer, src, out);
 }
 KILN_KERNEL(add_vectors)
+
+// The same for targets of many sources, a block for `width` (a power of two up to 128) columns of each: one addition after the other, but their operands
+// are read by all threads at once, while those that were read before are added.
+//
+// Blocks stand at every SPACING-th source. The first that stands among a target's sources sums them.
+constexpr int SPACING = 64;
+constexpr int AT_ONCE = sizeof(T) == 8 ? 4096 : 8192;
+constexpr int READS = AT_ONCE / THREADS;
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_long(const u32* keys, const u32* places, i64 count, i64 n, i64 inner, i64 outer, const T* src, T* out, i32 width) {
+    __shared__ T operands[AT_ONCE];
+    const i64 parts = (inner + width - 1) / width;
+    const i64 part = blockIdx.x % parts, o = blockIdx.x / parts % outer, here = blockIdx.x / parts / outer * SPACING;
+    const u32 key = keys[here];
+    if (key >= n || (here >= SPACING && keys[here - SPACING] == key)) {
+        return;
+    }
+    const int t = threadIdx.x;
+    const i64 looked_at = here - t;
+    const i64 first = here - __syncthreads_count(t < SPACING && looked_at >= 0 && keys[looked_at] == key) + 1;
+    if (!is_long(keys, first, count)) {
+        return;
+    }
+    // The end, by a search that cuts the rest into as many parts as there are threads.
+    i64 end = first, limit = count;
+    for (i64 step = limit - end; step > 1;) {
+        step = (limit - end + THREADS - 1) / THREADS;
+        const i64 probe = end + t * step;
+        const int same = __syncthreads_count(probe < limit && keys[probe] == key);
+        end += (same - 1) * step;
+        limit = min(limit, end + step);
+    }
+    ++end;
+    const int column_here = t & (width - 1), row_here = t / width, rows_apart = THREADS / width, rows = AT_ONCE / width;
+    const i64 column = part * width + column_here;
+    const bool inside = column < inner;
+    const T* from = src + o * count * inner + column;
+    T* target = out + (o * n + key) * inner + column;
+    const bool adds = t < width && inside;
+    A sum = adds ? load(target) : A{};
+    T read[READS];
+    auto read_rows = [&](i64 at) {
+#pragma unroll
+        for (int i = 0; i < READS; ++i) {
+            const i64 r = at + i * rows_apart + row_here;
+            if (inside && r < end) {
+                read[i] = from[(i64)places[r] * inner];
+            }
+        }
+    };
+    read_rows(first);
+    for (i64 at = first; at < end; at += rows) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < READS; ++i) {
+            operands[i * THREADS + t] = read[i];
+        }
+        __syncthreads();
+        if (at + rows < end) {
+            read_rows(at + rows);
+        }
+        if (adds) {
+            const int added = end - at < rows ? (int)(end - at) : rows;
+#pragma unroll 8
+            for (int row = 0; row < added; ++row) {
+                sum = plus(sum, widen(operands[row * width + t]));
+            }
+        }
+    }
+    if (adds) {
+        store(target, sum);
+    }
+}
+KILN_KERNEL(add_long)
 
 // A scatter along a short dimension: a thread for each of the other coordinates takes its `extent` sources one after the other. The views are of the sources and of the
 // target, with extent 1 in that dimension.

@@ -20,6 +20,10 @@ const COLUMNS_EACH: usize = 8;
 /// Elements of a block that looks for nonzero ones: `CHUNK` of the kernel file.
 const CHUNK: usize = 4096;
 
+/// A target of more sources is summed by a block; one stands at every so many sources: as in the kernel file.
+const LONG: usize = 128;
+const SPACING: usize = 64;
+
 /// `Rows` of the kernel file.
 #[repr(C)]
 struct Rows {
@@ -155,14 +159,20 @@ fn add_sorted(
         _ if aligned => ("add_vectors", outer * count * inner.div_ceil(32 * vector) * 32),
         _ => ("add_single", outer * count * inner.div_ceil(32) * 32),
     };
-    let kernel = gpu.module(&SOURCE, &[("T", src.ty().name()), ("SUM", "1")])?.kernel(name)?;
+    let module = gpu.module(&SOURCE, &[("T", src.ty().name()), ("SUM", "1")])?;
     let sizes = [count, n, inner, outer].map(|x| x as i64);
+    let width = inner.next_power_of_two().min(128);
+    let args: [&dyn Arg; 9] =
+        [&sorted.keys.ptr(), &sorted.places.ptr(), &sizes[0], &sizes[1], &sizes[2], &sizes[3], &src.ptr(), &out.ptr(), &(width as i32)];
     // SAFETY: sorted keys and places are `count` long, and the places below it; the shapes are those of `src` and `out`, as the callers checked.
     unsafe {
-        let args: [&dyn Arg; 8] =
-            [&sorted.keys.ptr(), &sorted.places.ptr(), &sizes[0], &sizes[1], &sizes[2], &sizes[3], &src.ptr(), &out.ptr()];
-        kernel.launch(Launch::over(threads, THREADS), &args)
+        module.kernel(name)?.launch(Launch::over(threads, THREADS), &args[..8])?;
+        if count > LONG {
+            let blocks = inner.div_ceil(width) * outer * count.div_ceil(SPACING);
+            module.kernel("add_long")?.launch(Launch::blocks(blocks, THREADS), &args)?;
+        }
     }
+    Ok(())
 }
 
 /// `strides` with that of dimension `dim` set to zero: the index supplies it.

@@ -119,6 +119,10 @@ impl std::fmt::Debug for DeviceBuffer {
 
 /// The address of element `offset`, if it and the `len` elements from there lie in the buffer.
 fn checked(buffer: &DeviceBuffer, ty: Type, offset: usize, len: usize) -> Option<DevicePtr> {
+    if len == 0 {
+        // A view without elements may begin anywhere.
+        return Some(buffer.ptr());
+    }
     let end = offset.checked_add(len)?.checked_mul(ty.size())?;
     (end <= buffer.bytes).then(|| buffer.ptr().add_bytes(offset * ty.size()))
 }

@@ -97,8 +97,8 @@ impl Op for IndexSum {
     }
 }
 
-/// Zeros of `shape` to whose slices `index` of dimension `dim` those of `source` were added.
-fn index_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+/// Zeros of `shape` to whose slices `index` (row-major, in range) of dimension `dim` those of `source` were added.
+pub(crate) fn index_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
     let out = index_add_to(Tensor::zeros(shape, source)?, dim, index, source)?;
     record("index_add", out, &[source], |_| IndexSum { dim, index: index.clone() })
 }

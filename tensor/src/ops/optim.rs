@@ -195,7 +195,7 @@ pub fn clamp_(tensor: &mut Tensor, low: f64, high: f64) -> Result<()> {
 
 trait InPlace {
     fn apply<T: Float>(&self, x: &mut [T]);
-    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError>;
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: &mut SliceMut<'_>) -> std::result::Result<(), CudaError>;
 }
 
 struct Scale(f64);
@@ -204,7 +204,7 @@ impl InPlace for Scale {
     fn apply<T: Float>(&self, x: &mut [T]) {
         gradient::scale(x, self.0);
     }
-    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError> {
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: &mut SliceMut<'_>) -> std::result::Result<(), CudaError> {
         cuda::gradient::scale(gpu, x, self.0)
     }
 }
@@ -215,7 +215,7 @@ impl InPlace for Clamp {
     fn apply<T: Float>(&self, x: &mut [T]) {
         gradient::clamp(x, self.0, self.1);
     }
-    fn apply_on_gpu(&self, gpu: &'static Gpu, x: SliceMut<'_>) -> std::result::Result<(), CudaError> {
+    fn apply_on_gpu(&self, gpu: &'static Gpu, x: &mut SliceMut<'_>) -> std::result::Result<(), CudaError> {
         cuda::gradient::clamp(gpu, x, self.0, self.1)
     }
 }
@@ -223,10 +223,10 @@ impl InPlace for Clamp {
 fn in_place(tensor: &mut Tensor, op: &str, f: impl InPlace) -> Result<()> {
     if let Some(gpu) = tensor.gpu()? {
         expect_float(op, tensor.dtype())?;
-        if let Some(x) = tensor.donate_on_gpu()? {
-            return Ok(f.apply_on_gpu(gpu, x)?);
+        if let Some(mut x) = tensor.donate_on_gpu()? {
+            return Ok(f.apply_on_gpu(gpu, &mut x)?);
         }
-        return Ok(f.apply_on_gpu(gpu, tensor.gpu_slice_mut()?)?);
+        return Ok(f.apply_on_gpu(gpu, &mut tensor.gpu_slice_mut()?)?);
     }
     for_float!(tensor.dtype(), op, T => {
         match tensor.donate::<T>() {

@@ -2,6 +2,7 @@
 //! everywhere else.
 
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::ops::index::index_sum;
 use crate::{Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cuda;
@@ -93,8 +94,7 @@ impl Op for Unfold {
         let positions = Tensor::from_vec(positions, windows * size)?.to_device(grad.device())?;
         let dim = self.dim as isize;
         let flat = grad.movedim(-1, dim + 1)?.flatten(dim, dim + 1)?;
-        let zeros = Tensor::zeros(self.from, grad)?;
-        Ok(vec![Some(zeros.index_add(dim, &positions, &flat)?)])
+        Ok(vec![Some(index_sum(self.from, self.dim, &positions, &flat)?)])
     }
 }
 
