@@ -5,6 +5,7 @@
 //   1: inner = 1, a block of LANES threads reads a row that is too long for registers twice;
 //   2: columns in registers, LANES threads side by side, each with VEC neighbouring columns;
 //   3: columns that are too long for registers, read twice.
+// BLOCK: threads of a block (LANES of them where a row is a block's);
 // VEC elements are neighbours in a thread, and move as one access if ALIGNED; ITEMS such groups are in a thread's registers (or in a batch).
 #include "softmax.cuh"
 
@@ -25,7 +26,6 @@ __device__ __forceinline__ C forward(C x, C top, C scale, C log) {
 }
 
 #if PATTERN == 0
-constexpr int BLOCK = LANES > 32 ? LANES : 256;
 constexpr int PER_BLOCK = BLOCK / LANES;
 
 template <class F> __device__ __forceinline__ C over_lanes(C x, F combine, C* scratch) {
