@@ -146,8 +146,8 @@ template <int N, int M, class L, class F> __device__ __forceinline__ void tree(L
     if constexpr (N > 1) {
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
-            x[i] = combine(x[i], x[i + N / 2]);
+            x[i] = combine(x[i], x[i + (N + 1) / 2]);
         }
-        tree<N / 2>(x, combine);
+        tree<(N + 1) / 2>(x, combine);
     }
 }

@@ -531,7 +531,7 @@ __device__ __forceinline__ Acc fold_row(const T* x, const Plan& p, i64 first, i6
     const i64 packs = (p.run + PACK - 1) / PACK;
     const bool single = p.reduced_rank <= 1;
     for (i64 u = first + lane; u < end; u += lanes * UNROLL) {
-        T raw[BATCH];
+        alignas(16) T raw[BATCH];
         u64 valid = 0;
         i64 places[UNROLL];
 #pragma unroll
@@ -671,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) columns(const T* x, const 
         if (left > 0) {
             const T* base = x + in + column * p.stride;
             for (i64 row = first + ty; row < end; row += (i64)down * ROWS) {
-                T raw[ROWS][COLUMNS];
+                alignas(16) T raw[ROWS][COLUMNS];
 #pragma unroll
                 for (int k = 0; k < ROWS; ++k) {
                     const i64 at = row + (i64)k * down;

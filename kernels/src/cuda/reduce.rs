@@ -22,6 +22,10 @@ const ENOUGH_BLOCKS: usize = 1024;
 /// Rows of no more packs are folded by a warp or less of it, longer ones by a block.
 const LANE_PACKS: usize = 32 * UNROLL * 2;
 
+/// So many rows keep every multiprocessor busy with a warp each, which streams without waiting for others, up to so many packs.
+const MANY_ROWS: usize = 8 * ENOUGH_BLOCKS;
+const WARP_PACKS: usize = 32 * UNROLL * 64;
+
 /// Room for the largest accumulator.
 const ACCUMULATOR: usize = 24;
 
@@ -113,7 +117,7 @@ impl Plan {
             (plan.run, plan.stride, plan.units) = (reduced.run_len() as i64, reduced.inner_strides()[0] as i64, units as i64);
             let mut others = kept_dims.iter().filter(|d| d.0 > 1).map(|d| d.1[0]).chain(reduced_dims.iter().rev().skip(1).map(|d| d.1[0]));
             let vector = plan.stride == 1 && x.ptr().is_aligned(16) && others.all(|stride| stride.is_multiple_of(pack));
-            if units <= LANE_PACKS {
+            if units <= LANE_PACKS || (outputs >= MANY_ROWS && units <= WARP_PACKS) {
                 plan.lanes = units.div_ceil(UNROLL).next_power_of_two().min(32) as i32;
                 return (plan, Pattern::Lanes, outputs.div_ceil(THREADS / plan.lanes as usize), vector);
             }

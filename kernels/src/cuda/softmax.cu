@@ -5,6 +5,7 @@
 //   1: inner = 1, a block of LANES threads reads a row that is too long for registers twice;
 //   2: columns in registers, LANES threads side by side, each with VEC neighbouring columns;
 //   3: columns that are too long for registers, read twice.
+// BLOCK: threads of a block (LANES of them where a row is a block's);
 // VEC elements are neighbours in a thread, and move as one access if ALIGNED; ITEMS such groups are in a thread's registers (or in a batch).
 #include "softmax.cuh"
 

@@ -62,7 +62,7 @@ template <int N> __device__ __forceinline__ void accumulate(Scaled& acc, const C
 
 // Reads VEC elements of which `left` exist; the others are `missing`.
 __device__ __forceinline__ void read(const T* p, i64 left, C missing, C* to) {
-    T raw[VEC];
+    alignas(sizeof(T) * VEC) T raw[VEC];
 #if ALIGNED
     if (left >= VEC) {
         *(Pack<T, VEC>*)raw = *(const Pack<T, VEC>*)p;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void read(const T* p, i64 left, C missing, C* to) {
 __device__ __forceinline__ void write(T* p, i64 left, const C* from) {
 #if ALIGNED
     if (left >= VEC) {
-        T raw[VEC];
+        alignas(sizeof(T) * VEC) T raw[VEC];
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             raw[j] = narrow<T>(from[j]);
