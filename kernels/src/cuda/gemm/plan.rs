@@ -155,16 +155,14 @@ pub(super) struct HopperTile {
 }
 
 impl HopperTile {
-    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 2, parts: 1, group: 8, pingpong: false, swap: false };
-    pub const SQUARE: Self = Self { m: 128, n: 128, stages: 6, cluster: 2, pingpong: true, ..Self::WIDE };
-    /// One tile at a time, for the parts of few tiles.
-    pub const SHARED: Self = Self { n: 128, stages: 6, cluster: 1, ..Self::WIDE };
-    pub const NARROW: Self = Self { n: 64, stages: 8, cluster: 1, ..Self::WIDE };
+    pub const WIDE: Self = Self { m: 128, n: 256, stages: 4, cluster: 1, parts: 1, group: 8, pingpong: false, swap: false };
+    pub const SQUARE: Self = Self { n: 128, stages: 6, ..Self::WIDE };
+    pub const NARROW: Self = Self { n: 64, stages: 8, ..Self::WIDE };
 
     /// For 2 to 64 rows (or columns, if not `swap`): the other extent is that of `wgmma`'s 64 rows, and many stages keep memory busy.
     pub fn few(few: usize, swap: bool) -> Self {
         let n = few.next_power_of_two().max(8);
-        Self { n, stages: if n == 64 { 8 } else { 10 }, cluster: 1, swap, ..Self::WIDE }
+        Self { n, stages: if n == 64 { 8 } else { 10 }, swap, ..Self::WIDE }
     }
 
     /// The ring of stages with two barriers for each, and buffers of 4 KiB for each of the 8 warps that store, unless parts of k meet where the stages were.
@@ -196,7 +194,7 @@ impl MmaTile {
     /// For one TF32 or half a factor.
     pub const PLAIN: Self = Self { m: 128, n: 128, warp_m: 64, warp_n: 32, stages: 3 };
     /// Two TF32 a factor take twice the registers: smaller tiles of a warp.
-    pub const SPLIT: Self = Self { warp_m: 32, ..Self::PLAIN };
+    pub const SPLIT: Self = Self { n: 64, warp_m: 32, ..Self::PLAIN };
 }
 
 /// A tile of `gemm.cu`; `thread` is the edge of a thread's.
@@ -313,12 +311,11 @@ impl Plan {
         // Parts of k that meet: waiting for one another, and reading the others' sums.
         const MEETING: usize = 1500;
         let blocks_of_k = p.k.div_ceil(64);
-        let parts = |parts| HopperTile { parts, ..HopperTile::SHARED };
+        let parts = |parts| HopperTile { parts, ..HopperTile::SQUARE };
         let narrow_parts = |parts| HopperTile { parts, ..HopperTile::NARROW };
         let candidates = [
             HopperTile::WIDE,
             HopperTile::SQUARE,
-            HopperTile::SHARED,
             HopperTile::NARROW,
             parts(2),
             parts(4),
