@@ -9,6 +9,7 @@
 #include "gemm.cuh"
 
 constexpr i32 THREADS = (TILE_M / THREAD_M) * (TILE_N / THREAD_N);
+// Blocks of a multiprocessor that its registers suffice for: 128 registers a thread.
 #ifndef BLOCKS
 #define BLOCKS (512 / THREADS)
 #endif
