@@ -146,7 +146,8 @@ impl Attention<'_> {
         };
         let inputs = [self.q, self.k, self.v];
         let packed = x.width % 8 == 0 && x.value_width % 8 == 0 && inputs.iter().all(whole);
-        let small = x.queries.max(x.keys).max(x.heads) <= 1 << 30;
+        // Blocks of queries and keys are counted in 32 bits.
+        let small = x.queries.max(x.keys) <= 1 << 30 && x.heads * (x.queries.max(x.keys) / 64 + 1) <= 1 << 31;
         let half = matches!(self.q.ty(), Type::F16 | Type::BF16);
         // Scores are scaled after the largest has been found among them.
         let ordered = self.scale > 0.0 && self.scale.is_finite();
@@ -417,15 +418,23 @@ mod hopper {
     pub(super) const BACKWARD_WIDTH: usize = 128;
     /// Stages of a ring of tiles.
     pub(super) const STAGES: usize = 2;
-    /// Bytes of barriers.
-    pub(super) const BARRIERS: usize = 8 * (2 + 4 * STAGES);
+    /// Bytes of barriers, and of what a tile is.
+    pub(super) const BARRIERS: usize = 8 * (4 + 4 * STAGES);
     /// Backward: keys of a block and queries of a step, and the same turned round.
     pub(super) const KEY_ROWS: usize = 128;
-    pub(super) const KEY_STEP: usize = 64;
     pub(super) const QUERY_ROWS: usize = 128;
     pub(super) const QUERY_STEP: usize = 128;
     /// Half of Hopper's second-level cache: keys and values of heads that are in work together.
     pub(super) const CACHE: usize = 24 << 20;
+
+    /// A step of fewer queries wastes less where a causal block's edge runs through it.
+    pub(super) fn key_step(head: usize, causal: bool) -> usize {
+        match (head, causal) {
+            (64, _) => 128,
+            (_, true) => 64,
+            (_, false) => 80,
+        }
+    }
 
     /// Forward: queries of a tile and keys of a step.
     pub(super) fn forward_tile(head: usize, causal: bool) -> (usize, usize) {
@@ -510,8 +519,12 @@ fn forward_hopper(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, out: &Slice
     let shared = (rows + 2 * hopper::STAGES * step) * head * 2 + hopper::BARRIERS;
     let launch = Launch::blocks(blocks, 128 * (rows as u32 / 64 + 1)).with_shared(shared as u32);
     let head_bytes = (x.keys * (x.width + x.value_width)) as usize * 2;
-    let section = (hopper::CACHE / head_bytes).max(1) as i64 * x.group;
-    let args: [&dyn Arg; 10] = [&q, &k, &v, &inner, &key_inner, &value_inner, &section, &out.ptr(), &lse.ptr(), x];
+    let section = ((hopper::CACHE / head_bytes).max(1) * x.group as usize).min(x.heads as usize) as u32;
+    let mut taken = gpu.alloc(4)?;
+    if let Some(mut taken) = SliceMut::new(&mut taken, Type::I32, 0, 1).filter(|_| x.query_blocks(rows) > blocks) {
+        gpu.zero(&mut taken)?;
+    }
+    let args: [&dyn Arg; 11] = [&q, &k, &v, &inner, &key_inner, &value_inner, &section, &taken.ptr(), &out.ptr(), &lse.ptr(), x];
     // SAFETY: see above.
     unsafe { module.kernel("attention_forward_hopper")?.launch(launch, &args) }
 }
@@ -523,20 +536,22 @@ fn backward_hopper(
     given: &Gradients<'_>,
     to: &[SliceMut<'_>; 3],
 ) -> Result<(), CudaError> {
-    use hopper::{KEY_ROWS, KEY_STEP, QUERY_ROWS, QUERY_STEP, STAGES};
+    use hopper::{KEY_ROWS, QUERY_ROWS, QUERY_STEP, STAGES};
     let head = padded_head(x.widest());
+    let key_step = hopper::key_step(head, a.causal);
     let macros = [
         ("HEAD", head),
         ("CAUSAL", a.causal.into()),
         ("BACKWARD", 1),
         ("STAGES", STAGES),
         ("KEY_ROWS", KEY_ROWS),
-        ("KEY_STEP", KEY_STEP),
+        ("KEY_STEP", key_step),
         ("QUERY_ROWS", QUERY_ROWS),
         ("QUERY_STEP", QUERY_STEP),
     ];
     let module = module(gpu, &HOPPER, a.q.ty(), &macros)?;
-    let padded = (x.queries as usize).next_multiple_of(QUERY_ROWS.max(KEY_STEP));
+    // Whole blocks and whole steps of queries.
+    let padded = (x.queries as usize).next_multiple_of(QUERY_ROWS).max((x.queries as usize).next_multiple_of(key_step));
     let (heads, values) = (x.heads as usize, x.heads as usize * padded);
     let (shift, mean) = (gpu.alloc(values * 4)?, gpu.alloc(values * 4)?);
     let (shift, mean) = (shift.ptr(), mean.ptr());
@@ -545,14 +560,14 @@ fn backward_hopper(
     let [inner, key_inner, value_inner, grad_inner] = [&q, &k, &v, &grad].map(Mapped::inner);
     let shared = |rows: usize, step: usize| ((2 * rows + 2 * STAGES * step) * head * 2 + hopper::BARRIERS) as u32;
     let [dq, dk, dv] = to;
-    // SAFETY: see above; `shift` and `mean` hold `padded` values a head, a multiple of every block and step of queries.
+    // SAFETY: see above; `shift` and `mean` hold `padded` values a head, which covers whole blocks and steps of queries.
     unsafe {
         let args: [&dyn Arg; 7] = [&given.out.ptr(), &given.grad.ptr(), &given.lse.ptr(), &shift, &mean, &(padded as i64), x];
         module.kernel("attention_along_hopper")?.launch(Launch::blocks((values * head / 8).div_ceil(256), 256), &args)?;
 
         let launch = Launch::blocks(x.key_blocks(KEY_ROWS), 128 * (KEY_ROWS as u32 / 64 + 1))
-            .with_shared(shared(KEY_ROWS, KEY_STEP) + (STAGES * KEY_STEP * 8) as u32);
-        let maps = [q.map(gpu, KEY_STEP)?, k.map(gpu, KEY_ROWS)?, v.map(gpu, KEY_ROWS)?, grad.map(gpu, KEY_STEP)?];
+            .with_shared(shared(KEY_ROWS, key_step) + (STAGES * key_step * 8) as u32);
+        let maps = [q.map(gpu, key_step)?, k.map(gpu, KEY_ROWS)?, v.map(gpu, KEY_ROWS)?, grad.map(gpu, key_step)?];
         let [q_map, k_map, v_map, grad_map] = &maps;
         let args: [&dyn Arg; 14] = [
             q_map,

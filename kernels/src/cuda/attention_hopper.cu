@@ -1,8 +1,8 @@
 // Attention in f16 and bf16 on Hopper (sm_90a), FlashAttention-3's way: one warp brings tiles by TMA, warpgroups of 64 rows each multiply by wgmma.
 //
 // Forward. While a warpgroup turns the scores of a step into weights, the product of the last step's weights and values is under way; and where
-// PINGPONG is set, warpgroups take turns in starting their products, so that the others' exponentials run under them. Blocks stay and take tiles of
-// ROWS queries in an order that begins with the longest; forth and back over the blocks, so that sums of lengths come out even.
+// PINGPONG is set, warpgroups take turns in starting their products, so that the others' exponentials run under them. Blocks stay, and each takes the next
+// tile of ROWS queries when it is done with one. Which block has which tile changes nothing in the tile's bits.
 //
 // Backward. dK and dV belong to a block of keys, dQ to a block of queries, in two kernels: scores are computed twice (seven products in place of five),
 // but each result has one writer and no two blocks wait for each other.
@@ -10,7 +10,7 @@
 // Defines: T (f16 or bf16); HEAD, 64, 128 or 256 (backward: 64 or 128) and at least the width of keys and of values; CAUSAL, 0 or 1; STAGES of a ring.
 // BACKWARD 0: ROWS, the queries of a tile, STEP, the keys of a step, and PINGPONG, 0 or 1.
 // BACKWARD 1: KEY_ROWS and KEY_STEP, the keys of a block and the queries of a step for dK and dV; QUERY_ROWS and QUERY_STEP, the same turned round for dQ.
-// Shared memory: all tiles, for dK and dV two rings of a float a query, and 8 bytes a barrier, of which there are at most 2 + 4·STAGES.
+// Shared memory: all tiles, for dK and dV two rings of a float a query, and 8 bytes each for at most 2 + 4·STAGES barriers, and 16 for the tile's `Work`.
 // Every matrix comes as a map of dimensions (width, rows, heads, batch); widths are multiples of 8; the scale is positive.
 
 #include "kiln.cuh"
@@ -98,9 +98,10 @@ struct Ring {
 /// Brings COUNT rows from `row` on of a head to a tile.
 template <int COUNT>
 __device__ __forceinline__ void load_tile(u32 tile, const TensorMap* map, u32 bar, i64 row, i64 head, i32 inner) {
+    const i32 batch = (i32)head / inner;
 #pragma unroll
     for (int panel = 0; panel < PANELS; ++panel) {
-        tma_load_4d(tile + panel * COUNT * 128, map, bar, panel * 64, (i32)row, (i32)(head % inner), (i32)(head / inner));
+        tma_load_4d(tile + panel * COUNT * 128, map, bar, panel * 64, (i32)row, (i32)head - batch * inner, batch);
     }
 }
 
@@ -173,18 +174,17 @@ __device__ __forceinline__ float row_sum(float x) {
 
 constexpr float LN_2 = 0.6931471805599453f;
 
-/// What a tile of queries is, and which steps of keys it takes.
+/// A tile of queries, and how many steps of keys it takes; none at the end.
 struct Work {
-    i64 head, first;
-    i32 steps;
+    i32 head, first, steps;
 
+    Work() = default;
     /// Piece `i` of the order: sections of `section` heads, whose keys and values fit the second-level cache together; in each, the last queries first.
-    __device__ __forceinline__ Work(const Extents& x, i64 i, i64 section) {
-        const i64 blocks = (x.queries + ROWS - 1) / ROWS, begin = i / (section * blocks) * section;
-        const i64 heads = begin + section < x.heads ? section : x.heads - begin;
-        const i64 rank = i - begin * blocks;
-        head = begin + rank % heads;
-        first = (blocks - 1 - rank / heads) * ROWS;
+    __device__ __forceinline__ Work(const Extents& x, u32 i, u32 section) {
+        const u32 all = (u32)x.heads, blocks = ((u32)x.queries + ROWS - 1) / ROWS, begin = i / (section * blocks) * section;
+        const u32 heads = begin + section < all ? section : all - begin, rank = i - begin * blocks;
+        head = (i32)(begin + rank % heads);
+        first = (i32)(blocks - 1 - rank / heads) * ROWS;
         const i64 end = CAUSAL && first + ROWS < x.keys ? first + ROWS : x.keys;
         steps = (i32)((end + STEP - 1) / STEP);
     }
@@ -257,8 +257,8 @@ struct Worker {
     u32 weights[STEP / 16][4];
 
     /// How many columns of step `step` each of this thread's rows looks at, less its first column.
-    __device__ __forceinline__ void open_columns(i32 (&open)[2], const Extents& x, i64 first, i32 step) const {
-        const i64 query = first + index * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    __device__ __forceinline__ void open_columns(i32 (&open)[2], const Extents& x, i32 first, i32 step) const {
+        const i64 query = (i64)first + index * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const i64 end = CAUSAL && query + 8 * h < x.keys ? query + 8 * h + 1 : x.keys;
@@ -270,7 +270,7 @@ struct Worker {
     __device__ __forceinline__ void await_keys() const { mbarrier_wait(k_full + 8 * k_ring.stage, k_ring.parity); }
 
     /// The last keys' weights.
-    __device__ __forceinline__ void begin(const Extents& x, i64 first, i32 step) {
+    __device__ __forceinline__ void begin(const Extents& x, i32 first, i32 step) {
         float tile[STEP / 2], factor[2];
         i32 open[2];
         await_keys();
@@ -291,7 +291,7 @@ struct Worker {
 
     /// Adds the values of the step before under the weights of this one, whose keys have come, and waits for the next keys.
     template <bool MASKED>
-    __device__ __forceinline__ void step(const Extents& x, i64 first, i32 step) {
+    __device__ __forceinline__ void step(const Extents& x, i32 first, i32 step) {
         float tile[STEP / 2], factor[2];
         i32 open[2] = {0, 0};
         await_turn(index);
@@ -341,14 +341,16 @@ struct Worker {
     }
 };
 
-// Blocks: as many as there are multiprocessors, at most one a tile.
+// Blocks: as many as there are multiprocessors, at most one a tile. If there are more tiles, `taken` is a zero, which counts those that were taken after.
 extern "C" __global__ void __launch_bounds__(128 * (WORKERS + 1), 1)
 attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    i32 inner, i32 key_inner, i32 value_inner, i64 section, T* out, float* lse, Extents x) {
+    i32 inner, i32 key_inner, i32 value_inner, u32 section, u32* taken, T* out, float* lse, Extents x) {
     KILN_SHARED(u8, smem);
     const u32 q_tile = smem_addr(smem), k_tiles = q_tile + ROWS * HEAD * 2, v_tiles = k_tiles + STAGES * TILE_BYTES;
     const u32 q_full = v_tiles + STAGES * TILE_BYTES, q_empty = q_full + 8, k_full = q_empty + 8, k_empty = k_full + 8 * STAGES;
     const u32 v_full = k_empty + 8 * STAGES, v_empty = v_full + 8 * STAGES;
+    // What the queries in shared memory are of: written and read under their barriers.
+    Work* const current = (Work*)(smem + (v_empty + 8 * STAGES - q_tile));
     if (threadIdx.x == 0) {
         mbarrier_init(q_full, 1);
         mbarrier_init(q_empty, 4 * WORKERS);
@@ -361,44 +363,46 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
         fence_mbarrier_init();
     }
     __syncthreads();
-    const i64 pieces = (x.queries + ROWS - 1) / ROWS * x.heads;
+    const u32 pieces = ((u32)x.queries + ROWS - 1) / ROWS * (u32)x.heads;
     if (warp_id() < 4) {
         setmaxnreg_dec<copier_registers(WORKERS)>();
         if (threadIdx.x == 0) {
             Ring<STAGES> k_ring, v_ring;
-            const auto load_keys = [&](const Work& work, i32 step) {
+            const auto load_keys = [&](i32 head, i32 step) {
                 const u32 full = k_full + 8 * k_ring.stage;
                 mbarrier_wait(k_empty + 8 * k_ring.stage, k_ring.parity ^ 1);
                 mbarrier_expect_tx(full, TILE_BYTES);
-                load_tile<STEP>(k_tiles + k_ring.stage * TILE_BYTES, &k_map, full, (i64)step * STEP, work.head / x.group, key_inner);
+                load_tile<STEP>(k_tiles + k_ring.stage * TILE_BYTES, &k_map, full, (i64)step * STEP, head, key_inner);
                 k_ring.advance();
             };
-            const auto load_values = [&](const Work& work, i32 step) {
+            const auto load_values = [&](i32 head, i32 step) {
                 const u32 full = v_full + 8 * v_ring.stage;
                 mbarrier_wait(v_empty + 8 * v_ring.stage, v_ring.parity ^ 1);
                 mbarrier_expect_tx(full, TILE_BYTES);
-                load_tile<STEP>(v_tiles + v_ring.stage * TILE_BYTES, &v_map, full, (i64)step * STEP, work.head / x.group, value_inner);
+                load_tile<STEP>(v_tiles + v_ring.stage * TILE_BYTES, &v_map, full, (i64)step * STEP, head, value_inner);
                 v_ring.advance();
             };
             u32 parity = 0;
-            for (i64 round = 0, begin = 0; begin < pieces; ++round, begin += gridDim.x) {
-                const i64 piece = begin + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-                if (piece >= pieces) {
-                    continue;
-                }
+            for (u32 piece = blockIdx.x, next; piece < pieces; piece = next) {
                 const Work work(x, piece, section);
                 mbarrier_wait(q_empty, parity ^ 1);
+                *current = work;
                 mbarrier_expect_tx(q_full, ROWS * HEAD * 2);
                 load_tile<ROWS>(q_tile, &q_map, q_full, work.first, work.head, inner);
                 parity ^= 1;
-                load_keys(work, work.steps - 1);
+                next = pieces > gridDim.x ? gridDim.x + atomicAdd(taken, 1u) : pieces;
+                const i32 key_head = work.head / (i32)x.group;
+                load_keys(key_head, work.steps - 1);
                 for (i32 step = work.steps - 1; step >= 0; --step) {
                     if (step > 0) {
-                        load_keys(work, step - 1);
+                        load_keys(key_head, step - 1);
                     }
-                    load_values(work, step);
+                    load_values(key_head, step);
                 }
             }
+            mbarrier_wait(q_empty, parity ^ 1);
+            current->steps = 0;
+            mbarrier_arrive(q_full);
         }
     } else {
         setmaxnreg_inc<worker_registers(WORKERS)>();
@@ -413,17 +417,16 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
             pass_turn(w.index);
         }
         u32 parity = 0;
-        for (i64 round = 0, begin = 0; begin < pieces; ++round, begin += gridDim.x) {
-            const i64 piece = begin + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-            if (piece >= pieces) {
-                continue;
+        while (true) {
+            mbarrier_wait(q_full, parity);
+            parity ^= 1;
+            const Work work = *current;
+            if (work.steps == 0) {
+                break;
             }
-            const Work work(x, piece, section);
             clear(w.sums);
             w.softmax.largest[0] = w.softmax.largest[1] = -infinity();
             w.softmax.total[0] = w.softmax.total[1] = 0;
-            mbarrier_wait(q_full, parity);
-            parity ^= 1;
             i32 step = work.steps - 1;
             w.begin(x, work.first, step);
             // Steps whose every key is open to every query of the tile need no mask.
@@ -438,17 +441,17 @@ attention_forward_hopper(const __grid_constant__ TensorMap q_map, const __grid_c
             w.end();
 
             float factor[2];
-            const i64 query = work.first + w.index * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+            const i64 query = (i64)work.first + w.index * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float total = row_sum(w.softmax.total[h]);
                 factor[h] = total == 0 ? 0.0f : 1 / total;
                 if (threadIdx.x % 4 == 0 && query + 8 * h < x.queries) {
-                    lse[work.head * x.queries + query + 8 * h] =
+                    lse[(i64)work.head * x.queries + query + 8 * h] =
                         total == 0 ? infinity() : (w.softmax.largest[h] * w.softmax.scale + lg2_approx(total)) * LN_2;
                 }
             }
-            put_rows(out, work.head, x.queries, x.value_width, work.first + w.index * 64, w.sums, factor[0], factor[1]);
+            put_rows(out, work.head, x.queries, x.value_width, (i64)work.first + w.index * 64, w.sums, factor[0], factor[1]);
         }
     }
 }

@@ -11,7 +11,7 @@
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_BYTES = HEAD * 2;
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 /// The byte at which 16-byte chunk `chunk` of row `row` lies: chunks of eight neighbouring rows are in different banks.
 __device__ __forceinline__ u32 chunk_at(int row, int chunk) { return row * ROW_BYTES + ((chunk & ~7) | ((chunk ^ row) & 7)) * 16; }
@@ -187,6 +187,7 @@ struct Scores {
 #if !BACKWARD
 
 constexpr int ROWS = 16 * ROW_TILES * WARPS;
+constexpr float LN_2 = 0.6931471805599453f;
 
 // A block: ROWS queries of a head.
 extern "C" __global__ void __launch_bounds__(THREADS)
