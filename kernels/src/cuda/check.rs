@@ -1,7 +1,7 @@
 //! Kernel files through CUDA's own compiler on a machine without a GPU: what the emulator runs is then known to compile for GPUs, too.
 //!
 //! `KILN_CUDA_CHECK=sm_75,sm_90a` names the architectures, and NVRTC must be there. A file is tried from the capability on that the end of
-//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone; files of these two levels must also keep all values in registers.
+//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone, and what is tuned for Hopper must keep all values in registers.
 
 use super::error::CudaError;
 use super::nvrtc::nvrtc;
@@ -12,12 +12,12 @@ pub(super) fn architectures() -> Vec<String> {
     list.split(',').map(str::trim).filter(|arch| !arch.is_empty()).map(String::from).collect()
 }
 
-/// Whether files of this name are for the architecture (`sm_90a`), and whether they are tuned for tensor cores.
+/// Whether files of this name are for the architecture (`sm_90a`), and whether they are tuned for it.
 fn level(name: &str, arch: &str) -> (bool, bool) {
     let number: u32 = arch.chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
     match name {
         name if name.ends_with("_hopper") => (arch == "sm_90a", true),
-        name if name.ends_with("_mma") => (number >= 80, true),
+        name if name.ends_with("_mma") => (number >= 80, false),
         _ => (true, false),
     }
 }
@@ -47,8 +47,8 @@ mod tests {
     fn levels_follow_names() {
         assert_eq!(level("gemm_hopper", "sm_90a"), (true, true));
         assert_eq!(level("gemm_hopper", "sm_100"), (false, true));
-        assert_eq!(level("gemm_mma", "sm_75"), (false, true));
-        assert_eq!(level("attention_mma", "sm_89"), (true, true));
+        assert_eq!(level("gemm_mma", "sm_75"), (false, false));
+        assert_eq!(level("attention_mma", "sm_89"), (true, false));
         assert_eq!(level("softmax", "sm_75"), (true, false));
     }
 }

@@ -129,22 +129,23 @@ template <class F> __device__ __forceinline__ void fill(Stream stream, T* out, i
 }
 
 #if defined(FLOAT)
-extern "C" __global__ void __launch_bounds__(THREADS) uniform(Stream stream, T* out, i64 n) {
-    fill(stream, out, n, [](const Words& words, auto* results) {
-        typedef T E;
+template <class E> __device__ __forceinline__ void uniforms(const Words& words, E* results) {
 #pragma unroll
-        for (int r = 0; r < RESULTS; ++r) {
-            if constexpr (sizeof(E) == 8) {
-                results[r] = unit(long_draw(words, r));
-            } else if constexpr (sizeof(E) == 4) {
-                results[r] = unit(words.w[r]);
-            } else {
-                // As many bits as the significand holds.
-                constexpr int BITS = Same<E, f16>::value ? 11 : 8;
-                results[r] = narrow<T>((float)(words.w[r] >> (32 - BITS)) * (1.0f / (1 << BITS)));
-            }
+    for (int r = 0; r < RESULTS; ++r) {
+        if constexpr (sizeof(E) == 8) {
+            results[r] = unit(long_draw(words, r));
+        } else if constexpr (sizeof(E) == 4) {
+            results[r] = unit(words.w[r]);
+        } else {
+            // As many bits as the significand holds.
+            constexpr int BITS = Same<E, f16>::value ? 11 : 8;
+            results[r] = narrow<E>((float)(words.w[r] >> (32 - BITS)) * (1.0f / (1 << BITS)));
         }
-    });
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) uniform(Stream stream, T* out, i64 n) {
+    fill(stream, out, n, [](const Words& words, T* results) { uniforms<T>(words, results); });
 }
 KILN_KERNEL(uniform)
 
