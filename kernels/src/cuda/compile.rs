@@ -45,6 +45,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),
     ("emulate_state.hpp", include_str!("emulate_state.hpp")),
     ("emulate_check.hpp", include_str!("emulate_check.hpp")),
+    ("emulate_fibers.cpp", include_str!("emulate_fibers.cpp")),
     ("emulate_async.cpp", include_str!("emulate_async.cpp")),
     ("emulate_matrix.cpp", include_str!("emulate_matrix.cpp")),
     ("emulate_check.cpp", include_str!("emulate_check.cpp")),
