@@ -93,7 +93,7 @@ mod tests {
     fn classes_hold_their_requests() {
         for bytes in (0..5000).chain([1 << 20, (1 << 20) + 1, 3_000_000, 5 << 30]) {
             let size = class_of(bytes).unwrap();
-            assert!(size >= bytes && size % ALIGN == 0 && (bytes < 4096 || size <= bytes + bytes / 8 + ALIGN), "{bytes}: {size}");
+            assert!(size >= bytes && size.is_multiple_of(ALIGN) && (bytes < 4096 || size <= bytes + bytes / 8 + ALIGN), "{bytes}: {size}");
             assert_eq!(class_of(size), Some(size), "{bytes}");
         }
         assert_eq!(class_of(usize::MAX), None);

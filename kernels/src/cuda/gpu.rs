@@ -259,7 +259,7 @@ impl std::fmt::Debug for Gpu {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Values, device};
+    use super::super::testing::device;
     use super::super::{Slice, SliceMut, Type};
     use super::*;
 

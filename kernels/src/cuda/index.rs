@@ -103,8 +103,10 @@ pub fn index_select(
     }
     // Words as wide as rows and addresses allow.
     let row = inner * src.ty().size();
-    let word =
-        [16, 8, 4, 2].into_iter().find(|&w| row % w == 0 && src.ptr().is_aligned(w as u64) && out.ptr().is_aligned(w as u64)).unwrap_or(1);
+    let word = [16, 8, 4, 2]
+        .into_iter()
+        .find(|&w| row.is_multiple_of(w) && src.ptr().is_aligned(w as u64) && out.ptr().is_aligned(w as u64))
+        .unwrap_or(1);
     let (rows, launch) = Rows::new(outer * index.len(), row / word);
     let kernel = move_module(gpu, word)?.kernel("select_rows")?;
     // SAFETY: rows of `src` and `out` are `row` bytes long; `src` has `outer * n` of them and `out` `outer * len`, as many as were counted. The kernel reads no row beyond `n`.

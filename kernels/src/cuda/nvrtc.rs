@@ -3,7 +3,7 @@
 use super::error::CudaError;
 use libloading::{Library, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 type Program = *mut c_void;
@@ -44,9 +44,24 @@ fn candidates() -> Vec<PathBuf> {
     found
 }
 
+/// Loads the part of NVRTC that it looks up by name when it compiles, from its own folder: some versions do not look there.
+fn load_builtins(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so") {
+            // SAFETY: NVIDIA's by name, beside the library that needs it. It stays loaded, so that NVRTC finds it.
+            if let Ok(library) = unsafe { Library::new(entry.path()) } {
+                std::mem::forget(library);
+            }
+        }
+    }
+}
+
 impl Nvrtc {
     fn open() -> Result<Self, CudaError> {
         for path in candidates() {
+            if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+                load_builtins(folder);
+            }
             // SAFETY: the library is NVIDIA's by name (or the user's choice); loading it runs only its own initialisation.
             let Ok(library) = (unsafe { Library::new(&path) }) else { continue };
             let (mut major, mut minor) = (0, 0);

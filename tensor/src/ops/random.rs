@@ -21,10 +21,11 @@ impl Generator {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
             if let Some(gpu) = options.device.gpu()? {
                 return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| {
-                    Ok(match draw {
-                        Draw::Uniform => gpu_random::uniform(gpu, stream, &mut out)?,
-                        Draw::Normal => gpu_random::normal(gpu, stream, &mut out)?,
-                    })
+                    let drawn = match draw {
+                        Draw::Uniform => gpu_random::uniform(gpu, stream, &mut out),
+                        Draw::Normal => gpu_random::normal(gpu, stream, &mut out),
+                    };
+                    Ok(drawn?)
                 });
             }
             Tensor::build::<T>(Device::Cpu, &shape, |out| {

@@ -2,8 +2,8 @@
 
 use crate::harness::{Case, DTypes, case};
 use crate::reference::Array;
-use kiln_tensor::Tensor;
 use kiln_tensor::ops::movement::{Ellipsis, NewAxis, PadMode};
+use kiln_tensor::{Device, Tensor, default_device};
 
 pub fn cases() -> Vec<Case> {
     [views(), parts(), joined(), padded()].into_iter().flatten().collect()
@@ -33,6 +33,10 @@ fn views() -> Vec<Case> {
             .also(&["copy", "identity", "to_memory_order"])
             .dtypes(DTypes::All)
             .sample(&[&[2, 3]]),
+        case("to_device", |x| x[0].t()?.to_device(Device::Cpu)?.to_device(default_device()), |x| x[0].permute(&[1, 0]))
+            .dtypes(DTypes::All)
+            .sample(&[&[2, 3]])
+            .sample(&[&[2, 0]]),
         case("flatten", |x| x[0].unsqueeze(1)?.flatten(1, -1)?.squeeze(0), |x| x[0].clone())
             .also(&["unsqueeze", "squeeze"])
             .dtypes(DTypes::All)

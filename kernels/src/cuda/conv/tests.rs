@@ -116,7 +116,7 @@ fn positions_that_do_not_fit_are_an_error() {
         output: [1, 1, 4],
         ..shape2d(1, [1, 1], [4, 4], [1, 1], [1, 0, 1], 1)
     };
-    let values = Values::new(gpu, Type::F32, &vec![1.0; 16]);
+    let values = Values::new(gpu, Type::F32, &[1.0; 16]);
     let mut out = Values::unwritten(gpu, Type::F32, 4);
     let one = Slice::new(values.buffer(), Type::F32, 0, 1).unwrap();
     assert!(forward(gpu, &huge, values.slice(), one, None, &mut out.slice_mut()).is_err());

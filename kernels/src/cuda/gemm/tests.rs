@@ -25,6 +25,9 @@ impl Layout {
     }
 }
 
+/// A row of the table, and its function.
+type Activation = (&'static Row<1>, fn(f64) -> f64);
+
 /// One product: what is computed and how it lies.
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -43,7 +46,7 @@ struct Case {
     bias: bool,
     residual: bool,
     accumulate: bool,
-    activation: Option<fn() -> (&'static Row<1>, fn(f64) -> f64)>,
+    activation: Option<fn() -> Activation>,
     precision: MatmulPrecision,
 }
 

@@ -40,6 +40,7 @@ fn spread(x: impl Iterator<Item = f64> + Clone, eps: f64, centered: bool) -> (f6
 }
 
 /// `offset` shifts the operands off their alignment; with `single` one row of gradients stands for all.
+#[allow(clippy::too_many_arguments)] // What cases differ in.
 fn check_rows(gpu: &'static Gpu, ty: Type, count: usize, n: usize, centered: bool, affine: bool, single: bool, offset: usize) {
     let rows = Rows { n, eps: 1e-3, centered };
     let (x, g) = (samples(count * n, 1, 0.5), samples(if single { n } else { count * n }, 2, 0.0));
