@@ -7,9 +7,9 @@ use super::launch::{Launch, Module, TensorMap, TensorMapSpec, impl_arg};
 use super::memory::{DevicePtr, Slice, SliceMut, Strided, Type, View};
 use super::{Arg, CudaError, Gpu};
 
-const PORTABLE: Source = Source { name: "attention", text: include_str!("attention.cu") };
-const MMA: Source = Source { name: "attention_mma", text: include_str!("attention_mma.cu") };
-const HOPPER: Source = Source { name: "attention_hopper", text: include_str!("attention_hopper.cu") };
+const PORTABLE: Source = Source { name: "attention", text: include_str!("attention/attention.cu") };
+const MMA: Source = Source { name: "attention_mma", text: include_str!("attention/attention_mma.cu") };
+const HOPPER: Source = Source { name: "attention_hopper", text: include_str!("attention/attention_hopper.cu") };
 
 /// The widest keys and values that there are kernels for.
 pub const MAX_WIDTH: usize = 256;

@@ -33,23 +33,23 @@ pub(super) fn number(n: usize) -> &'static str {
 
 /// What kernel files may include, and the parts of the emulator's runtime.
 const HEADERS: &[(&str, &str)] = &[
-    ("attention.cuh", include_str!("attention.cuh")),
+    ("attention.cuh", include_str!("attention/attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("softmax.cuh", include_str!("softmax.cuh")),
-    ("emulate.cuh", include_str!("emulate.cuh")),
+    ("emulate.cuh", include_str!("emulator/emulate.cuh")),
     ("axis_maps.cuh", include_str!("axis_maps.cuh")),
     ("conv_geometry.cuh", include_str!("conv/geometry.cuh")),
     ("conv_tile.cuh", include_str!("conv/tile.cuh")),
-    ("emulate_abi.cuh", include_str!("emulate_abi.cuh")),
-    ("emulate_state.hpp", include_str!("emulate_state.hpp")),
-    ("emulate_check.hpp", include_str!("emulate_check.hpp")),
-    ("emulate_fibers.cpp", include_str!("emulate_fibers.cpp")),
-    ("emulate_async.cpp", include_str!("emulate_async.cpp")),
-    ("emulate_matrix.cpp", include_str!("emulate_matrix.cpp")),
-    ("emulate_check.cpp", include_str!("emulate_check.cpp")),
-    ("gemm.cuh", include_str!("gemm.cuh")),
+    ("emulate_abi.cuh", include_str!("emulator/emulate_abi.cuh")),
+    ("emulate_state.hpp", include_str!("emulator/emulate_state.hpp")),
+    ("emulate_check.hpp", include_str!("emulator/emulate_check.hpp")),
+    ("emulate_fibers.cpp", include_str!("emulator/emulate_fibers.cpp")),
+    ("emulate_async.cpp", include_str!("emulator/emulate_async.cpp")),
+    ("emulate_matrix.cpp", include_str!("emulator/emulate_matrix.cpp")),
+    ("emulate_check.cpp", include_str!("emulator/emulate_check.cpp")),
+    ("gemm.cuh", include_str!("gemm/gemm.cuh")),
 ];
 
 /// The file's text, each header in the place of its first inclusion, macros first.

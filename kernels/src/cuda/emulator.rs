@@ -130,7 +130,8 @@ impl Emulator {
     fn start(&self) -> Result<MutexGuard<'static, Runtime>, CudaError> {
         let mut runtime = Runtime::lock();
         if runtime.library.is_none() {
-            let file = compile::build(self, RUNTIME, false, &compile::expand_file("emulate.cpp", include_str!("emulate.cpp"), &[]))?;
+            let file =
+                compile::build(self, RUNTIME, false, &compile::expand_file("emulate.cpp", include_str!("emulator/emulate.cpp"), &[]))?;
             let library = Self::open(RUNTIME, &file)?;
             runtime.lent.iter().for_each(|(&address, &bytes)| Runtime::announce(&library, address, bytes));
             runtime.library = Some(library);
@@ -348,5 +349,4 @@ impl Backend for Emulator {
 }
 
 #[cfg(test)]
-#[path = "emulator_tests.rs"]
 mod tests;

@@ -22,11 +22,11 @@ use super::{CudaError, DeviceBuffer, Gpu};
 use crate::cpu::gemm::MatmulPrecision;
 use crate::pointwise::Row;
 
-const TILED: Source = Source { name: "gemm", text: include_str!("gemm.cu") };
-const SKINNY: Source = Source { name: "gemm_skinny", text: include_str!("gemm_skinny.cu") };
-const MMA: Source = Source { name: "gemm_mma", text: include_str!("gemm_mma.cu") };
-const HOPPER: Source = Source { name: "gemm_hopper", text: include_str!("gemm_hopper.cu") };
-const REDUCE: Source = Source { name: "gemm_reduce", text: include_str!("gemm_reduce.cu") };
+const TILED: Source = Source { name: "gemm", text: include_str!("gemm/gemm.cu") };
+const SKINNY: Source = Source { name: "gemm_skinny", text: include_str!("gemm/gemm_skinny.cu") };
+const MMA: Source = Source { name: "gemm_mma", text: include_str!("gemm/gemm_mma.cu") };
+const HOPPER: Source = Source { name: "gemm_hopper", text: include_str!("gemm/gemm_hopper.cu") };
+const REDUCE: Source = Source { name: "gemm_reduce", text: include_str!("gemm/gemm_reduce.cu") };
 
 /// A matrix in a GPU's memory: element `(i, j)` lies at `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]

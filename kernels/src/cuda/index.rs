@@ -421,5 +421,4 @@ pub fn one_hot(gpu: &'static Gpu, index: Slice<'_>, classes: usize, out: &mut Sl
 }
 
 #[cfg(test)]
-#[path = "index_tests.rs"]
 mod tests;
