@@ -205,11 +205,7 @@ template <bool MAX, bool MAGNITUDE> struct ExtremeOf {
         return combine(a, b);
     }
     static __device__ __forceinline__ void finish(Acc acc, const Results& r, i64 o) {
-        if constexpr (IS_FLOAT) {
-            store((T*)r.out + o, acc);
-        } else {
-            ((T*)r.out)[o] = (T)acc;
-        }
+        store((T*)r.out + o, (Compute<T>)acc);
     }
 };
 typedef Each<ExtremeOf<true, false>> Max;
@@ -279,11 +275,7 @@ template <bool MAX> struct ArgExtreme {
         return Acc{exchange(a.value, step), exchange(a.index, step)};
     }
     static __device__ __forceinline__ void finish(Acc acc, const Results& r, i64 o) {
-        if constexpr (IS_FLOAT) {
-            store((T*)r.out + o, acc.value);
-        } else {
-            ((T*)r.out)[o] = (T)acc.value;
-        }
+        store((T*)r.out + o, (Compute<T>)acc.value);
         ((i64*)r.second)[o] = acc.index;
     }
 };
