@@ -77,12 +77,14 @@ extern "C" __global__ void __launch_bounds__(256) copy_transposed(const Layouts 
     i64 source, target;
     offsets_of(outer, block / row_tiles, source, target);
     const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE;
+#pragma unroll
     for (int j = y; j < SIDE; j += 256 / SIDE) {
         if (col0 + j < cols && row0 + x < rows) {
             tile[j][x] = from[source + (row0 + x) * l.from[l.rank - 2] + (col0 + j) * l.from[l.rank - 1]];
         }
     }
     __syncthreads();
+#pragma unroll
     for (int i = y; i < SIDE; i += 256 / SIDE) {
         if (row0 + i < rows && col0 + x < cols) {
             to[target + (row0 + i) * l.to[l.rank - 2] + (col0 + x) * l.to[l.rank - 1]] = tile[x][i];

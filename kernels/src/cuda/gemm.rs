@@ -16,6 +16,7 @@ mod tests;
 
 use self::plan::{Factor, HopperTile, Level, Plan, Problem, TiledTile};
 use super::compile::Source;
+use super::copy::copy_into_strided;
 use super::launch::{Kernel, Launch, TensorMap, TensorMapSpec, impl_arg};
 use super::memory::{DevicePtr, Slice, SliceMut, Type};
 use super::{CudaError, DeviceBuffer, Gpu};
@@ -27,6 +28,9 @@ const SKINNY: Source = Source { name: "gemm_skinny", text: include_str!("gemm/ge
 const MMA: Source = Source { name: "gemm_mma", text: include_str!("gemm/gemm_mma.cu") };
 const HOPPER: Source = Source { name: "gemm_hopper", text: include_str!("gemm/gemm_hopper.cu") };
 const REDUCE: Source = Source { name: "gemm_reduce", text: include_str!("gemm/gemm_reduce.cu") };
+
+/// Multiplications from which on the tensor cores save more than a copy of a factor takes.
+const PADDING_REPAYS: usize = 1 << 28;
 
 /// A matrix in a GPU's memory: element `(i, j)` lies at `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +65,24 @@ impl<'a> Matrix<'a> {
             return Some(0);
         }
         (self.rows - 1).checked_mul(self.row_stride)?.checked_add((self.cols - 1).checked_mul(self.col_stride)?)?.checked_add(1)
+    }
+}
+
+/// A copy of a matrix with lines of `line` elements, which are its rows or its columns.
+struct Padded {
+    buffer: DeviceBuffer,
+    ty: Type,
+    rows: usize,
+    cols: usize,
+    line: usize,
+    by_rows: bool,
+}
+
+impl Padded {
+    fn matrix(&self) -> Option<Matrix<'_>> {
+        let data = Slice::new(&self.buffer, self.ty, 0, self.buffer.len() / self.ty.size())?;
+        let (row_stride, col_stride) = if self.by_rows { (self.line, 1) } else { (1, self.line) };
+        Matrix::new(data, self.rows, self.cols, row_stride, col_stride)
     }
 }
 
@@ -114,9 +136,44 @@ impl<'a> Gemm<'a> {
         if self.a_offsets.is_empty() || m == 0 || n == 0 {
             return Ok(());
         }
+        self.run_padded(gpu, out, row_stride, PADDING_REPAYS)
+    }
+
+    /// As [`run`](Self::run), with factors padded for products of at least `worth` multiplications.
+    fn run_padded(&self, gpu: &'static Gpu, out: &mut SliceMut<'_>, row_stride: usize, worth: usize) -> Result<(), CudaError> {
+        let (a, b) = (self.padded(gpu, self.a, worth)?, self.padded(gpu, self.b, worth)?);
+        let a = a.as_ref().and_then(Padded::matrix).unwrap_or(self.a);
+        let b = b.as_ref().and_then(Padded::matrix).unwrap_or(self.b);
+        Gemm { a, b, ..*self }.run_as_it_is(gpu, out, row_stride)
+    }
+
+    fn run_as_it_is(&self, gpu: &'static Gpu, out: &mut SliceMut<'_>, row_stride: usize) -> Result<(), CudaError> {
         let problem = self.problem(out, row_stride);
         let plan = Plan::of(&problem, gpu.capability());
         self.launch(gpu, problem, plan, out)
+    }
+
+    /// A copy of a factor whose lines do not begin at multiples of 16 bytes, with lines that do, as the tensor cores' levels want them: the logits of
+    /// a vocabulary of 50,257 are such a factor. `None` where the copy is not needed, or not worth it.
+    fn padded(&self, gpu: &'static Gpu, factor: Matrix<'a>, worth: usize) -> Result<Option<Padded>, CudaError> {
+        let (ty, unit) = (factor.data.ty(), 8);
+        let half = matches!(ty, Type::F16 | Type::BF16);
+        let large = self.a_offsets.len() == 1 && self.a.rows.saturating_mul(self.a.cols).saturating_mul(self.b.cols) >= worth;
+        let by_rows = factor.col_stride == 1;
+        let (lines, len, stride) =
+            if by_rows { (factor.rows, factor.cols, factor.row_stride) } else { (factor.cols, factor.rows, factor.col_stride) };
+        let in_lines = by_rows || factor.row_stride == 1;
+        let even = stride.is_multiple_of(unit) && factor.data.ptr().is_aligned(16);
+        if !half || !large || !in_lines || even || gpu.capability() < (8, 0) || self.a_offsets[0] != 0 || self.b_offsets[0] != 0 {
+            return Ok(None);
+        }
+        let line = len.next_multiple_of(unit);
+        let mut buffer = gpu.alloc(lines * line * ty.size())?;
+        let (shape, strides) = ([lines, len], [stride, 1]);
+        let Some(view) = factor.data.view(&shape, &strides) else { return Ok(None) };
+        let Some(to) = SliceMut::new(&mut buffer, ty, 0, lines * line) else { return Ok(None) };
+        copy_into_strided(gpu, view, to, 0, &[line, 1])?;
+        Ok(Some(Padded { buffer, ty, rows: factor.rows, cols: factor.cols, line, by_rows }))
     }
 
     fn check(&self, out: &SliceMut<'_>, row_stride: usize) {

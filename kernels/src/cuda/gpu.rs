@@ -215,12 +215,21 @@ impl Gpu {
 
     /// The kernel file compiled with these macros: from memory, from disk, or anew.
     pub(crate) fn module(&'static self, source: &'static Source, defines: &[(&str, &str)]) -> Result<Module, CudaError> {
+        self.module_with(source, defines, true)
+    }
+
+    /// As [`module`](Self::module), with every product rounded before it is added: for sums whose terms may cancel to zero.
+    pub(crate) fn exact_module(&'static self, source: &'static Source, defines: &[(&str, &str)]) -> Result<Module, CudaError> {
+        self.module_with(source, defines, false)
+    }
+
+    fn module_with(&'static self, source: &'static Source, defines: &[(&str, &str)], contract: bool) -> Result<Module, CudaError> {
         let mut key = String::with_capacity(64);
         key.push_str(source.name);
         for (name, value) in defines {
             key.extend([" ", name, "=", value]);
         }
-        self.module_of(key, source.name, true, || compile::expand(source, defines))
+        self.module_of(key, source.name, contract, || compile::expand(source, defines))
     }
 
     /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet. Only where `contract`

@@ -19,7 +19,7 @@ pub fn resample(gpu: &'static Gpu, maps: &[AxisMap; 3], n: usize, c: usize, x: S
     let maps = upload(gpu, maps, ty)?;
     let line = 4 * ty.size() as u64;
     let four = c.is_multiple_of(4) && x.ptr().is_aligned(line) && out.ptr().is_aligned(line);
-    let kernel = gpu.module(&SOURCE, &[("T", ty.name()), ("CHANNELS", if four { "4" } else { "1" })])?.kernel("resample")?;
+    let kernel = gpu.exact_module(&SOURCE, &[("T", ty.name()), ("CHANNELS", if four { "4" } else { "1" })])?.kernel("resample")?;
     let count = if four { out.len() / 4 } else { out.len() };
     let args: [&dyn super::Arg; 7] = [&maps.tables, &maps.factors, &maps.numbers, &x.ptr(), &out.ptr(), &(count as i64), &(c as i32)];
     // SAFETY: `x` and `out` have as many elements as the maps' extents say, and every tap's index is one of its axis.

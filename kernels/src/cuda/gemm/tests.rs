@@ -300,6 +300,29 @@ fn batches_of_any_arrangement() {
 }
 
 #[test]
+fn factors_with_odd_lines_are_padded() {
+    let Some(gpu) = device() else { return };
+    let (m, k, n) = (40, 33, 51);
+    // Small integers: sums of f32 are exact at every level.
+    let values = |len: usize, step: usize| Values::new(gpu, Type::BF16, &(0..len).map(|i| (i * step % 7) as f64 - 3.0).collect::<Vec<_>>());
+    let (x, y) = (values(m * k, 5), values(k * n, 3));
+    for (a, b) in [
+        (Matrix::row_major(x.slice(), m, k), Matrix::row_major(y.slice(), k, n)),
+        (Matrix::row_major(x.slice(), k, m).map(Matrix::t), Matrix::row_major(y.slice(), n, k).map(Matrix::t)),
+    ] {
+        let gemm = Gemm::new(a.unwrap(), b.unwrap());
+        let copied = [gemm.a, gemm.b].into_iter().any(|factor| gemm.padded(gpu, factor, 0).unwrap().is_some());
+        assert_eq!(copied, gpu.capability() >= (8, 0));
+        let [padded, plain] = [0, usize::MAX].map(|worth| {
+            let mut out = Values::unwritten(gpu, Type::F32, m * n);
+            gemm.run_padded(gpu, &mut out.slice_mut(), n, worth).unwrap();
+            out.read()
+        });
+        assert_eq!(padded, plain);
+    }
+}
+
+#[test]
 fn empty_sums_and_empty_results() {
     let Some(gpu) = device() else { return };
     for ty in [Type::F32, Type::BF16] {
