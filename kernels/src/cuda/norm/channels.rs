@@ -50,6 +50,10 @@ pub struct Statistics<'a> {
     pub rstd: Slice<'a>,
 }
 
+fn does_not_fit() -> CudaError {
+    CudaError::Unavailable("group_moments: the layout does not fit the data".into())
+}
+
 /// The mean of each group, 1/√(variance + ε), and the variance with Bessel's correction.
 pub fn group_moments(
     gpu: &'static Gpu,
@@ -68,9 +72,9 @@ pub fn group_moments(
     if let (Grouping::Groups(groups), true) = (grouping, channels_last) {
         // Channel by channel, which reads whole runs of memory, and then the channels of each group.
         let mut buffer = gpu.alloc(n * c * 3 * size_of::<f64>())?;
-        let mut single = SliceMut::new(&mut buffer, Type::F64, 0, n * c * 3).expect("made for as many");
+        let mut single = SliceMut::new(&mut buffer, Type::F64, 0, n * c * 3).ok_or_else(does_not_fit)?;
         let (shape, strides) = ([n, s, c], [s * c, c, 1]);
-        let view = x.view(&shape, &strides).expect("as many elements as the layout says");
+        let view = x.view(&shape, &strides).ok_or_else(does_not_fit)?;
         reduce::moments(gpu, view, &[false, true, false], single.reborrow())?;
         let kernel = kernel(gpu, x.ty(), Macros { pattern: 6, ..Macros::default() }, "group_statistics")?;
         let [mean, rstd, var] = out.map(|part| part.ptr());
@@ -80,7 +84,7 @@ pub fn group_moments(
         return unsafe { kernel.launch(launch, &args) };
     }
     let reduce = |shape: &[usize], strides: &[usize], axes: &[bool]| {
-        let view = x.view(shape, strides).expect("as many elements as the layout says");
+        let view = x.view(shape, strides).ok_or_else(does_not_fit)?;
         reduce::statistics(gpu, view, axes, eps, out)
     };
     match grouping {
