@@ -131,6 +131,24 @@ impl<T: Copy + Default> Default for Sums<T> {
     }
 }
 
+impl<T> Sums<T> {
+    /// All of them, to be written.
+    pub fn block(&mut self) -> Block<T> {
+        Block { first: self.0.as_mut_ptr(), row_stride: SIDE, add: false }
+    }
+}
+
+/// Where a block of SIDE × SIDE sums lies, and whether they are added to what is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<T> {
+    /// The first sum.
+    pub first: *mut T,
+    /// Values from a row to the next.
+    pub row_stride: usize,
+    /// Whether sums begin with the values that are there: they must be initialised then.
+    pub add: bool,
+}
+
 /// Tiles 4 and 5: both of A's in a part of a step.
 macro_rules! load_a {
     (0) => {
@@ -181,13 +199,21 @@ macro_rules! products {
         /// Without a step.
         ///
         /// # Safety
-        /// Both panels must be readable for their chunks.
-        pub unsafe fn $name(_: &Session, a: *const u8, b: *const u8, steps: usize, sums: &mut Sums<$sum>) {
+        /// Both panels must be readable for their chunks, and the block writable apart from them.
+        pub unsafe fn $name(_: &Session, a: *const u8, b: *const u8, steps: usize, c: Block<$sum>) {
             assert!(steps > 0);
-            // SAFETY: the session has configured the tiles; the caller vouches for the panels, and each step reads the chunks that it
-            // goes forward by. The sums are written over their 4 KiB.
+            // SAFETY: the session has configured the tiles; the caller vouches for the panels, of which each step reads the chunks that it
+            // goes forward by, and for the block, of which sixteen rows follow `c` and sixteen `lower`.
             unsafe {
                 asm!(
+                    "test {add:e}, {add:e}",
+                    "jz 3f",
+                    "tileloadd tmm0, [{c} + {c_row}*1]",
+                    "tileloadd tmm1, [{c} + {c_row}*1 + 64]",
+                    "tileloadd tmm2, [{lower} + {c_row}*1]",
+                    "tileloadd tmm3, [{lower} + {c_row}*1 + 64]",
+                    "jmp 2f",
+                    "3:",
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
                     "2:",
                     $($body,)*
@@ -195,14 +221,17 @@ macro_rules! products {
                     "add {b}, {chunk}",
                     "dec {steps}",
                     "jnz 2b",
-                    "tilestored [{sums} + {b_row}*1], tmm0",
-                    "tilestored [{sums} + {b_row}*1 + 64], tmm1",
-                    "tilestored [{sums} + {b_row}*1 + 2048], tmm2",
-                    "tilestored [{sums} + {b_row}*1 + 2112], tmm3",
+                    "tilestored [{c} + {c_row}*1], tmm0",
+                    "tilestored [{c} + {c_row}*1 + 64], tmm1",
+                    "tilestored [{lower} + {c_row}*1], tmm2",
+                    "tilestored [{lower} + {c_row}*1 + 64], tmm3",
                     a = inout(reg) a => _,
                     b = inout(reg) b => _,
                     steps = inout(reg) steps => _,
-                    sums = in(reg) sums.0.as_mut_ptr(),
+                    add = in(reg) c.add as u32,
+                    c = in(reg) c.first,
+                    lower = in(reg) c.first.wrapping_add(SIDE / 2 * c.row_stride),
+                    c_row = in(reg) size_of::<$sum>() * c.row_stride,
                     a_row = in(reg) 4 * ENTRIES,
                     b_row = in(reg) 4 * SIDE,
                     chunk = const $parts * CHUNK,
@@ -262,7 +291,7 @@ mod tests {
 
     #[test]
     fn blocks_multiply_their_parts() {
-        type Products = unsafe fn(&Session, *const u8, *const u8, usize, &mut Sums<f32>);
+        type Products = unsafe fn(&Session, *const u8, *const u8, usize, Block<f32>);
         type Pairs = &'static [(usize, usize)];
         let cases: [(usize, Products, Pairs); 3] = [
             (1, bf16_products, &[(0, 0)]),
@@ -278,12 +307,18 @@ mod tests {
                 let b = panel(parts, steps, false, |p, l, k| bf16::from_f32(y(p, l, k)).to_bits());
                 let mut sums = Sums::default();
                 // SAFETY: the panels have all chunks of their steps.
-                unsafe { products(&Session::begin(), a.as_ptr().cast(), b.as_ptr().cast(), steps, &mut sums) };
+                unsafe { products(&Session::begin(), a.as_ptr().cast(), b.as_ptr().cast(), steps, sums.block()) };
+                let mut wide = [1f32; 40 * SIDE];
+                let block = Block { first: wide.as_mut_ptr(), row_stride: 40, add: true };
+                // SAFETY: as above, and the block lies in `wide`.
+                unsafe { products(&Session::begin(), a.as_ptr().cast(), b.as_ptr().cast(), steps, block) };
                 for (i, &sum) in sums.0.iter().enumerate() {
                     let (row, col) = (i / SIDE, i % SIDE);
                     let term = |k: usize| pairs.iter().map(|&(p, q)| x(p, row, k) * y(q, col, k)).sum::<f32>();
                     assert_eq!(sum, (0..32 * steps).map(term).sum::<f32>(), "{parts} parts, {row}, {col}");
+                    assert_eq!(wide[row * 40 + col], sum + 1.0, "{parts} parts, {row}, {col}, added");
                 }
+                assert!(wide.chunks(40).all(|row| row[SIDE..] == [1.0; 8]), "between the rows");
             }
         }
     }
@@ -293,7 +328,7 @@ mod tests {
         let bytes: Vec<i8> = (0..2 * CHUNK).map(|i| (i * 89 % 256) as u8 as i8).collect();
         let mut sums = Sums::default();
         // SAFETY: both panels have two chunks.
-        unsafe { i8_products(&Session::begin(), bytes.as_ptr().cast(), bytes.as_ptr().cast(), 2, &mut sums) };
+        unsafe { i8_products(&Session::begin(), bytes.as_ptr().cast(), bytes.as_ptr().cast(), 2, sums.block()) };
         for (i, &sum) in sums.0.iter().enumerate() {
             let (row, col) = (i / SIDE, i % SIDE);
             let term = |k: usize| {

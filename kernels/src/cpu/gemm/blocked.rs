@@ -10,17 +10,16 @@
 //! 3. A factor is not packed where that costs more than it saves: A if it meets few panels, B if it meets few row tiles.
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
-use super::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, RowTiles, Tile};
+use super::micro::{Init, MAX_MR, MicroKernels, Output, RowTiles, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
 use super::{Gemm, GemmElement, Item, Out, dot, shared};
 #[cfg(target_arch = "x86_64")]
 use super::{MatmulPrecision, matmul_precision, tiles};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::isa::WithSimd;
+use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -28,13 +27,10 @@ use std::sync::OnceLock;
 /// on Zen 4.
 pub(super) const KC: usize = 384;
 
-/// Row tiles that a task of the small path covers at most: A's packed block (480 × KC, 720 KiB) fits a 1 MiB L2.
-const MAX_BLOCK_ROWS: usize = 480;
-
 /// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.
 pub(super) const FLOP_PER_NS: usize = 64;
 
-/// A task of the small path has about this many multiply-adds (20 µs): cut finer, the strips that several tasks pack for themselves tell.
+/// A task of the small path has about this many multiply-adds of plain f32 (20 µs): cut finer, the strips that several tasks pack for themselves tell.
 const TASK_MACS: usize = 1 << 20;
 
 /// The most tasks that a product is cut into.
@@ -45,32 +41,64 @@ impl GemmElement for f32 {
         if dot::try_gemm(gemm, out, row_stride) {
             return Ok(());
         }
+        let (m, n) = (gemm.a.rows(), gemm.b.cols());
+        let c = Sums { c: SharedMut::new(out), item_stride: m * row_stride, row_stride };
         #[cfg(target_arch = "x86_64")]
-        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
-            return match matmul_precision() {
-                MatmulPrecision::Highest => multiply::<tiles::Split<f32, 3>>(gemm, out, row_stride),
-                MatmulPrecision::High => multiply::<tiles::Split<f32, 2>>(gemm, out, row_stride),
-                MatmulPrecision::Medium => multiply::<tiles::Split<f32, 1>>(gemm, out, row_stride),
-            };
+        {
+            let pay = |parts| tiles::pay(parts, m, n, gemm.a.cols());
+            match matmul_precision() {
+                MatmulPrecision::Highest if pay(3) => return multiply::<tiles::Split<f32, 3>>(gemm, &c),
+                MatmulPrecision::High if pay(2) => return multiply::<tiles::Split<f32, 2>>(gemm, &c),
+                MatmulPrecision::Medium if pay(1) => return multiply::<tiles::Split<f32, 1>>(gemm, &c),
+                _ => {}
+            }
         }
-        multiply::<Plain>(gemm, out, row_stride)
+        multiply::<Plain>(gemm, &c)
     }
 }
 
 /// The product by packed panels.
-pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
+pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Target) -> Result<(), OutOfMemory> {
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    let c = SharedMut::new(out);
-    if is_large(m, n, k) {
-        (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, c, row_stride))
+    // Packing both factors once pays from 256³ on, if they are used often enough.
+    if m >= 192 && n >= 192 && m * n * k >= 1 << 24 {
+        (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, target))
     } else {
-        small::<P>(gemm, |item, block| block.compute(Out { c: c.get().wrapping_add(item * m * row_stride), row_stride }))
+        small::<P>(gemm, target)
     }
 }
 
-/// Whether packing both factors once pays: from 256³ on, if they are used often enough.
-pub(super) fn is_large(m: usize, n: usize, k: usize) -> bool {
-    m >= 192 && n >= 192 && m * n * k >= 1 << 24
+/// Some rows and columns of an item.
+pub(super) struct Part {
+    pub item: usize,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
+}
+
+/// Where sums go, part by part.
+pub(super) trait Target: Sync {
+    /// Whether a part is computed once; otherwise it may be several times, over some of K each, the later ones adding to what is there.
+    fn takes_whole_sums(&self) -> bool;
+
+    /// Calls `compute` with the place where the part's item begins: only the part is written.
+    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory>;
+}
+
+/// C as it is.
+pub(super) struct Sums {
+    pub c: SharedMut<f32>,
+    pub item_stride: usize,
+    pub row_stride: usize,
+}
+
+impl Target for Sums {
+    fn takes_whole_sums(&self) -> bool {
+        false
+    }
+
+    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
+        compute(Out { c: self.c.get().wrapping_add(part.item * self.item_stride), row_stride: self.row_stride })
+    }
 }
 
 /// How C's tiles begin: the first block of K sees the caller's wish, the others add.
@@ -103,10 +131,11 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(kernels: &MicroKernels, m: usize, n: usize, k: usize, tasks: usize) -> Self {
+    fn new<P: Packing>(m: usize, n: usize, k: usize, tasks: usize) -> Self {
+        let kernels = P::kernels();
         let (rows, panels) = (kernels.row_tiles(m), n.div_ceil(kernels.nr));
-        let (mut row_blocks, mut col_blocks) = (m.div_ceil(MAX_BLOCK_ROWS), 1);
-        let wanted = (m * n * k).div_ceil(TASK_MACS).min(tasks);
+        let (mut row_blocks, mut col_blocks) = (m.div_ceil(P::BLOCK_ROWS), 1);
+        let wanted = (m * n * k).div_ceil(P::SPEED * TASK_MACS).min(tasks);
         while row_blocks * col_blocks < wanted {
             // Square blocks pack least; a block of rows is worth more than its height, for B is packed once for each.
             let (height, width) = (m / row_blocks, n / col_blocks);
@@ -138,22 +167,23 @@ impl Grid {
     }
 }
 
-/// Products whose tasks pack for themselves: calls `compute` for each part of each item.
-pub(super) fn small<P: Packing>(
-    gemm: &Gemm<P::Element, f32>,
-    compute: impl Fn(usize, Block<P>) -> Result<(), OutOfMemory> + Sync,
-) -> Result<(), OutOfMemory> {
+/// Products whose tasks pack for themselves.
+fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Target) -> Result<(), OutOfMemory> {
     let (batch, m, n, k) = (gemm.batch(), gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    let grid = Grid::new(P::kernels(), m, n, k, MAX_TASKS.div_ceil(batch));
+    let grid = Grid::new::<P>(m, n, k, MAX_TASKS.div_ceil(batch));
     let total = batch * grid.count();
     // Tiny items go to a thread by the dozen.
-    let group = (TASK_MACS * grid.count() / (m * n * k).max(1)).clamp(1, total.div_ceil(MAX_TASKS).max(1));
+    let group = (P::SPEED * TASK_MACS * grid.count() / (m * n * k).max(1)).clamp(1, total.div_ceil(MAX_TASKS).max(1));
     let failure = OnceLock::new();
-    for_each(total.div_ceil(group), 2 * batch * m * n * k / FLOP_PER_NS, |task| {
+    for_each(total.div_ceil(group), 2 * batch * m * n * k / (P::SPEED * FLOP_PER_NS), |task| {
         for i in task * group..total.min((task + 1) * group) {
-            let (item, part) = (i / grid.count(), i % grid.count());
-            let (rows, cols) = grid.task(part);
-            if let Err(error) = compute(item, Block { gemm, item: gemm.item(item), rows, cols, ks: 0..k }) {
+            let (rows, cols) = grid.task(i % grid.count());
+            let part = Part { item: i / grid.count(), rows, cols };
+            let compute = |out| {
+                let (rows, cols) = (part.rows.clone(), part.cols.clone());
+                Block::<P> { gemm, item: gemm.item(part.item), rows, cols, ks: 0..k }.compute(out)
+            };
+            if let Err(error) = target.take(&part, &compute) {
                 failure.get_or_init(|| error);
             }
         }
@@ -162,18 +192,18 @@ pub(super) fn small<P: Packing>(
 }
 
 /// Some rows and columns of one C, over some of K.
-pub(super) struct Block<'a, P: Packing> {
+struct Block<'a, P: Packing> {
     gemm: &'a Gemm<'a, P::Element, f32>,
     item: Item<P::Element>,
-    pub rows: Range<usize>,
-    pub cols: Range<usize>,
+    rows: Range<usize>,
+    cols: Range<usize>,
     ks: Range<usize>,
 }
 
 impl<P: Packing> Block<'_, P> {
     /// Computes it into `out`, where its item begins.
-    pub fn compute(self, out: Out<f32>) -> Result<(), OutOfMemory> {
-        P::dispatch(Compute { block: self, out })
+    fn compute(self, out: Out<f32>) -> Result<(), OutOfMemory> {
+        dispatch(Compute { block: self, out })
     }
 
     /// Rows that are read in place must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
@@ -214,7 +244,8 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
         let a_words = if a_in_place { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
         let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
-        let mut panel = MaybeUninit::<[f32; KC * MAX_NR]>::uninit();
+        let mut panel = Buffer::new(kernels.nr * P::words(most.min(block.ks.len())) * size_of::<f32>())?;
+        let panel = panel.as_slice_mut::<f32>().as_mut_ptr();
         let b_in_place = b.col_stride == 1 && tiles.count <= 2;
         for k0 in block.ks.clone().step_by(most) {
             let terms = most.min(block.ks.end - k0);
@@ -240,8 +271,7 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
                     Some(data) if b_in_place && cols == width => (data, b.row_stride),
                     _ => {
                         let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: terms, k_stride: b.row_stride };
-                        let panel = panel.as_mut_ptr().cast::<f32>();
-                        // SAFETY: the strip lies inside B; the panel holds KC words of MAX_NR lanes.
+                        // SAFETY: the strip lies inside B; the panel holds a block of K of NR lanes.
                         let b_seen = unsafe { P::pack(s, Side::B, strip, width, panel) };
                         if !P::multiplies(a_seen, b_seen, terms) {
                             block.fall_back(col..col + cols, k0..k0 + terms, c)?;

@@ -134,7 +134,7 @@ fn on_tiles(a: MatView<i8>, b: MatView<i8>, out: &mut [i32], row_stride: usize) 
         let mut sums = Sums::default();
         let (a, b) = (a[row * panel..].as_ptr(), b[col * panel..].as_ptr());
         // SAFETY: both panels hold `steps` chunks.
-        unsafe { amx::i8_products(&session, a, b, steps, &mut sums) };
+        unsafe { amx::i8_products(&session, a, b, steps, sums.block()) };
         for (r, sums) in sums.0.as_chunks::<SIDE>().0.iter().enumerate().take(m - (row * SIDE).min(m)) {
             let width = SIDE.min(n - col * SIDE);
             // SAFETY: the row and its columns lie in C, whose extent was checked; no two tasks share a block.

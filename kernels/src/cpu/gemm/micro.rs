@@ -170,10 +170,16 @@ impl MicroKernels {
         if cols <= self.lanes { self.lanes } else { self.nr }
     }
 
-    /// Cuts `rows` into the fewest tiles of at most MR, of nearly equal height: tile `i` starts at row `tiles.start(i)`.
+    /// Cuts `rows` into the fewest tiles of at most MR: tile `i` starts at row `tiles.start(i)`. They are of nearly equal height, as there is a
+    /// kernel for each; matrix tiles are whole as long as there are rows.
     #[inline]
     pub fn row_tiles(&self, rows: usize) -> RowTiles {
-        RowTiles { rows, count: rows.div_ceil(self.mr) }
+        let count = rows.div_ceil(self.mr);
+        #[cfg(target_arch = "x86_64")]
+        if self.tiles.is_some() {
+            return RowTiles { rows, count, height: self.mr, higher: 0 };
+        }
+        RowTiles { rows, count, height: rows / count.max(1), higher: rows % count.max(1) }
     }
 
     /// Computes a batch-reduce tile of `rows` rows.
@@ -200,7 +206,7 @@ impl MicroKernels {
     /// As for `tile`.
     ///
     /// # Safety
-    /// As for `tile`, with the panels that such kernels take. [`start`](Self::start) of these kernels returned `started` on this thread.
+    /// As for `tile`, with the panels that such kernels take, and rows of C equally far apart. [`start`](Self::start) of these kernels returned `started` on this thread.
     #[inline]
     pub(super) unsafe fn panel_tile(&self, started: &Started, rows: usize, tile: &Tile) {
         #[cfg(target_arch = "x86_64")]
@@ -231,27 +237,29 @@ impl MicroKernels {
     }
 }
 
-/// Rows cut into tiles of nearly equal height.
+/// Rows cut into tiles.
 #[derive(Clone, Copy, Debug)]
 pub struct RowTiles {
     rows: usize,
     /// Number of tiles.
     pub count: usize,
+    /// Rows of a tile, but for the last.
+    height: usize,
+    /// The first tiles, so many, have a row more.
+    higher: usize,
 }
 
 impl RowTiles {
     /// The first row of tile `i`; the number of rows for `i == count`.
     #[inline]
     pub fn start(&self, i: usize) -> usize {
-        // The first `rows % count` tiles are one row higher.
-        let (height, higher) = (self.rows / self.count, self.rows % self.count);
-        i * height + i.min(higher)
+        (i * self.height + i.min(self.higher)).min(self.rows)
     }
 
     /// The number of rows of tile `i < count`.
     #[inline]
     pub fn height(&self, i: usize) -> usize {
-        self.rows / self.count + usize::from(i < self.rows % self.count)
+        self.start(i + 1) - self.start(i)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Products of f16 and bf16: converted as they are packed or read, summed in f32, and rounded once.
 
-use super::blocked::{Block, is_large, multiply, small};
+use super::blocked::{Part, Target, multiply};
 use super::micro::MicroKernels;
 use super::packing::{Packing, Pairs, Widened};
 #[cfg(target_arch = "x86_64")]
@@ -20,7 +20,7 @@ const CHUNK: usize = 1 << 15;
 impl GemmElement for f16 {
     fn gemm(gemm: &Gemm<f16>, out: &mut [f16], row_stride: usize) -> Result<(), OutOfMemory> {
         #[cfg(target_arch = "x86_64")]
-        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
+        if tiles::pay(2, gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
             // Two parts hold an f16 exactly.
             return rounded::<tiles::Split<f16, 2>>(gemm, out, row_stride);
         }
@@ -31,8 +31,9 @@ impl GemmElement for f16 {
 impl GemmElement for bf16 {
     fn gemm(gemm: &Gemm<bf16>, out: &mut [bf16], row_stride: usize) -> Result<(), OutOfMemory> {
         #[cfg(target_arch = "x86_64")]
-        if tiles::pay(gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
-            return rounded::<tiles::Split<bf16, 1>>(gemm, out, row_stride);
+        if tiles::pay(1, gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
+            // Few rows, too: reading them as dot products is bound by arithmetic from about eight on.
+            return by_panels::<tiles::Split<bf16, 1>>(gemm, out, row_stride);
         }
         if MicroKernels::has_bf16_pairs() {
             rounded::<Pairs>(gemm, out, row_stride)
@@ -48,51 +49,76 @@ pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32> + St
     out: &mut [P::Element],
     row_stride: usize,
 ) -> Result<(), OutOfMemory> {
-    let bias = gemm.bias.map(|bias| bias.iter().map(|x| x.widen()).collect::<Vec<_>>());
-    let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    let Gemm { a, b, a_offsets, b_offsets, alpha, accumulate, .. } = *gemm;
-    let product = Gemm { a, b, a_offsets, b_offsets, alpha, bias: bias.as_deref(), accumulate: false };
-    if !dot::is_one(&product, n) && !is_large(m, n, k) {
-        let c = SharedMut::new(out);
-        return small::<P>(&product, |item, block| round_block(item, block, m, accumulate, c, row_stride));
+    let (m, n) = (gemm.a.rows(), gemm.b.cols());
+    let bias = widened_bias(gemm);
+    let product = of_sums(gemm, bias.as_deref());
+    if !dot::is_one(&product, n) {
+        return by_panels::<P>(gemm, out, row_stride);
     }
     let rows = gemm.batch() * m;
     let mut sums = Buffer::new(rows * n * size_of::<f32>())?;
     let sums = sums.as_slice_mut::<f32>();
-    if !dot::try_gemm(&product, sums, n) {
-        multiply::<P>(&product, sums, n)?;
-    }
+    dot::try_gemm(&product, sums, n);
     let rows_per_task = (CHUNK / n).max(1);
     let sums = &*sums;
     for_each_chunk(&mut out[..(rows - 1) * row_stride + n], rows_per_task * row_stride, rows * n / 8, |i, out| {
         let sums = &sums[i * rows_per_task * n..];
-        dispatch(Narrow { sums: sums.chunks(n), out: out.chunks_mut(row_stride).map(|row| &mut row[..n]), accumulate });
+        let out = out.chunks_mut(row_stride).map(|row| &mut row[..n]);
+        dispatch(Narrow { sums: sums.chunks(n), out, accumulate: gemm.accumulate });
     });
     Ok(())
 }
 
-/// A part of an item: its sums stay in the cache until they are rounded.
-fn round_block<P: Packing<Element: Float<Compute = f32> + Stored<Compute = f32>>>(
-    item: usize,
-    block: Block<P>,
-    m: usize,
-    accumulate: bool,
-    c: SharedMut<P::Element>,
+/// The same by packed panels, whatever the shape.
+fn by_panels<P: Packing<Element: Float<Compute = f32> + Stored<Compute = f32>>>(
+    gemm: &Gemm<P::Element>,
+    out: &mut [P::Element],
     row_stride: usize,
 ) -> Result<(), OutOfMemory> {
-    let (rows, cols) = (block.rows.clone(), block.cols.clone());
-    let mut sums = Buffer::new(rows.len() * cols.len() * size_of::<f32>())?;
-    let sums = sums.as_slice_mut::<f32>();
-    // The part lies at the start of the buffer, not where it would in its item.
-    let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
-    block.compute(Out { c: first, row_stride: cols.len() })?;
-    let out = rows.clone().map(|row| {
-        let first = c.get().wrapping_add((item * m + row) * row_stride + cols.start);
-        // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
-        unsafe { std::slice::from_raw_parts_mut(first, cols.len()) }
-    });
-    dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate });
-    Ok(())
+    let bias = widened_bias(gemm);
+    let target = Rounded { c: SharedMut::new(out), rows: gemm.a.rows(), row_stride, accumulate: gemm.accumulate };
+    multiply::<P>(&of_sums(gemm, bias.as_deref()), &target)
+}
+
+fn widened_bias<T: Float<Compute = f32>>(gemm: &Gemm<T>) -> Option<Vec<f32>> {
+    gemm.bias.map(|bias| bias.iter().map(|x| x.widen()).collect())
+}
+
+/// The product whose results are sums, with nothing added to them but a bias.
+fn of_sums<'a, T: Copy>(gemm: &Gemm<'a, T>, bias: Option<&'a [f32]>) -> Gemm<'a, T, f32> {
+    let Gemm { a, b, a_offsets, b_offsets, alpha, .. } = *gemm;
+    Gemm { a, b, a_offsets, b_offsets, alpha, bias, accumulate: false }
+}
+
+/// C of a narrower type: a part's sums stay in the cache until they are rounded.
+struct Rounded<T> {
+    c: SharedMut<T>,
+    /// Rows of an item.
+    rows: usize,
+    row_stride: usize,
+    accumulate: bool,
+}
+
+impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<T> {
+    fn takes_whole_sums(&self) -> bool {
+        true
+    }
+
+    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
+        let (rows, cols) = (part.rows.clone(), part.cols.clone());
+        let mut sums = Buffer::new(rows.len() * cols.len() * size_of::<f32>())?;
+        let sums = sums.as_slice_mut::<f32>();
+        // The part lies at the start of the buffer, not where it would in its item.
+        let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
+        compute(Out { c: first, row_stride: cols.len() })?;
+        let out = rows.map(|row| {
+            let first = self.c.get().wrapping_add((part.item * self.rows + row) * self.row_stride + cols.start);
+            // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
+            unsafe { std::slice::from_raw_parts_mut(first, cols.len()) }
+        });
+        dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate: self.accumulate });
+        Ok(())
+    }
 }
 
 struct Narrow<A, B> {

@@ -3,29 +3,25 @@
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
 //! factor equally far apart.
 
-use super::blocked::{FLOP_PER_NS, KC, c_rows, init_of};
+use super::blocked::{FLOP_PER_NS, KC, Part, Target, c_rows, init_of};
 use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Side};
 use super::{Gemm, Out};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::isa::WithSimd;
+use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
-
-/// Values of a packed super-block of each factor: 8 MiB, so that both fit the L3 of most machines.
-const SUPER_BLOCK: usize = 2 << 20;
 
 /// Most words of a lane of a super-block: with them, a super-block has at least 1024 rows or columns.
 const SUPER_K: usize = 8 * KC;
 
-/// Most row tiles and panels of a task. At AVX-512 its block of A (192 × KC) is 288 KiB of L2, each panel of B comes from L3 once for 16 tiles,
-/// and it lasts about 0.8 ms at K = 1024: short enough to keep threads evenly busy, long enough to hide the hand-over.
-const TILES: usize = 16;
+/// Most panels of a task.
 const PANELS: usize = 8;
 
 /// Row tiles and panels that a task packs: some 10 µs.
@@ -43,19 +39,18 @@ fn parts(total: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<u
 }
 
 /// Computes one item of a batch.
-pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, target: &dyn Target) -> Result<(), OutOfMemory> {
     let kernels = P::kernels();
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
-    // SAFETY: `Gemm::run` checked that all items of C lie in its memory.
-    let c = unsafe { c.add(item * m * row_stride) };
-    for ks in parts(k, SUPER_K / P::WORDS * P::TERMS, P::KC * P::TERMS) {
-        let most = SUPER_BLOCK / P::words(ks.len());
+    let most_k = if target.takes_whole_sums() { k } else { SUPER_K / P::WORDS * P::TERMS };
+    for ks in parts(k, most_k, P::KC * P::TERMS) {
+        let most = P::SUPER_BLOCK / P::words(ks.len());
         for cols in parts(n, most, kernels.nr) {
             let mut b = Panels::<P>::of_b(cols.len(), ks.len())?;
             for rows in parts(m, most, kernels.mr) {
                 let mut a = Panels::<P>::of_a(rows.len(), ks.len())?;
                 let new_b = rows.start == 0;
-                SuperBlock { gemm, item, rows, cols: cols.clone(), ks: ks.clone() }.compute(&mut a, &mut b, new_b, c, row_stride)?;
+                SuperBlock { gemm, item, rows, cols: cols.clone(), ks: ks.clone() }.compute(&mut a, &mut b, new_b, target)?;
             }
         }
     }
@@ -114,7 +109,7 @@ impl<P: Packing> SuperBlock<'_, P> {
     const TERMS: usize = P::KC * P::TERMS;
 
     /// Packs A, and B if it is new, and multiplies them.
-    fn compute(self, a: &mut Panels<P>, b: &mut Panels<P>, new_b: bool, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+    fn compute(self, a: &mut Panels<P>, b: &mut Panels<P>, new_b: bool, target: &dyn Target) -> Result<(), OutOfMemory> {
         let at = Addresses {
             a: SharedMut::new(a.buffer.as_slice_mut()),
             a_lanes: a.lanes,
@@ -124,18 +119,17 @@ impl<P: Packing> SuperBlock<'_, P> {
         let packed = Packed { block: &self, tiles: P::kernels().row_tiles(self.rows.len()), at };
         packed.pack(a, b, new_b);
         if P::multiplies(a.magnitudes(), b.magnitudes(), self.ks.len()) {
-            packed.multiply(c, row_stride);
-            return Ok(());
+            return packed.multiply(target);
         }
-        self.fall_back(c, row_stride)
+        self.fall_back(target)
     }
 
     /// The same with the micro-kernels for any values.
     #[cold]
-    fn fall_back(self, c: SharedMut<f32>, row_stride: usize) -> Result<(), OutOfMemory> {
+    fn fall_back(self, target: &dyn Target) -> Result<(), OutOfMemory> {
         let Self { gemm, item, rows, cols, ks } = self;
         let (mut a, mut b) = (Panels::of_a(rows.len(), ks.len())?, Panels::of_b(cols.len(), ks.len())?);
-        SuperBlock::<P::Fallback> { gemm, item, rows, cols, ks }.compute(&mut a, &mut b, true, c, row_stride)
+        SuperBlock::<P::Fallback> { gemm, item, rows, cols, ks }.compute(&mut a, &mut b, true, target)
     }
 }
 
@@ -179,10 +173,10 @@ impl<P: Packing> Packed<'_, P> {
             let terms = Self::TERMS.min(ks.len() - k);
             if group < a_groups {
                 let strips = cut(self.tiles.count, a_groups, group);
-                a.see(P::dispatch(PackStrips { side: Side::A, strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> }));
+                a.see(dispatch(PackStrips { side: Side::A, strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> }));
             } else {
                 let strips = cut(panels, b_groups, group - a_groups);
-                b.see(P::dispatch(PackStrips { side: Side::B, strips, strip: |i| self.b_strip(k, terms, i), packing: PhantomData::<P> }));
+                b.see(dispatch(PackStrips { side: Side::B, strips, strip: |i| self.b_strip(k, terms, i), packing: PhantomData::<P> }));
             }
         });
     }
@@ -218,11 +212,11 @@ impl<P: Packing> Packed<'_, P> {
         self.at.b.get().wrapping_add(k / P::TERMS * P::WORDS * self.at.b_lanes + i * P::kernels().nr * P::words(terms))
     }
 
-    /// Multiplies the packed factors into C, a few tiles by a few panels a task.
-    fn multiply(&self, c: SharedMut<f32>, row_stride: usize) {
-        let SuperBlock { rows, cols, ks, .. } = self.block;
+    /// Multiplies the packed factors, a few tiles by a few panels a task.
+    fn multiply(&self, target: &dyn Target) -> Result<(), OutOfMemory> {
+        let SuperBlock { rows, cols, ks, item, .. } = self.block;
         let (tiles, panels) = (self.tiles.count, self.panels());
-        let (mut row_groups, mut col_groups) = (tiles.div_ceil(TILES), panels.div_ceil(PANELS));
+        let (mut row_groups, mut col_groups) = (tiles.div_ceil(P::TILES), panels.div_ceil(PANELS));
         while row_groups * col_groups < MIN_TASKS && (row_groups < tiles || col_groups < panels) {
             // Square parts share most.
             let higher = rows.len() * col_groups >= cols.len() * row_groups;
@@ -232,19 +226,37 @@ impl<P: Packing> Packed<'_, P> {
                 col_groups = (2 * col_groups).min(panels);
             }
         }
-        for_each(row_groups * col_groups, rows.len() * cols.len() * ks.len() / FLOP_PER_NS * 2, |task| {
-            let started = P::kernels().start();
+        let failure = OnceLock::new();
+        for_each(row_groups * col_groups, rows.len() * cols.len() * ks.len() / (P::SPEED * FLOP_PER_NS) * 2, |task| {
             // Neighbouring tasks share their panels of B, the larger part of what they read.
             let (tiles, panels) = (cut(tiles, row_groups, task % row_groups), cut(panels, col_groups, task / row_groups));
-            for k in (0..ks.len()).step_by(Self::TERMS) {
-                for panel in panels.clone() {
-                    for tile in tiles.clone() {
-                        let out = Out { c: c.get(), row_stride };
-                        self.tile(&started, out, k, tile, panel);
-                    }
-                }
+            let nr = P::kernels().nr;
+            let part = Part {
+                item: *item,
+                rows: rows.start + self.tiles.start(tiles.start)..rows.start + self.tiles.start(tiles.end),
+                cols: cols.start + panels.start * nr..cols.end.min(cols.start + panels.end * nr),
+            };
+            let compute = |out| {
+                self.part(&tiles, &panels, out);
+                Ok(())
+            };
+            if let Err(error) = target.take(&part, &compute) {
+                failure.get_or_init(|| error);
             }
         });
+        failure.get().map_or(Ok(()), |&error| Err(error))
+    }
+
+    /// Some tiles by some panels.
+    fn part(&self, tiles: &Range<usize>, panels: &Range<usize>, out: Out<f32>) {
+        let started = P::kernels().start();
+        for k in (0..self.block.ks.len()).step_by(Self::TERMS) {
+            for panel in panels.clone() {
+                for tile in tiles.clone() {
+                    self.tile(&started, out, k, tile, panel);
+                }
+            }
+        }
     }
 
     /// One tile of C over one block of K.
@@ -263,8 +275,8 @@ impl<P: Packing> Packed<'_, P> {
         let out = Output { c: c.as_ptr(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
         let b_stride = kernels.panel_width(width);
         let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
-        // SAFETY: both panels were packed before any task began; the first `height` rows of C lie inside it (`Gemm::run` checked
-        // its extent), and no two tasks share a tile.
+        // SAFETY: both panels were packed before any task began; the target gave room for the first `height` rows of C, and no two
+        // tasks share a tile.
         unsafe { kernels.panel_tile(started, height, &tile) }
     }
 }

@@ -307,16 +307,17 @@ fn pairs_of_bf16_match_f64() {
 #[cfg(target_arch = "x86_64")]
 mod on_tiles {
     use super::*;
-    use crate::cpu::gemm::blocked::multiply;
+    use crate::cpu::gemm::blocked::{Sums, multiply};
     use crate::cpu::gemm::packing::{Packing, Plain};
     use crate::cpu::gemm::tiles::Split;
+    use crate::cpu::parallel::SharedMut;
 
     fn product<P: Packing>(a: &[P::Element], b: &[P::Element], [m, n, k]: [usize; 3], strides: [(usize, usize); 2]) -> Vec<f32> {
         let view = |data, rows, cols, (row, col)| MatView::new(data, rows, cols, row, col).unwrap();
         let (a, b) = (view(a, m, k, strides[0]), view(b, k, n, strides[1]));
         let gemm = Gemm { a, b, a_offsets: &[0], b_offsets: &[0], alpha: 1.0, bias: None, accumulate: false };
         let mut c = vec![f32::NAN; m * n];
-        multiply::<P>(&gemm, &mut c, n).unwrap();
+        multiply::<P>(&gemm, &Sums { c: SharedMut::new(&mut c), item_stride: m * n, row_stride: n }).unwrap();
         c
     }
 

@@ -4,48 +4,48 @@
 //! [`amx::three_part_products`]); their sum is nearer to the exact product than a sequence of f32 multiply-adds. Two parts and three products
 //! give about 2⁻¹⁶. Tiles know no denormals, and a split knows no infinities: values that would need them send their block to the plain kernels.
 
-use super::micro::{MicroKernels, Output, Tile, store_vector};
+use super::micro::{Init, MicroKernels, Output, Tile, store_vector};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side, Widened};
-use crate::cpu::amx::{self, ENTRIES, SIDE, Session, Sums};
+use super::split::{self, Source, TERMS};
+use crate::cpu::amx::{self, Block, ENTRIES, SIDE, Session, Sums};
 use crate::cpu::isa::{Isa, WithSimd, dispatch_widest, isa};
 use crate::cpu::simd::Simd;
-use crate::element::Float;
 use half::{bf16, f16};
 use std::marker::PhantomData;
-
-/// Terms of K in a step.
-const TERMS: usize = 2 * ENTRIES;
-
-/// Words of a part of a chunk.
-const WORDS: usize = SIDE * ENTRIES;
 
 /// f32, f16 or bf16 as the sum of `PARTS` bf16.
 #[derive(Clone, Copy)]
 pub(super) struct Split<T, const PARTS: usize>(PhantomData<T>);
 
-/// An element type that can be split.
-pub(super) trait Source: Float<Compute = f32> {
-    /// Who multiplies blocks that tiles cannot.
+/// An element type that is split, and who multiplies its blocks that tiles cannot.
+pub(super) trait Factor: Source {
     type Fallback: Packing<Element = Self>;
 }
 
-impl Source for f32 {
+impl Factor for f32 {
     type Fallback = Plain;
 }
-impl Source for f16 {
+impl Factor for f16 {
     type Fallback = Widened<f16>;
 }
-impl Source for bf16 {
+impl Factor for bf16 {
     type Fallback = Widened<bf16>;
 }
 
-impl<T: Source, const PARTS: usize> Packing for Split<T, PARTS> {
+impl<T: Factor, const PARTS: usize> Packing for Split<T, PARTS> {
     type Element = T;
     type Fallback = T::Fallback;
     const TERMS: usize = 2;
     const WORDS: usize = PARTS;
     const UNIT: usize = ENTRIES;
+    /// Panels may come from L2, which keeps up with tiles; what long blocks of K save is the way of C there and back.
+    const KC: usize = if PARTS == 3 { 256 } else { 384 };
+    /// To pack a factor again costs a tenth of what is done with it.
+    const SUPER_BLOCK: usize = 6 << 20;
+    const TILES: usize = if PARTS == 1 { 16 } else { 8 };
+    const BLOCK_ROWS: usize = Self::TILES * SIDE;
+    const SPEED: usize = 6 / PARTS;
 
     fn kernels() -> &'static MicroKernels {
         const {
@@ -63,9 +63,9 @@ impl<T: Source, const PARTS: usize> Packing for Split<T, PARTS> {
     }
 
     #[inline(always)]
-    unsafe fn pack<S: Simd>(s: S, side: Side, strip: Strip<T>, _: usize, dst: *mut f32) -> Magnitudes {
-        // SAFETY: the caller's contract.
-        unsafe { pack::<S, T, PARTS>(s, side, strip, dst) }
+    unsafe fn pack<S: Simd>(_: S, side: Side, strip: Strip<T>, _: usize, dst: *mut f32) -> Magnitudes {
+        // SAFETY: the caller's contract; a strip has at most SIDE lanes, as tiles have rows and columns.
+        unsafe { split::pack::<T, PARTS>(side, strip, dst) }
     }
 
     /// Whether no part of a value or product that counts leaves the normal range.
@@ -90,164 +90,19 @@ impl<T: Source, const PARTS: usize> Packing for Split<T, PARTS> {
             && a_most.max(b_most) <= MOST
             && a_most + b_most + 2 + growth <= MOST
     }
-
-    fn dispatch<W: WithSimd>(work: W) -> W::Output {
-        dispatch_widest(work)
-    }
 }
 
-/// Whether this process has tiles and a product is large enough for them: with fewer rows or columns most of a tile would be padding, and
-/// with fewer terms most of the time would go to packing.
-pub(super) fn pay(m: usize, n: usize, k: usize) -> bool {
-    isa() == Isa::Amx && m.min(n) >= 16 && k >= TERMS
-}
-
-/// Packs a strip as chunks `[step][part]`, for A `[SIDE][ENTRIES]`, for B `[ENTRIES][SIDE]`; what is missing of a chunk is zero.
-///
-/// # Safety
-/// As for [`Packing::pack`].
-#[inline(always)]
-unsafe fn pack<S: Simd, T: Source, const PARTS: usize>(s: S, side: Side, strip: Strip<T>, dst: *mut f32) -> Magnitudes {
-    let mut seen = Seen::new();
-    let mut staged = [T::default(); SIDE * TERMS];
-    let mut words = [[0u32; WORDS]; PARTS];
-    let mut rows = [[[0u32; SIDE]; PARTS]; 2];
-    for (step, k) in (0..strip.k).step_by(TERMS).enumerate() {
-        let part = Strip { src: strip.src.wrapping_add(k * strip.k_stride), k: TERMS.min(strip.k - k), ..strip };
-        let whole = part.lanes == SIDE && part.k == TERMS;
-        let (src, stride, along_k) = if whole && strip.k_stride == 1 {
-            (part.src, strip.lane_stride, true)
-        } else if whole && strip.lane_stride == 1 {
-            (part.src, strip.k_stride, false)
-        } else {
-            // SAFETY: the strip is the caller's.
-            unsafe { stage(part, &mut staged) };
-            (staged.as_ptr(), TERMS, true)
-        };
-        if along_k {
-            for lane in 0..SIDE {
-                // SAFETY: each lane has TERMS values side by side.
-                unsafe { split_row(src.add(lane * stride), &mut rows[0], &mut seen) };
-                for (words, row) in words.iter_mut().zip(&rows[0]) {
-                    for e in 0..ENTRIES {
-                        words[lane * ENTRIES + e] = row[2 * e] >> 16 | row[2 * e + 1];
-                    }
-                }
-            }
-        } else {
-            for e in 0..ENTRIES {
-                // SAFETY: each k has SIDE values side by side.
-                unsafe {
-                    split_row(src.add(2 * e * stride), &mut rows[0], &mut seen);
-                    split_row(src.add((2 * e + 1) * stride), &mut rows[1], &mut seen);
-                }
-                for (p, words) in words.iter_mut().enumerate() {
-                    for lane in 0..SIDE {
-                        words[e * SIDE + lane] = rows[0][p][lane] >> 16 | rows[1][p][lane];
-                    }
-                }
-            }
-        }
-        for (p, words) in words.iter().enumerate() {
-            let (words, chunk) = (words.as_ptr().cast::<f32>(), dst.wrapping_add((step * PARTS + p) * WORDS));
-            // SAFETY: words and chunk have WORDS values each.
-            unsafe {
-                match (side, along_k) {
-                    (Side::A, true) | (Side::B, false) => std::ptr::copy_nonoverlapping(words, chunk, WORDS),
-                    (Side::B, true) => transpose(s, words, SIDE, ENTRIES, chunk),
-                    (Side::A, false) => transpose(s, words, ENTRIES, SIDE, chunk),
-                }
-            }
-        }
-    }
-    seen.magnitudes()
-}
-
-/// Copies a part of a strip as `[SIDE][TERMS]`, and zeros where it has none.
-///
-/// # Safety
-/// The strip must be readable.
-#[inline(always)]
-unsafe fn stage<T: Source>(strip: Strip<T>, to: &mut [T; SIDE * TERMS]) {
-    to.fill(T::default());
-    for lane in 0..strip.lanes {
-        for k in 0..strip.k {
-            // SAFETY: the element lies inside the strip.
-            to[lane * TERMS + k] = unsafe { strip.src.add(lane * strip.lane_stride + k * strip.k_stride).read() };
-        }
-    }
-}
-
-/// The parts of a row of 32 values, each in the upper half of a word.
-///
-/// # Safety
-/// The values must be readable.
-#[inline(always)]
-unsafe fn split_row<T: Source, const PARTS: usize>(src: *const T, parts: &mut [[u32; SIDE]; PARTS], seen: &mut Seen) {
-    let mut rest = [0f32; SIDE];
-    for (i, rest) in rest.iter_mut().enumerate() {
-        // SAFETY: the caller's contract.
-        *rest = unsafe { src.add(i).read() }.widen();
-    }
-    if PARTS > 1 {
-        seen.add(&rest);
-    }
-    for part in parts {
-        for (rest, part) in rest.iter_mut().zip(part) {
-            *part = round_to_bf16(*rest);
-            *rest -= f32::from_bits(*part);
-        }
-    }
-}
-
-/// The nearest bf16, as the f32 of the same value.
-#[inline(always)]
-fn round_to_bf16(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let nearest = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
-    (if x.is_nan() { bits | 1 << 22 } else { nearest }) & 0xFFFF_0000
-}
-
-/// `[rows][cols]` to `[cols][rows]`, both multiples of 16.
-///
-/// # Safety
-/// Both must have their values.
-#[inline(always)]
-unsafe fn transpose<S: Simd>(s: S, src: *const f32, rows: usize, cols: usize, dst: *mut f32) {
-    for i in (0..rows).step_by(S::LANES) {
-        for j in (0..cols).step_by(S::LANES) {
-            // SAFETY: a whole square of LANES is left in both.
-            unsafe { s.transpose(src.add(i * cols + j), cols, dst.add(j * rows + i), rows) };
-        }
-    }
-}
-
-/// Extremes of the magnitudes of values, column by column of a row.
-struct Seen {
-    /// One less than the bits of the smallest that is not zero.
-    least: [u32; SIDE],
-    most: [u32; SIDE],
-}
-
-impl Seen {
-    fn new() -> Self {
-        Self { least: [u32::MAX; SIDE], most: [0; SIDE] }
-    }
-
-    #[inline(always)]
-    fn add(&mut self, values: &[f32; SIDE]) {
-        for ((least, most), x) in self.least.iter_mut().zip(&mut self.most).zip(values) {
-            let bits = x.abs().to_bits();
-            // Zero wraps around to the largest.
-            *least = (*least).min(bits.wrapping_sub(1));
-            *most = (*most).max(bits);
-        }
-    }
-
-    fn magnitudes(&self) -> Magnitudes {
-        let least = self.least.iter().min().map_or(u32::MAX, |&x| x);
-        Magnitudes { least, most: self.most.iter().max().map_or(0, |&x| x) }
-    }
+/// Whether this process has tiles, and a product in so many parts is faster on them than on vectors: by what both take, in picoseconds of a core of
+/// 2.6 GHz (two vectors of FMA a cycle; a product of tiles every 16 cycles; splitting at the speed of L2).
+pub(super) fn pay(parts: usize, m: usize, n: usize, k: usize) -> bool {
+    const FMA: usize = 12;
+    let (multiply, split) = match parts {
+        1 => (2, 60),
+        2 => (3, 150),
+        _ => (6, 250),
+    };
+    let on_tiles = m.next_multiple_of(SIDE) * n.next_multiple_of(SIDE) * k.next_multiple_of(TERMS) * multiply + (m + n) * k * split;
+    isa() == Isa::Amx && on_tiles < m * n * k * FMA
 }
 
 static ONE_PART: MicroKernels = MicroKernels::of_tiles(tile::<1>);
@@ -257,20 +112,42 @@ static THREE_PARTS: MicroKernels = MicroKernels::of_tiles(tile::<3>);
 /// A block of up to SIDE rows from two panels, the only addresses of A and B that it reads.
 ///
 /// # Safety
-/// As for [`MicroKernels::tile`], for panels of `kc` entries; the session is this thread's.
+/// As for [`MicroKernels::panel_tile`], for panels of `kc` entries; the session is this thread's.
 unsafe fn tile<const PARTS: usize>(rows: usize, t: &Tile, session: &Session) {
+    let products = match PARTS {
+        1 => amx::bf16_products,
+        2 => amx::two_part_products,
+        _ => amx::three_part_products,
+    };
     let mut sums = Sums::default();
-    // SAFETY: there is one segment, and both panels hold `kc` entries, a multiple of a chunk's.
+    // SAFETY: `t` has a row for each of `rows`.
+    let in_c = unsafe { whole_block(rows, &t.out) };
+    // SAFETY: there is one segment, and both panels hold `kc` entries, a multiple of a chunk's; a whole block of C is the caller's word.
     unsafe {
         let (a, b) = (t.a.read().cast::<u8>(), t.b.read().cast::<u8>());
-        let products = match PARTS {
-            1 => amx::bf16_products,
-            2 => amx::two_part_products,
-            _ => amx::three_part_products,
-        };
-        products(session, a, b, t.kc / ENTRIES, &mut sums);
+        products(session, a, b, t.kc / ENTRIES, in_c.unwrap_or_else(|| sums.block()));
     }
-    dispatch_widest(Finish { sums: &sums, rows, out: &t.out });
+    if in_c.is_none() {
+        dispatch_widest(Finish { sums: &sums, rows, out: &t.out });
+    }
+}
+
+/// C itself, if tiles can write it.
+///
+/// # Safety
+/// `out` must have `rows` rows.
+unsafe fn whole_block(rows: usize, out: &Output) -> Option<Block<f32>> {
+    let add = match out.init {
+        Init::Zero => false,
+        Init::C => true,
+        Init::Bias(_) => return None,
+    };
+    if (rows, out.cols, out.alpha) != (SIDE, SIDE, 1.0) {
+        return None;
+    }
+    // SAFETY: there are SIDE rows.
+    let (first, second) = unsafe { (out.c.read(), out.c.add(1).read()) };
+    Some(Block { first, row_stride: (second.addr() - first.addr()) / size_of::<f32>(), add })
 }
 
 struct Finish<'a> {
