@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs Kiln's workloads and PyTorch's in alternation, a process each, and prints one table of ratios.
 
-    python benches/compare/run.py [--only SUBSTRING,...] [--rounds N] [--threads N] [--device cuda] [--compile] [--binary PATH] [--markdown]
+    python benches/compare/run.py [--only SUBSTRING,...] [--rounds N] [--threads N] [--device cuda] [--compile] [--sweep] [--binary PATH] [--markdown]
 
 Needs PyTorch in the Python that runs it, and `cargo bench --no-run` to have been run (or it builds first). PyTorch gets its best
 settings: fused optimisers, channels_last, and glibc's malloc told to keep its pages. Of a workload that PyTorch has more than one way to do
@@ -36,11 +36,12 @@ def main():
     ap.add_argument("--budget", type=float, default=2.0, help="seconds of timed work per workload and round")
     ap.add_argument("--device", default="cpu", help="cpu or cuda")
     ap.add_argument("--compile", action="store_true", help="time PyTorch's models compiled, too, and take the faster")
+    ap.add_argument("--sweep", action="store_true", help="the sizes between the workloads instead of the workloads")
     ap.add_argument("--binary", help="the workloads' program, if it is built already")
     ap.add_argument("--markdown", action="store_true", help="print the table in markdown")
     a = ap.parse_args()
     binary = a.binary or bench_binary()
-    options = ["--only", a.only, "--threads", str(a.threads), "--budget", str(a.budget), "--device", a.device]
+    options = ["--only", a.only, "--threads", str(a.threads), "--budget", str(a.budget), "--device", a.device, *(["--sweep"] if a.sweep else [])]
     torch_bench = [sys.executable, ROOT / "benches/compare/torch_bench.py", *options]
     ours, theirs = {}, {}
     for _ in range(a.rounds):
@@ -59,7 +60,8 @@ def main():
         ways = [statistics.median(theirs[name + way]) for way in ("", "_compiled", "_cudnn", "_flash") if name + way in theirs]
         if ways:
             k, t = statistics.median(ours[name]), min(ways)
-            print(sep.join([name.ljust(44), f"{t:.3f}".rjust(11), f"{k:.3f}".rjust(11), f"{t / k:.2f}".rjust(14)]))
+            ms = lambda x: f"{x:.3f}" if x >= 0.1 else f"{x:.5f}"
+            print(sep.join([name.ljust(44), ms(t).rjust(11), ms(k).rjust(11), f"{t / k:.2f}".rjust(14)]))
 
 
 if __name__ == "__main__":

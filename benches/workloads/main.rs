@@ -1,11 +1,13 @@
 //! The workloads of `benches/compare/torch_bench.py`, by the same names and shapes, timed by the same protocol:
 //! `cargo bench --bench workloads -- --json [--only SUBSTRING[,SUBSTRING…]] [--threads N] [--device cuda]`.
-//! On a GPU, a call's time includes the wait for its result; [`gpu`] adds shapes that are too large for a processor.
+//! With `--sweep`, the sizes between them instead ([`sweep`]). On a GPU, a call's time includes the wait for its result; [`gpu`] adds
+//! shapes that are too large for a processor.
 
 mod gpt;
 mod gpu;
 mod layers;
 mod ops;
+mod sweep;
 mod training;
 mod unet;
 
@@ -31,6 +33,9 @@ pub struct Args {
     /// Seconds of timed work per workload.
     #[arg(long, default_value_t = 3.0)]
     budget: f64,
+    /// The sizes between the workloads instead of the workloads.
+    #[arg(long)]
+    sweep: bool,
     /// Passed by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -82,9 +87,9 @@ impl Bench {
         times.sort_by(f64::total_cmp);
         let (median, min) = (times[n / 2], times[0]);
         if self.args.json {
-            println!(r#"{{"name": "{name}", "ms": {median:.5}, "ms_min": {min:.5}}}"#);
+            println!(r#"{{"name": "{name}", "ms": {median:.6}, "ms_min": {min:.6}}}"#);
         } else {
-            println!("{name:<48} {median:>12.4} ms   (fastest {min:.4})");
+            println!("{name:<48} {median:>12.5} ms   (fastest {min:.5})");
         }
         Ok(())
     }
@@ -98,6 +103,9 @@ fn main() -> Result<()> {
     let bench = Bench { args };
     pool.install(|| {
         kiln::manual_seed(0);
+        if bench.args.sweep {
+            return sweep::run(&bench);
+        }
         ops::products(&bench)?;
         ops::memory_bound(&bench)?;
         layers::convolutions(&bench)?;
