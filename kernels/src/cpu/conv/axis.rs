@@ -9,16 +9,43 @@ pub(super) struct Axis {
     transposed: bool,
 }
 
-/// Targets that use the same taps. The sources of neighbouring taps lie a constant apart.
+/// Targets that use the same taps, evenly spaced. The sources of neighbouring taps lie a constant apart, and so do those of neighbouring
+/// targets.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct AxisClass {
-    pub targets: Vec<usize>,
+    /// Number of targets, at least 1.
+    pub count: usize,
+    /// The first of them.
+    target: usize,
+    /// From a target to the next.
+    period: usize,
     /// Ordered so that sources rise.
     pub taps: Vec<usize>,
-    /// For each target the source of the first tap; in a class of [`Axis::phases`] it may lie outside of the image.
-    pub first: Vec<isize>,
+    /// The source of the first target's first tap; in a class of [`Axis::phases`] it may lie outside of the image.
+    source: isize,
+    /// From a target's source to the next target's, at least 1.
+    pub advance: isize,
     /// From the source of a tap to that of the next, at least 1.
     pub step: isize,
+}
+
+impl AxisClass {
+    /// Target `i`.
+    #[inline(always)]
+    pub fn target(&self, i: usize) -> usize {
+        self.target + i * self.period
+    }
+
+    /// The source of target `i` under the first tap.
+    #[inline(always)]
+    pub fn first(&self, i: usize) -> isize {
+        self.source + i as isize * self.advance
+    }
+
+    /// All targets, each with the source of its first tap.
+    pub fn targets(&self) -> impl Iterator<Item = (usize, isize)> {
+        (0..self.count).map(|i| (self.target(i), self.first(i)))
+    }
 }
 
 impl Axis {
@@ -69,11 +96,11 @@ impl Axis {
     pub fn phases(&self, targets: usize, kernel: usize) -> Vec<AxisClass> {
         let period = self.period();
         (0..period.min(targets))
-            .map(|phase| {
-                let taps = self.touching(phase, kernel);
-                let targets: Vec<usize> = (phase..targets).step_by(period).collect();
-                let first = targets.iter().map(|&t| taps.first().and_then(|&tap| self.source(t, tap)).unwrap_or(0)).collect();
-                AxisClass { targets, taps, first, step: self.step() }
+            .map(|target| {
+                let taps = self.touching(target, kernel);
+                let source = taps.first().and_then(|&tap| self.source(target, tap)).unwrap_or(0);
+                let advance = if self.transposed { 1 } else { self.stride as isize };
+                AxisClass { count: (targets - target).div_ceil(period), target, period, taps, source, advance, step: self.step() }
             })
             .collect()
     }
@@ -83,20 +110,15 @@ impl Axis {
         let mut classes: Vec<AxisClass> = Vec::new();
         for phase in self.phases(targets, kernel) {
             let start = classes.len();
-            for (&target, &first) in phase.targets.iter().zip(&phase.first) {
+            for (target, first) in phase.targets() {
                 let source = |i: usize| first + i as isize * phase.step;
                 let inside = |i: &usize| (0..sources as isize).contains(&source(*i));
                 let low = (0..phase.taps.len()).find(inside).unwrap_or(0);
                 let count = (low..phase.taps.len()).take_while(inside).count();
                 let taps = &phase.taps[low..low + count];
-                match classes[start..].iter_mut().find(|c| c.taps == taps) {
-                    Some(class) => {
-                        class.targets.push(target);
-                        class.first.push(source(low));
-                    }
-                    None => {
-                        classes.push(AxisClass { targets: vec![target], taps: taps.to_vec(), first: vec![source(low)], step: phase.step })
-                    }
+                match classes[start..].last_mut().filter(|c| c.taps == taps) {
+                    Some(class) => class.count += 1,
+                    None => classes.push(AxisClass { count: 1, target, taps: taps.to_vec(), source: source(low), ..phase }),
                 }
             }
         }
@@ -131,7 +153,7 @@ mod tests {
                 for classes in [axis.exact_classes(targets, sources, kernel), axis.phases(targets, kernel)] {
                     let mut seen = vec![0; targets];
                     for class in &classes {
-                        for (&t, &first) in class.targets.iter().zip(&class.first) {
+                        for (t, first) in class.targets() {
                             seen[t] += 1;
                             for (i, &tap) in class.taps.iter().enumerate() {
                                 assert_eq!(axis.source(t, tap), Some(first + i as isize * class.step));
@@ -144,12 +166,8 @@ mod tests {
                     assert!(seen.iter().all(|&s| s == 1));
                 }
                 for class in axis.exact_classes(targets, sources, kernel) {
-                    assert!(
-                        class
-                            .first
-                            .iter()
-                            .all(|&f| class.taps.is_empty() || (inside(f) && inside(f + (class.taps.len() as isize - 1) * class.step)))
-                    );
+                    let last = (class.taps.len() as isize - 1) * class.step;
+                    assert!(class.targets().all(|(_, first)| class.taps.is_empty() || (inside(first) && inside(first + last))));
                 }
             }
         }

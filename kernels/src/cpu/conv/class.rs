@@ -2,6 +2,7 @@
 
 use super::Gather;
 use super::axis::AxisClass;
+use std::ops::Range;
 
 /// Targets of equal taps in all three dimensions.
 pub(super) struct Class<'a> {
@@ -26,19 +27,57 @@ impl Class<'_> {
         self.axes.iter().map(|a| a.taps.len()).product()
     }
 
-    /// A cursor over the pixels, from one on.
-    pub fn pixels_from(&self, pixel: usize) -> Cursor<'_> {
-        let extents = self.axes.map(|a| a.targets.len());
-        let [d, h, w] = extents;
-        Cursor { class: self, extents, image: pixel / (d * h * w), at: [pixel / (h * w) % d, pixel / w % h, pixel % w] }
+    /// Some of the pixels, line by line.
+    pub fn lines(&self, pixels: Range<usize>) -> impl Iterator<Item = Line> {
+        let [d, h, w] = self.axes.map(|axis| axis.count);
+        let (mut pixel, first) = (pixels.start, pixels.start / w);
+        let (mut image, mut at) = (first / h / d, [first / h % d, first % h, pixel % w]);
+        std::iter::from_fn(move || {
+            let line = Line { image, at, count: (w - at[2]).min(pixels.end.checked_sub(pixel).filter(|&left| left > 0)?) };
+            pixel += line.count;
+            at = [at[0], at[1] + 1, 0];
+            if at[1] == h {
+                at = [at[0] + 1, 0, 0];
+            }
+            if at[0] == d {
+                (image, at) = (image + 1, [0; 3]);
+            }
+            Some(line)
+        })
     }
+
+    /// The index in the target image of a line's first pixel; those of the next are [`target_step`](Self::target_step) apart.
+    pub fn first_target(&self, g: &Gather, line: &Line) -> usize {
+        (0..3).fold(line.image, |pixel, axis| pixel * g.target[axis] + self.axes[axis].target(line.at[axis]))
+    }
+
+    /// Distance between the targets of a line.
+    pub fn target_step(&self) -> usize {
+        self.axes[2].target(1) - self.axes[2].target(0)
+    }
+
+    /// Which of a line's pixels have a source inside of the line of sources under tap `tap` of the last axis.
+    pub fn inside(&self, g: &Gather, line: &Line, tap: usize) -> Range<usize> {
+        let w = self.axes[2];
+        let first = w.first(line.at[2]) + tap as isize * w.step;
+        let count = |below: isize| (below.max(0) as usize).div_ceil(w.advance as usize).min(line.count);
+        count(-first)..count(g.source[2] as isize - first)
+    }
+}
+
+/// Pixels of a class that follow one another along the last axis.
+pub(super) struct Line {
+    pub image: usize,
+    /// The first pixel: index into each axis' targets.
+    pub at: [usize; 3],
+    pub count: usize,
 }
 
 /// See [`Class::run`], for a class of the last axis.
 fn run(g: &Gather, class: &AxisClass) -> usize {
-    let AxisClass { taps, first, step, .. } = class;
-    let inside = |first: &isize| *first >= 0 && (*first as usize) + taps.len() <= g.source[2];
-    if g.groups == 1 && *step == 1 && first.iter().all(inside) { taps.len().max(1) } else { 1 }
+    let taps = class.taps.len();
+    let inside = class.first(0) >= 0 && class.first(class.count - 1) as usize + taps <= g.source[2];
+    if g.groups == 1 && class.step == 1 && inside { taps.max(1) } else { 1 }
 }
 
 /// The classes of a gather from those of its axes.
@@ -47,7 +86,7 @@ pub(super) fn classes<'a>(g: &Gather, axes: &'a [Vec<AxisClass>; 3]) -> Vec<Clas
     for d in &axes[0] {
         for h in &axes[1] {
             for w in &axes[2] {
-                classes.push(Class { axes: [d, h, w], run: run(g, w), pixels: g.n * d.targets.len() * h.targets.len() * w.targets.len() });
+                classes.push(Class { axes: [d, h, w], run: run(g, w), pixels: g.n * d.count * h.count * w.count });
             }
         }
     }
@@ -68,37 +107,4 @@ pub(super) fn exact_classes_if_large(g: &Gather) -> [Vec<AxisClass>; 3] {
     let exact: [_; 3] = std::array::from_fn(|i| g.axes[i].exact_classes(g.target[i], g.source[i], g.kernel[i]));
     let count: usize = exact.iter().map(Vec::len).product();
     if count * 4 <= g.target_pixels() { exact } else { phases(g) }
-}
-
-/// A walk over the pixels of a class that counts instead of dividing.
-pub(super) struct Cursor<'a> {
-    class: &'a Class<'a>,
-    extents: [usize; 3],
-    pub image: usize,
-    /// Index into each axis' targets.
-    pub at: [usize; 3],
-}
-
-impl Cursor<'_> {
-    #[inline(always)]
-    pub fn advance(&mut self) {
-        for axis in [2, 1, 0] {
-            self.at[axis] += 1;
-            if self.at[axis] < self.extents[axis] {
-                return;
-            }
-            self.at[axis] = 0;
-        }
-        self.image += 1;
-    }
-
-    /// The pixel's index in the target image.
-    #[inline(always)]
-    pub fn target(&self, g: &Gather) -> usize {
-        let mut pixel = self.image;
-        for axis in 0..3 {
-            pixel = pixel * g.target[axis] + self.class.axes[axis].targets[self.at[axis]];
-        }
-        pixel
-    }
 }

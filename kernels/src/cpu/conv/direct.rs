@@ -8,30 +8,34 @@ use super::super::alloc::OutOfMemory;
 use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile};
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
-use super::class::{Class, classes, exact_classes_if_large, phases};
+use super::class::{Class, Line, classes, exact_classes_if_large, phases};
 use super::pack::{Panel, Panels};
 use super::patch::Patches;
 use super::{Gather, part_start};
+use std::ops::Range;
 
-/// Segments shorter than this spend as long on their row addresses as on their products: with fewer source channels, and without runs of
+/// Segments shorter than this spend longer on their row addresses than on their products: with fewer source channels, and without runs of
 /// taps that are longer, the taps of a pixel are copied side by side.
-pub(super) const PATCH_CHANNELS: usize = 8;
+const MIN_SEGMENT: usize = 3;
 
-/// Pixels of a task: eight full tiles of AVX-512. Their addresses, and a panel of weights, stay in L2 for all panels.
+/// Pixels of a task at least: eight full tiles of AVX-512. Their addresses, and a panel of weights, stay in L2 for all panels.
 const BLOCK: usize = 96;
+
+/// Multiply-adds of a task, some 10 µs: with few channels that takes more pixels.
+const TASK_MACS: usize = 1 << 18;
 
 /// Fewer tasks than this are split further by target channels: enough for some threads to share evenly.
 const MIN_TASKS: usize = 16;
 
 struct Task {
     class: usize,
-    pixels: std::ops::Range<usize>,
+    pixels: Range<usize>,
 }
 
 /// See [`super::forward`]; `x` and `y` are the source and target images.
 pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
     let mut axes = exact_classes_if_large(g);
-    let patches = g.cin < PATCH_CHANNELS && !classes(g, &axes).iter().any(|c| c.run * g.cin >= PATCH_CHANNELS);
+    let patches = g.cin < MIN_SEGMENT && !classes(g, &axes).iter().any(|c| c.run * g.cin >= MIN_SEGMENT);
     if patches {
         axes = phases(g);
     }
@@ -45,9 +49,10 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     }
     let panels = Panels::by_tap(g, w, &order)?;
 
+    let block = (TASK_MACS / (g.cin * g.cout * g.taps_per_target()).max(1)).clamp(BLOCK, 16 * BLOCK);
     let mut tasks = Vec::new();
     for (class, pixels) in classes.iter().map(|c| c.pixels).enumerate() {
-        let blocks = pixels.div_ceil(BLOCK);
+        let blocks = pixels.div_ceil(block);
         tasks.extend((0..blocks).map(|b| Task { class, pixels: part_start(pixels, blocks, b)..part_start(pixels, blocks, b + 1) }));
     }
     let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(panels.count());
@@ -84,7 +89,7 @@ struct Direct<'a> {
 
 impl Direct<'_> {
     /// One block of pixels of one group, for a range of panels.
-    fn task(&self, task: &Task, group: usize, panels: std::ops::Range<usize>) {
+    fn task(&self, task: &Task, group: usize, panels: Range<usize>) {
         let (g, class) = (self.g, &self.classes[task.class]);
         let kernels = MicroKernels::get();
         let tiles = kernels.row_tiles(task.pixels.len());
@@ -112,14 +117,7 @@ impl Direct<'_> {
     }
 
     /// Copies a patch for each pixel; the addresses of the patches.
-    fn patch_rows(
-        &self,
-        class: &Class,
-        group: usize,
-        pixels: std::ops::Range<usize>,
-        len: usize,
-        patches: &mut Vec<f32>,
-    ) -> Vec<*const f32> {
+    fn patch_rows(&self, class: &Class, group: usize, pixels: Range<usize>, len: usize, patches: &mut Vec<f32>) -> Vec<*const f32> {
         let count = pixels.len();
         patches.resize(count * len, 0.0);
         dispatch(Patches { g: self.g, x: self.x, class, group, pixels, out: patches });
@@ -132,53 +130,56 @@ impl Direct<'_> {
         if segments == 0 {
             return rows;
         }
-        let mut pixels = class.pixels_from(first);
         for tile in 0..tiles.count {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let rows = &mut rows[start * segments..(start + height) * segments];
-            for r in 0..height {
-                self.pixel_sources(class, group, pixels.image, pixels.at, &mut rows[r..], height);
-                pixels.advance();
+            let mut done = 0;
+            for line in class.lines(first + start..first + start + height) {
+                self.line_sources(class, group, &line, &mut rows[done..], height);
+                done += line.count;
             }
         }
         rows
     }
 
-    /// Writes the address of a pixel's source under the first tap of each segment that does not lie in the padding to `rows[0]`,
-    /// `rows[height]`, …
-    fn pixel_sources(&self, class: &Class, group: usize, image: usize, at: [usize; 3], rows: &mut [*const f32], height: usize) {
+    /// Writes the addresses of a line's sources under the first tap of each segment, those that do not lie in the padding, to `rows`; those of
+    /// the next segment lie `height` further on.
+    fn line_sources(&self, class: &Class, group: usize, line: &Line, rows: &mut [*const f32], height: usize) {
         let g = self.g;
         let [d, h, w] = class.axes;
-        let channels = g.groups * g.cin;
-        let first: [isize; 3] = std::array::from_fn(|i| class.axes[i].first[at[i]]);
-        let mut rows = rows.iter_mut().step_by(height);
+        let channels = (g.groups * g.cin) as isize;
+        let advance = w.advance * channels;
+        let mut segments = rows.chunks_mut(height);
         for kd in 0..d.taps.len() {
-            let sd = first[0] + kd as isize * d.step;
+            let sd = d.first(line.at[0]) + kd as isize * d.step;
             for kh in 0..h.taps.len() {
-                let sh = first[1] + kh as isize * h.step;
+                let sh = h.first(line.at[1]) + kh as isize * h.step;
                 let inside = (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
-                let line = if inside { ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2] } else { 0 };
-                let mut sw = first[2];
-                for row in rows.by_ref().take(w.taps.len() / class.run) {
-                    if inside && (0..g.source[2] as isize).contains(&sw) {
-                        *row = self.x[(line + sw as usize) * channels + group * g.cin..].as_ptr();
+                let source = ((line.image * g.source[0]) as isize + sd) * g.source[1] as isize + sh;
+                let first = source * g.source[2] as isize + w.first(line.at[2]);
+                for (tap, rows) in (0..w.taps.len()).step_by(class.run).zip(segments.by_ref()) {
+                    if !inside {
+                        continue;
                     }
-                    sw += w.step * class.run as isize;
+                    let first = (first + tap as isize * w.step) * channels + (group * g.cin) as isize;
+                    for i in class.inside(g, line, tap) {
+                        rows[i] = self.x.as_ptr().wrapping_offset(first + i as isize * advance);
+                    }
                 }
             }
         }
     }
 
     /// Where the target pixels of a block start in `y`.
-    fn target_offsets(&self, class: &Class, group: usize, pixels: std::ops::Range<usize>) -> Vec<usize> {
+    fn target_offsets(&self, class: &Class, group: usize, pixels: Range<usize>) -> Vec<usize> {
         let g = self.g;
-        let mut cursor = class.pixels_from(pixels.start);
-        let offset = |_| {
-            let target = cursor.target(g);
-            cursor.advance();
-            (target * g.groups + group) * g.cout
-        };
-        pixels.map(offset).collect()
+        let mut offsets = Vec::with_capacity(pixels.len());
+        let channels = g.groups * g.cout;
+        for line in class.lines(pixels) {
+            let first = class.first_target(g, &line) * channels + group * g.cout;
+            offsets.extend((0..line.count).map(|i| first + i * class.target_step() * channels));
+        }
+        offsets
     }
 
     #[inline(always)]

@@ -4,15 +4,18 @@
 use super::super::alloc::{Buffer, OutOfMemory};
 use super::super::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile};
 use super::super::parallel::{self, SharedMut};
+use super::Gather;
 use super::axis::AxisClass;
 use super::pack::Panels;
-use super::{Gather, direct};
 
 /// Values of the product that a band holds at once: 256 KiB, a part of L2.
 const BAND: usize = 64 * 1024;
 
 /// Most target channels that are folded: beyond, vectors are full anyway.
 const MAX_CHANNELS: usize = 16;
+
+/// Fewest source channels: each entry is the sum over them.
+const MIN_DEPTH: usize = 8;
 
 /// Whether folding costs less than tiles whose vectors are mostly padding.
 pub(super) fn pays(g: &Gather) -> bool {
@@ -22,7 +25,7 @@ pub(super) fn pays(g: &Gather) -> bool {
     let sums = g.target_pixels() * g.taps_per_target() * g.cout * 2 * kernels.lanes;
     let folded = g.source_pixels() * padded(g.taps() * g.cout) * g.cin + sums;
     let direct = g.target_pixels() * g.taps_per_target() * padded(g.cout) * g.cin;
-    g.cout <= MAX_CHANNELS && g.cin >= direct::PATCH_CHANNELS && folded < direct
+    g.cout <= MAX_CHANNELS && g.cin >= MIN_DEPTH && folded < direct
 }
 
 /// A box of targets: all of the last axis, ranges of the others.
@@ -60,7 +63,7 @@ struct Target<'a> {
 fn by_target<'a>(targets: usize, classes: &'a [AxisClass]) -> Vec<Target<'a>> {
     let mut all = vec![Target { taps: &[], first: 0, step: 1 }; targets];
     for class in classes {
-        for (&target, &first) in class.targets.iter().zip(&class.first) {
+        for (target, first) in class.targets() {
             all[target] = Target { taps: &class.taps, first: first.max(0) as usize, step: class.step as usize };
         }
     }
@@ -219,7 +222,7 @@ impl Entries<'_> {
     #[inline(always)]
     fn add<const C: usize>(&self, line: &[f32], row: &mut [f32]) {
         let shift = self.tap * self.class.step as usize;
-        for (&target, &first) in self.class.targets.iter().zip(&self.class.first) {
+        for (target, first) in self.class.targets() {
             let at = (first as usize + shift) * self.cols + self.start;
             let (sum, values) = (&mut row[target * C..target * C + C], &line[at..at + C]);
             for j in 0..C {
@@ -230,7 +233,7 @@ impl Entries<'_> {
 
     fn add_any(&self, line: &[f32], row: &mut [f32], channels: usize) {
         let shift = self.tap * self.class.step as usize;
-        for (&target, &first) in self.class.targets.iter().zip(&self.class.first) {
+        for (target, first) in self.class.targets() {
             let at = (first as usize + shift) * self.cols + self.start;
             for (sum, value) in row[target * channels..][..channels].iter_mut().zip(&line[at..at + channels]) {
                 *sum += value;

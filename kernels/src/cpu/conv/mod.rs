@@ -224,7 +224,7 @@ impl sealed::Algorithms for f32 {
     fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<(), OutOfMemory> {
         if forward.is_depthwise() {
             depthwise::weight_grad(forward, x, gy, gw)
-        } else if transposed.cin < direct::PATCH_CHANNELS && transposed.cin < forward.cin {
+        } else if transposed.cin < weight::PATCH_CHANNELS && transposed.cin < forward.cin {
             weight::weight_grad(transposed, gy, x, gw)
         } else {
             weight::weight_grad(forward, x, gy, gw)

@@ -3,7 +3,7 @@
 use super::super::isa::WithSimd;
 use super::super::simd::{F32s, Simd};
 use super::Gather;
-use super::class::Class;
+use super::class::{Class, Line};
 
 /// Copies the patches of a range of a class' pixels to `out`, one after the other: `[pixel][tap][channel]`, zeros for the padding.
 pub(super) struct Patches<'a> {
@@ -20,48 +20,49 @@ impl WithSimd for Patches<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let g = self.g;
-        let len = self.class.tap_count() * g.cin;
-        let mut pixels = self.class.pixels_from(self.pixels.start);
-        for patch in self.out.chunks_exact_mut(len.max(1)).take(self.pixels.len()) {
-            copy_patch(s, g, self.x, self.class, self.group, (pixels.image, pixels.at), patch);
-            pixels.advance();
+        let len = self.class.tap_count() * self.g.cin;
+        let mut out = self.out;
+        for line in self.class.lines(self.pixels) {
+            let (patches, rest) = out.split_at_mut(line.count * len);
+            copy_line(s, self.g, self.x, self.class, self.group, &line, patches);
+            out = rest;
         }
     }
 }
 
+/// The patches of a line: for each line of taps, the sources of all its pixels.
 #[inline(always)]
-fn copy_patch<S: Simd>(s: S, g: &Gather, x: &[f32], class: &Class, group: usize, (image, at): (usize, [usize; 3]), patch: &mut [f32]) {
+fn copy_line<S: Simd>(s: S, g: &Gather, x: &[f32], class: &Class, group: usize, line: &Line, patches: &mut [f32]) {
     let [d, h, w] = class.axes;
-    let channels = g.groups * g.cin;
-    let [first_d, first_h, first_w]: [isize; 3] = std::array::from_fn(|i| class.axes[i].first[at[i]]);
-    let taps = w.taps.len();
-    // The taps of a row whose sources lie inside of the image are a range, as sources rise.
-    let inside = |sw: isize| (0..g.source[2] as isize).contains(&sw);
-    let all_inside = inside(first_w) && inside(first_w + (taps as isize - 1) * w.step);
-    let low = if all_inside { 0 } else { (0..taps).find(|&i| inside(first_w + i as isize * w.step)).unwrap_or(taps) };
-    let high = if all_inside { taps } else { low + (low..taps).take_while(|&i| inside(first_w + i as isize * w.step)).count() };
-    let mut rows = patch.chunks_exact_mut((taps * g.cin).max(1));
+    let (channels, taps) = (g.groups * g.cin, w.taps.len());
+    let len = class.tap_count() * g.cin;
+    if len == 0 {
+        return;
+    }
+    // The taps whose sources lie in the padding are the first of the first pixels and the last of the last.
+    let inside = class.inside(g, line, 0).start..class.inside(g, line, taps - 1).end;
+    let in_line = w.step == 1 && channels == g.cin;
     for kd in 0..d.taps.len() {
-        let sd = first_d + kd as isize * d.step;
+        let sd = d.first(line.at[0]) + kd as isize * d.step;
         for kh in 0..h.taps.len() {
-            let sh = first_h + kh as isize * h.step;
-            let Some(row) = rows.next() else { return };
-            let hit = low < high && (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
-            if !hit || high - low < taps {
-                fill_zero(s, row);
-            }
-            if !hit {
-                continue;
-            }
-            let line = ((image * g.source[0] + sd as usize) * g.source[1] + sh as usize) * g.source[2];
-            let start = (line as isize + first_w + low as isize * w.step) as usize * channels + group * g.cin;
-            let row = &mut row[low * g.cin..high * g.cin];
-            if w.step == 1 && channels == g.cin {
-                copy(s, &x[start..start + row.len()], row);
-            } else {
+            let sh = h.first(line.at[1]) + kh as isize * h.step;
+            let hit = (0..g.source[0] as isize).contains(&sd) && (0..g.source[1] as isize).contains(&sh);
+            let source = ((line.image * g.source[0]) as isize + sd) * g.source[1] as isize + sh;
+            let first = source * g.source[2] as isize + w.first(line.at[2]);
+            let at = (kd * h.taps.len() + kh) * taps * g.cin;
+            for (i, patch) in patches.chunks_exact_mut(len).enumerate() {
+                let row = &mut patch[at..at + taps * g.cin];
+                let start = (first + i as isize * w.advance) * channels as isize + (group * g.cin) as isize;
+                if hit && in_line && inside.contains(&i) {
+                    copy(s, &x[start as usize..][..row.len()], row);
+                    continue;
+                }
                 for (tap, pixel) in row.chunks_exact_mut(g.cin).enumerate() {
-                    copy(s, &x[start + tap * w.step as usize * channels..][..g.cin], pixel);
+                    if hit && class.inside(g, line, tap).contains(&i) {
+                        copy(s, &x[(start + tap as isize * w.step * channels as isize) as usize..][..g.cin], pixel);
+                    } else {
+                        fill_zero(s, pixel);
+                    }
                 }
             }
         }

@@ -10,9 +10,11 @@ use super::super::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, OuterTile, O
 use super::super::isa::dispatch;
 use super::super::parallel;
 use super::class::{self, Class};
-use super::direct::PATCH_CHANNELS;
 use super::patch::Patches;
 use super::{Gather, part_start};
+
+/// With fewer source channels the taps of a pixel are copied side by side: the copy costs less than each pixel's addresses, tap by tap.
+pub(super) const PATCH_CHANNELS: usize = 33;
 
 /// Pixels whose addresses are gathered at once: enough that loading and storing a tile does not count (24 against
 /// 256 · 24 multiply-adds), few enough that their values stay in L2 for all tiles.
@@ -36,7 +38,7 @@ pub(super) fn splits(pixels: usize, tasks: usize) -> usize {
 pub(super) fn weight_grad(g: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<(), OutOfMemory> {
     let tail = Tail::of(gy);
     let outer = Outer { g, x, gy, tail: &tail };
-    if g.cin < PATCH_CHANNELS { outer.by_patch(gw) } else { outer.by_tap(gw) }
+    if g.cin < PATCH_CHANNELS && g.taps() > 1 { outer.by_patch(gw) } else { outer.by_tap(gw) }
 }
 
 /// The end of an image once more, with room behind it: a micro-kernel reads whole panels.
@@ -185,22 +187,22 @@ impl Outer<'_> {
             return;
         }
         let mut patches = vec![0f32; CHUNK * len];
-        let (mut a, mut b) = (Vec::with_capacity(CHUNK), Vec::with_capacity(CHUNK));
+        let a: Vec<*const f32> = patches.chunks_exact(len).map(<[f32]>::as_ptr).collect();
+        let mut b = Vec::with_capacity(CHUNK);
         let mut tiles = Tiles::new(sum);
         let pixels = part_start(class.pixels, splits, split)..part_start(class.pixels, splits, split + 1);
-        let mut cursor = class.pixels_from(pixels.start);
+        let channels = g.groups * g.cout;
         for start in pixels.clone().step_by(CHUNK) {
             let chunk = start..pixels.end.min(start + CHUNK);
-            a.clear();
             b.clear();
-            for i in 0..chunk.len() {
-                a.push(patches[i * len..].as_ptr());
-                b.push((cursor.target(g) * g.groups + group) * g.cout + cols.start);
-                cursor.advance();
+            for line in class.lines(chunk.clone()) {
+                let first = class.first_target(g, &line) * channels + group * g.cout + cols.start;
+                b.extend((0..line.count).map(|i| first + i * class.target_step() * channels));
             }
+            let count = chunk.len();
             dispatch(Patches { g, x: self.x, class, group, pixels: chunk, out: &mut patches });
             // SAFETY: each address of A has a patch of `rows` values, each offset of B lies in `gy` with `cols` values.
-            unsafe { tiles.add(self, &a, &b) };
+            unsafe { tiles.add(self, &a[..count], &b) };
         }
         tiles.finish();
     }
