@@ -12,6 +12,8 @@ pub(super) struct Class<'a> {
     /// How many taps along the last axis make one segment: all, if their sources are neighbours in memory and inside of the image for every
     /// target.
     pub run: usize,
+    /// Whether sources along the last axis may lie in the padding.
+    padded: bool,
 }
 
 impl Class<'_> {
@@ -58,6 +60,9 @@ impl Class<'_> {
 
     /// Which of a line's pixels have a source inside of the line of sources under tap `tap` of the last axis.
     pub fn inside(&self, g: &Gather, line: &Line, tap: usize) -> Range<usize> {
+        if !self.padded {
+            return 0..line.count;
+        }
         let w = self.axes[2];
         let first = w.first(line.at[2]) + tap as isize * w.step;
         let count = |below: isize| (below.max(0) as usize).div_ceil(w.advance as usize).min(line.count);
@@ -73,11 +78,20 @@ pub(super) struct Line {
     pub count: usize,
 }
 
-/// See [`Class::run`], for a class of the last axis.
-fn run(g: &Gather, class: &AxisClass) -> usize {
-    let taps = class.taps.len();
-    let inside = class.first(0) >= 0 && class.first(class.count - 1) as usize + taps <= g.source[2];
-    if g.groups == 1 && class.step == 1 && inside { taps.max(1) } else { 1 }
+impl Line {
+    /// Takes the first pixels, at most so many.
+    pub fn split_off(&mut self, most: usize) -> Line {
+        let first = Line { image: self.image, at: self.at, count: self.count.min(most) };
+        self.at[2] += first.count;
+        self.count -= first.count;
+        first
+    }
+}
+
+/// Whether a class of the last axis has sources in the padding.
+fn is_padded(g: &Gather, class: &AxisClass) -> bool {
+    let last = class.first(class.count - 1) + class.taps.len().saturating_sub(1) as isize * class.step;
+    class.first(0) < 0 || last >= g.source[2] as isize
 }
 
 /// The classes of a gather from those of its axes.
@@ -86,7 +100,9 @@ pub(super) fn classes<'a>(g: &Gather, axes: &'a [Vec<AxisClass>; 3]) -> Vec<Clas
     for d in &axes[0] {
         for h in &axes[1] {
             for w in &axes[2] {
-                classes.push(Class { axes: [d, h, w], run: run(g, w), pixels: g.n * d.count * h.count * w.count });
+                let padded = is_padded(g, w);
+                let run = if g.groups == 1 && w.step == 1 && !padded { w.taps.len().max(1) } else { 1 };
+                classes.push(Class { axes: [d, h, w], run, padded, pixels: g.n * d.count * h.count * w.count });
             }
         }
     }

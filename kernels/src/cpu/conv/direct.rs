@@ -130,13 +130,19 @@ impl Direct<'_> {
         if segments == 0 {
             return rows;
         }
+        let mut lines = class.lines(first..first + tiles.start(tiles.count));
+        let mut line = lines.next();
         for tile in 0..tiles.count {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let rows = &mut rows[start * segments..(start + height) * segments];
             let mut done = 0;
-            for line in class.lines(first + start..first + start + height) {
-                self.line_sources(class, group, &line, &mut rows[done..], height);
-                done += line.count;
+            while let (true, Some(whole)) = (done < height, &mut line) {
+                let part = whole.split_off(height - done);
+                self.line_sources(class, group, &part, &mut rows[done..], height);
+                done += part.count;
+                if whole.count == 0 {
+                    line = lines.next();
+                }
             }
         }
         rows

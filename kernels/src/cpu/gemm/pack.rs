@@ -63,7 +63,7 @@ unsafe fn copy_rows<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
 /// Each lane is a run along k: squares of `LANES × LANES` are transposed in registers.
 ///
 /// # Safety
-/// As for [`pack`].
+/// As for [`pack`]; the values need not be aligned.
 #[inline(always)]
 pub(super) unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *mut f32) {
     let full_k = strip.k / S::LANES * S::LANES;
@@ -109,14 +109,14 @@ unsafe fn transpose_some<S: Simd>(s: S, src: *const f32, src_stride: usize, lane
 /// Any strides, one value at a time; sixteen k of a lane at a time, which is a cache line where k is contiguous.
 ///
 /// # Safety
-/// As for [`pack`], for the given lanes and k.
+/// As for [`pack`], for the given lanes and k; the values need not be aligned.
 #[inline(always)]
 unsafe fn gather(strip: Strip, lanes: std::ops::Range<usize>, ks: std::ops::Range<usize>, width: usize, dst: *mut f32) {
     for first in ks.clone().step_by(16) {
         for i in lanes.clone() {
             for k in first..ks.end.min(first + 16) {
                 // SAFETY: the element lies inside the strip and the panel.
-                unsafe { dst.add(k * width + i).write(strip.src.add(i * strip.lane_stride + k * strip.k_stride).read()) };
+                unsafe { dst.add(k * width + i).write(strip.src.add(i * strip.lane_stride + k * strip.k_stride).read_unaligned()) };
             }
         }
     }

@@ -140,6 +140,9 @@ trait Convert: Packing {
     /// # Safety
     /// The values must be readable.
     unsafe fn entry(first: *const Self::Element, stride: usize, terms: usize) -> f32;
+
+    /// Whether values that are neighbours in memory are entries as they are.
+    const IN_MEMORY: bool = false;
 }
 
 impl<T: Float<Compute = f32>> Convert for Widened<T> {
@@ -151,6 +154,8 @@ impl<T: Float<Compute = f32>> Convert for Widened<T> {
 }
 
 impl Convert for Pairs {
+    const IN_MEMORY: bool = cfg!(target_endian = "little");
+
     #[inline(always)]
     unsafe fn entry(first: *const bf16, stride: usize, terms: usize) -> f32 {
         // SAFETY: the caller's contract.
@@ -217,6 +222,14 @@ unsafe fn convert<S: Simd, P: Convert>(s: S, strip: Strip<P::Element>, width: us
             for e in whole..entries {
                 let (src, dst) = (src.add(e * P::TERMS * k_stride), dst.add(e * width));
                 (0..lanes).for_each(|i| dst.add(i).write(P::entry(src.add(i), k_stride, 1)));
+            }
+            return;
+        }
+        if P::IN_MEMORY && k_stride == 1 && lane_stride.is_multiple_of(P::TERMS) {
+            let entries_of = Strip { src: src.cast(), lanes, lane_stride: lane_stride / P::TERMS, k: whole, k_stride: 1 };
+            pack::transpose(s, entries_of, width, dst);
+            for e in whole..entries {
+                (0..lanes).for_each(|i| dst.add(e * width + i).write(P::entry(src.add(i * lane_stride + e * P::TERMS), 1, 1)));
             }
             return;
         }

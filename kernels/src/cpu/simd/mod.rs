@@ -100,7 +100,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         for i in 0..Self::LANES {
             for j in 0..Self::LANES {
                 // SAFETY: the caller's contract.
-                unsafe { *dst.add(j * dst_stride + i) = *src.add(i * src_stride + j) };
+                unsafe { *dst.add(j * dst_stride + i) = src.add(i * src_stride + j).read_unaligned() };
             }
         }
     }
