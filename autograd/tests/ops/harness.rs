@@ -184,12 +184,9 @@ impl Case {
     /// Runs `f` in a profile, in which everything must have a name.
     fn named<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
         let (result, report) = profile(f);
-        let nameless = report.rows_by(Grouping { inside: true, ..Grouping::default() }).into_iter().find(|row| row.name.contains(NAMELESS));
-        assert!(
-            nameless.is_none(),
-            "{}: its operation (or one of another test meanwhile) lacks a profile::operation: {nameless:?}",
-            self.label
-        );
+        let rows = report.of_this_thread().rows_by(Grouping { inside: true, ..Grouping::default() });
+        let nameless = rows.into_iter().find(|row| row.name.contains(NAMELESS));
+        assert!(nameless.is_none(), "{}: it lacks a profile::operation: {nameless:?}", self.label);
         result
     }
 

@@ -114,6 +114,10 @@ thread_local! {
     };
 }
 
+fn this_thread() -> usize {
+    THREAD.with(|thread| *thread)
+}
+
 /// The names of all threads that ever ran something in a profile.
 fn thread_names() -> MutexGuard<'static, Vec<String>> {
     static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -254,7 +258,7 @@ fn note_result(elements: usize, bytes: usize) -> Operation {
     operation
 }
 
-/// The name of a result whose operation did not say that it runs.
+/// The name of a result whose operation did not say that it runs, or began before the profile did.
 pub const NAMELESS: &str = "nameless";
 
 /// The elements of `x` that memory holds: those that a broadcast repeats count once.
@@ -301,7 +305,7 @@ fn begin(kind: Kind, name: Cow<'static, str>, inputs: &[&Tensor], cost: Cost) ->
             kind,
             name,
             recomputed: is_recomputing(),
-            thread: THREAD.with(|thread| *thread),
+            thread: this_thread(),
             start: 0,
             end: 0,
             inputs: inputs.iter().map(|x| (*x.shape(), x.dtype())).collect(),

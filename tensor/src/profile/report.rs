@@ -1,6 +1,6 @@
 //! What a profile recorded, added up: a row for each operation.
 
-use super::{Event, Kind};
+use super::{Event, Kind, this_thread};
 use crate::{DType, Shape};
 use kiln_kernels::cpu::isa::isa;
 use kiln_kernels::cpu::peak::{Peaks, peaks};
@@ -146,6 +146,12 @@ impl Report {
             Timed { event: Event { gpu: None, ..event }, gpu }
         };
         Self { events: events.into_iter().map(timed).collect(), start, end, peak_memory }
+    }
+
+    /// Only what ran on the calling thread.
+    pub fn of_this_thread(&self) -> Report {
+        let thread = this_thread();
+        Report { events: self.events.iter().filter(|timed| timed.event.thread == thread).cloned().collect(), ..*self }
     }
 
     /// How long the profile ran.
