@@ -10,9 +10,9 @@ use kiln::gan::{GanLoss, GanTrainer, GanTrainerOptions};
 use kiln::metrics::DigitJudge;
 use kiln::prelude::*;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid};
-use kiln::{Error, Result, io, set_default_device};
+use kiln::{Error, Profiler, Result, io, set_default_device};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 const GRID: (usize, usize) = (8, 10);
 /// Steps between checkpoints within an epoch.
 const SAVE_EVERY: u64 = 50;
+/// Steps before a profile begins: the first ones fill the allocator's cache.
+const PROFILE_AFTER: u64 = 10;
 
 /// Trains a DCGAN on handwritten digits and judges what it draws.
 ///
@@ -63,6 +65,9 @@ struct Args {
     /// Samples to judge at the end; 0 leaves the judgement out.
     #[arg(long, default_value_t = 2000)]
     judge_samples: usize,
+    /// Print what this many steps spend their time on, and write it to trace.json in --out for chrome://tracing or ui.perfetto.dev.
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "20")]
+    profile: Option<u64>,
     /// Only judge the pictures in this .npy file, of shape (N, 1, 28, 28) with values in [-1, 1].
     #[arg(long)]
     judge: Option<PathBuf>,
@@ -165,10 +170,14 @@ impl Run {
         let total = args.steps.unwrap_or(args.epochs * self.loader.batches());
         let stop = stop_flag()?;
         let progress = Progress::new(total, "training");
+        let mut profile = args.profile.map(|steps| ProfiledSteps::new(self.trainer.steps() + PROFILE_AFTER, steps));
         while self.trainer.steps() < total {
             let epoch = self.loader.state().epoch;
-            while let Some(batch) = self.loader.next() {
-                let batch = batch?;
+            loop {
+                if let Some(profile) = &mut profile {
+                    profile.before_step(self.trainer.steps(), &self.out)?;
+                }
+                let Some(batch) = self.loader.next().transpose()? else { break };
                 let labels = args.conditional.then_some(&batch.labels);
                 let losses = self.trainer.step(&batch.images, labels)?;
                 let step = self.trainer.steps();
@@ -236,6 +245,33 @@ impl Run {
         let labels = if self.grid_labels.is_some() { Some(class_labels(count)?) } else { None };
         let pictures = self.trainer.sample(&noise, labels.as_ref())?;
         Ok((pictures, labels.map(|l| l.to_vec::<i64>()).transpose()?))
+    }
+}
+
+/// The steps of `--profile`.
+struct ProfiledSteps {
+    first: u64,
+    end: u64,
+    running: Option<Profiler>,
+}
+
+impl ProfiledSteps {
+    fn new(first: u64, count: u64) -> Self {
+        Self { first, end: first.saturating_add(count), running: None }
+    }
+
+    /// Starts before the first step; prints and writes before the one after the last.
+    fn before_step(&mut self, step: u64, out: &Path) -> Result<()> {
+        if step == self.first {
+            self.running = Some(Profiler::start());
+        }
+        if step < self.end {
+            return Ok(());
+        }
+        let Some(profiler) = self.running.take() else { return Ok(()) };
+        let report = profiler.stop();
+        println!("\nsteps {} to {}:\n{report}\n", self.first + 1, self.end);
+        report.write_chrome_trace(out.join("trace.json"))
     }
 }
 

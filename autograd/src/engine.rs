@@ -4,7 +4,7 @@
 //! turn comes its gradient is complete. The order of summation follows from the ids alone: the same bits every time.
 
 use kiln_tensor::graph::{Ctx, Edge, Leaf, Node, RecordMode, Source, first_non_finite, is_anomaly_mode, set_record_mode};
-use kiln_tensor::{Error, Result, Tensor, with_autocast};
+use kiln_tensor::{Error, Result, Tensor, profile, with_autocast};
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -67,7 +67,7 @@ impl TensorExt for Tensor {
         let _mode = set_record_mode(if options.create_graph { RecordMode::On } else { RecordMode::Off });
         for (leaf, gradient) in found.leaves {
             let sum = match leaf.take_grad() {
-                Some(before) => before.add(&gradient)?,
+                Some(before) => sum_of(&before, &gradient)?,
                 None => gradient,
             };
             leaf.set_grad(Some(sum));
@@ -222,6 +222,7 @@ fn leading_to<'a>(roots: impl Iterator<Item = &'a Source>, targets: &Targets) ->
 
 /// Runs the rule of `node`: the gradients of those inputs that need one, in the inputs' shapes.
 fn apply(node: Arc<Node>, needs: Vec<bool>, gradient: &Tensor, options: GradOptions) -> Result<Vec<(Edge, Tensor)>> {
+    let _running = profile::backward(node.name(), gradient);
     let op = if options.create_graph || options.retain_graph { node.op()? } else { node.take_op()? };
     let edges: Vec<Option<Edge>> = node.inputs().to_vec();
     let ctx = Ctx::new(node.clone(), needs);
@@ -258,10 +259,16 @@ fn check(node: &Node, i: usize, edge: &Edge, gradient: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// Two gradients of one tensor, added up.
+fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _running = profile::composite(|| "accumulate_grad".into());
+    a.add(b)
+}
+
 fn accumulate(sums: &mut HashMap<u64, Tensor>, queue: &mut BinaryHeap<Pending>, source: Source, gradient: Tensor) -> Result<()> {
     match sums.remove(&source.id()) {
         Some(before) => {
-            sums.insert(source.id(), before.add(&gradient)?);
+            sums.insert(source.id(), sum_of(&before, &gradient)?);
         }
         None => {
             sums.insert(source.id(), gradient);

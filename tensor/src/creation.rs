@@ -1,6 +1,7 @@
 //! Tensors from values: constants, ranges, vectors.
 
 use crate::device::default_device;
+use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, IntoShape, Layout, Result, Scalar, Shape, Tensor, WithDType};
 use kiln_kernels::cuda;
 use kiln_kernels::element::Element;
@@ -59,6 +60,7 @@ impl Tensor {
     }
 
     fn filled_as(layout: Layout, value: f64, TensorOptions { dtype, device }: TensorOptions) -> Result<Tensor> {
+        let _running = operation("full", &[], || Cost::NONE);
         match device.gpu()? {
             Some(gpu) => {
                 let out = Tensor::build_on_gpu(gpu, layout, dtype, |mut out| Ok(cuda::fill::fill(gpu, &mut out, value)?))?;
@@ -120,6 +122,7 @@ impl Tensor {
         if data.len() != shape.numel() {
             return Err(Error::shape("from_vec", format!("{} values do not fill shape {shape} of {} elements", data.len(), shape.numel())));
         }
+        let _running = operation("from_slice", &[], || Cost::NONE);
         Tensor::build::<S::Stored>(default_device(), &shape, |out| {
             for (o, &x) in out.iter_mut().zip(data) {
                 *o = x.to_stored();
@@ -141,6 +144,7 @@ impl Tensor {
         }
         let last: usize = self.dims().iter().zip(self.layout().strides()).map(|(&d, &s)| d.saturating_sub(1) * s).sum();
         let extent = self.layout().offset() + last + 1;
+        let _running = operation("with_values", &[], || Cost::NONE);
         let base = Tensor::build::<T>(self.device(), &Shape::new(&[extent])?, |out| {
             out.fill(T::default());
             let mut index = vec![0; self.rank()];
@@ -167,6 +171,7 @@ impl Tensor {
         for (d, &n) in self.dims().iter().enumerate() {
             layout = layout.slice(d, 1, n, 2);
         }
+        let _running = operation("with_gaps", &[self], || Cost::NONE);
         for_any!(self.dtype(), T => {
             let values = self.stored_values::<T>()?;
             let base = Tensor::build::<T>(self.device(), &Shape::new(&twice)?, |out| {
@@ -187,6 +192,7 @@ impl Tensor {
         if step == 0.0 || !count.is_finite() || count >= isize::MAX as f64 {
             return Err(Error::argument("arange", format!("cannot step from {start} to {end} by {step}")));
         }
+        let _running = operation("arange", &[], || Cost::NONE);
         let shape = Shape::new(&[count.max(0.0) as usize])?;
         if let Some(gpu) = options.device.gpu()? {
             let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| {
@@ -209,6 +215,7 @@ impl Tensor {
     }
 
     fn spaced(start: f64, end: f64, count: usize, options: TensorOptions) -> Result<Tensor> {
+        let _running = operation("linspace", &[], || Cost::NONE);
         if let Some(gpu) = options.device.gpu()? {
             return Tensor::build_on_gpu(gpu, Layout::contiguous(Shape::new(&[count])?), options.dtype, |mut out| {
                 Ok(cuda::fill::linspace(gpu, &mut out, start, end)?)
@@ -231,6 +238,7 @@ impl Tensor {
     }
 
     fn eye_of(n: usize, options: TensorOptions) -> Result<Tensor> {
+        let _running = operation("eye", &[], || Cost::NONE);
         let shape = Shape::new(&[n, n])?;
         if let Some(gpu) = options.device.gpu()? {
             return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), options.dtype, |mut out| Ok(cuda::fill::eye(gpu, &mut out, n)?));

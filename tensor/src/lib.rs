@@ -15,6 +15,7 @@ pub mod graph;
 pub mod io;
 mod layout;
 pub mod ops;
+pub mod profile;
 mod shape;
 mod storage;
 mod tensor;
@@ -35,6 +36,7 @@ pub use ops::norm::BatchNorm;
 pub use ops::pointwise::{Expr, Fused, fuse};
 pub use ops::pool::PoolOptions;
 pub use ops::upsample::Interpolation;
+pub use profile::{Profiler, profile, profile_scope};
 pub use shape::{Dims, IntoShape, MAX_RANK, ReshapeDims, Shape, broadcast_shapes};
 pub use tensor::Tensor;
 

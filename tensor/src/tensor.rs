@@ -2,6 +2,7 @@
 
 use crate::device::expect_host_allowed;
 use crate::graph::{Hook, Leaf, Source};
+use crate::profile::building;
 use crate::storage::Storage;
 use crate::{DType, Device, Error, ErrorKind, Layout, Result, Scalar, Shape, WithDType};
 use kiln_kernels::cpu::alloc::Buffer;
@@ -55,6 +56,7 @@ impl Tensor {
     /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes on the host in the order of memory.
     pub fn build_with_layout<T: WithDType>(device: Device, layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
         debug_assert!(layout.is_dense() && layout.offset() == 0);
+        let _running = building(&layout, T::DTYPE);
         let mut buffer = Self::buffer_for(&layout, T::DTYPE)?;
         fill(buffer.as_slice_mut())?;
         Ok(Self::from_storage(Storage::from_buffer(buffer, device)?, layout, T::DTYPE))
@@ -63,6 +65,7 @@ impl Tensor {
     /// A new tensor of a GPU with a dense `layout` (offset 0, no gaps), whose elements `fill` queues the writing of, in the order of memory.
     pub fn build_on_gpu(gpu: &'static Gpu, layout: Layout, dtype: DType, fill: impl FnOnce(SliceMut<'_>) -> Result<()>) -> Result<Self> {
         debug_assert!(layout.is_dense() && layout.offset() == 0);
+        let _running = building(&layout, dtype);
         let mut buffer = gpu.alloc(Self::bytes_of(&layout, dtype)?)?;
         let out = SliceMut::new(&mut buffer, dtype.gpu_type(), 0, layout.numel());
         fill(out.ok_or_else(|| Error::shape("allocate", format!("{} elements of {dtype} overflow", layout.shape())))?)?;

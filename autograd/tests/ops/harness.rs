@@ -2,6 +2,7 @@
 
 use crate::reference::Array;
 use kiln_autograd::{GradOptions, enable_grad, grad_with, gradcheck, gradgradcheck};
+use kiln_tensor::profile::{Grouping, NAMELESS, profile};
 use kiln_tensor::{DType, Device, Result, Tensor, default_device, forbid_host, set_default_device};
 
 type Function = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
@@ -155,12 +156,18 @@ impl Case {
             let tensors = inputs.iter().map(|a| tensor(a, dtype)).collect::<Result<Vec<_>>>()?;
             let rounded = tensors.iter().map(array).collect::<Result<Vec<_>>>()?;
             let expected = (self.reference)(&rounded);
-            let out = (self.f)(&tensors)?;
+            let out = self.named(|| (self.f)(&tensors))?;
             close(&format!("{label} {dtype}: forward"), &array(&out)?, &expected, dtype, self.tolerance);
             if dtype.is_float() && self.differentiable {
                 let precise = rounded.iter().map(|a| tensor(a, DType::F64)).collect::<Result<Vec<_>>>()?;
                 let expected = self.gradients(&precise)?;
-                compare_all(&format!("{label} {dtype}: gradient"), &self.gradients(&tensors)?, &expected, dtype, self.tolerance)?;
+                compare_all(
+                    &format!("{label} {dtype}: gradient"),
+                    &self.named(|| self.gradients(&tensors))?,
+                    &expected,
+                    dtype,
+                    self.tolerance,
+                )?;
             }
             if matches!(dtype, DType::F32 | DType::F64) {
                 self.check_layouts(label, &tensors, &expected, dtype)?;
@@ -172,6 +179,15 @@ impl Case {
             gradgradcheck(&self.f, &precise)?;
         }
         Ok(())
+    }
+
+    /// Runs `f` in a profile, in which everything must have a name.
+    fn named<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        let (result, report) = profile(f);
+        let rows = report.of_this_thread().rows_by(Grouping { inside: true, ..Grouping::default() });
+        let nameless = rows.into_iter().find(|row| row.name.contains(NAMELESS));
+        assert!(nameless.is_none(), "{}: it lacks a profile::operation: {nameless:?}", self.label);
+        result
     }
 
     fn tried_dtypes(&self) -> Vec<DType> {

@@ -17,6 +17,7 @@ pub mod math;
 pub mod norm;
 pub mod optim;
 pub mod parallel;
+pub mod peak;
 pub mod pointwise;
 pub mod pool;
 pub mod random;

@@ -55,6 +55,7 @@ impl Drop for Graph {
 }
 
 /// A point in a GPU's queue.
+#[derive(Debug)]
 pub struct Event {
     gpu: &'static Gpu,
     handle: u64,

@@ -5,7 +5,7 @@
 
 use super::dataset::Dataset;
 use super::rng::Rng;
-use kiln_tensor::{Error, Result};
+use kiln_tensor::{Error, Result, profile};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -141,6 +141,7 @@ impl<D: Dataset + 'static> Iterator for Loader<D> {
             self.position = Position { epoch: self.position.epoch.wrapping_add(1), batch: 0 };
             return None;
         }
+        let _running = profile::composite(|| "Loader.next".into());
         let batch = match self.plan.options.prefetch {
             0 => self.plan.make(self.position, &self.plan.order(self.position.epoch)),
             _ => self.fetch(),
@@ -180,6 +181,7 @@ impl<D: Dataset> Plan<D> {
 
     /// The batch at `position`, with a panic of the data set turned into an error.
     fn make(&self, position: Position, order: &[usize]) -> Result<D::Batch> {
+        let _running = profile::composite(|| "Loader.batch".into());
         let Position { epoch, batch } = position;
         let start = (batch as usize).saturating_mul(self.options.batch_size).min(order.len());
         let end = start.saturating_add(self.options.batch_size).min(order.len());

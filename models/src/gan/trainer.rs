@@ -4,7 +4,7 @@ use super::{DcganConfig, DcganDiscriminator, DcganGenerator, GanLoss, gradient_p
 use crate::nn::{Init, LoadMode, Params, ParamsOptions, StateDict};
 use crate::optim::{Adam, AdamOptions, Optimizer};
 use kiln_autograd::{TensorExt, no_grad};
-use kiln_tensor::{DType, Generator, Result, Tensor, generator::GeneratorState};
+use kiln_tensor::{DType, Generator, Result, Tensor, generator::GeneratorState, profile_scope};
 
 /// How a [`GanTrainer`] trains.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -123,8 +123,10 @@ impl GanTrainer {
     /// [`step`](GanTrainer::step) from given noise (B, latent).
     pub fn step_from(&mut self, real: &Tensor, labels: Option<&Tensor>, noise: &Tensor) -> Result<StepLosses> {
         let trains_generator = (self.steps + 1).is_multiple_of(self.options.critic_steps.max(1));
+        let drawing = profile_scope("draw");
         let fake =
             if trains_generator { self.generator.forward(noise, labels)? } else { no_grad(|| self.generator.forward(noise, labels))? };
+        drop(drawing);
         let discriminator = self.train_discriminator(real, &fake.detach(), labels)?;
         if trains_generator {
             self.last_generator_loss = self.train_generator(&fake, labels)?;
@@ -134,6 +136,7 @@ impl GanTrainer {
     }
 
     fn train_discriminator(&mut self, real: &Tensor, fake: &Tensor, labels: Option<&Tensor>) -> Result<f64> {
+        let _scope = profile_scope("discriminator");
         self.discriminator_params.zero_grad();
         let score = |pictures: &Tensor| self.discriminator.forward(pictures, labels);
         let mut loss = self.options.loss.discriminator(&score(real)?, &score(fake)?)?;
@@ -147,6 +150,7 @@ impl GanTrainer {
     }
 
     fn train_generator(&mut self, fake: &Tensor, labels: Option<&Tensor>) -> Result<f64> {
+        let _scope = profile_scope("generator");
         self.generator_params.zero_grad();
         // The discriminator only judges here: without gradients of its weights, the backward pass leaves their products out.
         self.discriminator_params.freeze("*")?;

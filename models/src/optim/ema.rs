@@ -4,7 +4,7 @@ use super::state::{Reader, put_count, put_number};
 use crate::nn::{Buffer, Param, StateDict};
 use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::{self, Average, Update, state_dtype};
-use kiln_tensor::{DType, Error, Result, Shape, Tensor};
+use kiln_tensor::{DType, Error, Result, Shape, Tensor, profile};
 
 /// A moving average of parameters (Polyak and Juditsky, 1992): after each step of the optimiser `a ← a + (1 − d)(p − a)`.
 ///
@@ -63,6 +63,7 @@ impl Ema {
     /// Takes the parameters' current values into the averages; call it after each step of the optimiser.
     /// An error while the averages are swapped in.
     pub fn update(&mut self) -> Result<()> {
+        let _running = profile::composite(|| "Ema.update".into());
         if self.trained.is_some() {
             return Err(Error::argument("Ema", "the parameters hold the averages; call swap_out() first"));
         }

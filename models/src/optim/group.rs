@@ -5,7 +5,7 @@ use super::state::{Reader, put_count, put_number};
 use crate::nn::{Param, StateDict};
 use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::{self, FusedRule, Update, state_dtype};
-use kiln_tensor::{DType, Error, Result, Shape, Tensor};
+use kiln_tensor::{DType, Error, Result, Shape, Tensor, profile};
 use std::collections::{BTreeMap, HashSet};
 
 /// One hyper-parameter, to read and to write: in a state dictionary all are numbers.
@@ -273,6 +273,7 @@ impl<M: Method> Group<M> {
 
 impl<M: Method> Optimizer for GroupOptimizer<M> {
     fn step(&mut self) -> Result<()> {
+        let _running = profile::composite(|| format!("{}.step", M::NAME).into());
         self.groups.iter_mut().try_for_each(Group::step)
     }
 

@@ -4,6 +4,7 @@
 use super::product::factor;
 use crate::autocast::lowered;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{self, Cost, operation};
 use crate::{Bool, DType, Error, ErrorKind, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
 use std::borrow::Cow;
 
@@ -25,6 +26,7 @@ pub struct AttentionOptions<'a> {
 }
 
 const NAME: &str = "scaled_dot_product_attention";
+const BACKWARD: &str = "scaled_dot_product_attention_backward";
 
 /// `[L, S]`, true up to the diagonal.
 fn causal_mask(queries: usize, keys: usize) -> Result<Tensor> {
@@ -202,7 +204,19 @@ impl Problem {
         f(&gpu_attention::Attention { q, k, v, mask, causal: self.causal, scale: self.scale })
     }
 
+    /// Pairs of a query and a key that see each other, as far as `causal` decides it.
+    fn pairs(&self) -> usize {
+        if self.causal { (1..=self.queries).map(|i| i.min(self.keys)).sum() } else { self.queries * self.keys }
+    }
+
+    /// The products of scores and values, as many as named, in all heads.
+    fn cost(&self, of_scores: usize, of_values: usize) -> Cost {
+        let width = |x: &Tensor| x.dims().last().copied().unwrap_or(0);
+        profile::attention(self.batch.numel(), self.pairs(), of_scores * width(&self.q) + of_values * width(&self.v))
+    }
+
     fn fused_on_gpu(mut self, gpu: &'static Gpu) -> Result<Tensor> {
+        let _running = operation(NAME, &[&self.q, &self.k, &self.v], || self.cost(1, 1));
         self.mask = self.mask.map(|mask| mask.detach());
         let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
         let mut lse = Tensor::stale_on_gpu(gpu, Shape::new(&[self.batch.numel() * self.queries])?, DType::F32)?;
@@ -213,6 +227,7 @@ impl Problem {
     }
 
     fn fused<T: WithDType + Attended>(mut self) -> Result<Tensor> {
+        let _running = operation(NAME, &[&self.q, &self.k, &self.v], || self.cost(1, 1));
         self.mask = self.mask.map(|mask| mask.detach());
         let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
         let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
@@ -256,6 +271,7 @@ impl Op for Fused {
 impl Fused {
     fn gpu_kernel(&self, gpu: &'static Gpu, grad: &Tensor) -> Result<[Tensor; 3]> {
         let Problem { q, k, v, batch, key_batch, .. } = &self.problem;
+        let _running = operation(BACKWARD, &[q, k, v, &self.output, grad], || self.problem.cost(3, 2));
         let grad = grad.detach().contiguous()?;
         let like = |batch: &Shape, x: &Tensor| {
             Tensor::stale_on_gpu(gpu, Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat())?, x.dtype())
@@ -269,6 +285,7 @@ impl Fused {
 
     fn kernel<T: WithDType + Attended>(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
         let Problem { q, k, v, batch, key_batch, .. } = &self.problem;
+        let _running = operation(BACKWARD, &[q, k, v, &self.output, grad], || self.problem.cost(3, 2));
         let grad = grad.detach().contiguous()?;
         let shape = |batch: &Shape, x: &Tensor| Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat());
         let (mut dk, mut dv) = (Tensor::zeros(shape(key_batch, k)?, T::DTYPE)?, Tensor::zeros(shape(key_batch, v)?, T::DTYPE)?);

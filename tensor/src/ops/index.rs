@@ -5,6 +5,7 @@
 //! the values came from the host, or from an operation that knows what it makes (`argsort`, `randint`, `arange`, …).
 
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::storage::Storage;
 use crate::{Bool, DType, Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::index::{self as kernel, OutOfRange};
@@ -103,8 +104,14 @@ pub(crate) fn index_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tenso
     record("index_add", out, &[source], |_| IndexSum { dim, index: index.clone() })
 }
 
+/// Sources that are added at places: each is read, as is what is there, and the sum written.
+fn moved(source: &Tensor, index: &Tensor) -> Cost {
+    Cost::flops(source.numel() as u64).bytes((3 * source.numel() * source.dtype().size() + 8 * index.numel()) as u64)
+}
+
 /// `out` with the slices of `source` added, untracked. The index is row-major, and its length fits.
 fn index_add_to(mut out: Tensor, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let _running = operation("index_add", &[source, index], || moved(source, index));
     let (outer, n, inner) = out.shape().around(dim);
     let dense = source.detach().contiguous()?;
     match out.gpu()? {
@@ -177,6 +184,7 @@ fn scatter_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Res
 
 /// `out` with `source` added where `index` says, untracked. The index is row-major, and the shapes fit.
 fn scatter_add_to(mut out: Tensor, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
+    let _running = operation("scatter_add", &[source, index], || moved(source, index));
     let (dense, shape) = (source.detach().contiguous()?, *out.shape());
     match out.gpu()? {
         Some(gpu) => {
@@ -233,6 +241,10 @@ fn remaining(dim: usize, index: &Tensor, target: &Shape, dtype: DType) -> Result
 impl Tensor {
     /// The slices of dimension `dim` that `index` (i64, one dimension) names, in its order.
     pub fn index_select(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let _running = operation("index_select", &[self, index], || {
+            let rows = self.numel().checked_div(self.dim(dim).unwrap_or(0)).unwrap_or(0) * index.numel();
+            Cost::NONE.bytes((2 * rows * self.dtype().size() + 8 * index.numel()) as u64)
+        });
         let dim = self.shape().dim("index_select", dim)?;
         let index = positions_1d("index_select", index, self.device())?;
         let (outer, n, inner) = self.shape().around(dim);
@@ -282,6 +294,7 @@ impl Tensor {
     /// For every index i of `index` (i64): the element whose coordinate `dim` is `index[i]` and whose others are i's.
     /// `index` has as many dimensions as the tensor and is nowhere larger, except in `dim`. PyTorch's `take_along_dim` is the same.
     pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let _running = operation("gather", &[self, index], || Cost::NONE.bytes((index.numel() * (2 * self.dtype().size() + 8)) as u64));
         let dim = self.shape().dim("gather", dim)?;
         let index = positions("gather", index, self.device())?;
         self.check_index_shape("gather", dim, &index)?;
@@ -304,6 +317,7 @@ impl Tensor {
         let (dim, index) = self.scatter_arguments("scatter", dim, index, source)?;
         let dense = source.detach().contiguous()?;
         let mut out = self.detach().copy()?;
+        let _running = operation("scatter", &[source, &index], || Cost::NONE.bytes((index.numel() * (2 * self.dtype().size() + 8)) as u64));
         match self.gpu()? {
             Some(gpu) => {
                 expect_in_range("scatter", &index, self.shape()[dim])?;
@@ -363,6 +377,7 @@ impl Tensor {
 
     /// The indices of the elements that are not zero, in row-major order: i64 of shape (count, rank).
     pub fn nonzero(&self) -> Result<Tensor> {
+        let _running = operation("nonzero", &[self], || Cost::NONE);
         let dense = self.detach().contiguous()?;
         if let Some(gpu) = self.gpu()? {
             let (coordinates, count) = gpu_kernel::nonzero(gpu, dense.gpu_slice()?, self.dims())?;
@@ -384,6 +399,7 @@ impl Tensor {
 
     /// A new last dimension of `classes` elements: one at the class that the (i64) element names, else zero, as i64.
     pub fn one_hot(&self, classes: usize) -> Result<Tensor> {
+        let _running = operation("one_hot", &[self], || Cost::NONE);
         let index = positions("one_hot", self, self.device())?;
         let shape = self.shape().with_inserted(self.rank(), classes)?;
         if let Some(gpu) = self.gpu()? {

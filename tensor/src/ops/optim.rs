@@ -3,6 +3,7 @@
 //!
 //! A tensor whose memory is shared (with a live graph, say) moves to a copy first: no other holder sees a change.
 
+use crate::profile::{Cost, operation, operation_with, writing};
 use crate::{DType, Device, Error, ErrorKind, Result, Tensor, WithDType};
 use kiln_kernels::cpu::gradient;
 use kiln_kernels::cpu::optim::{self, OptimFloat, Slot, Value};
@@ -19,6 +20,14 @@ pub struct Update<'a, const N: usize> {
     pub grad: Tensor,
     /// The rule's states in its order, of the parameter's shape and of [`state_dtype`].
     pub states: [&'a mut Tensor; N],
+}
+
+impl<const N: usize> Update<'_, N> {
+    /// What a step reads and writes: parameter, states, and the gradient once.
+    fn bytes(&self) -> u64 {
+        let of = |t: &Tensor| (t.numel() * t.dtype().size()) as u64;
+        of(&self.grad) + 2 * (of(self.param) + self.states.iter().map(|s| of(s)).sum::<u64>())
+    }
 }
 
 /// A moving average as a rule: the "parameter" is the average, the "gradient" the new value; `average += weight · (value − average)`.
@@ -77,6 +86,7 @@ pub fn step<const N: usize>(rule: &impl FusedRule<N>, updates: Vec<Update<'_, N>
 /// As for [`step`].
 pub fn step_with<const N: usize>(rule: &impl Rule<N>, mut updates: Vec<Update<'_, N>>) -> Result<()> {
     updates.iter().try_for_each(check)?;
+    let _running = operation("optimizer_step", &[], || Cost::NONE.bytes(updates.iter().map(Update::bytes).sum()));
     while let Some(gpu) = updates.iter().find_map(|u| u.param.gpu().transpose()).transpose()? {
         let device = Device::Cuda(gpu.ordinal());
         let (on_gpu, rest) = updates.into_iter().partition(|u| u.param.device() == device);
@@ -155,6 +165,11 @@ fn step_half<const N: usize>(rule: &impl Rule<N>, update: &mut Update<'_, N>) ->
 /// √Σ x² over all elements of all tensors (floats of any dtypes), summed in f64, in an order that depends on shapes and memory orders only.
 /// 0 for none.
 pub fn global_norm(tensors: &[Tensor]) -> Result<f64> {
+    let _running = operation_with(
+        "global_norm",
+        || tensors.iter().collect(),
+        || Cost::flops(2 * tensors.iter().map(|t| t.numel() as u64).sum::<u64>()),
+    );
     let mut sum = 0.0;
     let dense = |tensor: &Tensor| if tensor.layout().is_dense() { Ok(tensor.detach()) } else { tensor.detach().contiguous() };
     let mut on_gpu: Vec<(&'static Gpu, Vec<Tensor>)> = Vec::new();
@@ -220,7 +235,9 @@ impl InPlace for Clamp {
     }
 }
 
-fn in_place(tensor: &mut Tensor, op: &str, f: impl InPlace) -> Result<()> {
+fn in_place(tensor: &mut Tensor, op: &'static str, f: impl InPlace) -> Result<()> {
+    let _running = operation(op, &[tensor], || Cost::per_element(1));
+    writing(tensor.layout(), tensor.dtype());
     if let Some(gpu) = tensor.gpu()? {
         expect_float(op, tensor.dtype())?;
         if let Some(mut x) = tensor.donate_on_gpu()? {

@@ -3,6 +3,7 @@
 use super::spatial::{Extents, PerAxis, by_image, for_real, pixels};
 use super::upsample::resample;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{DType, Error, Result, Tensor};
 use kiln_kernels::cpu::pool::{MaxPool, PoolAxis, adaptive_axis};
 use kiln_kernels::cpu::resample::AxisMap;
@@ -117,6 +118,7 @@ impl Chosen {
 
     /// From an image of the result's extents to one of the input's.
     fn scatter(&self, g: &Tensor) -> Result<Tensor> {
+        let _running = operation(self.name, &[g, &self.indices], || Cost::NONE);
         let (source, indices) = (pixels(g)?, pixels(&self.indices)?);
         let out = match g.gpu()? {
             Some(gpu) => self.input.build_on_gpu(gpu, g.dtype(), |mut out| {
@@ -132,6 +134,7 @@ impl Chosen {
 
     /// From an image of the input's extents to one of the result's.
     fn gather(&self, x: &Tensor) -> Result<Tensor> {
+        let _running = operation(self.name, &[x, &self.indices], || Cost::NONE);
         let (source, indices) = (pixels(x)?, pixels(&self.indices)?);
         let out = match x.gpu()? {
             Some(gpu) => self.output.build_on_gpu(gpu, x.dtype(), |mut out| {
@@ -193,6 +196,7 @@ fn max_pool(name: &'static str, x: &Tensor, rank: usize, windows: Windows) -> Re
         return Err(Error::shape(name, format!("an image of {:?} has more positions than an i32 can index", input.axes)));
     }
     let output = Extents { axes: windows.each_ref().map(AxisMap::outputs), ..input };
+    let _running = operation(name, &[x], || Cost::flops(x.numel() as u64));
     let source = pixels(x)?;
     let pool = MaxPool { n: input.n, c: input.c, windows: &windows };
     let mut values = None;

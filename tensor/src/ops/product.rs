@@ -5,6 +5,7 @@
 
 use crate::autocast::{lowered, lowered_option};
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{self, operation_with};
 use crate::{DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
 use kiln_kernels::cpu::gemm::{Gemm, GemmElement, matmul_precision};
 use kiln_kernels::cuda::{Gpu, gemm as gpu_gemm};
@@ -90,11 +91,16 @@ fn run_on_gpu(gpu: &'static Gpu, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, 
 }
 
 /// `a · b (+ bias)` of checked factors of at least two dimensions, whose leading dimensions broadcast; not recorded.
-fn product(op: &str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+fn product(op: &'static str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let lead = |x: &Tensor| Shape::new(&x.dims()[..x.rank() - 2]);
     let batch = broadcast_shapes(op, &lead(a)?, &lead(b)?)?;
     let (m, n) = (a.dims()[a.rank() - 2], b.dims()[b.rank() - 1]);
     let shape = Shape::new(&[&batch[..], &[m, n]].concat())?;
+    let _running = operation_with(
+        op,
+        || [Some(a), Some(b), bias].into_iter().flatten().collect(),
+        || profile::product(batch.numel(), [m, a.dims()[a.rank() - 1], n]),
+    );
     let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
     match a.gpu()? {
         Some(gpu) if a.dtype() != DType::Bool => run_on_gpu(gpu, a, b, bias.as_ref(), &batch, &shape),

@@ -6,6 +6,7 @@
 use crate::device::default_device;
 use crate::generator::GeneratorState;
 use crate::graph::{Ctx, Grads, Op, record, refuse_tracked};
+use crate::profile::{Cost, operation};
 use crate::{DType, Device, Dims, Error, Generator, IntoShape, Layout, Result, Shape, Tensor, TensorOptions};
 use kiln_kernels::cpu::random::{self, RandomFloat, Stream};
 use kiln_kernels::cuda::random as gpu_random;
@@ -16,7 +17,8 @@ fn stream(state: GeneratorState) -> Stream {
 }
 
 impl Generator {
-    fn float(&self, op: &str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
+    fn float(&self, op: &'static str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
+        let _running = operation(op, &[], || Cost::NONE);
         for_float!(options.dtype, op, T => {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
             if let Some(gpu) = options.device.gpu()? {
@@ -54,6 +56,7 @@ impl Generator {
     }
 
     fn integers(&self, low: i64, high: i64, shape: Shape) -> Result<Tensor> {
+        let _running = operation("randint", &[], || Cost::NONE);
         if low >= high {
             return Err(Error::argument("randint", format!("the range {low}..{high} is empty")));
         }
@@ -72,6 +75,7 @@ impl Generator {
 
     /// The numbers `0..n` in random order, as i64.
     pub fn randperm(&self, n: usize) -> Result<Tensor> {
+        let _running = operation("randperm", &[], || Cost::NONE);
         let shape = Shape::new(&[n])?;
         let stream = stream(self.reserve(random::groups_of_longs(n)));
         if let Some(gpu) = default_device().gpu()? {
@@ -88,6 +92,7 @@ impl Generator {
 
     /// Ones with probability `probabilities[i]`, else zeros, in its dtype. Untracked.
     pub fn bernoulli(&self, probabilities: &Tensor) -> Result<Tensor> {
+        let _running = operation("bernoulli", &[probabilities], || Cost::NONE);
         refuse_tracked("bernoulli", &[probabilities])?;
         let p = probabilities.detach().contiguous()?;
         let uniform = self.rand(p.shape(), (DType::F32, p.device()))?;
@@ -115,6 +120,7 @@ impl Generator {
     }
 
     fn booleans(&self, p: f64, shape: Shape) -> Result<Tensor> {
+        let _running = operation("rand_bool", &[], || Cost::NONE);
         check_probability("rand_bool", p)?;
         let stream = stream(self.reserve(random::groups_of_words(shape.numel())));
         if let Some(gpu) = default_device().gpu()? {
@@ -174,6 +180,7 @@ impl Op for Dropout {
 }
 
 fn dropped(x: &Tensor, stream: Stream, p: f64) -> Result<Tensor> {
+    let _running = operation("dropout", &[x], || Cost::per_element(1));
     let dense = x.detach().contiguous()?;
     let out = match x.gpu()? {
         Some(gpu) if x.dtype().is_float() => Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |mut out| {

@@ -3,6 +3,7 @@
 use super::reduce::axis_of;
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{Cost, operation};
 use crate::{Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::softmax;
 use kiln_kernels::cuda::softmax as gpu_softmax;
@@ -34,6 +35,7 @@ impl Op for Softmax {
 
 impl Softmax {
     fn fused(&self, grad: &Tensor) -> Result<Tensor> {
+        let _running = operation("softmax_backward", &[grad, &self.output], || Cost::per_element(4));
         let axis = axis_of(grad.shape(), self.dim);
         let (grad, y) = (grad.detach().contiguous()?, &self.output);
         if let Some(gpu) = y.gpu()? {
@@ -64,6 +66,7 @@ impl Tensor {
             return Err(Error::shape(op, "a scalar has no dimension to normalise along"));
         }
         let dim = self.shape().dim(op, dim)?;
+        let _running = operation(op, &[self], || Cost::per_element(5));
         let x = self.detach().contiguous()?;
         let axis = axis_of(self.shape(), dim);
         let out = for_float!(self.dtype(), op, T => match x.gpu()? {

@@ -1,15 +1,17 @@
 //! Order: sort, argsort, topk. Stable; NaN counts as the largest value. Places are i64 and carry no gradient; values are gathered by them.
 
+use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::sort::argsort;
 use kiln_kernels::cuda;
 
 /// The places of the first `k` elements of dimension `dim` in sorted order.
-fn places(op: &str, x: &Tensor, dim: isize, k: Option<usize>, descending: bool) -> Result<Tensor> {
+fn places(op: &'static str, x: &Tensor, dim: isize, k: Option<usize>, descending: bool) -> Result<Tensor> {
     if x.rank() == 0 {
         return places(op, &x.reshape([1usize])?, dim, k, descending)?.reshape(());
     }
     let dim = x.shape().dim(op, dim)? as isize;
+    let _running = operation(op, &[x], || Cost::NONE);
     let rows = x.detach().movedim(dim, -1)?.contiguous()?;
     let len = rows.dims()[rows.rank() - 1];
     let k = k.unwrap_or(len);

@@ -2,6 +2,7 @@
 
 use super::spatial::{Extents, PerAxis, by_image, for_real, pixels};
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{Error, Result, Tensor};
 use kiln_kernels::cpu::resample::{self, AxisMap};
 use kiln_kernels::cpu::upsample::{linear_axis, nearest_axis};
@@ -41,6 +42,7 @@ impl Op for Resample {
 pub(super) fn resample(name: &'static str, x: &Tensor, maps: Arc<[AxisMap; 3]>, rank: usize) -> Result<Tensor> {
     let input = Extents::of(name, x, rank)?;
     let output = Extents { axes: maps.each_ref().map(AxisMap::outputs), ..input };
+    let _running = operation(name, &[x], || Cost::flops(x.numel() as u64));
     let source = pixels(x)?;
     let out = match x.gpu()? {
         Some(gpu) => output.build_on_gpu(gpu, x.dtype(), |mut out| {

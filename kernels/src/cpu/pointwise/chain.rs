@@ -125,6 +125,11 @@ impl Chain {
         Some(Self { steps: placed, ns })
     }
 
+    /// How many functions it computes for each element.
+    pub fn count(&self) -> usize {
+        self.steps.len()
+    }
+
     /// The steps in their order, with the places that each reads and writes.
     pub(crate) fn steps(&self) -> &[Placed] {
         &self.steps

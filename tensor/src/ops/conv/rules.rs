@@ -4,6 +4,7 @@
 use super::Geometry;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::spatial::{Extents, for_real, pixels};
+use crate::profile::{Cost, convolution, operation, operation_with};
 use crate::{Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::conv::{self, ConvShape};
 use kiln_kernels::cuda::conv as gpu_conv;
@@ -21,8 +22,13 @@ impl Conv {
         ConvShape { n: wide.n, ci: wide.c, co: narrow.c, groups, input: wide.axes, output: narrow.axes, kernel, stride, padding, dilation }
     }
 
+    fn cost(&self, weight: &Shape) -> Cost {
+        convolution(weight, self.geometry.narrow.n, self.geometry.narrow.axes.iter().product())
+    }
+
     /// `x ∗ w + bias`, from the wide image to the narrow one.
     pub(super) fn forward(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let _running = operation_with(self.name, || [Some(x), Some(w), bias].into_iter().flatten().collect(), || self.cost(w.shape()));
         let (source, weight, shift) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
         let out = match x.gpu()? {
             Some(gpu) => self.geometry.narrow.build_on_gpu(gpu, x.dtype(), |mut y| {
@@ -46,6 +52,7 @@ impl Conv {
 
     /// The gradient of [`forward`](Conv::forward) by `x` at `g`, plus `bias`: from the narrow image to the wide one.
     pub(super) fn input_grad(self, g: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let _running = operation_with(self.name, || [Some(g), Some(w), bias].into_iter().flatten().collect(), || self.cost(w.shape()));
         let (source, weight, shift) = (pixels(g)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
         let out = match g.gpu()? {
             Some(gpu) => self.geometry.wide.build_on_gpu(gpu, g.dtype(), |mut gx| {
@@ -70,8 +77,9 @@ impl Conv {
     /// The gradient of [`forward`](Conv::forward) by `w`, given `x` and the gradient `g` by the result.
     fn weight_grad(self, x: &Tensor, g: &Tensor) -> Result<Tensor> {
         let Geometry { groups, kernel, wide, narrow, .. } = self.geometry;
-        let (source, target) = (pixels(x)?, pixels(g)?);
         let shape = Shape::new(&[&[narrow.c, wide.c / groups], &kernel[3 - wide.rank..]].concat())?;
+        let _running = operation(self.name, &[x, g], || self.cost(&shape));
+        let (source, target) = (pixels(x)?, pixels(g)?);
         let out = match x.gpu()? {
             Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut gw| {
                 Ok(gpu_conv::weight_grad(gpu, &self.shape(), source.gpu_slice()?, target.gpu_slice()?, &mut gw)?)

@@ -3,6 +3,7 @@
 use super::{Reduction, expect_alike};
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cuda::{Gpu, cross_entropy as gpu_classes};
 use std::sync::Arc;
@@ -196,6 +197,8 @@ impl Op for Pick {
 }
 
 fn pick(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
+    // One of a row's logits and its target are read.
+    let _running = operation("pick_classes", &[x], || Cost::NONE.bytes((classes.n * classes.s * (2 * x.dtype().size() + 8)) as u64));
     let data = x.detach().contiguous()?;
     let shape = Shape::new(&[classes.n, classes.s])?;
     let out = for_float!(x.dtype(), "nll_loss", T => match &classes.targets {
@@ -214,6 +217,7 @@ fn pick(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
 }
 
 fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
+    let _running = operation("place_classes", &[x], || Cost::NONE);
     let data = x.detach().contiguous()?;
     let shape = Shape::new(&[classes.n, classes.c, classes.s])?;
     let out = for_float!(x.dtype(), "nll_loss", T => match &classes.targets {
@@ -250,6 +254,7 @@ impl Op for RowLoss {
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
         if let (Targets::Gpu(gpu, targets, ignored), false) = (&self.classes.targets, is_grad_enabled()) {
+            let _running = operation("cross_entropy_backward", &[&self.x, grad], || Cost::per_element(3));
             let (x, grad) = (self.x.detach().contiguous()?, grad.detach().contiguous()?);
             let dx = Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
                 let classes = self.classes.on_gpu(targets, *ignored)?;
@@ -265,6 +270,7 @@ impl Op for RowLoss {
 
 /// The losses `[N, 1]` of logits `[N, C, 1]` of a GPU.
 fn row_losses(x: &Tensor, classes: &Arc<Classes>, gpu: &'static Gpu, targets: &Tensor, ignored: i64) -> Result<Tensor> {
+    let _running = operation("cross_entropy", &[x], || Cost::flops(4 * x.numel() as u64));
     let logits = x.reshape([classes.n, classes.c])?;
     let data = logits.detach().contiguous()?;
     let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };

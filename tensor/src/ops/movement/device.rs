@@ -1,6 +1,7 @@
 //! Tensors from one device to another.
 
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::storage::Storage;
 use crate::{DType, Device, Layout, Result, Tensor};
 
@@ -34,6 +35,7 @@ impl Tensor {
         if self.device() == device {
             return Ok(self.clone());
         }
+        let _running = operation("to_device", &[self], || Cost::NONE.bytes(2 * (self.numel() * self.dtype().size()) as u64));
         let storage = for_any!(self.dtype(), T => {
             let dense = self.detach().contiguous()?;
             let mut buffer = Storage::buffer(dense.numel() * self.dtype().size())?;

@@ -2,6 +2,7 @@
 
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{DType, Device, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
@@ -86,6 +87,7 @@ fn keep_triangle(x: &Tensor, kept: Triangle) -> Result<Tensor> {
     let [.., rows, cols] = *x.dims() else {
         return Err(Error::shape("tril", format!("expected a matrix or a batch of them, got shape {}", x.shape())));
     };
+    let _running = operation("tril", &[x], || Cost::NONE);
     let dense = x.detach().contiguous()?;
     let out = match x.gpu()? {
         Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |mut out| {
@@ -101,6 +103,7 @@ fn keep_triangle(x: &Tensor, kept: Triangle) -> Result<Tensor> {
 
 /// `amounts` a dimension, before and after; negative amounts crop.
 fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Tensor> {
+    let _running = operation("pad", &[x], || Cost::NONE);
     let error = || Error::argument("pad", format!("amounts {amounts:?} do not fit shape {}", x.shape()));
     let mut extents = x.dims().to_vec();
     let mut inner = x.detach();
@@ -143,6 +146,7 @@ fn border_map(device: Device, mode: PadMode, n: usize, before: isize, after: isi
         return Err(Error::argument("pad", message));
     };
     let n = n as i64;
+    let _running = operation("arange", &[], || Cost::NONE);
     Tensor::build::<i64>(device, &Shape::new(&[extent])?, |map| {
         for (out, i) in map.iter_mut().zip(-before as i64..) {
             *out = match mode {
@@ -172,6 +176,7 @@ impl Tensor {
     }
 
     fn cat_of_one_dtype(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
+        let _running = operation("cat", tensors, || Cost::NONE);
         let first = *tensors.first().ok_or_else(|| Error::argument("cat", "no tensors were given"))?;
         let axis = first.shape().dim("cat", dim)?;
         let mut extent = 0;
@@ -271,6 +276,7 @@ impl Tensor {
     }
 
     fn flipped(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("flip", &[self], || Cost::NONE);
         let dims = dims.resolve("flip", self.shape())?;
         let mut out = self.detach().contiguous()?;
         for &d in &dims {

@@ -3,6 +3,7 @@
 
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::index::index_sum;
+use crate::profile::{Cost, operation};
 use crate::{Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cuda;
@@ -60,6 +61,7 @@ fn take_part(name: &'static str, x: &Tensor, part: Part) -> Result<Tensor> {
 }
 
 fn put_part(name: &'static str, x: &Tensor, part: Part, shape: Shape) -> Result<Tensor> {
+    let _running = operation(name, &[x], || Cost::NONE);
     let region = part.of(&Layout::contiguous(shape));
     let out = match x.gpu()? {
         Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut out| {

@@ -1,6 +1,7 @@
 //! Views: other layouts over the same memory. Only `contiguous`, and `reshape` where it must, copy.
 
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{Device, Error, IntoShape, Layout, ReshapeDims, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_strided;
 use kiln_kernels::cuda;
@@ -76,6 +77,7 @@ impl Tensor {
 
     /// A row-major copy in memory of its own.
     pub fn copy(&self) -> Result<Tensor> {
+        let _running = operation("contiguous", &[self], || Cost::NONE);
         let out = match self.gpu()? {
             Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(*self.shape()), self.dtype(), |out| {
                 Ok(cuda::copy::copy_strided(gpu, self.gpu_view()?, out)?)

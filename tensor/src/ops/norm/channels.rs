@@ -4,6 +4,7 @@ use super::rows::parameter_gradient;
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{Cost, operation, operation_with};
 use crate::{Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::{FloatLane, Numeric};
 use kiln_kernels::cpu::norm::{self, Channels, Grouping, Statistics};
@@ -117,6 +118,7 @@ impl ChannelNorm {
     }
 
     fn fused(&self, ctx: &Ctx, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let _running = operation("normalize_backward", &[grad, &self.x], || Cost::flops(11 * self.x.numel() as u64));
         let images = Images::new(self.name, &self.x)?;
         let g = images.like(grad)?;
         let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
@@ -197,6 +199,11 @@ where
     Ok([tensor(&|s| s.mean)?, tensor(&|s| 1.0 / (s.variance(0.0) + eps).sqrt())?, tensor(&|s| s.variance(1.0))?])
 }
 
+/// Mean, variance, scaling and shifting: the input is read, in principle, once.
+fn norm_cost(x: &Tensor) -> Cost {
+    Cost::flops(7 * x.numel() as u64)
+}
+
 /// How a channel norm is done.
 struct Plan<'a> {
     op: &'static str,
@@ -250,6 +257,7 @@ impl Plan<'_> {
 
     /// Normalises with the input's own statistics; also gives mean and unbiased variance.
     fn with_own_statistics(&self, x: &Tensor) -> Result<BatchNorm> {
+        let _running = operation_with(self.op, || [Some(x), self.weight, self.bias].into_iter().flatten().collect(), || norm_cost(x));
         let images = self.images(x)?;
         let [mean, rstd, var] = for_float!(x.dtype(), self.op, T => statistics::<T>(&images, self.grouping, self.eps))?;
         let output = self.apply(x, &images, mean.clone(), rstd, false)?;
@@ -274,6 +282,7 @@ impl Tensor {
     pub fn batch_norm_eval(&self, mean: &Tensor, var: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
         let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
         let plan = Plan { op: "batch_norm_eval", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let _running = operation_with(plan.op, || [Some(&*x), plan.weight, plan.bias].into_iter().flatten().collect(), || norm_cost(&x));
         let images = plan.images(&x)?;
         for (what, statistic) in [("mean", mean), ("var", var)] {
             if statistic.dims() != [images.channels.c] {

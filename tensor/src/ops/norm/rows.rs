@@ -3,6 +3,7 @@
 use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{Cost, operation, operation_with};
 use crate::{Device, Error, IntoShape, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::norm::{self, Rows};
 use kiln_kernels::cuda::{Gpu, norm as gpu_norm};
@@ -40,6 +41,7 @@ impl LayerNorm {
     }
 
     fn fused(&self, ctx: &Ctx, grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let _running = operation("layer_norm_backward", &[grad, &self.x], || Cost::flops(11 * self.x.numel() as u64));
         let x = self.x.detach().contiguous()?;
         let g = match one_row(grad, self.normalized.rank())? {
             Some(row) => row,
@@ -132,6 +134,8 @@ impl Tensor {
         }
         expect_parameter(op, "weight", input, weight, &normalized)?;
         expect_parameter(op, "bias", input, bias, &normalized)?;
+        let _running =
+            operation_with(op, || [Some(input), weight, bias].into_iter().flatten().collect(), || Cost::flops(7 * input.numel() as u64));
         let rows = Rows { n: normalized.numel(), eps, centered };
         let count: usize = input.dims()[..input.rank() - normalized.rank()].iter().product();
         let x = input.detach().contiguous()?;

@@ -7,6 +7,7 @@
 use super::kernel::{Arg, common_shape, gpu_operand, gpu_output, operand, result_layout};
 use crate::autocast::together;
 use crate::graph::{Ctx, Grads, Op, Source, is_grad_enabled, record};
+use crate::profile::{Cost, operation_with};
 use crate::{Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, Step, Value};
 use kiln_kernels::cpu::pointwise::{Operand, Output};
@@ -444,6 +445,7 @@ fn operands_of(steps: &[Step], value: Value, operands: usize) -> Vec<usize> {
 /// Runs a chain over operands that broadcast to `shape`, `None` where it reads none.
 fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Tensor> {
     let tensors = || operands.iter().copied().flatten();
+    let _running = operation_with("fuse", || tensors().collect(), || Cost::per_element(chain.count() as u64));
     let layout = result_layout(shape, tensors());
     let first = tensors().next().ok_or_else(|| Error::argument("fuse", "needs a tensor"))?;
     let mut layouts: [Option<Layout>; MAX_OPERANDS] = [None; MAX_OPERANDS];

@@ -4,6 +4,7 @@
 
 use crate::device::expect_host_allowed;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::profile::{Cost, Operation, operation, operation_with, writing};
 use crate::{Bool, DType, Device, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
 use kiln_kernels::cpu::cast::Stored;
 use kiln_kernels::cpu::pointwise::{self as kernels, Operand, Output};
@@ -135,8 +136,14 @@ fn expect_defined<T: Stored + WithDType, const N: usize>(op: &'static str, row: 
     row.tile::<T::Compute>().map(|_| ()).ok_or_else(|| Error::unsupported_dtype(op, T::DTYPE, "a float dtype"))
 }
 
+/// The operation `name` of these operands begins.
+fn running<const N: usize>(name: &'static str, args: &[Arg; N]) -> Operation {
+    operation_with(name, || args.iter().filter_map(Arg::tensor).collect(), || Cost::per_element(1))
+}
+
 /// The row's function of operands that broadcast together, untracked.
 pub(super) fn apply<const N: usize>(row: &Row<N>, params: Params, args: [Arg; N]) -> Result<Tensor> {
+    let _running = running(row.name, &args);
     let p = Prepared::new(row.name, args)?;
     for_number!(p.dtype, p.op, T => {
         expect_defined::<T, N>(p.op, row)?;
@@ -170,18 +177,27 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
     if tracked || !fits || !a.dtype().is_float() {
         return Ok(false);
     }
-    let layout = a.layout().dense_like();
+    let running = running(row.name, &[Arg::Tensor(a), b]);
+    let (layout, dtype) = (a.layout().dense_like(), a.dtype());
     let other = b.tensor().map(|b| b.layout().broadcast_to(row.name, layout.shape())).transpose()?;
     if let Some(gpu) = a.gpu()? {
         let b = gpu_operand(&b, &other)?;
-        let Some(data) = a.donate_on_gpu()? else { return Ok(false) };
+        let Some(data) = a.donate_on_gpu()? else {
+            running.cancel();
+            return Ok(false);
+        };
+        writing(&layout, dtype);
         let operands = if swapped { [b, gpu_kernels::Operand::Output] } else { [gpu_kernels::Operand::Output, b] };
         gpu_kernels::apply(gpu, row, [0.0; 2], operands, gpu_output(&layout, data))?;
         return Ok(true);
     }
     for_float!(a.dtype(), row.name, T => {
         let b = operand::<T>(row.name, &b, &other)?;
-        let Some(data) = a.donate::<T>() else { return Ok(false) };
+        let Some(data) = a.donate::<T>() else {
+            running.cancel();
+            return Ok(false);
+        };
+        writing(&layout, dtype);
         let operands = if swapped { [b, Operand::Output] } else { [Operand::Output, b] };
         kernels::apply(row, [0.0; 2], operands, Output { data, shape: layout.shape().dims(), strides: layout.strides() });
         Ok(true)
@@ -190,6 +206,7 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
 
 /// The truth of a relation between two operands.
 pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
+    let _running = running(row.name, &[a, b]);
     let p = Prepared::new(row.name, [a, b])?;
     if let Some(gpu) = p.device().gpu()? {
         return Tensor::build_on_gpu(gpu, p.layout, DType::Bool, |out| {
@@ -227,6 +244,7 @@ pub(super) fn holds(dtype: DType, value: f64) -> bool {
 
 /// `a` where `mask`, else `b`, which broadcast together.
 pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<Tensor> {
+    let _running = operation_with(op, || [Some(mask), a.tensor(), b.tensor()].into_iter().flatten().collect(), || Cost::NONE);
     let mut p = Prepared::new(op, [a, b])?;
     let tensors = || [a, b].into_iter().filter_map(|arg| if let Arg::Tensor(t) = arg { Some(t) } else { None });
     let shape = broadcast_shapes(op, p.layout.shape(), mask.shape())?;
@@ -255,6 +273,7 @@ pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<
 
 /// The elements in another dtype.
 pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    let _running = operation("to_dtype", &[x], || Cost::NONE);
     let layout = x.layout().dense_like();
     if let Some(gpu) = x.gpu()? {
         return Tensor::build_on_gpu(gpu, layout, dtype, |out| Ok(gpu_kernels::cast(gpu, x.gpu_view()?, gpu_output(&layout, out))?));

@@ -2,6 +2,7 @@
 
 use super::Axes;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{DType, Dims, Error, Layout, Result, Tensor};
 use kiln_kernels::cpu::reduce;
 use kiln_kernels::cuda::reduce as gpu_reduce;
@@ -65,6 +66,7 @@ impl Tensor {
     }
 
     fn extreme(&self, op: &'static str, dims: Dims, max: bool) -> Result<Tensor> {
+        let _running = operation(op, &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new(op, self, dims)?;
         axes.refuse_empty(op)?;
         let on_gpu = axes.on_gpu(self, axes.keepdim, self.dtype(), if max { gpu_reduce::max } else { gpu_reduce::min })?;
@@ -91,6 +93,7 @@ impl Tensor {
     }
 
     fn extreme_dim(&self, op: &'static str, dim: isize, max: bool) -> Result<(Tensor, Tensor)> {
+        let _running = operation(op, &[self], || Cost::flops(self.numel() as u64));
         let dim = self.shape().dim(op, dim)?;
         let axes = Axes::new(op, self, dim.into())?;
         axes.refuse_empty(op)?;

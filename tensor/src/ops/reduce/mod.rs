@@ -10,6 +10,7 @@ pub(super) use scan::axis_of;
 
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{Bool, DType, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::Numeric;
 use kiln_kernels::cpu::reduce;
@@ -146,6 +147,7 @@ impl Tensor {
     }
 
     fn sum_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("sum", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("sum", self, dims)?;
         let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::sum)? {
             Some(out) => out,
@@ -168,6 +170,7 @@ impl Tensor {
     }
 
     fn mean_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("mean", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("mean", self, dims)?;
         let out = for_float!(self.dtype(), "mean", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::mean)? {
             Some(out) => Ok(out),
@@ -191,6 +194,7 @@ impl Tensor {
     }
 
     fn prod_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("prod", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("prod", self, dims)?;
         let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::prod)? {
             Some(out) => out,
@@ -215,6 +219,7 @@ impl Tensor {
     }
 
     fn any_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("any", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("any", self, dims)?;
         if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::any)? {
             return Ok(out);
@@ -231,6 +236,7 @@ impl Tensor {
     }
 
     fn all_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("all", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("all", self, dims)?;
         if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::all)? {
             return Ok(out);

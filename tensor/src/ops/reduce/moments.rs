@@ -3,6 +3,7 @@
 use super::Axes;
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{Dims, Result, Tensor};
 use kiln_kernels::cpu::reduce;
 use kiln_kernels::cuda::reduce as gpu_reduce;
@@ -115,6 +116,7 @@ impl Tensor {
     }
 
     fn spread_keepdim(&self, op: &'static str, dims: Dims, correction: f64, root: bool) -> Result<Tensor> {
+        let _running = operation(op, &[self], || Cost::flops(4 * self.numel() as u64));
         let axes = Axes::new(op, self, dims)?;
         let divisor = (axes.count as f64 - correction).max(0.0);
         let kernel = if root { gpu_reduce::std } else { gpu_reduce::var };
@@ -148,6 +150,7 @@ impl Tensor {
     }
 
     fn norm_over(&self, p: f64, dims: Dims) -> Result<Tensor> {
+        let _running = operation("norm", &[self], || Cost::flops(2 * self.numel() as u64));
         let axes = Axes::new("norm", self, dims)?;
         if p == f64::NEG_INFINITY {
             axes.refuse_empty("norm")?;
@@ -177,6 +180,7 @@ impl Tensor {
     }
 
     fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {
+        let _running = operation("logsumexp", &[self], || Cost::flops(4 * self.numel() as u64));
         let axes = Axes::new("logsumexp", self, dims)?;
         let out = for_float!(self.dtype(), "logsumexp", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::logsumexp)? {
             Some(out) => Ok(out),

@@ -2,6 +2,7 @@
 
 use super::total_dtype;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::cumulative;
 use kiln_kernels::cpu::lanes::Numeric;
@@ -35,6 +36,7 @@ impl Tensor {
     }
 
     fn scan(&self, dim: usize, reverse: bool) -> Result<Tensor> {
+        let _running = operation("cumsum", &[self], || Cost::per_element(1));
         let x = self.detach().contiguous()?;
         let axis = axis_of(self.shape(), dim);
         let out = match x.gpu()? {
