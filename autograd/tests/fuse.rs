@@ -160,3 +160,24 @@ fn empty_tensors_and_a_function_that_does_nothing() -> Result<()> {
     assert_eq!(fuse(|[x]| x)?.call([&x])?.to_vec::<f32>()?, x.to_vec::<f32>()?);
     Ok(())
 }
+
+#[test]
+fn gradients_of_all_operands_are_those_of_each_alone() -> Result<()> {
+    let fused = fuse(|[x, y, z]| x.silu() * &y + (y * z.tanh()))?;
+    for dtype in [DType::F32, DType::BF16] {
+        let [x, b, y] = inputs(dtype)?;
+        let z = b.expand([37, 65])?.contiguous()?;
+        let gradients = |tracked: [bool; 3]| -> Result<Vec<Option<Vec<f64>>>> {
+            let leaf = |t: &Tensor, tracked: bool| if tracked { t.requires_grad_() } else { Ok(t.clone()) };
+            let leaves = [leaf(&x, tracked[0])?, leaf(&y, tracked[1])?, leaf(&z, tracked[2])?];
+            fused.call(leaves.each_ref())?.sum(())?.backward()?;
+            leaves.iter().map(|x| x.grad().map(|g| g.to_dtype(DType::F64)?.to_vec()).transpose()).collect()
+        };
+        let all = gradients([true; 3])?;
+        for i in 0..3 {
+            let one = gradients(std::array::from_fn(|k| k == i))?;
+            assert!(one[i].is_some() && one[i] == all[i], "{dtype}: operand {i}");
+        }
+    }
+    Ok(())
+}
