@@ -1,7 +1,7 @@
 //! Batch, group and instance norm: dimension 1 is the channels. Images with channels last in memory are worked on as they lie.
 
 use super::rows::parameter_gradient;
-use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use super::{Normalised, composed_gradient, expect_parameter};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::{Device, Error, Layout, Result, Shape, Tensor};
@@ -183,7 +183,7 @@ where
 {
     let count = images.channels.statistics(grouping);
     if let Some(gpu) = images.data.gpu()? {
-        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(T::DTYPE));
+        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, T::DTYPE.accumulator());
         let (mut mean, mut rstd, mut var) = (room()?, room()?, room()?);
         let out = [mean.gpu_slice_mut()?, rstd.gpu_slice_mut()?, var.gpu_slice_mut()?];
         gpu_norm::group_moments(gpu, images.channels, grouping, eps, images.data.gpu_dense_slice()?, out)?;
@@ -281,7 +281,7 @@ impl Tensor {
                 return Err(Error::shape(plan.op, message));
             }
         }
-        let dtype = statistics_dtype(x.dtype());
+        let dtype = x.dtype().accumulator();
         let mean = mean.detach().to_dtype(dtype)?.contiguous()?;
         let rstd = var.detach().to_dtype(dtype)?.add_scalar(eps)?.rsqrt()?.contiguous()?;
         plan.apply(&x, &images, mean, rstd, true)
