@@ -3,7 +3,7 @@
 use crate::harness::{Case, DTypes, case};
 use crate::reference::Array;
 use kiln_kernels::cpu::math::double;
-use kiln_tensor::{DType, Result, Tensor, fuse};
+use kiln_tensor::{Activation, DType, Result, Tensor, fuse};
 
 pub fn cases() -> Vec<Case> {
     [unary(), activations(), gates(), binary(), scalars(), comparisons(), selection()].into_iter().flatten().collect()
@@ -50,7 +50,7 @@ fn unary() -> Vec<Case> {
     ]
 }
 
-fn gelu_tanh(x: f64) -> f64 {
+pub fn gelu_tanh(x: f64) -> f64 {
     0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
 }
 
@@ -64,6 +64,7 @@ fn activations() -> Vec<Case> {
         one("gelu", Tensor::gelu, |x| if x == f64::NEG_INFINITY { f64::NAN } else { x * double::normal_cdf(x) }),
         one("gelu_tanh", Tensor::gelu_tanh, gelu_tanh),
         one("silu", Tensor::silu, |x| x * double::sigmoid(x)),
+        one("activate", |x| x.activate(Activation::Silu), |x| x * double::sigmoid(x)),
         one("softplus", Tensor::softplus, double::softplus),
         one("mish", Tensor::mish, |x| x * double::softplus(x).tanh()),
         one("hardswish", Tensor::hardswish, |x| x * (x + 3.0).clamp(0.0, 6.0) / 6.0),
