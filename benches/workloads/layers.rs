@@ -84,5 +84,24 @@ pub fn fused(bench: &Bench) -> Result<()> {
             bench.run(&fwdbwd, || both(&[&x, &w, &b], x.linear_activation(&w, Some(&b), activation)?, &grad))?;
         }
     }
+    // Channels-last, as convolutions leave their results.
+    for (name, shape, activation) in
+        [("batchnorm_relu", [128, 64, 14, 14], Activation::Relu), ("groupnorm_silu", [32, 64, 28, 28], Activation::Silu)]
+    {
+        let (fwd, fwdbwd) =
+            (format!("{name}_fwd_{}x{}x{}", shape[0], shape[1], shape[2]), format!("{name}_fwdbwd_{}x{}x{}", shape[0], shape[1], shape[2]));
+        if !bench.wants(&format!("{fwd} {fwdbwd}")) {
+            continue;
+        }
+        let x = Tensor::randn(shape, DType::F32)?.to_memory_order(&[0, 2, 3, 1])?.requires_grad_()?;
+        let (w, b, grad) =
+            (leaf(&[64], DType::F32)?, leaf(&[64], DType::F32)?, Tensor::randn(shape, DType::F32)?.to_memory_order(&[0, 2, 3, 1])?);
+        let norm = || match activation {
+            Activation::Relu => Ok(x.batch_norm_activation(Some(&w), Some(&b), 1e-5, activation)?.output),
+            _ => x.group_norm_activation(8, Some(&w), Some(&b), 1e-5, activation),
+        };
+        bench.run(&fwd, || no_grad(norm))?;
+        bench.run(&fwdbwd, || both(&[&x, &w, &b], norm()?, &grad))?;
+    }
     Ok(())
 }

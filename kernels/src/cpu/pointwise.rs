@@ -5,6 +5,9 @@
 //! one kernel over contiguous elements and no other. A bias along the fastest dimension fills its tile once per task, not per tile.
 
 pub mod chain;
+mod stretch;
+
+pub(crate) use stretch::apply_stretch;
 
 use super::cast::{Convert, Stored};
 use super::parallel::{self, SharedMut};

@@ -5,11 +5,8 @@ use super::{Gemm, Out};
 use crate::cpu::alloc::OutOfMemory;
 use crate::cpu::cast::Stored;
 use crate::cpu::parallel::SharedMut;
+use crate::cpu::pointwise::apply_stretch;
 use crate::pointwise::{Params, Row};
-use std::mem::MaybeUninit;
-
-/// Elements that are widened at a time.
-const TILE: usize = 256;
 
 /// A function of the pointwise table, of every element of C: see [`Gemm::activation`].
 #[derive(Clone, Copy, Debug)]
@@ -41,27 +38,13 @@ impl<B: Stored> Activation<B> {
     /// # Safety
     /// They must be readable and writable, as must be their counterparts if the sums are kept, and belong to this task.
     pub(super) unsafe fn finish(&self, c: *mut B, len: usize) {
-        let Some(tile) = self.row.tile::<B::Compute>() else { return };
         let to = match self.kept {
             None => c,
             // SAFETY: both addresses lie in C.
             Some((first, results)) => results.get().wrapping_offset(unsafe { c.offset_from(first.get()) }),
         };
-        if !B::CONVERTS {
-            // SAFETY: the caller's contract; the two types are one.
-            return unsafe { tile([c.cast_const().cast()], to.cast(), len, self.params) };
-        }
-        let mut wide = MaybeUninit::<[B::Compute; TILE]>::uninit();
-        let wide = wide.as_mut_ptr().cast::<B::Compute>();
-        for start in (0..len).step_by(TILE) {
-            let count = TILE.min(len - start);
-            // SAFETY: the caller's contract, for a part that `wide` has room for.
-            unsafe {
-                B::widen(c.add(start), wide, count);
-                tile([wide.cast_const()], wide, count, self.params);
-                B::narrow(wide, to.add(start), count);
-            }
-        }
+        // SAFETY: the caller's contract.
+        unsafe { apply_stretch(self.row, self.params, [c.cast_const()], to, len) }
     }
 }
 

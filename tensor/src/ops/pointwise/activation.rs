@@ -9,7 +9,8 @@ use std::f64::consts::{PI, SQRT_2};
 const GELU_SCALE: f64 = 0.797_884_560_802_865_4;
 const GELU_CUBIC: f64 = 0.044_715;
 
-/// An activation that other operations can compute in their own pass: [`Tensor::linear_activation`].
+/// An activation that other operations can compute in their own pass: [`Tensor::linear_activation`], [`Tensor::batch_norm_activation`],
+/// [`Tensor::batch_norm_eval_activation`], [`Tensor::group_norm_activation`].
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Activation {
     /// [`Tensor::relu`].
@@ -36,6 +37,17 @@ impl Activation {
         }
     }
 
+    /// The row of its derivative: of what the function reads, and of the gradient.
+    pub(crate) fn backward_row(self) -> &'static Row<2> {
+        match self {
+            Activation::Relu => backward::Relu::ROW,
+            Activation::LeakyRelu(_) => backward::LeakyRelu::ROW,
+            Activation::Gelu => backward::Gelu::ROW,
+            Activation::GeluTanh => backward::GeluTanh::ROW,
+            Activation::Silu => backward::Silu::ROW,
+        }
+    }
+
     /// Whether the derivative needs what the function was computed from, and not only its values.
     pub(crate) fn reads_input(self) -> bool {
         self != Activation::Relu
@@ -49,22 +61,20 @@ impl Activation {
 
     /// Records `out`, the values for `x`. Of an `x` that is not [read](Self::reads_input), only the place in the graph counts.
     pub(crate) fn record(self, out: Tensor, x: &Tensor) -> Result<Tensor> {
+        let fused = Fused::with(self.backward_row(), self.row().1);
         match self {
             // The output is positive where the input is.
-            Activation::Relu => {
-                record_output("relu", out, x, Fused::new(backward::Relu::ROW), |y, g| g.masked_fill(&y.le_scalar(0.0)?, 0.0))
-            }
+            Activation::Relu => record_output("relu", out, x, fused, |y, g| g.masked_fill(&y.le_scalar(0.0)?, 0.0)),
             Activation::LeakyRelu(slope) => {
-                let fused = Fused::with(backward::LeakyRelu::ROW, [slope, 0.0]);
                 record_input("leaky_relu", out, x, fused, move |x, g| x.gt_scalar(0.0)?.where_cond(g, &g.mul_scalar(slope)?))
             }
-            Activation::Gelu => record_input("gelu", out, x, Fused::new(backward::Gelu::ROW), |x, g| {
+            Activation::Gelu => record_input("gelu", out, x, fused, |x, g| {
                 // g·(Φ(x) + x·φ(x))
                 let cdf = x.mul_scalar(1.0 / SQRT_2)?.erf()?.add_scalar(1.0)?.mul_scalar(0.5)?;
                 let pdf = x.square()?.mul_scalar(-0.5)?.exp()?.mul_scalar(1.0 / (2.0 * PI).sqrt())?;
                 g.mul(&cdf.add(&x.mul(&pdf)?)?)
             }),
-            Activation::GeluTanh => record_input("gelu_tanh", out, x, Fused::new(backward::GeluTanh::ROW), |x, g| {
+            Activation::GeluTanh => record_input("gelu_tanh", out, x, fused, |x, g| {
                 let inner = x.mul(&x.square()?.mul_scalar(GELU_CUBIC)?.add_scalar(1.0)?)?.mul_scalar(GELU_SCALE)?;
                 let slope = x.square()?.mul_scalar(3.0 * GELU_CUBIC)?.add_scalar(1.0)?.mul_scalar(GELU_SCALE)?;
                 let t = inner.tanh()?;
@@ -72,7 +82,7 @@ impl Activation {
                 let right = x.mul(&slope)?.mul(&t.square()?.rsub_scalar(1.0)?)?;
                 g.mul(&left.add(&right)?)?.mul_scalar(0.5)
             }),
-            Activation::Silu => record_input("silu", out, x, Fused::new(backward::Silu::ROW), |x, g| {
+            Activation::Silu => record_input("silu", out, x, fused, |x, g| {
                 // g·σ·(1 + x·(1 − σ))
                 let s = x.sigmoid()?;
                 g.mul(&s.mul(&x.mul(&s.rsub_scalar(1.0)?)?.add_scalar(1.0)?)?)
