@@ -2,7 +2,7 @@
 //!
 //! This file holds the argument struct and the choice of a path; the work is done by [`micro`] (register tiles), `pack` and `packing`
 //! (panels), `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory) and `generic`
-//! (f64 and integers). On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
+//! (f64 and integers); `epilogue` is what follows a sum. On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
 //!
 //! The path, the blocks and the order of every sum depend on shapes, strides, dtype and the
 //! [precision](MatmulPrecision) only, and with tiles on whether values are extreme, never on the number of threads.
