@@ -2,7 +2,7 @@
 
 use kiln_autograd::{TensorExt, gradcheck, gradgradcheck};
 use kiln_tensor::graph::Source;
-use kiln_tensor::{DType, Expr, Fused, Generator, Result, Tensor, fuse};
+use kiln_tensor::{Activation, DType, Expr, Fused, Generator, Result, Tensor, fuse};
 
 type Composed = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 type Traced = fn([Expr; 3]) -> Expr;
@@ -158,5 +158,63 @@ fn empty_tensors_and_a_function_that_does_nothing() -> Result<()> {
     assert_eq!(fuse(|[x]| x.exp() * 2.0)?.call([&x])?.dims(), [0, 3]);
     let x = Tensor::randn([3], ())?;
     assert_eq!(fuse(|[x]| x)?.call([&x])?.to_vec::<f32>()?, x.to_vec::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn gradients_of_all_operands_are_those_of_each_alone() -> Result<()> {
+    let fused = fuse(|[x, y, z]| x.silu() * &y + (y * z.tanh()))?;
+    for dtype in [DType::F32, DType::BF16] {
+        let [x, b, y] = inputs(dtype)?;
+        let z = b.expand([37, 65])?.contiguous()?;
+        let gradients = |tracked: [bool; 3]| -> Result<Vec<Option<Vec<f64>>>> {
+            let leaf = |t: &Tensor, tracked: bool| if tracked { t.requires_grad_() } else { Ok(t.clone()) };
+            let leaves = [leaf(&x, tracked[0])?, leaf(&y, tracked[1])?, leaf(&z, tracked[2])?];
+            fused.call(leaves.each_ref())?.sum(())?.backward()?;
+            leaves.iter().map(|x| x.grad().map(|g| g.to_dtype(DType::F64)?.to_vec()).transpose()).collect()
+        };
+        let all = gradients([true; 3])?;
+        for i in 0..3 {
+            let one = gradients(std::array::from_fn(|k| k == i))?;
+            assert!(one[i].is_some() && one[i] == all[i], "{dtype}: operand {i}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn activations_in_the_pass_of_another_operation_are_those_of_their_own() -> Result<()> {
+    type Pair = [fn(&[Tensor; 3], Activation) -> Result<Tensor>; 2];
+    let linear: Pair = [
+        |[x, w, b], f| x.flatten(1, -1)?.linear_activation(w, Some(b), f),
+        |[x, w, b], f| x.flatten(1, -1)?.linear(w, Some(b))?.activate(f),
+    ];
+    let batch: Pair = [
+        |[x, w, b], f| Ok(x.batch_norm_activation(Some(&w.select(1, 0)?), Some(b), 1e-5, f)?.output),
+        |[x, w, b], f| x.batch_norm(Some(&w.select(1, 0)?), Some(b), 1e-5)?.output.activate(f),
+    ];
+    let group: Pair = [
+        |[x, w, b], f| x.group_norm_activation(2, Some(&w.select(1, 0)?), Some(b), 1e-5, f),
+        |[x, w, b], f| x.group_norm(2, Some(&w.select(1, 0)?), Some(b), 1e-5)?.activate(f),
+    ];
+    let generator = Generator::new(5);
+    for (name, pair) in [("linear", linear), ("batch_norm", batch), ("group_norm", group)] {
+        for activation in [Activation::Relu, Activation::LeakyRelu(0.2), Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
+            for (dtype, order) in [(DType::F32, [0, 1, 2]), (DType::F32, [0, 2, 1]), (DType::F64, [0, 1, 2]), (DType::BF16, [0, 2, 1])] {
+                let inputs = [&[7, 6, 35][..], &[6, 210], &[6]];
+                let inputs = inputs.iter().map(|&shape| generator.randn(shape, ())?.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+                let bits = |f: fn(&[Tensor; 3], Activation) -> Result<Tensor>| -> Result<Vec<Vec<u64>>> {
+                    let leaves =
+                        [inputs[0].to_memory_order(&order)?.requires_grad_()?, inputs[1].requires_grad_()?, inputs[2].requires_grad_()?];
+                    let out = f(&leaves, activation)?;
+                    let weight = Tensor::linspace(-1.0, 2.0, out.numel(), DType::F32)?.reshape(out.shape())?.to_dtype(dtype)?;
+                    out.mul(&weight)?.sum(())?.backward()?;
+                    let all = std::iter::once(Ok(out.detach())).chain(leaves.iter().map(|x| x.grad().map_or_else(|| x.zeros_like(), Ok)));
+                    all.map(|t| Ok(t?.to_dtype(DType::F64)?.to_vec::<f64>()?.into_iter().map(f64::to_bits).collect())).collect()
+                };
+                assert!(bits(pair[0])? == bits(pair[1])?, "{name}, {activation:?}, {dtype} {order:?}");
+            }
+        }
+    }
     Ok(())
 }

@@ -110,6 +110,7 @@ fn main() -> Result<()> {
         ops::memory_bound(&bench)?;
         layers::convolutions(&bench)?;
         layers::attention(&bench)?;
+        layers::fused(&bench)?;
         training::run(&bench)?;
         gpt::run(&bench)?;
         unet::run(&bench)?;

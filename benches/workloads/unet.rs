@@ -5,7 +5,7 @@ use kiln::nn::{Conv2d, ConvOptions, GroupNorm, Linear};
 use kiln::ops::upsample::Interpolation;
 use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
-use kiln::{AttentionOptions, Result};
+use kiln::{Activation, AttentionOptions, Result};
 
 fn conv(params: &Params, inputs: usize, outputs: usize, kernel: usize, stride: usize) -> Result<Conv2d> {
     Conv2d::new(params, inputs, outputs, kernel, ConvOptions::new().with_stride(stride).with_padding(kernel / 2))
@@ -31,8 +31,8 @@ impl Residual {
 
     fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
         let t = self.time.forward(&time.silu()?)?.unsqueeze(-1)?.unsqueeze(-1)?;
-        let h = self.convs[0].forward(&self.norms[0].forward(x)?.silu()?)?.add(&t)?;
-        let h = self.convs[1].forward(&self.norms[1].forward(&h)?.silu()?)?;
+        let h = self.convs[0].forward(&self.norms[0].forward_activated(x, Activation::Silu)?)?.add(&t)?;
+        let h = self.convs[1].forward(&self.norms[1].forward_activated(&h, Activation::Silu)?)?;
         match &self.skip {
             Some(skip) => skip.forward(x)?.add(&h),
             None => x.add(&h),

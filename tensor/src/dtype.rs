@@ -43,6 +43,11 @@ impl DType {
         matches!(self, DType::I64 | DType::I32 | DType::U8)
     }
 
+    /// The dtype that statistics, tables and sums of elements of this float dtype are kept in: f64 for f64, f32 for the others.
+    pub(crate) fn accumulator(self) -> DType {
+        if self == DType::F64 { DType::F64 } else { DType::F32 }
+    }
+
     /// The type as the GPU's kernels know it.
     pub fn gpu_type(self) -> Type {
         match self {

@@ -33,7 +33,7 @@ pub use ops::conv::ConvOptions;
 pub use ops::loss::{BceOptions, CosineEmbeddingOptions, CrossEntropyOptions, KlDivOptions, Reduction, TripletMarginOptions};
 pub use ops::movement::{Ellipsis, IndexItem, IntoIndex, NewAxis, PadMode};
 pub use ops::norm::BatchNorm;
-pub use ops::pointwise::{Expr, Fused, fuse};
+pub use ops::pointwise::{Activation, Expr, Fused, fuse};
 pub use ops::pool::PoolOptions;
 pub use ops::upsample::Interpolation;
 pub use profile::{Profiler, profile, profile_scope};

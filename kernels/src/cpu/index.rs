@@ -99,6 +99,23 @@ accumulate! {
     u8: u8, |x| x, |x| x, u8::wrapping_add;
 }
 
+/// The places of an index ordered by what they name, and then ascending, by counting.
+fn counted(index: &[i64], n: usize) -> Vec<usize> {
+    let mut next = vec![0; n];
+    index.iter().for_each(|&target| next[target as usize] += 1);
+    let mut before = 0;
+    for next in &mut next {
+        before += std::mem::replace(next, before);
+    }
+    let mut order = vec![0; index.len()];
+    for (place, &target) in index.iter().enumerate() {
+        let next = &mut next[target as usize];
+        order[*next] = place;
+        *next += 1;
+    }
+    order
+}
+
 /// The positions of an index, grouped by what they name: `order[starts[g]..starts[g + 1]]` are the places of one target, ascending.
 struct Groups {
     order: Vec<usize>,
@@ -106,9 +123,16 @@ struct Groups {
 }
 
 impl Groups {
-    fn new(index: &[i64]) -> Self {
-        let mut order: Vec<usize> = (0..index.len()).collect();
-        order.sort_by_key(|&j| index[j]);
+    /// Of positions in `0..n`.
+    fn new(index: &[i64], n: usize) -> Self {
+        // Counting takes a pass over all that can be named: too much where few of many are.
+        let order = if n <= 16 * index.len() {
+            counted(index, n)
+        } else {
+            let mut order: Vec<usize> = (0..index.len()).collect();
+            order.sort_by_key(|&j| index[j]);
+            order
+        };
         let mut starts: Vec<usize> = (0..order.len()).filter(|&g| g == 0 || index[order[g]] != index[order[g - 1]]).collect();
         starts.push(order.len());
         Self { order, starts }
@@ -135,7 +159,7 @@ pub fn index_add<T: Accumulate>(out: &mut [T], shape: [usize; 3], index: &[i64],
     if src.is_empty() {
         return Ok(());
     }
-    let groups = Groups::new(index);
+    let groups = Groups::new(index, n);
     // Each target row is summed by one task, so no two tasks write to the same place and the order is fixed.
     let rows = outer * groups.len();
     let rows_per_task = (TASK / inner).max(1);
@@ -359,6 +383,13 @@ mod tests {
             assert_eq!(scatter_add(&mut out, &[3, 2], 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &src), expected);
             assert!(out.iter().all(|&x| x == 7.0));
         }
+    }
+
+    #[test]
+    fn counting_and_sorting_group_alike() {
+        let index: Vec<i64> = (0..100).map(|i| i * i % 37).collect();
+        let (counted, sorted) = (Groups::new(&index, 37), Groups::new(&index, 100_000));
+        assert_eq!((counted.order, counted.starts), (sorted.order, sorted.starts));
     }
 
     #[test]

@@ -23,9 +23,10 @@ pub mod pool;
 pub mod random;
 pub mod reduce;
 pub mod resample;
+pub mod rotary;
 pub mod simd;
 pub mod softmax;
 pub mod sort;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 pub mod upsample;

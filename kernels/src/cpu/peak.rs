@@ -86,7 +86,7 @@ fn tile_products() -> Option<f64> {
             const CALLS: usize = 1 << 15;
             for _ in 0..CALLS {
                 // SAFETY: the panel has all chunks of its steps.
-                unsafe { bf16_products(&session, black_box(&panel).as_ptr(), black_box(&panel).as_ptr(), STEPS, &mut sums) };
+                unsafe { bf16_products(&session, black_box(&panel).as_ptr(), black_box(&panel).as_ptr(), STEPS, sums.block()) };
             }
             black_box(&sums);
             (2 * SIDE * SIDE * 2 * ENTRIES * STEPS * CALLS) as f64

@@ -5,6 +5,9 @@
 //! one kernel over contiguous elements and no other. A bias along the fastest dimension fills its tile once per task, not per tile.
 
 pub mod chain;
+mod stretch;
+
+pub(crate) use stretch::apply_stretch;
 
 use super::cast::{Convert, Stored};
 use super::parallel::{self, SharedMut};
@@ -55,7 +58,7 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
     assert!(tile.is_some(), "{} is not defined for this type", row.name);
     let Some(tile) = tile else { return };
     let plan = Plan::new(&out, row.ns * cost_factor::<T>(), operands.map(|o| Source::new(o, &out)));
-    plan.run(out.data, &|inputs, out: *mut T, len| {
+    plan.run([out.data], &|inputs, [out]: [*mut T; 1], len| {
         if T::CONVERTS {
             let mut results = MaybeUninit::<[T::Compute; TILE]>::uninit();
             let results = results.as_mut_ptr().cast::<T::Compute>();
@@ -79,7 +82,7 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
 pub fn relate<T: Stored>(row: &RelationRow, operands: [Operand<'_, T>; 2], out: Output<'_, Bool>) {
     let tile = T::Compute::relation(row);
     let plan = Plan::new(&out, 0.25 * cost_factor::<T>(), operands.map(|o| Source::new(o, &out)));
-    plan.run(out.data, &|inputs, out: *mut Bool, len| {
+    plan.run([out.data], &|inputs, [out]: [*mut Bool; 1], len| {
         // SAFETY: the plan vouches for the pointers, and no operand is the output.
         unsafe { tile(inputs, out, len) }
     });
@@ -94,7 +97,7 @@ where
     A::Compute: Convert<B::Compute>,
 {
     let plan = Plan::new(&out, 0.3 * cost_factor::<A>(), [Source::<A>::new(Operand::View(x), &out)]).tiled();
-    plan.run(out.data, &|[x], out: *mut B, len| {
+    plan.run([out.data], &|[x], [out]: [*mut B; 1], len| {
         let mut converted = MaybeUninit::<[B::Compute; TILE]>::uninit();
         let converted = converted.as_mut_ptr().cast::<B::Compute>();
         // SAFETY: a tiled plan gives at most TILE elements at a time, which `converted` has room for; the plan vouches for the
@@ -278,18 +281,20 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         })
     }
 
-    /// Calls `f(inputs, out, len)` for every tile: `inputs` have `len` elements each, in the type of the arithmetic.
-    fn run<U: Element>(&self, out: &mut [U], f: &(dyn Fn([*const T::Compute; N], *mut U, usize) + Sync)) {
-        let shared = SharedMut::new(out);
+    /// Calls `f(inputs, outs, len)` for every tile: `inputs` have `len` elements each, in the type of the arithmetic. The first of `outs` is the
+    /// one that an operand may be.
+    fn run<U: Element, const M: usize>(&self, outs: [&mut [U]; M], f: &(dyn Fn([*const T::Compute; N], [*mut U; M], usize) + Sync)) {
+        assert!(M > 0 && outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
+        let shared = outs.map(SharedMut::new);
         self.tasks(&|from, to| {
             let mut rooms = Room::array();
             let mut readers = self.readers(from, &mut rooms);
             self.tiles(from, to, |at, len| {
-                // SAFETY: `at + len` is at most the number of elements, which `Plan::new` compared with the output's length.
-                let out = unsafe { shared.get().add(at) };
+                // SAFETY: `at + len` is at most the number of elements, which is that of each output.
+                let outs = shared.map(|out| unsafe { out.get().add(at) });
                 // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources are in place.
-                let inputs = readers.each_mut().map(|r| unsafe { r.computed(at, len, out.cast()) });
-                f(inputs, out, len);
+                let inputs = readers.each_mut().map(|r| unsafe { r.computed(at, len, outs[0].cast()) });
+                f(inputs, outs, len);
             });
         });
     }

@@ -36,6 +36,7 @@ pub mod pool;
 pub mod random;
 pub mod reduce;
 pub mod resample;
+pub mod rotary;
 pub mod softmax;
 pub mod sort;
 #[cfg(test)]

@@ -1,7 +1,7 @@
 // Functions of one element of each of up to OPERANDS tensors, in one pass over memory.
 //
-// Rust appends the functions as `struct Function { Out operator()(const A* v, const A* p) }` and the kernels that run them: one for each row of the
-// pointwise table, or one for a chain of rows. Elements go in the order of the result's memory.
+// Rust appends the functions and the kernels that run them: one for each row of the pointwise table, or one for a chain of rows, which may have
+// several results. Elements go in the order of the results' memory.
 //
 // Macros: T (element type of the operands), OPERANDS.
 #include "math.cuh"
@@ -21,6 +21,10 @@ struct Operands {
     // Elements that a thread takes at a time: a 16-byte access of the result's order, or 1.
     i32 width;
     i64 numel;
+};
+
+template <class Out, int RESULTS> struct Results {
+    Out* at[RESULTS];
 };
 
 constexpr int THREADS = 256;
@@ -71,8 +75,8 @@ template <class S, int WIDTH> __device__ __forceinline__ void read(const Operand
 }
 
 // Each thread's elements: UNROLL groups of WIDTH, a block's groups side by side. Operand 0 has type First, the others T.
-template <int N, int WIDTH, int GROUPS, class First, class Out, class F>
-__device__ __forceinline__ void run_groups(const Operands& in, Out* out, i64 begin, i64 end, F f) {
+template <int N, int WIDTH, int GROUPS, class First, class Out, int RESULTS, class F>
+__device__ __forceinline__ void run_groups(const Operands& in, const Results<Out, RESULTS>& out, i64 begin, i64 end, F f) {
     const A params[2] = {math::convert<A>(in.params[0]), math::convert<A>(in.params[1])};
     i64 first = begin + ((i64)blockIdx.x * THREADS * GROUPS + threadIdx.x) * WIDTH;
     A v[GROUPS][N][WIDTH];
@@ -91,7 +95,7 @@ __device__ __forceinline__ void run_groups(const Operands& in, Out* out, i64 beg
     for (int g = 0; g < GROUPS; ++g) {
         i64 i = first + (i64)g * THREADS * WIDTH;
         if (i < end) {
-            Pack<Out, WIDTH> results;
+            Pack<Out, WIDTH> results[RESULTS];
 #pragma unroll
             for (int w = 0; w < WIDTH; ++w) {
                 A x[N];
@@ -99,15 +103,24 @@ __device__ __forceinline__ void run_groups(const Operands& in, Out* out, i64 beg
                 for (int k = 0; k < N; ++k) {
                     x[k] = v[g][k][w];
                 }
-                results.x[w] = f(x, params);
+                Out values[RESULTS];
+                f(x, params, values);
+#pragma unroll
+                for (int r = 0; r < RESULTS; ++r) {
+                    results[r].x[w] = values[r];
+                }
             }
-            *(Pack<Out, WIDTH>*)(out + i) = results;
+#pragma unroll
+            for (int r = 0; r < RESULTS; ++r) {
+                *(Pack<Out, WIDTH>*)(out.at[r] + i) = results[r];
+            }
         }
     }
 }
 
 // The grid has enough threads for either width (see `launch` in pointwise.rs).
-template <int N, class First, class Out, class F> __device__ __forceinline__ void run(const Operands& in, Out* out, F f) {
+template <int N, class First, class Out, int RESULTS, class F>
+__device__ __forceinline__ void run(const Operands& in, const Results<Out, RESULTS>& out, F f) {
     if (in.width == 1) {
         run_groups<N, 1, 1, First>(in, out, 0, in.numel, f);
         return;
@@ -120,8 +133,16 @@ template <int N, class First, class Out, class F> __device__ __forceinline__ voi
     }
 }
 
-#define KILN_POINTWISE(kernel, n, First, Out, function)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Operands in, Out* out) {                                            \
-        run<n, First>(in, out, [](const A* v, const A* p) -> Out { return function(v, p); });                                              \
+// A kernel of `function`, which writes `results` values: `void function(const A* v, const A* p, Out* results)`.
+#define KILN_POINTWISE_RESULTS(kernel, n, First, Out, results, function)                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) kernel(const Operands in, const Results<Out, results> out) {                     \
+        run<n, First>(in, out, [](const A* v, const A* p, Out* values) { function(v, p, values); });                                       \
     }                                                                                                                                      \
     KILN_KERNEL(kernel)
+
+// A kernel of `function`, which returns its one value: `Out function(const A* v, const A* p)`.
+#define KILN_POINTWISE(kernel, n, First, Out, function)                                                                                    \
+    __device__ __forceinline__ void write_##kernel(const A* v, const A* p, Out* values) {                                                  \
+        *values = function(v, p);                                                                                                          \
+    }                                                                                                                                      \
+    KILN_POINTWISE_RESULTS(kernel, n, First, Out, 1, write_##kernel)

@@ -63,6 +63,18 @@ unsafe impl<const N: usize> Arg for Operands<N> {
     }
 }
 
+/// `Results` of `pointwise.cu`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Results<const M: usize>([DevicePtr; M]);
+
+// SAFETY: the layout is that of `Results` in pointwise.cu with RESULTS = M.
+unsafe impl<const M: usize> Arg for Results<M> {
+    fn as_ptr(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
 /// The dimensions of more than one element in the order of the output's memory, slowest first.
 fn memory_order(out: &Output<'_>) -> Vec<usize> {
     let mut order: Vec<usize> = (0..out.shape.len()).filter(|&d| out.shape[d] != 1).collect();
@@ -71,8 +83,13 @@ fn memory_order(out: &Output<'_>) -> Vec<usize> {
 }
 
 impl<const N: usize> Operands<N> {
-    /// What the kernel needs to know of the operands, all seen in the order of the output's memory. `sizes` are those of the operands' elements.
-    fn new(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], out: &Output<'_>) -> Self {
+    /// What the kernel needs to know of the operands, all seen in the order of the outputs' memory. `sizes` are those of the operands' elements.
+    fn new<const M: usize>(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], outs: &[Output<'_>; M]) -> Self {
+        let out = &outs[0];
+        assert!(
+            outs.iter().all(|o| o.data.len() == out.data.len() && o.shape == out.shape && o.strides == out.strides),
+            "all outputs have one shape and order of memory"
+        );
         assert!(
             out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8,
             "the output has as many elements as its shape"
@@ -111,7 +128,8 @@ impl<const N: usize> Operands<N> {
             (this.rank, this.shape, this.strides[k]) = (merged.rank() as i32, merged.shape(), merged.strides());
         }
         let wide = 16 / out_size(&sizes);
-        if this.is_wide(wide, &sizes) && out.data.ptr().is_aligned(16.min((wide * out.data.ty().size()) as u64)) {
+        let aligned = 16.min((wide * out.data.ty().size()) as u64);
+        if this.is_wide(wide, &sizes) && outs.iter().all(|out| out.data.ptr().is_aligned(aligned)) {
             this.width = wide as i32;
         }
         this
@@ -133,13 +151,25 @@ impl<const N: usize> Operands<N> {
         })
     }
 
-    fn launch(&self, kernel: Kernel, out: &mut SliceMut<'_>) -> Result<(), CudaError> {
+    fn launch<const M: usize>(&self, kernel: Kernel, outs: [Output<'_>; M]) -> Result<(), CudaError> {
         let per_block = if self.width == 1 { THREADS } else { THREADS * UNROLL * self.width as usize };
         let launch = Launch::blocks((self.numel as usize).div_ceil(per_block), THREADS as u32);
-        // SAFETY: the kernel takes these operands and a pointer to as many results as the shape has (asserted in `new`); views lie inside of their
-        // buffers, and each thread reads them at indices of the shape.
-        unsafe { kernel.launch(launch, &[self, &out.ptr()]) }
+        let results = Results(outs.map(|out| out.data.ptr()));
+        // SAFETY: the kernel takes these operands and M pointers to as many results as the shape has (asserted in `new`); views lie inside of
+        // their buffers, and each thread reads them at indices of the shape.
+        unsafe { kernel.launch(launch, &[self, &results]) }
     }
+}
+
+/// Runs a kernel that takes [`Operands`] and as many results.
+fn run<const N: usize, const M: usize>(
+    kernel: Kernel,
+    params: Params,
+    operands: [Operand<'_>; N],
+    sizes: [usize; N],
+    outs: [Output<'_>; M],
+) -> Result<(), CudaError> {
+    Operands::new(params, operands, sizes, &outs).launch(kernel, outs)
 }
 
 /// The size of the type T that the kernel is compiled for: that of the last operand (the first may be a mask).
@@ -216,7 +246,7 @@ pub fn apply<const N: usize>(
     row: &Row<N>,
     params: Params,
     operands: [Operand<'_>; N],
-    mut out: Output<'_>,
+    out: Output<'_>,
 ) -> Result<(), CudaError> {
     let ty = out.data.ty();
     if out.data.is_empty() {
@@ -228,14 +258,14 @@ pub fn apply<const N: usize>(
         let rows = if gpu.is_emulated() { family(N) } else { vec![row.into()] };
         rows.iter().filter(|row| ty.is_float() || row.has_int).map(|row| row.kernel(N)).collect()
     })?;
-    Operands::new(params, operands, [ty.size(); N], &out).launch(kernel, &mut out.data)
+    run(kernel, params, operands, [ty.size(); N], [out])
 }
 
 /// `out = a R b`, element by element, of operands of type `ty`.
 ///
 /// # Panics
 /// As [`apply`] does.
-pub fn relate(gpu: &'static Gpu, row: &RelationRow, ty: Type, operands: [Operand<'_>; 2], mut out: Output<'_>) -> Result<(), CudaError> {
+pub fn relate(gpu: &'static Gpu, row: &RelationRow, ty: Type, operands: [Operand<'_>; 2], out: Output<'_>) -> Result<(), CudaError> {
     if out.data.is_empty() {
         return Ok(());
     }
@@ -249,14 +279,14 @@ pub fn relate(gpu: &'static Gpu, row: &RelationRow, ty: Type, operands: [Operand
     let kernel = kernel(gpu, format!("relations {}", ty.name()), ty, 2, &format!("kernel_{}", row.name), || {
         RELATIONS.iter().map(|&row| text(row)).collect()
     })?;
-    Operands::new([0.0; 2], operands, [ty.size(); 2], &out).launch(kernel, &mut out.data)
+    run(kernel, [0.0; 2], operands, [ty.size(); 2], [out])
 }
 
 /// `out = condition ? a : b`, element by element.
 ///
 /// # Panics
 /// As [`apply`] does.
-pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand<'_>, mut out: Output<'_>) -> Result<(), CudaError> {
+pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand<'_>, out: Output<'_>) -> Result<(), CudaError> {
     if out.data.is_empty() {
         return Ok(());
     }
@@ -266,7 +296,7 @@ pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand
          KILN_POINTWISE(kernel_select, 3, u8, T, selected)\n"
             .into()
     })?;
-    Operands::new([0.0; 2], [Operand::View(condition), a, b], [1, ty.size(), ty.size()], &out).launch(kernel, &mut out.data)
+    run(kernel, [0.0; 2], [Operand::View(condition), a, b], [1, ty.size(), ty.size()], [out])
 }
 
 /// `out = x` converted to another type: the numbers themselves; floats to integers truncate and saturate (NaN gives 0), integers to narrower
@@ -274,7 +304,7 @@ pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand
 ///
 /// # Panics
 /// As [`apply`] does.
-pub fn cast(gpu: &'static Gpu, x: View<'_>, mut out: Output<'_>) -> Result<(), CudaError> {
+pub fn cast(gpu: &'static Gpu, x: View<'_>, out: Output<'_>) -> Result<(), CudaError> {
     if out.data.is_empty() {
         return Ok(());
     }
@@ -289,7 +319,7 @@ pub fn cast(gpu: &'static Gpu, x: View<'_>, mut out: Output<'_>) -> Result<(), C
              KILN_POINTWISE(kernel_cast, 1, T, {to_name}, converted)\n"
         )
     })?;
-    Operands::new([0.0; 2], [Operand::View(x)], [from.size()], &out).launch(kernel, &mut out.data)
+    run(kernel, [0.0; 2], [Operand::View(x)], [from.size()], [out])
 }
 
 /// A number as kernel files read it, to the last bit.
@@ -326,31 +356,40 @@ fn chain_text(chain: &Chain, operands: usize) -> String {
             args.join(", "),
             expression.name
         );
+        if let Some(result) = step.result {
+            let _ = writeln!(body, "    results[{result}] = narrow<T>(s{i});");
+        }
         slots[step.to] = i;
     }
-    let last = chain.steps().len().saturating_sub(1);
     let _ = write!(
         text,
-        "__device__ __forceinline__ T chained(const A* v, const A* p) {{\n{body}    return narrow<T>(s{last});\n}}\n\
-         KILN_POINTWISE(kernel_chain, {operands}, T, T, chained)\n"
+        "__device__ __forceinline__ void chained(const A* v, const A* p, T* results) {{\n{body}}}\n\
+         KILN_POINTWISE_RESULTS(kernel_chain, {operands}, T, T, {}, chained)\n",
+        chain.results()
     );
     text
 }
 
-/// `out = the chain's result`, element by element.
+/// Writes each of the chain's results to its output, element by element.
 ///
 /// # Panics
-/// As [`apply`] does, and if there are more than [`MAX_OPERANDS`] operands.
-pub fn apply_chain(gpu: &'static Gpu, chain: &Chain, operands: &[Operand<'_>], mut out: Output<'_>) -> Result<(), CudaError> {
-    if out.data.is_empty() {
+/// As [`apply`] does, and if there are more than [`MAX_OPERANDS`] operands, or not as many outputs as results, of one shape and order of memory.
+pub fn apply_chain<const M: usize>(
+    gpu: &'static Gpu,
+    chain: &Chain,
+    operands: &[Operand<'_>],
+    outs: [Output<'_>; M],
+) -> Result<(), CudaError> {
+    assert_eq!(M, chain.results(), "an output for each result");
+    if outs[0].data.is_empty() {
         return Ok(());
     }
-    let ty = out.data.ty();
+    let ty = outs[0].data.ty();
     let mut all = [Operand::Scalar(0.0); MAX_OPERANDS];
     all[..operands.len()].copy_from_slice(operands);
     let text = chain_text(chain, operands.len());
     let kernel = kernel(gpu, format!("{} {text}", ty.name()), ty, MAX_OPERANDS, "kernel_chain", || text.clone())?;
-    Operands::new([0.0; 2], all, [ty.size(); MAX_OPERANDS], &out).launch(kernel, &mut out.data)
+    run(kernel, [0.0; 2], all, [ty.size(); MAX_OPERANDS], outs)
 }
 
 #[cfg(test)]

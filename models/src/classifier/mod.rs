@@ -1,7 +1,7 @@
 //! Classifiers of 28 × 28 digits: a perceptron, and a small convolutional network whose features also judge generators.
 
 use crate::nn::{Conv2d, ConvOptions, Dropout, Linear, Module, Params};
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{Activation, Result, Tensor};
 
 /// 784 → 512 → 256 → classes with ReLU between.
 pub struct DigitMlp {
@@ -24,8 +24,8 @@ impl DigitMlp {
 impl Module for DigitMlp {
     /// Logits (B, classes) of pictures (B, 1, 28, 28), or of anything of 784 elements a sample.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.l1.forward(&x.flatten(1, -1)?)?.relu()?;
-        self.l3.forward(&self.l2.forward(&h)?.relu()?)
+        let h = self.l1.forward_activated(&x.flatten(1, -1)?, Activation::Relu)?;
+        self.l3.forward(&self.l2.forward_activated(&h, Activation::Relu)?)
     }
 }
 
@@ -58,7 +58,7 @@ impl DigitCnn {
     pub fn features(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.c1.forward(x)?.relu()?.max_pool2d(2)?; // (B, 32, 14, 14)
         let h = self.c2.forward(&h)?.relu()?.max_pool2d(2)?; // (B, 64, 7, 7)
-        self.f1.forward(&h.flatten(1, -1)?)?.relu()
+        self.f1.forward_activated(&h.flatten(1, -1)?, Activation::Relu)
     }
 
     /// Logits (B, classes) from features.

@@ -1,7 +1,7 @@
 //! The networks of DCGAN for 28 × 28 pictures (Radford et al. 2015), class-conditional on request.
 
 use crate::nn::{BatchNorm2d, Conv2d, ConvOptions, ConvTranspose2d, Embedding, Linear, Module, Params};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_tensor::{Activation, Error, Result, Tensor};
 
 /// The shape of both networks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,8 +60,8 @@ impl DcganGenerator {
             (classes, _) => return Err(labels_mismatch(classes)),
         };
         let h = self.fc.forward(&noise)?.reshape([-1, 2 * self.config.width as isize, 7, 7])?; // (B, 2w, 7, 7)
-        let h = self.b0.forward(&h)?.relu()?;
-        let h = self.b1.forward(&self.c1.forward(&h)?)?.relu()?; // (B, w, 14, 14)
+        let h = self.b0.forward_activated(&h, Activation::Relu)?;
+        let h = self.b1.forward_activated(&self.c1.forward(&h)?, Activation::Relu)?; // (B, w, 14, 14)
         self.c2.forward(&h)?.tanh() // (B, 1, 28, 28)
     }
 
@@ -104,10 +104,10 @@ impl DcganDiscriminator {
         let h = self.c1.forward(pictures)?.leaky_relu(0.2)?; // (B, w, 14, 14)
         let h = self.c2.forward(&h)?; // (B, 2w, 7, 7)
         let h = match &self.b2 {
-            Some(norm) => norm.forward(&h)?,
-            None => h,
+            Some(norm) => norm.forward_activated(&h, Activation::LeakyRelu(0.2))?,
+            None => h.leaky_relu(0.2)?,
         };
-        let h = h.leaky_relu(0.2)?.flatten(1, -1)?; // (B, 2w·49)
+        let h = h.flatten(1, -1)?; // (B, 2w·49)
         let score = self.fc.forward(&h)?;
         match (&self.class, labels) {
             (Some(class), Some(labels)) => score.add(&class.forward(labels)?.mul(&h)?.sum_keepdim(1)?),

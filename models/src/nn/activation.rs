@@ -1,10 +1,10 @@
 //! Activations and other functions without parameters as modules, for [`Sequential`](super::Sequential).
 
 use super::Module;
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{Activation, Result, Tensor};
 
 macro_rules! activations {
-    ($($(#[$doc:meta])+ $name:ident => $method:ident;)*) => { $(
+    ($($(#[$doc:meta])+ $name:ident => $method:ident $(as $activation:ident)?;)*) => { $(
         $(#[$doc])+
         #[derive(Clone, Copy, Default, Debug)]
         pub struct $name;
@@ -13,19 +13,24 @@ macro_rules! activations {
             fn forward(&self, x: &Tensor) -> Result<Tensor> {
                 x.$method()
             }
+            $(
+                fn as_activation(&self) -> Option<Activation> {
+                    Some(Activation::$activation)
+                }
+            )?
         }
     )* };
 }
 
 activations! {
     /// max(x, 0).
-    Relu => relu;
+    Relu => relu as Relu;
     /// x Φ(x) with the exact normal distribution function.
-    Gelu => gelu;
+    Gelu => gelu as Gelu;
     /// The tanh approximation of [`Gelu`], as GPT-2 uses it.
-    GeluTanh => gelu_tanh;
+    GeluTanh => gelu_tanh as GeluTanh;
     /// x σ(x), also called swish.
-    Silu => silu;
+    Silu => silu as Silu;
     /// x tanh(softplus(x)).
     Mish => mish;
     /// x · min(max(x + 3, 0), 6) / 6.
@@ -53,6 +58,9 @@ impl Default for LeakyRelu {
 impl Module for LeakyRelu {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.leaky_relu(self.0)
+    }
+    fn as_activation(&self) -> Option<Activation> {
+        Some(Activation::LeakyRelu(self.0))
     }
 }
 

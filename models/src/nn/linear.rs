@@ -1,7 +1,7 @@
 //! Layers of one matrix: [`Linear`] multiplies by it, [`Embedding`] looks rows up in it.
 
 use super::{Init, Module, Param, Params};
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{Activation, Result, Tensor};
 
 /// y = x Wᵀ + b, along the last dimension: (…, inputs) → (…, outputs).
 ///
@@ -47,6 +47,10 @@ impl Linear {
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.linear(&self.weight.get(), self.bias.as_ref().map(Param::get).as_ref())
+    }
+
+    fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        x.linear_activation(&self.weight.get(), self.bias.as_ref().map(Param::get).as_ref(), activation)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Buffer, Init, Mode, Module, Param, Params};
 use kiln_tensor::graph::is_recomputing;
-use kiln_tensor::{DType, Error, IntoShape, Result, Shape, Tensor};
+use kiln_tensor::{Activation, DType, Error, IntoShape, Result, Shape, Tensor};
 
 /// PyTorch's ε of all its normalisations but RMS norm.
 const EPS: f64 = 1e-5;
@@ -135,22 +135,42 @@ impl<const N: usize> BatchNorm<N> {
     }
 }
 
-impl<const N: usize> Module for BatchNorm<N> {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+impl<const N: usize> BatchNorm<N> {
+    fn run(&self, x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
         self.expect_channels(x)?;
         let (weight, bias) = self.affine.get();
         let (weight, bias, eps) = (weight.as_ref(), bias.as_ref(), self.options.eps);
+        let with_own_statistics = || match activation {
+            Some(activation) => x.batch_norm_activation(weight, bias, eps, activation),
+            None => x.batch_norm(weight, bias, eps),
+        };
         match &self.running {
-            Some(running) if !self.mode.is_training() => x.batch_norm_eval(&running.mean.get(), &running.var.get(), weight, bias, eps),
+            Some(running) if !self.mode.is_training() => {
+                let (mean, var) = (running.mean.get(), running.var.get());
+                match activation {
+                    Some(activation) => x.batch_norm_eval_activation([&mean, &var], weight, bias, eps, activation),
+                    None => x.batch_norm_eval(&mean, &var, weight, bias, eps),
+                }
+            }
             Some(running) => {
-                let batch = x.batch_norm(weight, bias, eps)?;
+                let batch = with_own_statistics()?;
                 if !is_recomputing() {
                     running.update(&batch.mean, &batch.var, self.options.momentum)?;
                 }
                 Ok(batch.output)
             }
-            None => Ok(x.batch_norm(weight, bias, eps)?.output),
+            None => Ok(with_own_statistics()?.output),
         }
+    }
+}
+
+impl<const N: usize> Module for BatchNorm<N> {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, None)
+    }
+
+    fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        self.run(x, Some(activation))
     }
 }
 
@@ -247,6 +267,11 @@ impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = self.affine.get();
         x.group_norm(self.groups, weight.as_ref(), bias.as_ref(), self.eps)
+    }
+
+    fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (weight, bias) = self.affine.get();
+        x.group_norm_activation(self.groups, weight.as_ref(), bias.as_ref(), self.eps, activation)
     }
 }
 

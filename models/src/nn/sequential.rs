@@ -4,16 +4,17 @@ use super::{Module, Params};
 use kiln_tensor::{Result, Tensor};
 
 /// Modules applied in order. Each gets the child scope of its place, so parameters are called `0.weight`, `2.weight`, … as in PyTorch;
-/// functions without parameters take a place too.
+/// functions without parameters take a place too. Where an activation of this library follows a layer, the two are computed in one pass if the
+/// layer can.
 ///
 /// ```
-/// # use kiln_models::nn::{Linear, Module, Params, Sequential};
+/// # use kiln_models::nn::{Linear, Module, Params, Relu, Sequential};
 /// # use kiln_tensor::{Result, Tensor};
 /// # fn main() -> Result<()> {
 /// let params = Params::seeded(0);
 /// let net = Sequential::new(&params)
 ///     .push(|p| Linear::new(p, 2, 16, true))?
-///     .then(Tensor::relu)
+///     .then(Relu)
 ///     .push(|p| Linear::new(p, 16, 1, true))?;
 /// assert_eq!(net.forward(&Tensor::ones([5, 2], ())?)?.dims(), [5, 1]);
 /// assert!(params.named("2.bias").is_some());
@@ -55,6 +56,17 @@ impl Sequential {
 
 impl Module for Sequential {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.modules.iter().try_fold(x.clone(), |x, module| module.forward(&x))
+        let mut h = x.clone();
+        let mut modules = self.modules.iter().peekable();
+        while let Some(module) = modules.next() {
+            h = match modules.peek().and_then(|next| next.as_activation()) {
+                Some(activation) => {
+                    modules.next();
+                    module.forward_activated(&h, activation)?
+                }
+                None => module.forward(&h)?,
+            };
+        }
+        Ok(h)
     }
 }

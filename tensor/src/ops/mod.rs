@@ -21,6 +21,7 @@ pub mod pool;
 pub mod product;
 pub mod random;
 pub mod reduce;
+pub mod rotary;
 pub mod softmax;
 pub mod sort;
 mod spatial;

@@ -4,10 +4,10 @@
 //! the transposes in the gradients.
 
 use crate::autocast::{lowered, lowered_option};
-use crate::graph::{Ctx, Grads, Op, record};
+use crate::graph::{Ctx, Grads, Op, RecordMode, is_anomaly_mode, record, record_mode};
 use crate::profile::{self, operation_with};
-use crate::{DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
-use kiln_kernels::cpu::gemm::{Gemm, GemmElement, matmul_precision};
+use crate::{Activation, DType, Error, Layout, Result, Shape, Tensor, WithDType, broadcast_shapes};
+use kiln_kernels::cpu::gemm::{self, Gemm, GemmElement, matmul_precision};
 use kiln_kernels::cuda::{Gpu, gemm as gpu_gemm};
 use kiln_kernels::view::MatView;
 
@@ -82,16 +82,44 @@ fn gpu_factor<'a>(x: &'a Tensor, batch: &[usize]) -> Result<(gpu_gemm::Matrix<'a
     Ok((view, batch_offsets(batch, batch_strides)))
 }
 
-fn run_on_gpu(gpu: &'static Gpu, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
+/// An activation that follows a product.
+#[derive(Clone, Copy)]
+struct Follows {
+    activation: Activation,
+    /// Whether what it is computed from is wanted, too.
+    keep: bool,
+}
+
+/// What a product gives: what the activation was computed from, if it is kept, and the values.
+type Results = (Option<Tensor>, Tensor);
+
+fn run_on_gpu(
+    gpu: &'static Gpu,
+    [a, b]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+    follows: Option<Follows>,
+    batch: &Shape,
+    shape: &Shape,
+) -> Result<Results> {
     let (n, dtype) = (b.dims()[b.rank() - 1], a.dtype());
     let ((a, a_offsets), (b, b_offsets)) = (gpu_factor(a, batch)?, gpu_factor(b, batch)?);
     let bias = bias.map(Tensor::gpu_slice).transpose()?;
-    let gemm = gpu_gemm::Gemm { bias, precision: matmul_precision(), ..gpu_gemm::Gemm::batched(a, &a_offsets, b, &b_offsets) };
-    Tensor::build_on_gpu(gpu, Layout::contiguous(*shape), dtype, |mut out| Ok(gemm.run(gpu, &mut out, n)?))
+    // The kernel's epilogue rounds once, after the activation: only ReLU has the same values either way.
+    let fused = follows.filter(|f| f.activation == Activation::Relu && !f.keep && dtype.is_float());
+    let activation = fused.map(|f| f.activation.row().0);
+    let gemm = gpu_gemm::Gemm { bias, activation, precision: matmul_precision(), ..gpu_gemm::Gemm::batched(a, &a_offsets, b, &b_offsets) };
+    let out = Tensor::build_on_gpu(gpu, Layout::contiguous(*shape), dtype, |mut out| Ok(gemm.run(gpu, &mut out, n)?))?;
+    match follows {
+        Some(Follows { activation, keep }) if fused.is_none() => {
+            let values = activation.of(&out)?;
+            Ok((keep.then_some(out), values))
+        }
+        _ => Ok((None, out)),
+    }
 }
 
-/// `a · b (+ bias)` of checked factors of at least two dimensions, whose leading dimensions broadcast; not recorded.
-fn product(op: &'static str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+/// `a · b (+ bias)` of checked factors of at least two dimensions, whose leading dimensions broadcast, and an activation; not recorded.
+fn product(op: &'static str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, follows: Option<Follows>) -> Result<Results> {
     let lead = |x: &Tensor| Shape::new(&x.dims()[..x.rank() - 2]);
     let batch = broadcast_shapes(op, &lead(a)?, &lead(b)?)?;
     let (m, n) = (a.dims()[a.rank() - 2], b.dims()[b.rank() - 1]);
@@ -103,17 +131,37 @@ fn product(op: &'static str, a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> R
     );
     let bias = bias.map(|bias| bias.detach().contiguous()).transpose()?;
     match a.gpu()? {
-        Some(gpu) if a.dtype() != DType::Bool => run_on_gpu(gpu, a, b, bias.as_ref(), &batch, &shape),
-        _ => for_number!(a.dtype(), op, T => run::<T>(a, b, bias.as_ref(), &batch, &shape)),
+        Some(gpu) if a.dtype() != DType::Bool => run_on_gpu(gpu, [a, b], bias.as_ref(), follows, &batch, &shape),
+        _ => for_number!(a.dtype(), op, T => run::<T>([a, b], bias.as_ref(), follows, &batch, &shape)),
     }
 }
 
-fn run<T: WithDType + GemmElement>(a: &Tensor, b: &Tensor, bias: Option<&Tensor>, batch: &Shape, shape: &Shape) -> Result<Tensor> {
+fn run<T: WithDType + GemmElement>(
+    [a, b]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+    follows: Option<Follows>,
+    batch: &Shape,
+    shape: &Shape,
+) -> Result<Results> {
     let device = a.device();
     let ((a, a_offsets), (b, b_offsets)) = (factor::<T>(a, batch)?, factor::<T>(b, batch)?);
     let bias = bias.map(|bias| bias.as_slice::<T>()).transpose()?;
     let n = b.cols();
-    Tensor::build::<T>(device, shape, |out| Ok(Gemm { bias, ..Gemm::batched(a, &a_offsets, b, &b_offsets) }.run(out, n)?))
+    let activation = follows.map(|f| f.activation.row()).map(|(row, params)| gemm::Activation::new(row, params));
+    if let (Some(follows), Some(false)) = (follows, activation.map(|a: gemm::Activation<T>| a.is_defined())) {
+        return Err(Error::unsupported_dtype(follows.activation.row().0.name, T::DTYPE, "a float dtype"));
+    }
+    let gemm = Gemm { bias, activation, ..Gemm::batched(a, &a_offsets, b, &b_offsets) };
+    if follows.is_none_or(|f| !f.keep) {
+        return Ok((None, Tensor::build::<T>(device, shape, |out| Ok(gemm.run(out, n)?))?));
+    }
+    let mut values = None;
+    let sums = Tensor::build::<T>(device, shape, |sums| {
+        values = Some(Tensor::build::<T>(device, shape, |out| Ok(gemm.run_keeping(sums, out, n)?))?);
+        Ok(())
+    })?;
+    let values = values.ok_or_else(|| Error::graph("linear", "values that were not computed"))?;
+    Ok((Some(sums), values))
 }
 
 /// The error for inner extents that differ, with the usual remedy if it would help.
@@ -171,16 +219,40 @@ impl Tensor {
                 return self.reshape([rows, k])?.matmul(other)?.reshape(shape);
             }
         }
-        let out = product("matmul", &self.detach(), &other.detach(), None)?;
+        let (_, out) = product("matmul", &self.detach(), &other.detach(), None, None)?;
         record("matmul", out, &[self, other], |needs| MatMul { a: needs.save_for(1, self), b: needs.save_for(0, other) })
     }
 
     /// The affine map of a layer: `x · weightᵀ + bias` for x `[.., in]`, weight `[out, in]`, bias `[out]`; the result is `[.., out]`.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        lowered(self)?.linear_of_one_dtype(&*lowered(weight)?, lowered_option(bias)?.as_deref())
+        lowered(self)?.linear_of_one_dtype(&*lowered(weight)?, lowered_option(bias)?.as_deref(), None)
     }
 
-    fn linear_of_one_dtype(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    /// [`linear`](Tensor::linear) and an activation of the result, in one pass over it: bit for bit what the two give one after the other.
+    ///
+    /// For a backward pass the same pass also keeps what the activation was computed from (not for ReLU, whose derivative its values tell):
+    /// writing that once costs less than computing it again, a product of the same size, or than the pass that would read it.
+    ///
+    /// ```
+    /// # use kiln_tensor::{Activation, Tensor, Result};
+    /// # fn main() -> Result<()> {
+    /// let (x, w, b) = (Tensor::randn([4, 8], ())?, Tensor::randn([16, 8], ())?, Tensor::randn(16, ())?);
+    /// let y = x.linear_activation(&w, Some(&b), Activation::Gelu)?;
+    /// assert_eq!(y.to_vec::<f32>()?, x.linear(&w, Some(&b))?.gelu()?.to_vec::<f32>()?);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `linear`, and if the activation is not defined for the dtype.
+    pub fn linear_activation(&self, weight: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
+        if is_anomaly_mode() {
+            // Where each operation's values are looked at, there must be those of both.
+            return self.linear(weight, bias)?.activate(activation);
+        }
+        lowered(self)?.linear_of_one_dtype(&*lowered(weight)?, lowered_option(bias)?.as_deref(), Some(activation))
+    }
+
+    fn linear_of_one_dtype(&self, weight: &Tensor, bias: Option<&Tensor>, activation: Option<Activation>) -> Result<Tensor> {
         self.expect_same("linear", weight)?;
         let [out, k] = weight.dims_n::<2>("linear")?;
         if self.dims().last() != Some(&k) {
@@ -199,13 +271,17 @@ impl Tensor {
         }
         let lead = &self.dims()[..self.rank() - 1];
         let x = self.reshape([lead.iter().product(), k])?;
-        let y = product("linear", &x.detach(), &weight.detach().t()?, bias)?;
         let inputs: Vec<&Tensor> = [&x, weight].into_iter().chain(bias).collect();
-        let y = record("linear", y, &inputs, |needs| Linear {
+        let recorded = record_mode() == RecordMode::On && inputs.iter().any(|x| x.is_tracked());
+        let follows = activation.map(|activation| Follows { activation, keep: recorded && activation.reads_input() });
+        let (sums, y) = product("linear", &x.detach(), &weight.detach().t()?, bias, follows)?;
+        // The graph is that of two operations. If the first one's values were not kept, nothing reads them.
+        let y_linear = record("linear", sums.unwrap_or_else(|| y.clone()), &inputs, |needs| Linear {
             x: needs.save_for(1, &x),
             weight: needs.save_for(0, weight),
             has_bias: bias.is_some(),
         })?;
+        let y = activation.map_or_else(|| Ok(y_linear.clone()), |activation| activation.record(y, &y_linear))?;
         y.reshape([lead, &[out]].concat())
     }
 

@@ -10,6 +10,7 @@ mod pointwise;
 mod pool;
 mod product;
 mod reduce;
+mod rotary;
 
 use crate::harness::Case;
 
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Case> {
         pool::cases(),
         product::cases(),
         reduce::cases(),
+        rotary::cases(),
     ]
     .into_iter()
     .flatten()
@@ -54,4 +56,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(attention, conv, index, loss, movement, norm, pointwise, pool, product, reduce);
+rooms!(attention, conv, index, loss, movement, norm, pointwise, pool, product, reduce, rotary);

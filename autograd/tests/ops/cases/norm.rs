@@ -2,7 +2,8 @@
 
 use crate::harness::{Case, case};
 use crate::reference::Array;
-use kiln_tensor::Tensor;
+use kiln_kernels::cpu::math::double;
+use kiln_tensor::{Activation, Tensor};
 
 const EPS: f64 = 1e-5;
 
@@ -23,7 +24,7 @@ fn normalise(x: &[Array], centered: bool, group: impl Fn(&[usize]) -> usize, cha
 }
 
 pub fn cases() -> Vec<Case> {
-    [rows(), channels()].into_iter().flatten().collect()
+    [rows(), channels(), activated()].into_iter().flatten().collect()
 }
 
 fn rows() -> Vec<Case> {
@@ -85,5 +86,48 @@ fn channels() -> Vec<Case> {
             .distinct()
             .sample(&[&[2, 3, 2, 2], &[3], &[3]])
             .sample(&[&[2, 3, 5]]),
+    ]
+}
+
+/// Norms with an activation in the same pass.
+fn activated() -> Vec<Case> {
+    let silu = |x: f64| x * double::sigmoid(x);
+    vec![
+        case(
+            "batch_norm_activation",
+            |x| Ok(x[0].batch_norm_activation(x.get(1), x.get(2), EPS, Activation::Silu)?.output),
+            move |x| normalise(x, true, |i| i[1], |i| i[1]).map(silu),
+        )
+        .distinct()
+        .sample(&[&[3, 2, 2, 2], &[2], &[2]])
+        .sample(&[&[5, 3]])
+        .sample(&[&[3, 4, 2], &[4]])
+        .large(&[&[40, 12, 14, 14], &[12], &[12]]),
+        case(
+            "batch_norm_eval_activation",
+            |x| {
+                let statistic = |scale: f64| Tensor::arange(1.0, 4.0, 1.0, x[0].dtype())?.mul_scalar(scale);
+                let statistics = [&statistic(0.25)?, &statistic(0.5)?];
+                x[0].batch_norm_eval_activation(statistics, x.get(1), x.get(2), EPS, Activation::Gelu)
+            },
+            |x| {
+                Array::from_fn(&x[0].shape, |i| {
+                    let k = (i[1] + 1) as f64;
+                    let z = (x[0].at(i) - 0.25 * k) / (0.5 * k + EPS).sqrt() * x[1].data[i[1]] + x[2].data[i[1]];
+                    z * double::normal_cdf(z)
+                })
+            },
+        )
+        .sample(&[&[2, 3, 2, 2], &[3], &[3]])
+        .large(&[&[40, 3, 50, 50], &[3], &[3]]),
+        case(
+            "group_norm_activation",
+            |x| x[0].group_norm_activation(2, x.get(1), x.get(2), EPS, Activation::Silu),
+            move |x| normalise(x, true, |i| i[0] * 2 + i[1] / (x[0].shape[1] / 2), |i| i[1]).map(silu),
+        )
+        .distinct()
+        .sample(&[&[2, 4, 2, 2], &[4], &[4]])
+        .sample(&[&[3, 10]])
+        .large(&[&[40, 4, 50, 50], &[4], &[4]]),
     ]
 }

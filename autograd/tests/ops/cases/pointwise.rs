@@ -3,10 +3,10 @@
 use crate::harness::{Case, DTypes, case};
 use crate::reference::Array;
 use kiln_kernels::cpu::math::double;
-use kiln_tensor::{DType, Result, Tensor, fuse};
+use kiln_tensor::{Activation, DType, Result, Tensor, fuse};
 
 pub fn cases() -> Vec<Case> {
-    [unary(), activations(), binary(), scalars(), comparisons(), selection()].into_iter().flatten().collect()
+    [unary(), activations(), gates(), binary(), scalars(), comparisons(), selection()].into_iter().flatten().collect()
 }
 
 /// A function of one tensor, on contiguous, scalar, empty and special inputs.
@@ -50,7 +50,7 @@ fn unary() -> Vec<Case> {
     ]
 }
 
-fn gelu_tanh(x: f64) -> f64 {
+pub fn gelu_tanh(x: f64) -> f64 {
     0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
 }
 
@@ -64,9 +64,44 @@ fn activations() -> Vec<Case> {
         one("gelu", Tensor::gelu, |x| if x == f64::NEG_INFINITY { f64::NAN } else { x * double::normal_cdf(x) }),
         one("gelu_tanh", Tensor::gelu_tanh, gelu_tanh),
         one("silu", Tensor::silu, |x| x * double::sigmoid(x)),
+        one("activate", |x| x.activate(Activation::Silu), |x| x * double::sigmoid(x)),
         one("softplus", Tensor::softplus, double::softplus),
         one("mish", Tensor::mish, |x| x * double::softplus(x).tanh()),
         one("hardswish", Tensor::hardswish, |x| x * (x + 3.0).clamp(0.0, 6.0) / 6.0),
+    ]
+}
+
+/// The halves of `x` along `dim`.
+fn halves(x: &Array, dim: usize) -> [Array; 2] {
+    let mut shape = x.shape.clone();
+    shape[dim] /= 2;
+    [0, shape[dim]].map(|first| {
+        Array::from_fn(&shape, |i| {
+            let mut at = i.to_vec();
+            at[dim] += first;
+            x.at(&at)
+        })
+    })
+}
+
+fn gates() -> Vec<Case> {
+    let glu = |dim: usize| {
+        case(
+            "glu",
+            move |x| x[0].glu(dim as isize),
+            move |x| {
+                let [a, b] = halves(&x[0], dim);
+                a.zip(&b, |a, b| a * double::sigmoid(b))
+            },
+        )
+    };
+    let gate = |name, f, reference| two(name, f, reference).sample(&[&[4, 1, 2], &[3, 2]]);
+    vec![
+        gate("swiglu", Tensor::swiglu, |gate, up| gate * double::sigmoid(gate) * up),
+        gate("geglu", Tensor::geglu, |gate, up| if gate == f64::NEG_INFINITY { f64::NAN } else { gate * double::normal_cdf(gate) * up }),
+        gate("geglu_tanh", Tensor::geglu_tanh, |gate, up| gelu_tanh(gate) * up),
+        glu(1).sample(&[&[3, 4]]).sample(&[&[2, 6, 3]]).sample(&[&[0, 4]]).sample(&[&[3, 0]]).large(&[&[300, 1000]]),
+        glu(0).label("rows").sample(&[&[4]]).sample(&[&[4, 3]]).large(&[&[200, 1001]]),
     ]
 }
 

@@ -2,7 +2,8 @@
 
 use crate::harness::{Case, DTypes, case};
 use crate::reference::{Array, indices};
-use kiln_tensor::Tensor;
+use kiln_kernels::cpu::math::double;
+use kiln_tensor::{Activation, Tensor};
 
 /// `[.., m, k]` times `[.., k, n]`, broadcasting the leading dimensions.
 fn matmul(a: &Array, b: &Array) -> Array {
@@ -75,6 +76,17 @@ fn einsum_cases() -> Vec<Case> {
     ]
 }
 
+fn linear_activation(label: &'static str, activation: Activation, reference: fn(f64) -> f64) -> Case {
+    case("linear_activation", move |x| x[0].linear_activation(&x[1], x.get(2), activation), move |x| linear(x).map(reference))
+        .label(label)
+        .sample(&[&[2, 3], &[4, 3], &[4]])
+        .sample(&[&[2, 1, 3], &[2, 3], &[2]])
+        .sample(&[&[2, 3], &[4, 3]])
+        .sample(&[&[0, 3], &[4, 3], &[4]])
+        .sample(&[&[3, 70], &[5, 70], &[5]])
+        .large(&[&[64, 784], &[512, 784], &[512]])
+}
+
 pub fn cases() -> Vec<Case> {
     let column = |v: &Array| v.reshape(&[v.shape[0], 1]);
     let row = |v: &Array| v.reshape(&[1, v.shape[0]]);
@@ -120,6 +132,13 @@ pub fn cases() -> Vec<Case> {
             .sample(&[&[0, 3], &[4, 3], &[4]])
             .large(&[&[64, 784], &[512, 784], &[512]]),
     ];
+    cases.extend([
+        linear_activation("relu", Activation::Relu, |x| x.max(0.0)),
+        linear_activation("leaky_relu", Activation::LeakyRelu(0.2), |x| if x > 0.0 { x } else { 0.2 * x }),
+        linear_activation("gelu", Activation::Gelu, |x| x * double::normal_cdf(x)),
+        linear_activation("gelu_tanh", Activation::GeluTanh, super::pointwise::gelu_tanh),
+        linear_activation("silu", Activation::Silu, |x| x * double::sigmoid(x)),
+    ]);
     cases.extend(einsum_cases());
     cases
 }

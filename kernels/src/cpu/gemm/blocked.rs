@@ -10,6 +10,7 @@
 //! 3. A factor is not packed where that costs more than it saves: A if it meets few panels, B if it meets few row tiles.
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
+use super::epilogue::Activated;
 use super::micro::{Init, MAX_MR, MicroKernels, Output, RowTiles, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
@@ -42,18 +43,19 @@ impl GemmElement for f32 {
             return Ok(());
         }
         let (m, n) = (gemm.a.rows(), gemm.b.cols());
-        let c = Sums { c: SharedMut::new(out), item_stride: m * row_stride, row_stride };
+        let sums = Sums { c: SharedMut::new(out), item_stride: m * row_stride, row_stride };
+        let c: &dyn Target = if gemm.activation.is_some() { &Activated { sums, gemm } } else { &sums };
         #[cfg(target_arch = "x86_64")]
         {
             let pay = |parts| tiles::pay(parts, m, n, gemm.a.cols());
             match matmul_precision() {
-                MatmulPrecision::Highest if pay(3) => return multiply::<tiles::Split<f32, 3>>(gemm, &c),
-                MatmulPrecision::High if pay(2) => return multiply::<tiles::Split<f32, 2>>(gemm, &c),
-                MatmulPrecision::Medium if pay(1) => return multiply::<tiles::Split<f32, 1>>(gemm, &c),
+                MatmulPrecision::Highest if pay(3) => return multiply::<tiles::Split<f32, 3>>(gemm, c),
+                MatmulPrecision::High if pay(2) => return multiply::<tiles::Split<f32, 2>>(gemm, c),
+                MatmulPrecision::Medium if pay(1) => return multiply::<tiles::Split<f32, 1>>(gemm, c),
                 _ => {}
             }
         }
-        multiply::<Plain>(gemm, &c)
+        multiply::<Plain>(gemm, c)
     }
 }
 
@@ -97,7 +99,14 @@ impl Target for Sums {
     }
 
     fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
-        compute(Out { c: self.c.get().wrapping_add(part.item * self.item_stride), row_stride: self.row_stride })
+        compute(self.item(part.item))
+    }
+}
+
+impl Sums {
+    /// Where an item begins.
+    pub fn item(&self, item: usize) -> Out<f32> {
+        Out { c: self.c.get().wrapping_add(item * self.item_stride), row_stride: self.row_stride }
     }
 }
 

@@ -7,7 +7,7 @@
 use super::blocked::FLOP_PER_NS;
 #[cfg(target_arch = "x86_64")]
 use super::micro::MicroKernels;
-use super::{Gemm, Item, Matrix};
+use super::{Gemm, Item, Matrix, Out};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 #[cfg(target_arch = "x86_64")]
@@ -195,10 +195,20 @@ pub(super) fn try_gemm<T: Lanes>(gemm: &Gemm<T, f32>, out: &mut [f32], row_strid
     for_each(gemm.batch() * chunks, 2 * gemm.batch() * m * n * k / FLOP_PER_NS, |task| {
         let (i, part) = (task / chunks, task % chunks);
         let lanes = part * chunk..lanes.min((part + 1) * chunk);
-        let job = Job::new(gemm, gemm.item(i), wide, lanes, c.get().wrapping_add(i * m * row_stride), row_stride);
+        let job = Job::new(gemm, gemm.item(i), wide, lanes.clone(), c.get().wrapping_add(i * m * row_stride), row_stride);
         match form {
             Form::Dots => T::dots(job),
             Form::Axpys => dispatch(Axpys(job)),
+        }
+        let out = Out { c: c.get().wrapping_add(i * m * row_stride), row_stride };
+        // SAFETY: these elements of C were this task's to write.
+        unsafe {
+            match (wide, n == 1 && row_stride == 1) {
+                (true, _) => gemm.finish(out, 0..rows, lanes),
+                // One column without gaps is one stretch of memory.
+                (false, true) => gemm.finish(out, 0..1, lanes),
+                (false, false) => gemm.finish(out, lanes, 0..rows),
+            }
         }
     });
     true

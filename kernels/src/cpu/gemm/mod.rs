@@ -1,14 +1,15 @@
-//! Matrix products `C = alpha · A · B (+ C, or + bias)`, batched, of any strides and any numeric element type.
+//! Matrix products `C = activation(alpha · A · B (+ C, or + bias))`, batched, of any strides and any numeric element type.
 //!
 //! This file holds the argument struct and the choice of a path; the work is done by [`micro`] (register tiles), `pack` and `packing`
 //! (panels), `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory) and `generic`
-//! (f64 and integers). On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
+//! (f64 and integers); `epilogue` is what follows a sum. On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
 //!
 //! The path, the blocks and the order of every sum depend on shapes, strides, dtype and the
 //! [precision](MatmulPrecision) only, and with tiles on whether values are extreme, never on the number of threads.
 
 mod blocked;
 mod dot;
+mod epilogue;
 mod generic;
 mod int8;
 pub mod micro;
@@ -24,11 +25,13 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+pub use epilogue::Activation;
 pub use int8::gemm_i8;
 pub use precision::{MatmulPrecision, matmul_precision, set_matmul_precision};
 
 use super::alloc::OutOfMemory;
-use crate::element::Element;
+use super::cast::Stored;
+use super::parallel::SharedMut;
 use crate::view::MatView;
 
 /// The arguments of a batched product: for each item `i` of the batch
@@ -52,6 +55,9 @@ pub struct Gemm<'a, T, B = T> {
     pub bias: Option<&'a [B]>,
     /// Adds to what C holds instead of overwriting it. Not together with a bias.
     pub accumulate: bool,
+    /// A function of what has been computed so far, rounded to C's type before and after: bit for bit what a pass of its own over C would give. Not
+    /// together with `accumulate`.
+    pub activation: Option<Activation<B>>,
 }
 
 impl<'a, T: GemmElement> Gemm<'a, T> {
@@ -62,7 +68,7 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
 
     /// A product per pair of offsets.
     pub fn batched(a: MatView<'a, T>, a_offsets: &'a [usize], b: MatView<'a, T>, b_offsets: &'a [usize]) -> Self {
-        Self { a, b, a_offsets, b_offsets, alpha: 1.0, bias: None, accumulate: false }
+        Self { a, b, a_offsets, b_offsets, alpha: 1.0, bias: None, accumulate: false, activation: None }
     }
 
     /// Computes into `out`: item `i` begins at `i · M · row_stride`, and its rows are `row_stride` elements apart
@@ -72,13 +78,14 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
     /// If the memory for packed factors cannot be had; `out` is then unspecified.
     ///
     /// # Panics
-    /// If the inner extents or the batches differ, a bias is not N long or comes with `accumulate`, `row_stride < N`, `out` is too
-    /// short, or an offset leads out of a factor's data.
+    /// If the inner extents or the batches differ, a bias is not N long or comes with `accumulate`, as an activation does, or that is not defined
+    /// for `T`, `row_stride < N`, `out` is too short, or an offset leads out of a factor's data.
     pub fn run(&self, out: &mut [T], row_stride: usize) -> Result<(), OutOfMemory> {
         let (m, k, n) = (self.a.rows(), self.a.cols(), self.b.cols());
         assert_eq!(k, self.b.rows(), "inner extents");
         assert_eq!(self.a_offsets.len(), self.b_offsets.len(), "batches");
         assert!(self.bias.is_none_or(|bias| bias.len() == n && !self.accumulate), "bias");
+        assert!(self.activation.is_none_or(|activation| activation.is_defined() && !self.accumulate), "activation");
         assert!(row_stride >= n, "rows of C overlap");
         if self.batch() == 0 || m == 0 || n == 0 {
             return Ok(());
@@ -86,6 +93,9 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
         assert!(out.len() >= (self.batch() * m - 1) * row_stride + n, "C is too short");
         if k == 0 {
             self.fill_init(out, row_stride);
+            let out = Out { c: out.as_mut_ptr(), row_stride };
+            // SAFETY: the rows lie in C, as was checked, and this is the only task.
+            unsafe { self.finish(out, 0..self.batch() * m, 0..n) };
             return Ok(());
         }
         for (view, offsets) in [(self.a, self.a_offsets), (self.b, self.b_offsets)] {
@@ -93,6 +103,19 @@ impl<'a, T: GemmElement> Gemm<'a, T> {
             assert!(furthest.checked_add(span(&view)).is_some_and(|end| end <= view.data().len()), "a factor leaves its data");
         }
         T::gemm(&self.merge_batch(), out, row_stride)
+    }
+
+    /// Computes [`run`](Self::run)'s results into `results`, and into `sums`, of the same layout, what the activation was computed from.
+    ///
+    /// # Errors
+    /// As for `run`.
+    ///
+    /// # Panics
+    /// As for `run`, or if there is no activation, or `results` is not as long as `sums`.
+    pub fn run_keeping(&self, sums: &mut [T], results: &mut [T], row_stride: usize) -> Result<(), OutOfMemory> {
+        assert!(self.activation.is_some() && sums.len() == results.len(), "sums and results of an activation");
+        let (c, results) = (SharedMut::new(sums), SharedMut::new(results));
+        Self { activation: self.activation.map(|activation| activation.keeping(c, results)), ..*self }.run(sums, row_stride)
     }
 
     /// The value of an empty sum.
@@ -206,7 +229,7 @@ impl<T> Out<T> {
 }
 
 /// An element type that matrices can be multiplied in: f32, f64, f16, bf16, i64, i32, u8 (integers wrap around).
-pub trait GemmElement: Element {
+pub trait GemmElement: Stored {
     /// Computes a product whose arguments [`Gemm::run`] has checked and that is not empty; call that instead.
     #[doc(hidden)]
     fn gemm(gemm: &Gemm<Self>, out: &mut [Self], row_stride: usize) -> Result<(), OutOfMemory>;

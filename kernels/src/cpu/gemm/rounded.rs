@@ -63,8 +63,12 @@ pub(super) fn rounded<P: Packing<Element: dot::Lanes + Float<Compute = f32> + St
     let sums = &*sums;
     for_each_chunk(&mut out[..(rows - 1) * row_stride + n], rows_per_task * row_stride, rows * n / 8, |i, out| {
         let sums = &sums[i * rows_per_task * n..];
+        let first = Out { c: out.as_mut_ptr(), row_stride };
+        let rows = out.len().div_ceil(row_stride);
         let out = out.chunks_mut(row_stride).map(|row| &mut row[..n]);
         dispatch(Narrow { sums: sums.chunks(n), out, accumulate: gemm.accumulate });
+        // SAFETY: the rows are this task's, and were written.
+        unsafe { gemm.finish(first, 0..rows, 0..n) };
     });
     Ok(())
 }
@@ -76,7 +80,7 @@ fn by_panels<P: Packing<Element: Float<Compute = f32> + Stored<Compute = f32>>>(
     row_stride: usize,
 ) -> Result<(), OutOfMemory> {
     let bias = widened_bias(gemm);
-    let target = Rounded { c: SharedMut::new(out), rows: gemm.a.rows(), row_stride, accumulate: gemm.accumulate };
+    let target = Rounded { gemm, c: SharedMut::new(out), row_stride };
     multiply::<P>(&of_sums(gemm, bias.as_deref()), &target)
 }
 
@@ -87,19 +91,17 @@ fn widened_bias<T: Float<Compute = f32>>(gemm: &Gemm<T>) -> Option<Vec<f32>> {
 /// The product whose results are sums, with nothing added to them but a bias.
 fn of_sums<'a, T: Copy>(gemm: &Gemm<'a, T>, bias: Option<&'a [f32]>) -> Gemm<'a, T, f32> {
     let Gemm { a, b, a_offsets, b_offsets, alpha, .. } = *gemm;
-    Gemm { a, b, a_offsets, b_offsets, alpha, bias, accumulate: false }
+    Gemm { a, b, a_offsets, b_offsets, alpha, bias, accumulate: false, activation: None }
 }
 
 /// C of a narrower type: a part's sums stay in the cache until they are rounded.
-struct Rounded<T> {
+struct Rounded<'a, T> {
+    gemm: &'a Gemm<'a, T>,
     c: SharedMut<T>,
-    /// Rows of an item.
-    rows: usize,
     row_stride: usize,
-    accumulate: bool,
 }
 
-impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<T> {
+impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<'_, T> {
     fn takes_whole_sums(&self) -> bool {
         true
     }
@@ -111,12 +113,14 @@ impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<T> {
         // The part lies at the start of the buffer, not where it would in its item.
         let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
         compute(Out { c: first, row_stride: cols.len() })?;
-        let out = rows.map(|row| {
-            let first = self.c.get().wrapping_add((part.item * self.rows + row) * self.row_stride + cols.start);
+        let item = Out { c: self.c.get().wrapping_add(part.item * self.gemm.a.rows() * self.row_stride), row_stride: self.row_stride };
+        let out = rows.clone().map(|row| {
             // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
-            unsafe { std::slice::from_raw_parts_mut(first, cols.len()) }
+            unsafe { std::slice::from_raw_parts_mut(item.at(row, cols.start), cols.len()) }
         });
-        dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate: self.accumulate });
+        dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate: self.gemm.accumulate });
+        // SAFETY: as above.
+        unsafe { self.gemm.finish(item, rows, cols) };
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Every path against a plain product in f64: shapes, strides, batches, thread counts.
 
 use super::*;
-use crate::element::Float;
+use crate::element::{Element, Float};
 use half::{bf16, f16};
 
 /// Uniform in ±`scale`, as far as the type has such values.
@@ -315,7 +315,7 @@ mod on_tiles {
     fn product<P: Packing>(a: &[P::Element], b: &[P::Element], [m, n, k]: [usize; 3], strides: [(usize, usize); 2]) -> Vec<f32> {
         let view = |data, rows, cols, (row, col)| MatView::new(data, rows, cols, row, col).unwrap();
         let (a, b) = (view(a, m, k, strides[0]), view(b, k, n, strides[1]));
-        let gemm = Gemm { a, b, a_offsets: &[0], b_offsets: &[0], alpha: 1.0, bias: None, accumulate: false };
+        let gemm = Gemm { a, b, a_offsets: &[0], b_offsets: &[0], alpha: 1.0, bias: None, accumulate: false, activation: None };
         let mut c = vec![f32::NAN; m * n];
         multiply::<P>(&gemm, &Sums { c: SharedMut::new(&mut c), item_stride: m * n, row_stride: n }).unwrap();
         c
@@ -438,6 +438,23 @@ mod on_tiles {
     }
 
     #[test]
+    fn an_activation_follows_the_last_block_of_k() {
+        use crate::cpu::gemm::epilogue::Activated;
+        use crate::pointwise::unary;
+        for shape @ [m, n, k] in [[33, 40, 70], [200, 193, 450]] {
+            let (a, b): (Vec<f32>, Vec<f32>) = (values(m * k, 1, 1.0), values(k * n, 2, 1.0));
+            let sums = row_major::<Split<f32, 3>>(&a, &b, shape);
+            let activation = Activation::new(unary::Relu::ROW, [0.0; 2]);
+            let (a, b) = (MatView::new(&a, m, k, k, 1).unwrap(), MatView::new(&b, k, n, n, 1).unwrap());
+            let gemm = Gemm { activation: Some(activation), ..Gemm::new(a, b) };
+            let mut c = vec![f32::NAN; m * n];
+            let target = Activated { sums: Sums { c: SharedMut::new(&mut c), item_stride: m * n, row_stride: n }, gemm: &gemm };
+            multiply::<Split<f32, 3>>(&gemm, &target).unwrap();
+            assert!(c.iter().zip(&sums).all(|(c, sum)| *c == sum.max(0.0)), "{shape:?}");
+        }
+    }
+
+    #[test]
     fn the_same_bits_on_any_number_of_threads() {
         for shape @ [m, n, k] in [[70, 90, 200], [200, 200, 420]] {
             let (a, b): (Vec<f32>, Vec<f32>) = (values(m * k, 1, 1.0), values(k * n, 2, 1.0));
@@ -447,6 +464,49 @@ mod on_tiles {
             };
             let one = bits(1);
             assert!(one == bits(2) && one == bits(7));
+        }
+    }
+}
+
+/// Products with an activation against the same products and a pass over C, to the bit.
+fn check_activation<T: GemmElement + Float>(m: usize, n: usize, k: usize, batch: usize, gap: usize) {
+    use crate::cpu::pointwise::{Operand, Output, apply};
+    use crate::pointwise::unary;
+    let (a, b, bias): (Vec<T>, Vec<T>, Vec<T>) = (values(batch * m * k, 1, 1.0), values(k * n, 2, 1.0), values(n, 3, 1.0));
+    let offsets: Vec<usize> = (0..batch).map(|i| i * m * k).collect();
+    let row_stride = n + gap;
+    let len = batch * m * row_stride;
+    let (left, right) = (MatView::new(&a, m, k, k, 1).unwrap(), MatView::new(&b, k, n, 1, k).unwrap());
+    let zeros = vec![0; batch];
+    let plain = Gemm { bias: Some(&bias), ..Gemm::batched(left, &offsets, right, &zeros) };
+    let bytes = |c: &[T]| c.iter().map(|x| x.to_f64().to_bits()).collect::<Vec<_>>();
+    let mut sums = vec![T::default(); len];
+    plain.run(&mut sums, row_stride).unwrap();
+    for row in [unary::Relu::ROW, unary::LeakyRelu::ROW, unary::Gelu::ROW, unary::GeluTanh::ROW, unary::Silu::ROW] {
+        let params = [0.2, 0.0];
+        let mut expected = sums.clone();
+        // The elements between rows are zeros, which all of these functions keep.
+        apply(row, params, [Operand::Output], Output { data: &mut expected, shape: &[len], strides: &[1] });
+        let gemm = Gemm { activation: Some(Activation::new(row, params)), ..plain };
+        let mut c = vec![T::default(); len];
+        gemm.run(&mut c, row_stride).unwrap();
+        assert!(bytes(&c) == bytes(&expected), "{} of {m}x{n}x{k}", row.name);
+        let (mut kept, mut results) = (vec![T::default(); len], vec![T::default(); len]);
+        gemm.run_keeping(&mut kept, &mut results, row_stride).unwrap();
+        assert!(bytes(&kept) == bytes(&sums) && bytes(&results) == bytes(&expected), "{} of {m}x{n}x{k}, sums kept", row.name);
+    }
+}
+
+#[test]
+fn activations_in_the_epilogue_are_those_of_a_pass_over_c() {
+    for (m, n, k) in
+        [(1, 300, 70), (300, 1, 70), (5, 40, 129), (40, 5, 129), (1, 7, 3), (33, 65, 31), (50, 70, 800), (260, 270, 900), (3, 4, 0)]
+    {
+        for (batch, gap) in [(1, 0), (2, 3)] {
+            check_activation::<f32>(m, n, k, batch, gap);
+            check_activation::<f64>(m, n, k, batch, gap);
+            check_activation::<bf16>(m, n, k, batch, gap);
+            check_activation::<f16>(m, n, k, batch, gap);
         }
     }
 }

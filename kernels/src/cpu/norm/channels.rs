@@ -2,10 +2,11 @@
 //! channels of one sample. Both memory orders of images are passes along contiguous memory: with channels last a pass over
 //! `[pixels, C]` with a vector of coefficients, otherwise one over rows of pixels with constants.
 
-use super::{SUM_ROWS, TASK, flush, parameter};
+use super::{Activation, SUM_ROWS, TASK, flush, parameter};
+use crate::cpu::cast::Stored;
 use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
-use crate::cpu::parallel;
+use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::reduce::{Spread, moments};
 use crate::cpu::simd::Simd;
 use crate::view::StridedView;
@@ -142,36 +143,82 @@ impl<L: FloatLane> Coefficients<L> {
     }
 }
 
-/// y = (x − mean)·rstd·weight + bias.
-pub fn normalize<T: FloatElement>(
+/// The constants of (x − mean)·rstd·weight + bias.
+fn forward_coefficients<T: FloatElement>(
     layout: Channels,
     statistics: Statistics<'_, T::Lane>,
     weight: Option<&[T]>,
     bias: Option<&[T]>,
+) -> Coefficients<T::Lane> {
+    let (w, b) = (parameter(weight, layout.c, T::Lane::ONE), parameter(bias, layout.c, T::Lane::default()));
+    Coefficients::new(layout, statistics.grouping, |n, c| {
+        let k = layout.statistic_of(statistics.grouping, n, c);
+        [statistics.mean[k], T::Lane::default(), statistics.rstd[k] * w[c], b[c]]
+    })
+}
+
+/// y = (x − mean)·rstd·weight + bias, or the activation of that.
+pub fn normalize<T: FloatElement + Stored>(
+    layout: Channels,
+    statistics: Statistics<'_, T::Lane>,
+    weight: Option<&[T]>,
+    bias: Option<&[T]>,
+    activation: Option<Activation>,
     x: &[T],
     y: &mut [T],
 ) {
-    let (w, b) = (parameter(weight, layout.c, T::Lane::ONE), parameter(bias, layout.c, T::Lane::default()));
-    let grouping = statistics.grouping;
-    let coefficients = Coefficients::new(layout, grouping, |n, c| {
-        let k = layout.statistic_of(grouping, n, c);
-        [statistics.mean[k], T::Lane::default(), statistics.rstd[k] * w[c], b[c]]
-    });
-    apply(layout, grouping, &coefficients, None, x, y);
+    let coefficients = forward_coefficients(layout, statistics, weight, bias);
+    apply(layout, statistics.grouping, &coefficients, P::None, x, y, activation);
+}
+
+/// The activation that followed a normalisation, and the bias that this had.
+#[derive(Clone, Copy, Debug)]
+pub struct Activated<'a, T> {
+    /// What followed.
+    pub activation: Activation,
+    /// A value for each channel.
+    pub bias: Option<&'a [T]>,
+}
+
+/// The gradient of a normalisation's results where an activation followed them: made from the input, part by part, when it is first read, and
+/// kept where the gradient of the input will be.
+struct BeforeActivation<'a, T: FloatElement> {
+    layout: Channels,
+    activation: Activation,
+    coefficients: Coefficients<T::Lane>,
+    g: &'a [T],
+    x: &'a [T],
+    to: SharedMut<T>,
+}
+
+impl<T: FloatElement + Stored> BeforeActivation<'_, T> {
+    /// The part of some runs.
+    ///
+    /// # Safety
+    /// The runs must be this task's alone, and `to` must have room for them.
+    unsafe fn part(&self, first_run: usize, range: std::ops::Range<usize>) -> &[T] {
+        // SAFETY: the caller's contract.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.to.get().add(range.start), range.len()) };
+        let (layout, coefficients, q) = (self.layout, &self.coefficients, &self.x[range.clone()]);
+        T::Lane::dispatch(Apply { layout, coefficients, first: first_run, p: P::None, q, out: &mut *out });
+        self.activation.gradient(out, &self.g[range]);
+        out
+    }
 }
 
 /// The gradients of input, weight and bias, from that of the output `g`. With h = (x − mean)·rstd and means over each group:
 /// dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)); dw = Σ g·h and db = Σ g over each channel. If the statistics are `fixed`
-/// (evaluation), dx = rstd·g·w.
+/// (evaluation), dx = rstd·g·w. If an activation followed, `g` is the gradient of its results; there must be a `dx` then.
 #[allow(clippy::too_many_arguments)] // The operands of one formula.
-pub fn normalize_backward<T: FloatElement>(
+pub fn normalize_backward<T: FloatElement + Stored>(
     layout: Channels,
     statistics: Statistics<'_, T::Lane>,
     fixed: bool,
     weight: Option<&[T]>,
+    activated: Option<Activated<'_, T>>,
     g: &[T],
     x: &[T],
-    dx: Option<&mut [T]>,
+    mut dx: Option<&mut [T]>,
     dw: Option<&mut [T]>,
     db: Option<&mut [T]>,
 ) {
@@ -182,9 +229,14 @@ pub fn normalize_backward<T: FloatElement>(
     }
     let w = parameter(weight, layout.c, T::Lane::ONE);
     let merged = layout.merged(grouping);
-    let needs_sums = !fixed || dw.is_some() || db.is_some();
+    assert!(activated.is_none() || dx.as_ref().is_some_and(|dx| dx.len() == g.len()), "room for the gradient before the activation");
+    let before = dx.as_deref_mut().zip(activated).map(|(dx, Activated { activation, bias })| {
+        let coefficients = forward_coefficients(layout, statistics, weight, bias);
+        BeforeActivation { layout: merged, activation, coefficients, g, x, to: SharedMut::new(dx) }
+    });
+    let needs_sums = !fixed || dw.is_some() || db.is_some() || before.is_some();
     let centres: Vec<T::Lane> = (0..merged.n * merged.c).map(|i| mean[layout.statistic_of(grouping, i / layout.c, i % layout.c)]).collect();
-    let pairs = if needs_sums { gradient_sums(merged, &centres, g, x) } else { vec![[0.0; 2]; merged.n * merged.c] };
+    let pairs = if needs_sums { gradient_sums(merged, &centres, g, x, before.as_ref()) } else { vec![[0.0; 2]; merged.n * merged.c] };
     let channel = |i: usize| i % layout.c;
     let statistic = |i: usize| layout.statistic_of(grouping, i / layout.c, channel(i));
     let mut groups = vec![[0f64; 2]; mean.len()];
@@ -209,19 +261,32 @@ pub fn normalize_backward<T: FloatElement>(
         let [b, c0] = if fixed { [0.0; 2] } else { [-r * r * r * groups[k][1] / len, -r * groups[k][0] / len] };
         [mean[k], T::Lane::round_from(r * w[c].wide()), T::Lane::round_from(b), T::Lane::round_from(c0)]
     });
-    apply(layout, grouping, &coefficients, Some(g), x, dx);
+    let p = if before.is_some() { P::Out } else { P::From(g) };
+    apply(layout, grouping, &coefficients, p, x, dx, None);
 }
 
-/// Writes a·p + b·(q − centre) + c; the first term only if there is a `p`.
-fn apply<T: FloatElement>(
+/// Where the first operand of a pass is.
+#[derive(Clone, Copy)]
+enum P<'a, T> {
+    /// There is none.
+    None,
+    /// Here.
+    From(&'a [T]),
+    /// Where the results go.
+    Out,
+}
+
+/// Writes a·p + b·(q − centre) + c, the first term only if there is a `p`, or the activation of that.
+fn apply<T: FloatElement + Stored>(
     layout: Channels,
     grouping: Grouping,
     coefficients: &Coefficients<T::Lane>,
-    p: Option<&[T]>,
+    p: P<'_, T>,
     q: &[T],
     out: &mut [T],
+    activation: Option<Activation>,
 ) {
-    assert!(q.len() == layout.numel() && out.len() == q.len() && p.is_none_or(|p| p.len() == q.len()));
+    assert!(q.len() == layout.numel() && out.len() == q.len() && !matches!(p, P::From(p) if p.len() != q.len()));
     if out.is_empty() {
         return;
     }
@@ -230,8 +295,11 @@ fn apply<T: FloatElement>(
     let group = TASK.div_ceil(run);
     parallel::for_each_chunk(out, group * run, q.len() / 4, |i, out| {
         let range = i * group * run..i * group * run + out.len();
-        let p = p.map(|p| &p[range.clone()]);
-        T::Lane::dispatch(Apply { layout, coefficients, first: i * group, p, q: &q[range], out });
+        let p = if let P::From(p) = p { P::From(&p[range.clone()]) } else { p };
+        T::Lane::dispatch(Apply { layout, coefficients, first: i * group, p, q: &q[range], out: &mut *out });
+        if let Some(activation) = activation {
+            activation.apply(out);
+        }
     });
 }
 
@@ -240,7 +308,7 @@ struct Apply<'a, T: FloatElement> {
     coefficients: &'a Coefficients<T::Lane>,
     /// The number of the first run.
     first: usize,
-    p: Option<&'a [T]>,
+    p: P<'a, T>,
     q: &'a [T],
     out: &'a mut [T],
 }
@@ -255,7 +323,16 @@ impl<T: FloatElement> WithSimd for Apply<'_, T> {
         let [p_buffer, q_buffer, out_buffer] = &mut buffers;
         for (i, (q, out)) in self.q.chunks_exact(run).zip(self.out.chunks_exact_mut(run)).enumerate() {
             let q = lanes::read(q, q_buffer);
-            let p = self.p.map(|p| lanes::read(&p[i * run..][..run], p_buffer));
+            let p = match self.p {
+                P::None => P::None,
+                P::From(p) => P::From(lanes::read(&p[i * run..][..run], p_buffer)),
+                P::Out => {
+                    if !out_buffer.is_empty() {
+                        lanes::widen(out, out_buffer);
+                    }
+                    P::Out
+                }
+            };
             lanes::write(out, out_buffer, |out| {
                 if self.layout.channels_last {
                     self.coefficients.apply_vector(s, (self.first + i) / self.layout.s * self.layout.c, p, q, out);
@@ -270,38 +347,51 @@ impl<T: FloatElement> WithSimd for Apply<'_, T> {
 impl<L: FloatLane> Coefficients<L> {
     /// The channels of a pixel, whose coefficients begin at `at_channel`.
     #[inline(always)]
-    fn apply_vector<S: Simd>(&self, s: S, at_channel: usize, p: Option<&[L]>, q: &[L], out: &mut [L]) {
+    fn apply_vector<S: Simd>(&self, s: S, at_channel: usize, p: P<'_, L>, q: &[L], out: &mut [L]) {
         let n = q.len();
         let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
         let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);
         match p {
-            None => sweep!(L, S, n, |j, count| {
+            P::None => sweep!(L, S, n, |j, count| {
                 at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count)).store(&mut out[j..], count);
             }),
-            Some(p) => sweep!(L, S, n, |j, count| {
+            P::From(p) => sweep!(L, S, n, |j, count| {
                 let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
                 at(s, p, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
+            }),
+            P::Out => sweep!(L, S, n, |j, count| {
+                let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
+                at(s, out, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
             }),
         }
     }
 
     /// The pixels of a channel.
     #[inline(always)]
-    fn apply_constant<S: Simd>(&self, s: S, channel: usize, p: Option<&[L]>, q: &[L], out: &mut [L]) {
+    fn apply_constant<S: Simd>(&self, s: S, channel: usize, p: P<'_, L>, q: &[L], out: &mut [L]) {
         let n = q.len();
         let (centre, a) = (L::splat(s, self.centre[channel]), L::splat(s, self.a[channel]));
         let (b, c) = (L::splat(s, self.b[channel]), L::splat(s, self.c[channel]));
         match p {
-            None => sweep!(L, S, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
-            Some(p) => sweep!(L, S, n, |j, count| {
+            P::None => sweep!(L, S, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
+            P::From(p) => sweep!(L, S, n, |j, count| {
                 at(s, p, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
+            }),
+            P::Out => sweep!(L, S, n, |j, count| {
+                at(s, out, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
             }),
         }
     }
 }
 
-/// Σ g and Σ g·(x − centre) over the pixels of each channel of each sample.
-fn gradient_sums<T: FloatElement>(layout: Channels, centres: &[T::Lane], g: &[T], x: &[T]) -> Vec<[f64; 2]> {
+/// Σ g and Σ g·(x − centre) over the pixels of each channel of each sample, where g may be one that is made on the way.
+fn gradient_sums<T: FloatElement + Stored>(
+    layout: Channels,
+    centres: &[T::Lane],
+    g: &[T],
+    x: &[T],
+    before: Option<&BeforeActivation<'_, T>>,
+) -> Vec<[f64; 2]> {
     let Channels { n, c, s, channels_last } = layout;
     assert!(g.len() == layout.numel() && x.len() == g.len() && centres.len() == n * c);
     let mut out = vec![[0f64; 2]; n * c];
@@ -309,22 +399,29 @@ fn gradient_sums<T: FloatElement>(layout: Channels, centres: &[T::Lane], g: &[T]
         return out;
     }
     let estimated_ns = g.len() / 4;
+    let part = |first_run: usize, range: std::ops::Range<usize>| match before {
+        // SAFETY: tasks have runs of their own, and there is room for all elements.
+        Some(before) => unsafe { before.part(first_run, range) },
+        None => &g[range],
+    };
     if !channels_last {
         let group = TASK.div_ceil(s);
         parallel::for_each_chunk(&mut out, group, estimated_ns, |i, out| {
             let range = i * group * s..(i * group + out.len()) * s;
-            T::Lane::dispatch(RowSums { s, centres: &centres[i * group..][..out.len()], g: &g[range.clone()], x: &x[range], out });
+            let g = part(i * group, range.clone());
+            T::Lane::dispatch(RowSums { s, centres: &centres[i * group..][..out.len()], g, x: &x[range], out });
         });
         return out;
     }
-    let part = if n < ENOUGH_TASKS { s.div_ceil(ENOUGH_TASKS.div_ceil(n)).max(TASK / c) } else { s };
-    let part = part.clamp(1, s).next_multiple_of(ROWS);
-    let parts = s.div_ceil(part);
+    let pixels = if n < ENOUGH_TASKS { s.div_ceil(ENOUGH_TASKS.div_ceil(n)).max(TASK / c) } else { s };
+    let pixels = pixels.clamp(1, s).next_multiple_of(ROWS);
+    let parts = s.div_ceil(pixels);
     let mut totals = vec![0f64; n * parts * 2 * c];
     parallel::for_each_chunk(&mut totals, 2 * c, estimated_ns, |i, totals| {
-        let (sample, start) = (i / parts, i % parts * part);
-        let range = (sample * s + start) * c..(sample * s + s.min(start + part)) * c;
-        T::Lane::dispatch(ColumnSums { centres: &centres[sample * c..][..c], g: &g[range.clone()], x: &x[range], totals });
+        let (sample, start) = (i / parts, i % parts * pixels);
+        let range = (sample * s + start) * c..(sample * s + s.min(start + pixels)) * c;
+        let g = part(sample * s + start, range.clone());
+        T::Lane::dispatch(ColumnSums { centres: &centres[sample * c..][..c], g, x: &x[range], totals });
     });
     for (i, out) in out.iter_mut().enumerate() {
         for part in totals[i / c * parts * 2 * c..].chunks_exact(2 * c).take(parts) {

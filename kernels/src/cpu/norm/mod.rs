@@ -4,10 +4,39 @@
 mod channels;
 mod rows;
 
-pub use channels::{Channels, Grouping, Statistics, group_moments, normalize, normalize_backward};
+pub use channels::{Activated, Channels, Grouping, Statistics, group_moments, normalize, normalize_backward};
 pub use rows::{Rows, layer_norm, layer_norm_backward};
 
+use super::cast::Stored;
 use super::lanes::{FloatElement, Lane};
+use super::pointwise::apply_stretch;
+use crate::pointwise::{Params, Row};
+
+/// A function that follows a normalisation in the same pass, rounded as a pass of its own would round it.
+#[derive(Clone, Copy, Debug)]
+pub struct Activation {
+    /// The function.
+    pub row: &'static Row<1>,
+    /// Its derivative: of what the function reads, and of the gradient.
+    pub backward: &'static Row<2>,
+    /// The parameters of both.
+    pub params: Params,
+}
+
+impl Activation {
+    /// The function of all elements, in place.
+    fn apply<T: Stored>(&self, y: &mut [T]) {
+        // SAFETY: both pointers are those of the slice.
+        unsafe { apply_stretch(self.row, self.params, [y.as_ptr()], y.as_mut_ptr(), y.len()) }
+    }
+
+    /// The gradient of what the function read, `z`, in its place.
+    fn gradient<T: Stored>(&self, z: &mut [T], g: &[T]) {
+        assert_eq!(z.len(), g.len());
+        // SAFETY: both slices have this many elements.
+        unsafe { apply_stretch(self.backward, self.params, [z.as_ptr(), g.as_ptr()], z.as_mut_ptr(), z.len()) }
+    }
+}
 
 /// Elements a task should cover, so that handing it over costs little.
 const TASK: usize = 1 << 15;

@@ -1,6 +1,7 @@
 //! Every norm against the formulas in f64, in both memory orders, with and without parameters, at several thread counts.
 
 use super::*;
+use crate::cpu::cast::Stored;
 use crate::cpu::lanes::FloatLane;
 use crate::cpu::reduce::Spread;
 use crate::cpu::testing::{at_thread_counts, values};
@@ -108,7 +109,7 @@ fn row_norms_match_f64() {
     }
 }
 
-fn channels<T: FloatElement>(layout: Channels, grouping: Grouping, tolerance: f64) {
+fn channels<T: FloatElement + Stored>(layout: Channels, grouping: Grouping, tolerance: f64) {
     let Channels { n, c, s, channels_last } = layout;
     let case = Case::<T>::new(layout.numel(), c);
     let place = |i: usize| if channels_last { (i / c / s, i % c) } else { (i / s / c, i / s % c) };
@@ -134,8 +135,8 @@ fn channels<T: FloatElement>(layout: Channels, grouping: Grouping, tolerance: f6
             let rstd: Vec<T::Lane> = spreads.iter().map(|s| T::Lane::round_from(1.0 / (s.squares / s.count + EPS).sqrt())).collect();
             let statistics = Statistics { grouping, mean: &mean, rstd: &rstd };
             let (mut y, mut dx, mut dw, mut db) = (case.x.clone(), case.x.clone(), case.w.clone(), case.b.clone());
-            normalize(layout, statistics, w, b, &case.x, &mut y);
-            normalize_backward(layout, statistics, false, w, &case.g, &case.x, Some(&mut dx), Some(&mut dw), Some(&mut db));
+            normalize(layout, statistics, w, b, None, &case.x, &mut y);
+            normalize_backward(layout, statistics, false, w, None, &case.g, &case.x, Some(&mut dx), Some(&mut dw), Some(&mut db));
             (y, dx, dw, db)
         });
         close("y", &y, &want.y, tolerance);
@@ -172,8 +173,60 @@ fn fixed_statistics_are_constants_of_the_backward_pass() {
     let statistics = Statistics { grouping: Grouping::Batch, mean: &[1.0f32, 2.0], rstd: &[2.0, 4.0] };
     let (mut dx, mut dw, mut db) = ([0f32; 4], [0f32; 2], [0f32; 2]);
     let (g, x) = ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]);
-    normalize_backward(layout, statistics, true, Some(&[3.0, 0.5]), &g, &x, Some(&mut dx), Some(&mut dw), Some(&mut db));
+    normalize_backward(layout, statistics, true, Some(&[3.0, 0.5]), None, &g, &x, Some(&mut dx), Some(&mut dw), Some(&mut db));
     assert_eq!(dx, [6.0, 12.0, 6.0, 8.0]);
     assert_eq!(dw, [4.0, 44.0]);
     assert_eq!(db, [3.0, 7.0]);
+}
+
+/// With an activation, against the same norm and passes of their own, to the bit.
+fn check_activated<T: FloatElement + Stored>(layout: Channels, grouping: Grouping) {
+    use crate::cpu::pointwise::{Operand, Output, apply};
+    use crate::pointwise::{backward, unary};
+    use crate::view::StridedView;
+    let of = |n: usize, scale: f64| -> Vec<T> { values(n, scale).into_iter().map(T::from_f64).collect() };
+    let (x, g, w, b) = (of(layout.numel(), 2.0), of(layout.numel(), 1.0), of(layout.c, 1.5), of(layout.c, 0.5));
+    let count = layout.statistics(grouping);
+    let lanes =
+        |scale: f64, from: f64| -> Vec<T::Lane> { values(count, scale).into_iter().map(|v| T::Lane::round_from(v + from)).collect() };
+    let (mean, rstd) = (lanes(0.3, 0.0), lanes(0.4, 1.0));
+    let statistics = Statistics { grouping, mean: &mean, rstd: &rstd };
+    let (shape, strides) = ([layout.numel()], [1]);
+    let activation = Activation { row: unary::Silu::ROW, backward: backward::Silu::ROW, params: [0.0; 2] };
+    let bits = |v: &[T]| v.iter().map(|x| x.to_f64().to_bits()).collect::<Vec<_>>();
+    let mut z = x.clone();
+    normalize(layout, statistics, Some(&w), Some(&b), None, &x, &mut z);
+    let mut y = z.clone();
+    apply(activation.row, [0.0; 2], [Operand::Output], Output { data: &mut y, shape: &shape, strides: &strides });
+    let mut fused = x.clone();
+    normalize(layout, statistics, Some(&w), Some(&b), Some(activation), &x, &mut fused);
+    assert!(bits(&y) == bits(&fused), "{layout:?} {grouping:?}");
+    let mut before = g.clone();
+    let saved = Operand::View(StridedView::new(&z, 0, &shape, &strides).unwrap());
+    apply(activation.backward, [0.0; 2], [saved, Operand::Output], Output { data: &mut before, shape: &shape, strides: &strides });
+    for fixed in [false, true] {
+        let gradients = |activated: Option<Activated<'_, T>>, g: &[T]| {
+            let (mut dx, mut dw, mut db) = (x.clone(), w.clone(), b.clone());
+            normalize_backward(layout, statistics, fixed, Some(&w), activated, g, &x, Some(&mut dx), Some(&mut dw), Some(&mut db));
+            [bits(&dx), bits(&dw), bits(&db)]
+        };
+        let activated = Some(Activated { activation, bias: Some(&b) });
+        let got = at_thread_counts(|| gradients(activated, &g));
+        assert!(got == gradients(None, &before), "{layout:?} {grouping:?} {fixed}");
+    }
+}
+
+#[test]
+fn activations_in_the_same_pass_are_those_of_passes_of_their_own() {
+    for channels_last in [false, true] {
+        for (n, c, s) in [(3, 4, 7), (20, 6, 35), (2, 64, 400)] {
+            let layout = Channels { n, c, s, channels_last };
+            for grouping in [Grouping::Batch, Grouping::Groups(2)] {
+                check_activated::<f32>(layout, grouping);
+                check_activated::<f64>(layout, grouping);
+                check_activated::<bf16>(layout, grouping);
+                check_activated::<f16>(layout, grouping);
+            }
+        }
+    }
 }

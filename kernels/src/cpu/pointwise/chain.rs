@@ -1,4 +1,5 @@
-//! Chains of pointwise functions in one pass over memory: tile by tile, each step's results stay in the first-level cache.
+//! Chains of pointwise functions in one pass over memory: tile by tile, each step's results stay in the first-level cache. A chain may have
+//! several results, as the gradients of a function of several operands are.
 //!
 //! A result is bit for bit that of the same functions one after the other: every step runs the same kernel, and is rounded to the dtype.
 
@@ -9,6 +10,9 @@ use std::mem::MaybeUninit;
 
 /// The most operands of a chain.
 pub const MAX_OPERANDS: usize = 6;
+
+/// The most results of a chain.
+pub const MAX_RESULTS: usize = 3;
 
 /// The most intermediate results that are alive at once.
 const MAX_SLOTS: usize = 6;
@@ -58,6 +62,7 @@ impl Step {
 #[derive(Clone, Debug)]
 pub struct Chain {
     steps: Vec<Placed>,
+    results: usize,
     /// Nanoseconds an element.
     ns: f32,
 }
@@ -69,6 +74,10 @@ pub(crate) struct Placed {
     pub(crate) params: Params,
     pub(crate) args: [Place; 2],
     pub(crate) to: usize,
+    /// Which of the chain's results it is.
+    pub(crate) result: Option<usize>,
+    /// Whether a later step reads it.
+    is_read: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -79,20 +88,25 @@ pub(crate) enum Place {
 }
 
 impl Chain {
-    /// The steps that lead to `result`, the others left out. `None` if `result` is no step, if too many intermediate results would be alive at
-    /// once, or if there are more than [`MAX_OPERANDS`] operands.
+    /// The steps that lead to `results`, the others left out. `None` if one of them is no step, if too many intermediate results would be alive
+    /// at once, or if there are more than [`MAX_OPERANDS`] operands or more than [`MAX_RESULTS`] results, none, or one
+    /// twice.
     ///
     /// # Panics
     /// If a step reads one that is not before it.
-    pub fn new(steps: &[Step], result: usize) -> Option<Self> {
-        let needed = needed(steps, result)?;
-        let mut last_use = vec![0; steps.len()];
+    pub fn new(steps: &[Step], results: &[usize]) -> Option<Self> {
+        let twice = results.iter().enumerate().any(|(i, result)| results[..i].contains(result));
+        if results.is_empty() || results.len() > MAX_RESULTS || twice {
+            return None;
+        }
+        let needed = needed(steps, results)?;
+        let mut last_use: Vec<Option<usize>> = vec![None; steps.len()];
         for (i, step) in steps.iter().enumerate().filter(|(i, _)| needed[*i]) {
             for arg in step.used_args() {
                 match *arg {
                     Value::Step(from) => {
                         assert!(from < i, "a step reads what comes later");
-                        last_use[from] = i;
+                        last_use[from] = Some(i);
                     }
                     Value::Operand(operand) if operand >= MAX_OPERANDS => return None,
                     Value::Operand(_) | Value::Scalar(_) => {}
@@ -114,15 +128,20 @@ impl Chain {
             let mut ending: Vec<usize> =
                 step.used_args().iter().filter_map(|arg| if let Value::Step(from) = *arg { Some(from) } else { None }).collect();
             ending.dedup();
-            free.extend(ending.into_iter().filter(|&from| last_use[from] == i).map(|from| slots[from]));
+            free.extend(ending.into_iter().filter(|&from| last_use[from] == Some(i)).map(|from| slots[from]));
             slots[i] = free.pop()?;
+            let is_read = last_use[i].is_some();
+            if !is_read {
+                free.push(slots[i]);
+            }
             ns += match step.function {
                 Function::One(row) => row.ns,
                 Function::Two(row) => row.ns,
             };
-            placed.push(Placed { function: step.function, params: step.params, args, to: slots[i] });
+            let result = results.iter().position(|&result| result == i);
+            placed.push(Placed { function: step.function, params: step.params, args, to: slots[i], result, is_read });
         }
-        Some(Self { steps: placed, ns })
+        Some(Self { steps: placed, results: results.len(), ns })
     }
 
     /// How many functions it computes for each element.
@@ -135,36 +154,46 @@ impl Chain {
         &self.steps
     }
 
-    /// `out = the last step's result`, element by element.
+    /// How many results there are.
+    pub fn results(&self) -> usize {
+        self.results
+    }
+
+    /// Writes each result to its output, element by element.
     ///
     /// # Panics
-    /// If a function is not defined for `T`, an operand is missing, or as [`super::apply`] does.
-    pub fn apply<T: Stored>(&self, operands: &[Operand<'_, T>], out: Output<'_, T>) {
+    /// If a function is not defined for `T`, an operand is missing, there are not as many outputs as results, of one shape and order of memory, or
+    /// as [`super::apply`] does.
+    pub fn apply<T: Stored, const M: usize>(&self, operands: &[Operand<'_, T>], outs: [Output<'_, T>; M]) {
+        assert!(M == self.results && outs.iter().all(|out| out.shape == outs[0].shape && out.strides == outs[0].strides), "outputs");
         let mut all = [Operand::Unused; MAX_OPERANDS];
         all[..operands.len()].copy_from_slice(operands);
-        let plan = Plan::new(&out, self.ns.max(0.2) * cost_factor::<T>(), all.map(|o| Source::new(o, &out))).tiled();
-        plan.run(out.data, &|inputs, out: *mut T, len| {
+        let plan = Plan::new(&outs[0], self.ns.max(0.2) * cost_factor::<T>(), all.map(|o| Source::new(o, &outs[0]))).tiled();
+        plan.run(outs.map(|out| out.data), &|inputs, outs: [*mut T; M], len| {
             let mut slots = MaybeUninit::<[[T::Compute; TILE]; MAX_SLOTS]>::uninit();
             let slots = slots.as_mut_ptr().cast::<T::Compute>();
-            // SAFETY: a tiled plan gives at most TILE elements at a time, and vouches for inputs and output.
-            unsafe { self.tile::<T>(&inputs, slots, out, len) }
+            // SAFETY: a tiled plan gives at most TILE elements at a time, and vouches for inputs and outputs.
+            unsafe { self.tile::<T>(&inputs, slots, &outs, len) }
         });
     }
 
     /// # Safety
-    /// `inputs` and `out` must be valid for `len <= TILE` elements, `slots` for MAX_SLOTS tiles.
-    unsafe fn tile<T: Stored>(&self, inputs: &[*const T::Compute; MAX_OPERANDS], slots: *mut T::Compute, out: *mut T, len: usize) {
+    /// `inputs` and the results' `outs` must be valid for `len <= TILE` elements, `slots` for MAX_SLOTS tiles.
+    unsafe fn tile<T: Stored>(&self, inputs: &[*const T::Compute; MAX_OPERANDS], slots: *mut T::Compute, outs: &[*mut T], len: usize) {
         let mut scalars = MaybeUninit::<[[T::Compute; TILE]; 2]>::uninit();
         let scalars = scalars.as_mut_ptr().cast::<T::Compute>();
-        for (i, step) in self.steps.iter().enumerate() {
-            let is_last = i + 1 == self.steps.len();
+        for step in &self.steps {
             let place = |which: usize| match step.args[which] {
                 Place::Operand(operand) => inputs[operand],
                 Place::Slot(slot) => slots.wrapping_add(slot * TILE).cast_const(),
                 // SAFETY: `scalars` has room for two tiles.
                 Place::Scalar(x) => unsafe { fill(scalars.add(which * TILE), scalar::<T>(x), len) },
             };
-            let to = if is_last && !T::CONVERTS { out.cast() } else { slots.wrapping_add(step.to * TILE) };
+            let out = step.result.map(|result| outs[result]);
+            let to = match out {
+                Some(out) if !T::CONVERTS && !step.is_read => out.cast(),
+                _ => slots.wrapping_add(step.to * TILE),
+            };
             // SAFETY: all pointers are valid for `len` elements by the caller's contract; slots are tiles of their own, and a kernel
             // may write over an operand.
             unsafe {
@@ -172,23 +201,27 @@ impl Chain {
                     Function::One(row) => defined::<T::Compute, 1>(row)([place(0)], to, len, step.params),
                     Function::Two(row) => defined::<T::Compute, 2>(row)([place(0), place(1)], to, len, step.params),
                 }
-                if T::CONVERTS && is_last {
-                    T::narrow(to, out, len);
-                } else if T::CONVERTS {
+                if T::CONVERTS {
                     let mut rounded = MaybeUninit::<[T; TILE]>::uninit();
-                    let rounded = rounded.as_mut_ptr().cast::<T>();
+                    let rounded = out.unwrap_or(rounded.as_mut_ptr().cast::<T>());
                     T::narrow(to, rounded, len);
-                    T::widen(rounded, to, len);
+                    if step.is_read {
+                        T::widen(rounded, to, len);
+                    }
+                } else if let (Some(out), true) = (out, step.is_read) {
+                    std::ptr::copy_nonoverlapping(to, out.cast(), len);
                 }
             }
         }
     }
 }
 
-/// Which steps lead to `result`; `None` if it is none.
-fn needed(steps: &[Step], result: usize) -> Option<Vec<bool>> {
+/// Which steps lead to `results`; `None` if one is no step.
+fn needed(steps: &[Step], results: &[usize]) -> Option<Vec<bool>> {
     let mut needed = vec![false; steps.len()];
-    *needed.get_mut(result)? = true;
+    for &result in results {
+        *needed.get_mut(result)? = true;
+    }
     for (i, step) in steps.iter().enumerate().rev() {
         if needed[i] {
             for arg in step.used_args() {
@@ -257,8 +290,12 @@ mod tests {
         let gelu = run(&|out| apply(unary::Gelu::ROW, [0.0; 2], [sum], out));
         let product = run(&|out| apply(binary::Mul::ROW, [0.0; 2], [sum, view(&gelu, &shape, &strides)], out));
         let want = run(&|out| apply(binary::Sub::ROW, [0.0; 2], [view(&product, &shape, &strides), Operand::Scalar(0.3)], out));
-        let got = run(&|out| Chain::new(&steps(), 4).unwrap().apply(&[x, b], out));
+        let got = run(&|out| Chain::new(&steps(), &[4]).unwrap().apply(&[x, b], [out]));
         assert!(want == got);
+        let (mut first, mut second) = (vec![T::default(); rows * cols], vec![T::default(); rows * cols]);
+        let outs = [&mut first, &mut second].map(|data| Output { data, shape: &shape, strides: &strides });
+        Chain::new(&steps(), &[4, 2]).unwrap().apply(&[x, b], outs);
+        assert!(want == first && gelu == second);
     }
 
     #[test]
@@ -270,20 +307,23 @@ mod tests {
 
     #[test]
     fn steps_that_lead_nowhere_are_left_out() {
-        assert_eq!(Chain::new(&steps(), 4).unwrap().steps.len(), 4);
-        assert_eq!(Chain::new(&steps(), 1).unwrap().steps.len(), 1);
+        assert_eq!(Chain::new(&steps(), &[4]).unwrap().steps.len(), 4);
+        assert_eq!(Chain::new(&steps(), &[1]).unwrap().steps.len(), 1);
     }
 
     #[test]
     fn what_does_not_fit_is_no_chain() {
-        assert!(Chain::new(&[], 0).is_none());
-        assert!(Chain::new(&[step(Function::One(unary::Exp::ROW), [Value::Operand(MAX_OPERANDS); 2])], 0).is_none());
+        assert!(Chain::new(&[], &[0]).is_none());
+        assert!(Chain::new(&steps(), &[]).is_none());
+        assert!(Chain::new(&steps(), &[0, 1, 2, 3]).is_none());
+        assert!(Chain::new(&steps(), &[4, 4]).is_none());
+        assert!(Chain::new(&[step(Function::One(unary::Exp::ROW), [Value::Operand(MAX_OPERANDS); 2])], &[0]).is_none());
         // Ten results, all alive until the sums begin.
         let mut many: Vec<Step> = (0..10).map(|_| step(Function::One(unary::Exp::ROW), [Value::Operand(0); 2])).collect();
         for i in 0..9 {
             let before = if i == 0 { 0 } else { 9 + i };
             many.push(step(Function::Two(binary::Add::ROW), [Value::Step(before), Value::Step(i + 1)]));
         }
-        assert!(Chain::new(&many, 18).is_none());
+        assert!(Chain::new(&many, &[18]).is_none());
     }
 }

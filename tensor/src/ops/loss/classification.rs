@@ -166,7 +166,7 @@ impl Total {
             Total::Number(total) => return sum.div_scalar(*total),
             Total::OnGpu(total) => total,
         };
-        let dtype = if sum.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let dtype = sum.dtype().accumulator();
         sum.to_dtype(dtype)?.div(&total.to_dtype(dtype)?)?.to_dtype(sum.dtype())
     }
 }
@@ -273,7 +273,7 @@ fn row_losses(x: &Tensor, classes: &Arc<Classes>, gpu: &'static Gpu, targets: &T
     let _running = operation("cross_entropy", &[x], || Cost::flops(4 * x.numel() as u64));
     let logits = x.reshape([classes.n, classes.c])?;
     let data = logits.detach().contiguous()?;
-    let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let wide = x.dtype().accumulator();
     let mut kept = Tensor::stale_on_gpu(gpu, Shape::new(&[2, classes.n])?, wide)?;
     let shape = Shape::new(&[classes.n, 1])?;
     let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |loss| {

@@ -1,13 +1,13 @@
 //! Batch, group and instance norm: dimension 1 is the channels. Images with channels last in memory are worked on as they lie.
 
 use super::rows::parameter_gradient;
-use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use super::{Normalised, composed_gradient, expect_parameter};
 use crate::autocast::{raised, raised_option};
-use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::graph::{Ctx, Grads, Op, Source, is_anomaly_mode, is_grad_enabled, record};
 use crate::profile::{Cost, operation, operation_with};
-use crate::{Device, Error, Layout, Result, Shape, Tensor};
+use crate::{Activation, Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::{FloatLane, Numeric};
-use kiln_kernels::cpu::norm::{self, Channels, Grouping, Statistics};
+use kiln_kernels::cpu::norm::{self, Activated, Channels, Grouping, Statistics};
 use kiln_kernels::cpu::reduce::Spread;
 use kiln_kernels::cuda::{Gpu, SliceMut, norm as gpu_norm};
 
@@ -67,6 +67,8 @@ struct ChannelNorm {
     eps: f64,
     mean: Tensor,
     rstd: Tensor,
+    /// What followed in the same pass, and the bias, which its gradient depends on.
+    activation: Option<(Activation, Option<Tensor>)>,
 }
 
 impl Op for ChannelNorm {
@@ -74,13 +76,30 @@ impl Op for ChannelNorm {
         self.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        let [dx, dw, db] = if is_grad_enabled() { self.composed(grad)?.map(Some) } else { self.fused(ctx, grad)? };
+        let [dx, dw, db] = match &self.activation {
+            _ if !is_grad_enabled() => self.fused(ctx, grad)?,
+            Some((activation, bias)) => self.composed(&self.before_activation(*activation, bias.as_ref(), grad)?)?.map(Some),
+            None => self.composed(grad)?.map(Some),
+        };
         let parameters = [dw, db].into_iter().zip(self.given).filter(|(_, given)| *given).map(|(gradient, _)| gradient);
         Ok([dx].into_iter().chain(parameters).collect())
     }
 }
 
 impl ChannelNorm {
+    /// The gradient of what the activation was computed from, which is computed again, in differentiable operations.
+    fn before_activation(&self, activation: Activation, bias: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+        let Self { name: op, grouping, eps, .. } = *self;
+        let plan = Plan { op, grouping, weight: self.weight.as_ref(), bias, eps, activation: None };
+        let images = plan.images(&self.x)?;
+        let z = plan.apply(&self.x, &images, self.mean.clone(), self.rstd.clone(), self.fixed)?;
+        let y = z.activate(activation)?;
+        let Some(Source::Node(node)) = y.source() else { return Err(Error::graph(op, "the input is not tracked")) };
+        let gradients = node.op()?.vjp(&Ctx::new(node.clone(), vec![true]), grad)?;
+        let gradient = gradients.into_iter().next().flatten();
+        gradient.ok_or_else(|| Error::graph(op, "an activation without a gradient"))
+    }
+
     /// The parameters' gradients are summed to `[C]` here: in the input's shape they would broadcast to its last dimension.
     fn composed(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
         let shape = *self.x.shape();
@@ -122,6 +141,8 @@ impl ChannelNorm {
         let images = Images::new(self.name, &self.x)?;
         let g = images.like(grad)?;
         let weight = self.weight.as_ref().map(|w| w.detach().contiguous()).transpose()?;
+        let bias = self.activation.as_ref().and_then(|(_, bias)| bias.as_ref());
+        let bias = bias.map(|b| b.detach().contiguous()).transpose()?;
         let wants = |i: usize| self.given[i] && ctx.needs(1 + (i.min(1) * self.given[0] as usize));
         let c = Shape::new(&[images.channels.c])?;
         if let Some(gpu) = g.gpu()? {
@@ -135,10 +156,18 @@ impl ChannelNorm {
                 let dw = dw.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
                 let db = db.as_mut().map(Tensor::as_slice_mut::<T>).transpose()?;
                 let (g, x) = (g.as_dense_slice()?, images.data.as_dense_slice()?);
-                norm::normalize_backward::<T>(images.channels, statistics, self.fixed, weight, g, x, dx, dw, db);
+                let activated = match &self.activation {
+                    Some((activation, _)) => {
+                        let bias = bias.as_ref().map(Tensor::as_slice::<T>).transpose()?;
+                        Some(Activated { activation: kernel_activation(*activation), bias })
+                    }
+                    None => None,
+                };
+                norm::normalize_backward::<T>(images.channels, statistics, self.fixed, weight, activated, g, x, dx, dw, db);
                 Ok(())
             };
-            let dx = if ctx.needs(0) {
+            // An activation's gradient needs the room.
+            let dx = if ctx.needs(0) || self.activation.is_some() {
                 Some(Tensor::build_with_layout::<T>(g.device(), images.layout, |dx| run(Some(dx)))?)
             } else {
                 run(None)?;
@@ -177,6 +206,12 @@ impl ChannelNorm {
     }
 }
 
+/// An activation as the CPU's kernels take it.
+fn kernel_activation(activation: Activation) -> norm::Activation {
+    let (row, params) = activation.row();
+    norm::Activation { row, backward: activation.backward_row(), params }
+}
+
 /// Statistics as tensors: mean, 1/√(var + ε), and the variance with Bessel's correction.
 fn statistics<T>(images: &Images, grouping: Grouping, eps: f64) -> Result<[Tensor; 3]>
 where
@@ -185,7 +220,7 @@ where
 {
     let count = images.channels.statistics(grouping);
     if let Some(gpu) = images.data.gpu()? {
-        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(T::DTYPE));
+        let room = || Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, T::DTYPE.accumulator());
         let (mut mean, mut rstd, mut var) = (room()?, room()?, room()?);
         let out = [mean.gpu_slice_mut()?, rstd.gpu_slice_mut()?, var.gpu_slice_mut()?];
         gpu_norm::group_moments(gpu, images.channels, grouping, eps, images.data.gpu_dense_slice()?, out)?;
@@ -211,6 +246,7 @@ struct Plan<'a> {
     weight: Option<&'a Tensor>,
     bias: Option<&'a Tensor>,
     eps: f64,
+    activation: Option<Activation>,
 }
 
 impl Plan<'_> {
@@ -224,6 +260,10 @@ impl Plan<'_> {
 
     /// Normalises with the statistics and records the rule.
     fn apply(&self, x: &Tensor, images: &Images, mean: Tensor, rstd: Tensor, fixed: bool) -> Result<Tensor> {
+        if let Some(activation) = self.activation.filter(|_| x.device() != Device::Cpu || is_anomaly_mode()) {
+            // The GPU's kernels have no place for it; and where each operation's values are looked at, there must be those of both.
+            return Plan { activation: None, ..*self }.apply(x, images, mean, rstd, fixed)?.activate(activation);
+        }
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(self.weight)?, dense(self.bias)?);
         let out = for_float!(x.dtype(), self.op, T => match x.gpu()? {
@@ -237,7 +277,8 @@ impl Plan<'_> {
                 let w = w.as_ref().map(Tensor::as_slice::<T>).transpose()?;
                 let b = b.as_ref().map(Tensor::as_slice::<T>).transpose()?;
                 let statistics = Statistics { grouping: self.grouping, mean: mean.as_slice()?, rstd: rstd.as_slice()? };
-                norm::normalize::<T>(images.channels, statistics, w, b, images.data.as_dense_slice()?, y);
+                let activation = self.activation.map(kernel_activation);
+                norm::normalize::<T>(images.channels, statistics, w, b, activation, images.data.as_dense_slice()?, y);
                 Ok(())
             }),
         })?;
@@ -252,6 +293,7 @@ impl Plan<'_> {
             eps: self.eps,
             mean,
             rstd,
+            activation: self.activation.map(|activation| (activation, self.bias.cloned())),
         })
     }
 
@@ -269,8 +311,27 @@ impl Tensor {
     /// Batch norm in training: (x − mean) / √(var + ε) · weight + bias, with each channel's mean and (population) variance over
     /// all other dimensions of this `[N, C, ...]`. Parameters have shape `[C]`. An error if a channel has fewer than two values. Floats only.
     pub fn batch_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<BatchNorm> {
+        self.batch_normed(weight, bias, eps, None)
+    }
+
+    /// [`batch_norm`](Tensor::batch_norm) and an activation of the output, bit for bit what the two give one after the other. On a CPU they are one
+    /// pass, and nothing is kept for the backward pass but the input: that computes the norm again on its way.
+    ///
+    /// # Errors
+    /// Those of `batch_norm`.
+    pub fn batch_norm_activation(
+        &self,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        activation: Activation,
+    ) -> Result<BatchNorm> {
+        self.batch_normed(weight, bias, eps, Some(activation))
+    }
+
+    fn batch_normed(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64, activation: Option<Activation>) -> Result<BatchNorm> {
         let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
-        let plan = Plan { op: "batch_norm", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let plan = Plan { op: "batch_norm", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps, activation };
         if self.rank() >= 2 && self.dims()[1] > 0 && self.numel() / self.dims()[1] < 2 {
             return Err(Error::shape(plan.op, format!("each channel of shape {} needs more than one value in training", self.shape())));
         }
@@ -280,8 +341,35 @@ impl Tensor {
     /// Batch norm in evaluation: (x − mean) / √(var + ε) · weight + bias with the given statistics, of shape `[C]` as the parameters.
     /// They are constants: no gradient flows to them. Floats only.
     pub fn batch_norm_eval(&self, mean: &Tensor, var: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        self.batch_normed_with([mean, var], weight, bias, eps, None)
+    }
+
+    /// [`batch_norm_eval`](Tensor::batch_norm_eval) and an activation of its output: see [`batch_norm_activation`](Tensor::batch_norm_activation).
+    ///
+    /// # Errors
+    /// Those of `batch_norm_eval`.
+    pub fn batch_norm_eval_activation(
+        &self,
+        [mean, var]: [&Tensor; 2],
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        activation: Activation,
+    ) -> Result<Tensor> {
+        self.batch_normed_with([mean, var], weight, bias, eps, Some(activation))
+    }
+
+    fn batch_normed_with(
+        &self,
+        [mean, var]: [&Tensor; 2],
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        activation: Option<Activation>,
+    ) -> Result<Tensor> {
         let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
-        let plan = Plan { op: "batch_norm_eval", grouping: Grouping::Batch, weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let (weight, bias) = (weight.as_deref(), bias.as_deref());
+        let plan = Plan { op: "batch_norm_eval", grouping: Grouping::Batch, weight, bias, eps, activation };
         let _running = operation_with(plan.op, || [Some(&*x), plan.weight, plan.bias].into_iter().flatten().collect(), || norm_cost(&x));
         let images = plan.images(&x)?;
         for (what, statistic) in [("mean", mean), ("var", var)] {
@@ -290,7 +378,7 @@ impl Tensor {
                 return Err(Error::shape(plan.op, message));
             }
         }
-        let dtype = statistics_dtype(x.dtype());
+        let dtype = x.dtype().accumulator();
         let mean = mean.detach().to_dtype(dtype)?.contiguous()?;
         let rstd = var.detach().to_dtype(dtype)?.add_scalar(eps)?.rsqrt()?.contiguous()?;
         plan.apply(&x, &images, mean, rstd, true)
@@ -299,11 +387,38 @@ impl Tensor {
     /// Group norm: as batch norm, with statistics over each of `groups` groups of neighbouring channels of each sample of this
     /// `[N, C, ...]`. Parameters have shape `[C]`. Floats only.
     pub fn group_norm(&self, groups: usize, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        self.group_normed(groups, weight, bias, eps, None)
+    }
+
+    /// [`group_norm`](Tensor::group_norm) and an activation of its output: see [`batch_norm_activation`](Tensor::batch_norm_activation).
+    ///
+    /// # Errors
+    /// Those of `group_norm`.
+    pub fn group_norm_activation(
+        &self,
+        groups: usize,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        activation: Activation,
+    ) -> Result<Tensor> {
+        self.group_normed(groups, weight, bias, eps, Some(activation))
+    }
+
+    fn group_normed(
+        &self,
+        groups: usize,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+        activation: Option<Activation>,
+    ) -> Result<Tensor> {
         if self.rank() >= 2 && (groups == 0 || !self.dims()[1].is_multiple_of(groups)) {
             return Err(Error::shape("group_norm", format!("{} channels do not make {groups} groups", self.dims()[1])));
         }
         let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
-        let plan = Plan { op: "group_norm", grouping: Grouping::Groups(groups), weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let (weight, bias) = (weight.as_deref(), bias.as_deref());
+        let plan = Plan { op: "group_norm", grouping: Grouping::Groups(groups), weight, bias, eps, activation };
         Ok(plan.with_own_statistics(&x)?.output)
     }
 
@@ -312,7 +427,8 @@ impl Tensor {
     pub fn instance_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
         let groups = self.dims().get(1).copied().unwrap_or(1).max(1);
         let (x, weight, bias) = (raised(self)?, raised_option(weight)?, raised_option(bias)?);
-        let plan = Plan { op: "instance_norm", grouping: Grouping::Groups(groups), weight: weight.as_deref(), bias: bias.as_deref(), eps };
+        let (weight, bias) = (weight.as_deref(), bias.as_deref());
+        let plan = Plan { op: "instance_norm", grouping: Grouping::Groups(groups), weight, bias, eps, activation: None };
         Ok(plan.with_own_statistics(&x)?.output)
     }
 }

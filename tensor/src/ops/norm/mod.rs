@@ -8,12 +8,7 @@ mod rows;
 
 pub use channels::BatchNorm;
 
-use crate::{DType, Error, Result, Tensor};
-
-/// The dtype that statistics are kept in: f64 for f64, f32 for the others.
-fn statistics_dtype(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
-}
+use crate::{Error, Result, Tensor};
 
 /// An error unless a parameter has the input's dtype and `shape`.
 fn expect_parameter(op: &str, what: &str, x: &Tensor, parameter: Option<&Tensor>, shape: &[usize]) -> Result<()> {

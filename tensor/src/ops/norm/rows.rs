@@ -1,6 +1,6 @@
 //! Layer norm and RMS norm, over the last dimensions.
 
-use super::{Normalised, composed_gradient, expect_parameter, statistics_dtype};
+use super::{Normalised, composed_gradient, expect_parameter};
 use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::profile::{Cost, operation, operation_with};
@@ -142,8 +142,8 @@ impl Tensor {
         let dense = |p: Option<&Tensor>| p.map(|p| p.detach().contiguous()).transpose();
         let (w, b) = (dense(weight)?, dense(bias)?);
         let statistic = || match x.gpu()? {
-            Some(gpu) => Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, statistics_dtype(input.dtype())),
-            None => Tensor::zeros(count, (statistics_dtype(input.dtype()), Device::Cpu)),
+            Some(gpu) => Tensor::stale_on_gpu(gpu, Shape::new(&[count])?, input.dtype().accumulator()),
+            None => Tensor::zeros(count, (input.dtype().accumulator(), Device::Cpu)),
         };
         let (mut mean, mut rstd) = (statistic()?, statistic()?);
         let out = for_float!(input.dtype(), op, T => match x.gpu()? {

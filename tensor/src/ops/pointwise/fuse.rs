@@ -1,15 +1,17 @@
-//! [`fuse`]: a chain of pointwise operations as one pass over memory, and its gradients as one pass each.
+//! [`fuse`]: a chain of pointwise operations as one pass over memory, and its gradients as one more.
 //!
 //! A closure over [`Expr`] is traced once. Result and gradients are bit for bit those of the same operations on tensors: each step runs
 //! the same kernel, is rounded to the dtype, and gradients add up in the engine's order. What the passes cannot do (integers, steps that are smaller
 //! than the result by broadcasting, second derivatives) is done by the operations themselves.
+
+mod gate;
 
 use super::kernel::{Arg, common_shape, gpu_operand, gpu_output, operand, result_layout};
 use crate::autocast::together;
 use crate::graph::{Ctx, Grads, Op, Source, is_grad_enabled, record};
 use crate::profile::{Cost, operation_with};
 use crate::{Error, Layout, Result, Shape, Tensor};
-use kiln_kernels::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, Step, Value};
+use kiln_kernels::cpu::pointwise::chain::{Chain, Function, MAX_OPERANDS, MAX_RESULTS, Step, Value};
 use kiln_kernels::cpu::pointwise::{Operand, Output};
 use kiln_kernels::cuda::pointwise as gpu_kernels;
 use kiln_kernels::pointwise::{Params, Row, backward, binary, unary};
@@ -272,6 +274,8 @@ struct GradientPass {
 }
 
 struct Program {
+    /// The operation's name, as errors and the graph show it.
+    name: &'static str,
     /// Of the function alone.
     steps: Vec<Step>,
     result: Value,
@@ -281,6 +285,8 @@ struct Program {
     /// For each use its pass, by index into `passes`.
     pass_of_use: Vec<usize>,
     passes: Vec<GradientPass>,
+    /// All passes that have a chain as one, for when all are wanted; `None` if there is only one, or if they do not fit together.
+    joint: Option<Chain>,
 }
 
 /// A function of `N` tensors that [`fuse`] has traced.
@@ -304,20 +310,26 @@ pub struct Fused<const N: usize> {
 /// # Errors
 /// If the closure uses values of another call of `fuse`.
 pub fn fuse<const N: usize>(f: impl FnOnce([Expr; N]) -> Expr) -> Result<Fused<N>> {
+    fuse_as("fuse", f)
+}
+
+/// [`fuse`], for an operation that has a name.
+fn fuse_as<const N: usize>(name: &'static str, f: impl FnOnce([Expr; N]) -> Expr) -> Result<Fused<N>> {
     let trace = Rc::new(RefCell::new(Trace::default()));
     let result = f(std::array::from_fn(|i| Expr { value: Value::Operand(i), trace: trace.clone() }));
     let Trace { steps, mixed } = trace.borrow().clone();
     if mixed || !Rc::ptr_eq(&result.trace, &trace) {
-        return Err(Error::argument("fuse", "the function uses values of another function that is being traced"));
+        return Err(Error::argument(name, "the function uses values of another function that is being traced"));
     }
-    Ok(Fused { program: Arc::new(Program::new(steps, result.value, N)) })
+    Ok(Fused { program: Arc::new(Program::new(name, steps, result.value, N)) })
 }
 
 impl Program {
-    fn new(steps: Vec<Step>, result: Value, operands: usize) -> Self {
+    fn new(name: &'static str, steps: Vec<Step>, result: Value, operands: usize) -> Self {
         let last = if let Value::Step(last) = result { last } else { usize::MAX };
-        let chain = Chain::new(&steps, last);
-        let mut program = Self { steps, result, chain, uses: Vec::new(), pass_of_use: Vec::new(), passes: Vec::new() };
+        let chain = Chain::new(&steps, &[last]);
+        let (uses, pass_of_use, passes) = (Vec::new(), Vec::new(), Vec::new());
+        let mut program = Self { name, steps, result, chain, uses, pass_of_use, passes, joint: None };
         if program.chain.is_some() && program.add_gradients(last, operands).is_none() {
             program.chain = None;
         }
@@ -362,13 +374,18 @@ impl Program {
                 distinct.push(gradient);
             }
         }
+        let mut results = Vec::new();
         for gradient in distinct {
             let chain = match gradient {
-                Value::Step(step) => Some(Chain::new(&trace.steps, step)?),
+                Value::Step(step) => {
+                    results.push(step);
+                    Some(Chain::new(&trace.steps, &[step])?)
+                }
                 Value::Operand(_) | Value::Scalar(_) => None,
             };
             self.passes.push(GradientPass { chain, reads: operands_of(&trace.steps, gradient, operands) });
         }
+        self.joint = (results.len() > 1).then(|| Chain::new(&trace.steps, &results)).flatten();
         Some(())
     }
 
@@ -442,8 +459,16 @@ fn operands_of(steps: &[Step], value: Value, operands: usize) -> Vec<usize> {
     (0..operands).filter(|&i| reads[i]).collect()
 }
 
-/// Runs a chain over operands that broadcast to `shape`, `None` where it reads none.
-fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Tensor> {
+/// Runs a chain over operands that broadcast to `shape`, `None` where it reads none: a tensor for each result.
+fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
+    match chain.results() {
+        1 => run_results::<1>(chain, operands, shape),
+        2 => run_results::<2>(chain, operands, shape),
+        _ => run_results::<MAX_RESULTS>(chain, operands, shape),
+    }
+}
+
+fn run_results<const M: usize>(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
     let tensors = || operands.iter().copied().flatten();
     let _running = operation_with("fuse", || tensors().collect(), || Cost::per_element(chain.count() as u64));
     let layout = result_layout(shape, tensors());
@@ -453,6 +478,7 @@ fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Ten
         let other_shape = arg.filter(|t| t.shape() != shape);
         *layout = other_shape.map(|t| t.layout().broadcast_to("fuse", shape)).transpose()?;
     }
+    let misfit = || Error::argument("fuse", format!("{M} results"));
     if let Some(gpu) = first.gpu()? {
         let mut views = [gpu_kernels::Operand::Scalar(0.0); MAX_OPERANDS];
         for (view, (arg, layout)) in views.iter_mut().zip(operands.iter().zip(&layouts)) {
@@ -460,9 +486,12 @@ fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Ten
                 *view = gpu_operand(&Arg::Tensor(x), layout)?;
             }
         }
-        return Tensor::build_on_gpu(gpu, layout, first.dtype(), |out| {
-            Ok(gpu_kernels::apply_chain(gpu, chain, &views[..operands.len()], gpu_output(&layout, out))?)
-        });
+        let stale = |_| Tensor::build_on_gpu(gpu, layout, first.dtype(), |_| Ok(()));
+        let mut results = (0..M).map(stale).collect::<Result<Vec<_>>>()?;
+        let outs = results.iter_mut().map(|x| Ok(gpu_output(&layout, x.donate_on_gpu()?.ok_or_else(misfit)?)));
+        let outs: [_; M] = outs.collect::<Result<Vec<_>>>()?.try_into().map_err(|_| misfit())?;
+        gpu_kernels::apply_chain(gpu, chain, &views[..operands.len()], outs)?;
+        return Ok(results);
     }
     for_float!(first.dtype(), "fuse", T => {
         let mut views = [Operand::Unused; MAX_OPERANDS];
@@ -471,10 +500,13 @@ fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Ten
                 *view = operand::<T>("fuse", &Arg::Tensor(x), layout)?;
             }
         }
-        Tensor::build_with_layout::<T>(first.device(), layout, |data| {
-            chain.apply(&views[..operands.len()], Output { data, shape: layout.shape().dims(), strides: layout.strides() });
-            Ok(())
-        })
+        let stale = |_| Tensor::build_with_layout::<T>(first.device(), layout, |_| Ok(()));
+        let mut results = (0..M).map(stale).collect::<Result<Vec<_>>>()?;
+        let out = |data| Output { data, shape: layout.shape().dims(), strides: layout.strides() };
+        let outs = results.iter_mut().map(|x| x.donate::<T>().map(out).ok_or_else(misfit));
+        let outs: [_; M] = outs.collect::<Result<Vec<_>>>()?.try_into().map_err(|_| misfit())?;
+        chain.apply(&views[..operands.len()], outs);
+        Ok(results)
     })
 }
 
@@ -492,20 +524,15 @@ impl<const N: usize> Fused<N> {
         let program = &self.program;
         let (Some(chain), Some(first)) = (&program.chain, operands.first()) else { return program.result(&operands) };
         for x in &operands {
-            first.expect_same("fuse", x)?;
+            first.expect_same(program.name, x)?;
         }
-        let shape = common_shape("fuse", operands.iter().copied())?;
+        let shape = common_shape(program.name, operands.iter().copied())?;
         if !first.dtype().is_float() || !program.steps_are_full(&operands, &shape)? {
             return program.result(&operands);
         }
-        let out = run(chain, &operands.map(Some), &shape)?;
+        let out = run(chain, &operands.map(Some), &shape)?.swap_remove(0);
         let inputs: Vec<&Tensor> = program.uses.iter().map(|u| operands[u.operand]).collect();
-        record("fuse", out, &inputs, |needs| {
-            let wanted = |u: &usize| needs.input(*u);
-            let read = |i: usize| (0..program.uses.len()).filter(wanted).any(|u| program.passes[program.pass_of_use[u]].reads.contains(&i));
-            let operands = operands.iter().enumerate().map(|(i, x)| (*x.shape(), read(i).then(|| (*x).clone()))).collect();
-            Chained { program: program.clone(), operands, shape }
-        })
+        record(program.name, out, &inputs, |needs| Chained::new(program.clone(), &operands, shape, |u| needs.input(u)))
     }
 }
 
@@ -519,39 +546,56 @@ struct Chained {
 
 impl Op for Chained {
     fn name(&self) -> &'static str {
-        "fuse"
+        self.program.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        if is_grad_enabled() {
-            return self.composed_gradients(ctx, grad);
-        }
-        let mut done: Vec<Option<Tensor>> = vec![None; self.program.passes.len()];
-        let mut gradients = Vec::with_capacity(self.program.uses.len());
-        for (u, &pass) in self.program.pass_of_use.iter().enumerate() {
-            if !ctx.needs(u) {
-                gradients.push(None);
-                continue;
-            }
-            if done[pass].is_none() {
-                done[pass] = Some(self.pass(&self.program.passes[pass], grad)?);
-            }
-            gradients.push(done[pass].clone());
-        }
-        Ok(gradients)
+        let needs: Vec<bool> = (0..self.program.uses.len()).map(|u| ctx.needs(u)).collect();
+        self.gradients(&needs, grad)
     }
 }
 
 impl Chained {
-    fn pass(&self, pass: &GradientPass, grad: &Tensor) -> Result<Tensor> {
-        let Some(chain) = &pass.chain else { return Ok(grad.clone()) };
-        // Those that were not saved are not read.
+    /// The gradients of the uses that need one.
+    fn gradients(&self, needs: &[bool], grad: &Tensor) -> Result<Grads> {
+        if is_grad_enabled() { self.composed_gradients(needs, grad) } else { self.fused_gradients(needs, grad) }
+    }
+
+    /// Keeps what the gradients read of those uses whose operands `wants` names.
+    fn new(program: Arc<Program>, operands: &[&Tensor], shape: Shape, wants: impl Fn(usize) -> bool) -> Self {
+        let read = |i: usize| {
+            let mut wanted = (0..program.uses.len()).filter(|&u| wants(u));
+            wanted.any(|u| program.passes[program.pass_of_use[u]].reads.contains(&i))
+        };
+        let operands = operands.iter().enumerate().map(|(i, x)| (*x.shape(), read(i).then(|| (*x).clone()))).collect();
+        Self { program, operands, shape }
+    }
+
+    /// The gradients of the uses that need one, in one pass if all do.
+    fn fused_gradients(&self, needs: &[bool], grad: &Tensor) -> Result<Grads> {
+        let Program { passes, pass_of_use, joint, .. } = &*self.program;
+        let wanted = |pass: usize| pass_of_use.iter().zip(needs).any(|(&of, &needed)| of == pass && needed);
+        // What was not saved is not read.
         let saved = self.operands.iter().map(|(_, x)| x.as_ref());
         let args: Vec<Option<&Tensor>> = saved.chain([Some(grad)]).collect();
-        run(chain, &args, &self.shape)
+        let together = joint.as_ref().filter(|_| passes.iter().enumerate().all(|(i, pass)| pass.chain.is_none() || wanted(i)));
+        let mut of_joint = together.map(|joint| run(joint, &args, &self.shape)).transpose()?.unwrap_or_default().into_iter();
+        let mut done = Vec::with_capacity(passes.len());
+        for (i, pass) in passes.iter().enumerate() {
+            done.push(match &pass.chain {
+                _ if !wanted(i) => None,
+                None => Some(grad.clone()),
+                // The joint chain has the results in this order.
+                Some(chain) => match of_joint.next() {
+                    Some(gradient) => Some(gradient),
+                    None => Some(run(chain, &args, &self.shape)?.swap_remove(0)),
+                },
+            });
+        }
+        Ok(pass_of_use.iter().zip(needs).map(|(&pass, &needed)| done[pass].clone().filter(|_| needed)).collect())
     }
 
     /// The gradients in differentiable operations: the chain is computed again, recorded, and walked backwards.
-    fn composed_gradients(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+    fn composed_gradients(&self, needs: &[bool], grad: &Tensor) -> Result<Grads> {
         let program = &self.program;
         let stand_in = |(shape, x): &(Shape, Option<Tensor>)| match x {
             Some(x) => Ok(x.clone()),
@@ -570,8 +614,8 @@ impl Chained {
             let (Some(gradient), Some(Source::Node(node))) = (gradients[i].take(), values[i].source()) else { continue };
             let tensors = step.used_args().iter().enumerate().filter(|(_, arg)| !matches!(arg, Value::Scalar(_)));
             let tensors: Vec<(usize, Value)> = tensors.map(|(at, &arg)| (at, arg)).collect();
-            let needs = node.inputs().iter().map(Option::is_some).collect();
-            let found = node.op()?.vjp(&Ctx::new(node.clone(), needs), &gradient)?;
+            let tracked = node.inputs().iter().map(Option::is_some).collect();
+            let found = node.op()?.vjp(&Ctx::new(node.clone(), tracked), &gradient)?;
             for (&(at, arg), new) in tensors.iter().zip(found) {
                 let Some(new) = new else { continue };
                 match arg {
@@ -590,6 +634,6 @@ impl Chained {
                 }
             }
         }
-        Ok(of_uses.into_iter().enumerate().map(|(u, g)| g.filter(|_| ctx.needs(u))).collect())
+        Ok(of_uses.into_iter().zip(needs).map(|(g, &needed)| g.filter(|_| needed)).collect())
     }
 }

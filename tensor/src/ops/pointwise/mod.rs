@@ -11,4 +11,5 @@ mod scalar;
 mod select;
 mod unary;
 
+pub use activation::Activation;
 pub use fuse::{Expr, Fused, fuse};
