@@ -1,9 +1,11 @@
 //! The gradients of queries, keys and values. The weights are computed anew from the scores and their saved sums:
 //!
 //! ```text
-//! P = exp(scale · Q·Kᵀ + mask − lse)      dV = Pᵀ·dO
-//! dS = P ∘ (dO·Vᵀ − rows of Σ dO ∘ O)     dQ = scale · dS·K      dK = scale · dSᵀ·Q
+//! P = exp(scale · Q·Kᵀ + mask − lse)          dV = (D∘P)ᵀ·dO
+//! dS = P ∘ (D∘(dO·Vᵀ) − rows of Σ dO ∘ O)     dQ = scale · dS·K      dK = scale · dSᵀ·Q
 //! ```
+//!
+//! D holds the factors of dropout, which are drawn again.
 //!
 //! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer. What it adds to dQ goes to a
 //! slot of its own; the slots are added in order.
@@ -258,10 +260,12 @@ impl<T: Attended> Rows<'_, T> {
         gradients[keys..end].fill(0.0);
         let at = self.head * self.x.queries + row;
         let (lse, along) = (s.splat(self.given.lse[at]), s.splat(self.along[at]));
+        self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut gradients[..own]);
         for (w, g) in weights[..end].chunks_exact_mut(S::LANES).zip(gradients[..end].chunks_exact_mut(S::LANES)) {
             let weight = math::exp(s, s.load_slice(w) - lse);
             weight.store_slice(w, S::LANES);
             ((s.load_slice(g) - along) * weight).store_slice(g, S::LANES);
         }
+        self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut weights[..own]);
     }
 }

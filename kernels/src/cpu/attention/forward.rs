@@ -24,7 +24,7 @@ const ROWS: usize = 24;
 /// Tasks that there should be at least, to keep threads evenly busy.
 const TASKS: usize = 16;
 
-/// `out = softmax(scale · Q·Kᵀ + mask) · V`, head after head without gaps, L×V each, and `lse`, L a head, the logarithm of the sum
+/// `out = dropout(softmax(scale · Q·Kᵀ + mask)) · V`, head after head without gaps, L×V each, and `lse`, L a head, the logarithm of the sum
 /// of the exponentials of a query's scores. A query that looks at no key gives zeros, and ∞ in `lse`.
 ///
 /// # Errors
@@ -199,6 +199,8 @@ impl<T: Attended> Rows<'_, T> {
         }
         let factor = (*max - new).exp();
         let sum = exponentials(s, &mut scores[..end], new);
+        // The sum is that of all weights, dropped or not.
+        self.attention.drop(s, &self.x, self.head, query, self.first_key, &mut scores[..own]);
         *total = *total * factor + sum;
         *max = new;
         if factor != 1.0 {

