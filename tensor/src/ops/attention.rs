@@ -1,5 +1,5 @@
 //! Attention: a fused kernel in both directions, and the same composed of products and a softmax. The composed form gives second
-//! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query, keys of no width.
+//! derivatives, and serves what the kernel does not: f64, a tracked mask, keys of no width, on a GPU a single query.
 
 use super::product::factor;
 use super::random::{dropped, stream};
@@ -347,11 +347,11 @@ impl Tensor {
         let problem = Problem::new(self, key, value, options)?;
         let fits_gpu = self.dim(-1)?.max(value.dim(-1)?) <= gpu_attention::MAX_WIDTH;
         match self.dtype() {
-            _ if problem.queries == 1 || self.dim(-1)? == 0 => problem.composed(),
+            _ if self.dim(-1)? == 0 => problem.composed(),
             _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) => problem.composed(),
             DType::F64 => problem.composed(),
             dtype => match (self.gpu()?, dtype) {
-                (Some(gpu), _) if fits_gpu => problem.fused_on_gpu(gpu),
+                (Some(gpu), _) if fits_gpu && problem.queries > 1 => problem.fused_on_gpu(gpu),
                 (Some(_), _) => problem.composed(),
                 (None, DType::F16) => problem.fused::<f16>(),
                 (None, DType::BF16) => problem.fused::<bf16>(),

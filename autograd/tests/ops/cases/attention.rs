@@ -103,6 +103,25 @@ pub fn cases() -> Vec<Case> {
         .sample(&[&[2, 3, 4], &[2, 3, 4], &[2, 3, 2]]),
         case(
             "scaled_dot_product_attention",
+            |x| sdpa(x, &AttentionOptions { enable_gqa: true, ..Default::default() }),
+            |x| {
+                let spread = |x: &Array| {
+                    let mut shape = x.shape.clone();
+                    shape[1] *= 4;
+                    Array::from_fn(&shape, |i| x.at(&[i[0], i[1] / 4, i[2], i[3]]))
+                };
+                attention(&[x[0].clone(), spread(&x[1]), spread(&x[2])], 0.5, |_, _| 0.0)
+            },
+        )
+        .label("one query over many keys, in parts")
+        .sample(&[&[1, 4, 1, 4], &[1, 1, 5, 4], &[1, 1, 5, 3]])
+        .large(&[&[1, 8, 1, 64], &[1, 2, 1500, 64], &[1, 2, 1500, 40]]),
+        case("scaled_dot_product_attention", |x| sdpa(x, &AttentionOptions::default()), |x| attention(x, 0.5, |_, _| 0.0))
+            .label("some queries over many keys, in parts")
+            .sample(&[&[5, 4], &[7, 4], &[7, 3]])
+            .large(&[&[2, 30, 32], &[2, 1700, 32], &[2, 1700, 48]]),
+        case(
+            "scaled_dot_product_attention",
             |x| sdpa(x, &AttentionOptions { dropout_p: 0.4, generator: Some(&Generator::new(3)), ..Default::default() }),
             |x| {
                 let factors = factors(x, 0.4);
