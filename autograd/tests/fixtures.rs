@@ -164,6 +164,10 @@ fn functions() -> BTreeMap<&'static str, Function> {
         "attention.scale" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { scale: Some(0.3), ..Default::default() });
         "attention.mask_additive" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { mask: Some(&x[3]), ..Default::default() });
         "attention.mask_bool" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { mask: Some(&x[3]), ..Default::default() });
+        "attention.causal_more_keys" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { causal: true, ..Default::default() });
+        "attention.causal_more_queries" => |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { causal: true, ..Default::default() });
+        "attention.grouped" =>
+            |x| x[0].scaled_dot_product_attention(&x[1], &x[2], &AttentionOptions { causal: true, enable_gqa: true, ..Default::default() });
         "loss.mse" => |x| x[0].mse_loss(&x[1]);
         "loss.mse_sum" => |x| x[0].mse_loss_with(&x[1], Reduction::Sum);
         "loss.mse_none" => |x| x[0].mse_loss_with(&x[1], Reduction::None);

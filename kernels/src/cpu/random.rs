@@ -367,7 +367,7 @@ pub fn integers(stream: Stream, low: i64, range: u64, out: &mut [i64]) {
 }
 
 /// The number of 24-bit values below `p` (clamped to [0, 1]): an event of that probability is a word whose upper 24 bits are below it.
-fn threshold(p: f64) -> u32 {
+pub(crate) fn threshold(p: f64) -> u32 {
     (p.clamp(0.0, 1.0) * (1 << 24) as f64).ceil() as u32
 }
 
@@ -391,6 +391,51 @@ pub fn dropout<T: Float>(stream: Stream, p: f64, x: &[T], out: &mut [T]) {
         let x = &x[i * TASK..][..out.len()];
         dispatch(Drop { stream: stream.skip(i * (TASK / GROUP)), threshold, scale, x, out });
     });
+}
+
+/// Which elements [`dropout`] of a stream zeroes, for kernels that apply it on the way.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Dropout {
+    /// Element i is decided by word i.
+    pub stream: Stream,
+    /// The probability of zero.
+    pub p: f64,
+}
+
+impl Dropout {
+    /// What the elements from `first` on are multiplied by: zero or `1 / (1 − p)`.
+    #[inline(always)]
+    pub(super) fn factors<S: Simd>(self, s: S, first: usize, factors: &mut [f32]) {
+        let distribution = Kept { threshold: threshold(self.p) as f32, scale: (1.0 / (1.0 - self.p)) as f32 };
+        let skipped = first % GROUP;
+        let (begun, rest) = factors.split_at_mut(((GROUP - skipped) % GROUP).min(factors.len()));
+        if !begun.is_empty() {
+            let mut group = [0.0; GROUP];
+            fill_group(s, self.stream.skip(first / GROUP), distribution, &mut group);
+            begun.copy_from_slice(&group[skipped..skipped + begun.len()]);
+        }
+        Fill { stream: self.stream.skip(first.div_ceil(GROUP)), distribution, out: rest }.with_simd(s);
+    }
+}
+
+/// Zero where the upper 24 bits of the word, which f32 holds exactly, are below the threshold.
+#[derive(Clone, Copy)]
+struct Kept {
+    threshold: f32,
+    scale: f32,
+}
+impl Distribution for Kept {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, words: [S::I32; 4]) -> [S::F32; 4] {
+        let [a, b, c, d] = words;
+        [self.factor(s, a), self.factor(s, b), self.factor(s, c), self.factor(s, d)]
+    }
+}
+impl Kept {
+    #[inline(always)]
+    fn factor<S: Simd>(self, s: S, word: S::I32) -> S::F32 {
+        s.zero().or_else(word.shr_logical::<8>().to_f32().lt(s.splat(self.threshold)), s.splat(self.scale))
+    }
 }
 
 struct Drop<'a, T: Float> {
@@ -450,6 +495,27 @@ mod tests {
         assert_eq!(philox4x32([u32::MAX; 4], u64::MAX), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
         let digits_of_pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
         assert_eq!(philox4x32(digits_of_pi, 0x299f_31d0_a409_3822), [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn factors_are_those_of_dropout_wherever_they_begin() {
+        struct From<'a>(Dropout, usize, &'a mut [f32]);
+        impl WithSimd for From<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, s: S) {
+                self.0.factors(s, self.1, self.2);
+            }
+        }
+        for p in [0.0, 0.1, 0.75] {
+            let mut expected = vec![0.0; 1000];
+            dropout(STREAM, p, &[1f32; 1000], &mut expected);
+            for (first, len) in [(0, 1000), (0, 64), (1, 62), (1, 63), (63, 1), (64, 200), (77, 3), (700, 300), (5, 0)] {
+                let mut factors = vec![9.0; len];
+                dispatch(From(Dropout { stream: STREAM, p }, first, &mut factors));
+                assert_eq!(factors, expected[first..first + len], "{p} {first} {len}");
+            }
+        }
     }
 
     #[test]

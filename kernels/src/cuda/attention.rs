@@ -5,7 +5,9 @@
 use super::compile::Source;
 use super::launch::{Launch, Module, TensorMap, TensorMapSpec, impl_arg};
 use super::memory::{DevicePtr, Slice, SliceMut, Strided, Type, View};
+use super::random::KernelStream;
 use super::{Arg, CudaError, Gpu};
+use crate::cpu::random::{Dropout, Stream, threshold};
 
 const PORTABLE: Source = Source { name: "attention", text: include_str!("attention/attention.cu") };
 const MMA: Source = Source { name: "attention_mma", text: include_str!("attention/attention_mma.cu") };
@@ -38,6 +40,8 @@ pub struct Attention<'a> {
     pub causal: bool,
     /// Factor of the scores.
     pub scale: f64,
+    /// Applied to the weights: they are elements in row-major order, `[heads][L][S]`.
+    pub dropout: Option<Dropout>,
 }
 
 /// What the forward pass gave, and the gradient of its output.
@@ -62,6 +66,9 @@ struct Extents {
     width: i64,
     value_width: i64,
     scale: f64,
+    dropout: KernelStream,
+    kept: f64,
+    threshold: u32,
     causal: i32,
     mask: i32,
 }
@@ -97,7 +104,7 @@ pub enum Level {
     Portable,
     /// f16 and bf16 in rows of aligned 16 bytes, on tensor cores from compute capability 8.0 on.
     Mma,
-    /// The same on Hopper, without a mask, heads at no more than two strides.
+    /// The same on Hopper, without a mask and dropout, heads at no more than two strides.
     Hopper,
 }
 
@@ -117,6 +124,7 @@ impl Attention<'_> {
             Some(Mask::Bias(view)) => (2, Some(view), self.q.ty()),
         };
         assert!(view.is_none_or(|view| matrix_extents(view) == (queries, keys, heads) && view.ty() == ty), "mask");
+        let Dropout { stream, p } = self.dropout.unwrap_or(Dropout { stream: Stream { seed: 0, offset: 0 }, p: 0.0 });
         Extents {
             heads: heads as i64,
             group: (heads / key_heads.max(1)) as i64,
@@ -125,6 +133,9 @@ impl Attention<'_> {
             width: width as i64,
             value_width: value_width as i64,
             scale: self.scale,
+            dropout: stream.into(),
+            kept: 1.0 / (1.0 - p),
+            threshold: threshold(p),
             causal: self.causal.into(),
             mask,
         }
@@ -158,7 +169,11 @@ impl Attention<'_> {
             let m = matrices(view);
             m.begins.rank() <= 2 && m.begins.strides()[..m.begins.rank()].iter().all(|&s| s > 0) && m.row_stride > 0
         };
-        if gpu.capability() == (9, 0) && self.mask.is_none() && inputs.iter().all(mapped) { Level::Hopper } else { Level::Mma }
+        if gpu.capability() == (9, 0) && self.mask.is_none() && self.dropout.is_none() && inputs.iter().all(mapped) {
+            Level::Hopper
+        } else {
+            Level::Mma
+        }
     }
 
     fn mask_args(&self) -> (DevicePtr, Matrices) {
@@ -192,7 +207,7 @@ fn module(gpu: &'static Gpu, source: &'static Source, ty: Type, macros: &[(&str,
     gpu.module(source, &defines)
 }
 
-/// `out = softmax(scale · Q·Kᵀ + mask) · V`, head after head without gaps, L×V each, and `lse` (f64 for f64, else f32), L a head, the logarithm
+/// `out = dropout(softmax(scale · Q·Kᵀ + mask)) · V`, head after head without gaps, L×V each, and `lse` (f64 for f64, else f32), L a head, the logarithm
 /// of the sum of the exponentials of a query's scores. A query that looks at no key gives zeros, and ∞ in `lse`.
 ///
 /// # Panics
@@ -288,7 +303,14 @@ impl Portable {
         let width = x.widest().next_power_of_two().max(32);
         // A thread's sums are that many for each sixteen columns; registers hold 64 of eight bytes at most.
         let (rows, grad_rows) = (16 / size, if width > 128 { 8 } else { 16 } / size);
-        let macros = [("WIDTH", width), ("ROWS", rows), ("STEP", rows), ("GRAD_ROWS", grad_rows), ("GRAD_STEP", Self::GRAD_STEP)];
+        let macros = [
+            ("WIDTH", width),
+            ("DROPOUT", a.dropout.is_some().into()),
+            ("ROWS", rows),
+            ("STEP", rows),
+            ("GRAD_ROWS", grad_rows),
+            ("GRAD_STEP", Self::GRAD_STEP),
+        ];
         Ok(Self { module: module(gpu, &PORTABLE, a.q.ty(), &macros)?, size, width, rows, grad_rows })
     }
 
@@ -376,7 +398,15 @@ fn forward_mma(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, out: &SliceMut
     // What 255 registers hold.
     let (row_tiles, step) = (if head > 128 { 1 } else { 2 }, if head > 64 { 32 } else { 64 });
     let (warps, rows) = (4, 64 * row_tiles);
-    let macros = [("HEAD", head), ("MASK", x.mask as usize), ("BACKWARD", 0), ("WARPS", warps), ("ROW_TILES", row_tiles), ("STEP", step)];
+    let macros = [
+        ("HEAD", head),
+        ("MASK", x.mask as usize),
+        ("DROPOUT", a.dropout.is_some().into()),
+        ("BACKWARD", 0),
+        ("WARPS", warps),
+        ("ROW_TILES", row_tiles),
+        ("STEP", step),
+    ];
     let module = module(gpu, &MMA, a.q.ty(), &macros)?;
     let launch = Launch::blocks(x.query_blocks(rows), 32 * warps as u32).with_shared(((rows + 4 * step) * head * 2) as u32);
     let (mask, mask_at) = a.mask_args();
@@ -395,7 +425,14 @@ fn backward_mma(gpu: &'static Gpu, a: &Attention<'_>, x: &Extents, given: &Gradi
         _ => (4, 16),
     };
     let rows = 16 * warps;
-    let macros = [("HEAD", head), ("MASK", x.mask as usize), ("BACKWARD", 1), ("WARPS", warps), ("STEP", step)];
+    let macros = [
+        ("HEAD", head),
+        ("MASK", x.mask as usize),
+        ("DROPOUT", a.dropout.is_some().into()),
+        ("BACKWARD", 1),
+        ("WARPS", warps),
+        ("STEP", step),
+    ];
     let module = module(gpu, &MMA, a.q.ty(), &macros)?;
     let along = gpu.alloc(given.lse.len() * 4)?;
     let lanes = (head / 8).min(32);

@@ -6,11 +6,7 @@
 //
 // T: type of the elements.
 #include "kiln.cuh"
-
-struct Stream {
-    u64 seed;
-    u64 offset;
-};
+#include "philox.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
@@ -20,28 +16,6 @@ constexpr int BLOCKS = sizeof(T) == 2 ? 2 : 1;
 constexpr int TILE = 32 * VEC;
 // Results of a block.
 constexpr int RESULTS = sizeof(T) == 8 ? 2 : 4;
-
-struct Words {
-    u32 w[4];
-};
-
-// Block `number` of the stream's part that begins at its offset.
-__device__ __forceinline__ Words philox(Stream stream, i64 number) {
-    const u64 group = stream.offset + (u64)(number >> 4);
-    u32 a = (u32)(group << 4) | (u32)(number & 15), b = (u32)(group >> 28), c = (u32)(group >> 60), d = 0;
-    u32 key0 = (u32)stream.seed, key1 = (u32)(stream.seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const u64 first = (u64)a * 0xD2511F53u, second = (u64)c * 0xCD9E8D57u;
-        a = (u32)(second >> 32) ^ b ^ key0;
-        b = (u32)second;
-        c = (u32)(first >> 32) ^ d ^ key1;
-        d = (u32)first;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-    return {{a, b, c, d}};
-}
 
 __device__ __forceinline__ u64 long_draw(const Words& words, int half) {
     return (u64)words.w[2 * half] << 32 | words.w[2 * half + 1];

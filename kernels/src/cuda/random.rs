@@ -7,14 +7,15 @@ use super::gpu::Gpu;
 use super::launch::{Launch, impl_arg};
 use super::memory::{Slice, SliceMut, Type};
 use super::sort;
-use crate::cpu::random::{self as cpu, Stream};
+use crate::cpu::random::{self as cpu, Stream, threshold};
 
 const SOURCE: Source = Source { name: "random", text: include_str!("random.cu") };
 const THREADS: u32 = 256;
 
-/// `Stream` of the kernel file.
+/// `Stream` of `philox.cuh`.
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct KernelStream {
+pub(super) struct KernelStream {
     seed: u64,
     offset: u64,
 }
@@ -67,11 +68,6 @@ pub fn integers(gpu: &'static Gpu, stream: Stream, low: i64, range: u64, out: &m
     let kernel = gpu.module(&SOURCE, &[("T", "i64"), ("INTEGERS", "1")])?.kernel("integers")?;
     // SAFETY: the kernel writes the slice's elements.
     unsafe { kernel.launch(over_tiles(gpu, out.len(), 64), &[&KernelStream::from(stream), &out.ptr(), &(out.len() as i64), &low, &range]) }
-}
-
-/// The number of 24-bit values below `p`, clamped to [0, 1].
-fn threshold(p: f64) -> u32 {
-    (p.clamp(0.0, 1.0) * (1 << 24) as f64).ceil() as u32
 }
 
 /// True with probability `p`.

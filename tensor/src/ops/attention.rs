@@ -1,14 +1,16 @@
 //! Attention: a fused kernel in both directions, and the same composed of products and a softmax. The composed form gives second
-//! derivatives, and serves what the kernel does not: f64, a tracked mask, a single query, keys of no width.
+//! derivatives, and serves what the kernel does not: f64, a tracked mask, keys of no width, on a GPU a single query.
 
 use super::product::factor;
+use super::random::{dropped, stream};
 use crate::autocast::lowered;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::profile::{self, Cost, operation};
-use crate::{Bool, DType, Error, ErrorKind, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
+use crate::{Bool, DType, Error, ErrorKind, Generator, Result, Shape, Tensor, WithDType, bf16, broadcast_shapes, f16};
 use std::borrow::Cow;
 
 use kiln_kernels::cpu::attention::{self, Attended, Attention, Gradients, Heads, Mask};
+use kiln_kernels::cpu::random::{self, Dropout};
 use kiln_kernels::cuda::{Gpu, attention as gpu_attention};
 
 /// What [`scaled_dot_product_attention`](Tensor::scaled_dot_product_attention) takes besides query, key and value.
@@ -16,13 +18,20 @@ use kiln_kernels::cuda::{Gpu, attention as gpu_attention};
 pub struct AttentionOptions<'a> {
     /// Broadcasts to `[.., L, S]`. Of bools: true where a query may look at a key; of floats: added to the scores.
     pub mask: Option<&'a Tensor>,
-    /// Query i looks at the keys 0 to i only. Together with a mask, both must allow a key.
+    /// Query i looks at the keys 0 to i only, however many queries and keys there are: PyTorch's `is_causal`. (Queries that continue the
+    /// keys, as in decoding, need a mask: `j <= i + S - L`.) Together with a mask, both must allow a key.
     pub causal: bool,
     /// Factor of the scores; 1/√E if `None`.
     pub scale: Option<f64>,
     /// Grouped queries: the heads (dimension -3) of the query may be a multiple of those of key and value, whose every head then
     /// serves as many neighbouring heads of the query.
     pub enable_gqa: bool,
+    /// Each weight, after the softmax, is zeroed with this probability, in [0, 1), and multiplied by `1 / (1 − p)` otherwise. No mask is
+    /// stored: it is the one that [`Tensor::dropout`] of the weights `[.., L, S]` would draw from the same place of the generator, and the
+    /// backward pass draws it again. 0 (in evaluation) draws nothing.
+    pub dropout_p: f64,
+    /// What dropout draws from; [`Generator::global`] if `None`.
+    pub generator: Option<&'a Generator>,
 }
 
 const NAME: &str = "scaled_dot_product_attention";
@@ -57,6 +66,7 @@ struct Problem {
     mask: Option<Tensor>,
     causal: bool,
     scale: f64,
+    dropout: Option<Dropout>,
     queries: usize,
     keys: usize,
     /// The leading dimensions of the result, and of keys and values: the same, but for the number of heads of grouped queries.
@@ -91,6 +101,14 @@ impl Problem {
             }
             mask.layout().broadcast_to(NAME, &Shape::new(&[&batch[..], &[queries, keys]].concat())?)?;
         }
+        let dropout = if options.dropout_p > 0.0 {
+            let weights = Shape::new(&[&batch[..], &[queries, keys]].concat())?;
+            let groups = random::groups_of_words(weights.numel());
+            let state = options.generator.map_or_else(|| Generator::global().reserve(groups), |generator| generator.reserve(groups));
+            Some(Dropout { stream: stream(state), p: options.dropout_p })
+        } else {
+            None
+        };
         Ok(Self {
             q: q.clone(),
             k: k.clone(),
@@ -99,6 +117,7 @@ impl Problem {
             causal: options.causal,
             // Scaling the queries touches L × E elements, scaling the scores L × S.
             scale: options.scale.unwrap_or(1.0 / (width as f64).sqrt()),
+            dropout,
             queries,
             keys,
             batch,
@@ -147,20 +166,28 @@ impl Problem {
         scores.masked_fill(&shut_keys, f64::NEG_INFINITY)?.softmax(-1)?.masked_fill(&shut_rows, 0.0)
     }
 
-    fn composed(&self) -> Result<Tensor> {
-        self.weights(&self.for_each_query_head(&self.k)?)?.matmul(&self.for_each_query_head(&self.v)?)
+    /// Dropout of the weights, or of what has their places.
+    fn dropped(&self, weights: &Tensor) -> Result<Tensor> {
+        let Some(Dropout { stream, p }) = self.dropout else { return Ok(weights.clone()) };
+        // Each copy has a mask of its own.
+        dropped(&weights.expand([&self.batch[..], &[self.queries, self.keys]].concat())?, stream, p)
     }
 
-    /// The gradients in differentiable operations: with P the weights, dV = Pᵀ·g, dS = P∘(g·Vᵀ − Σ P∘(g·Vᵀ)), dQ = scale · dS·K and
-    /// dK = scale · dSᵀ·Q.
+    fn composed(&self) -> Result<Tensor> {
+        let weights = self.weights(&self.for_each_query_head(&self.k)?)?;
+        self.dropped(&weights)?.matmul(&self.for_each_query_head(&self.v)?)
+    }
+
+    /// The gradients in differentiable operations: with P the weights and D dropout, dV = D(P)ᵀ·g, dS = P∘(D(g·Vᵀ) − Σ P∘D(g·Vᵀ)),
+    /// dQ = scale · dS·K and dK = scale · dSᵀ·Q.
     fn composed_gradients(&self, grad: &Tensor) -> Result<[Tensor; 3]> {
         let (k, v) = (self.for_each_query_head(&self.k)?, self.for_each_query_head(&self.v)?);
         let weights = self.weights(&k)?;
-        let d_weights = grad.matmul(&v.transpose(-2, -1)?)?;
+        let d_weights = self.dropped(&grad.matmul(&v.transpose(-2, -1)?)?)?;
         let along = weights.mul(&d_weights)?.sum_keepdim(-1)?;
         let d_scores = weights.mul(&d_weights.sub(&along)?)?.mul_scalar(self.scale)?;
         let dk = d_scores.transpose(-2, -1)?.matmul(&self.q)?;
-        let dv = weights.transpose(-2, -1)?.matmul(grad)?;
+        let dv = self.dropped(&weights)?.transpose(-2, -1)?.matmul(grad)?;
         Ok([d_scores.matmul(&k)?, self.for_each_key_head(dk)?, self.for_each_key_head(dv)?])
     }
 
@@ -186,6 +213,7 @@ impl Problem {
             mask,
             causal: self.causal,
             scale: self.scale as f32,
+            dropout: self.dropout,
         })
     }
 
@@ -201,7 +229,7 @@ impl Problem {
             Some(mask) => Some(gpu_attention::Mask::Bias(mask.gpu_view()?)),
         };
         let (q, k, v) = (self.q.gpu_view_as(&q)?, self.k.gpu_view_as(&k)?, self.v.gpu_view_as(&v)?);
-        f(&gpu_attention::Attention { q, k, v, mask, causal: self.causal, scale: self.scale })
+        f(&gpu_attention::Attention { q, k, v, mask, causal: self.causal, scale: self.scale, dropout: self.dropout })
     }
 
     /// Pairs of a query and a key that see each other, as far as `causal` decides it.
@@ -300,7 +328,7 @@ impl Fused {
 
 impl Tensor {
     /// Attention of queries `[.., L, E]` (this tensor) over keys `[.., S, E]` and values `[.., S, V]`:
-    /// `softmax(scale · Q · Kᵀ + mask) · V`, of shape `[.., L, V]`. Leading dimensions (batch, heads) broadcast.
+    /// `dropout(softmax(scale · Q · Kᵀ + mask)) · V`, of shape `[.., L, V]`. Leading dimensions (batch, heads) broadcast.
     /// A query that may look at no key gives zeros, as in PyTorch, and sends no gradient. The matrix of scores is not kept: memory
     /// grows with L and S, not with L × S (but for f64, a tracked mask, and second derivatives).
     ///
@@ -313,14 +341,17 @@ impl Tensor {
 
     fn attention_of_one_dtype(&self, key: &Tensor, value: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
         self.check_attention(key, value)?;
+        if !(0.0..1.0).contains(&options.dropout_p) {
+            return Err(Error::argument(NAME, format!("dropout_p = {} is outside of [0, 1)", options.dropout_p)));
+        }
         let problem = Problem::new(self, key, value, options)?;
         let fits_gpu = self.dim(-1)?.max(value.dim(-1)?) <= gpu_attention::MAX_WIDTH;
         match self.dtype() {
-            _ if problem.queries == 1 || self.dim(-1)? == 0 => problem.composed(),
+            _ if self.dim(-1)? == 0 => problem.composed(),
             _ if options.mask.is_some_and(|mask| mask.is_tracked() && is_grad_enabled()) => problem.composed(),
             DType::F64 => problem.composed(),
             dtype => match (self.gpu()?, dtype) {
-                (Some(gpu), _) if fits_gpu => problem.fused_on_gpu(gpu),
+                (Some(gpu), _) if fits_gpu && problem.queries > 1 => problem.fused_on_gpu(gpu),
                 (Some(_), _) => problem.composed(),
                 (None, DType::F16) => problem.fused::<f16>(),
                 (None, DType::BF16) => problem.fused::<bf16>(),

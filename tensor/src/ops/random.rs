@@ -12,7 +12,7 @@ use kiln_kernels::cpu::random::{self, RandomFloat, Stream};
 use kiln_kernels::cuda::random as gpu_random;
 use kiln_kernels::element::{Bool, Element};
 
-fn stream(state: GeneratorState) -> Stream {
+pub(super) fn stream(state: GeneratorState) -> Stream {
     Stream { seed: state.seed, offset: state.offset }
 }
 
@@ -179,7 +179,8 @@ impl Op for Dropout {
     }
 }
 
-fn dropped(x: &Tensor, stream: Stream, p: f64) -> Result<Tensor> {
+/// Dropout from a place of the stream that has been reserved.
+pub(super) fn dropped(x: &Tensor, stream: Stream, p: f64) -> Result<Tensor> {
     let _running = operation("dropout", &[x], || Cost::per_element(1));
     let dense = x.detach().contiguous()?;
     let out = match x.gpu()? {

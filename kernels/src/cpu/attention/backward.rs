@@ -1,22 +1,25 @@
 //! The gradients of queries, keys and values. The weights are computed anew from the scores and their saved sums:
 //!
 //! ```text
-//! P = exp(scale · Q·Kᵀ + mask − lse)      dV = Pᵀ·dO
-//! dS = P ∘ (dO·Vᵀ − rows of Σ dO ∘ O)     dQ = scale · dS·K      dK = scale · dSᵀ·Q
+//! P = exp(scale · Q·Kᵀ + mask − lse)          dV = (D∘P)ᵀ·dO
+//! dS = P ∘ (D∘(dO·Vᵀ) − rows of Σ dO ∘ O)     dQ = scale · dS·K      dK = scale · dSᵀ·Q
 //! ```
+//!
+//! D holds the factors of dropout, which are drawn again.
 //!
 //! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer. What it adds to dQ goes to a
 //! slot of its own; the slots are added in order.
 
-use super::block::{Left, Right, cut, load_rows, pack_transposed, padded, product};
-use super::{Attended, Attention, Extents};
+use super::block::{Left, Right, Sums, cut, pack_transposed, product};
+use super::entries::{Entries, Single, padded, round};
+use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::gemm::micro::MicroKernels;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
 use crate::cpu::parallel::{SharedMut, for_each, for_each_chunk};
 use crate::cpu::simd::{F32s, Simd};
 use crate::view::MatView;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -25,6 +28,9 @@ const KEYS: usize = 128;
 
 /// Queries of a block: scores and their gradients, 48 KiB each, and all blocks beside them stay in the second-level cache.
 const ROWS: usize = 96;
+
+/// Queries of a block where the edge of a causal problem runs through it: less is computed in vain.
+const EDGE_ROWS: usize = 32;
 
 /// Tasks that there should be at least; with fewer key heads, a head's keys are shared out to at most as many tasks.
 const TASKS: usize = 8;
@@ -54,13 +60,28 @@ pub fn backward<T: Attended>(
     dk: &mut [T],
     dv: &mut [T],
 ) -> Result<(), OutOfMemory> {
+    if T::multiplies_pairs() {
+        backward_of::<T, T::Pairs>(attention, given, dq, dk, dv)
+    } else {
+        backward_of::<T, Single>(attention, given, dq, dk, dv)
+    }
+}
+
+/// [`backward`] with products of such entries.
+pub(super) fn backward_of<T: Attended, E: Entries<T>>(
+    attention: &Attention<'_, T>,
+    given: Gradients<'_, T>,
+    dq: &mut [T],
+    dk: &mut [T],
+    dv: &mut [T],
+) -> Result<(), OutOfMemory> {
     let x = attention.extents();
     let key_heads = attention.k.count();
     assert!(given.out.len() == x.heads * x.queries * x.value_width && given.grad.len() == given.out.len());
     assert!(given.lse.len() == x.heads * x.queries && dq.len() == x.heads * x.queries * x.width);
     assert!(dk.len() == key_heads * x.keys * x.width && dv.len() == key_heads * x.keys * x.value_width);
     if given.out.is_empty() || dk.is_empty() {
-        [dq, dk, dv].into_iter().for_each(|d| d.fill(T::narrow(0.0)));
+        [dq, dk, dv].into_iter().for_each(|d| d.fill(T::default()));
         return Ok(());
     }
     let mut along = Buffer::new(size_of_val(given.lse))?;
@@ -85,12 +106,12 @@ pub fn backward<T: Attended>(
                 std::slice::from_raw_parts_mut(shared.get().add(slot * dq_len + heads.start * per_head), heads.len() * per_head),
             )
         };
-        let task = Task { attention, x, given, along: along.as_slice(), key_head, heads, keys, dq, dk, dv };
+        let task = Task { attention, x, given, along: along.as_slice(), key_head, heads, keys, dq, dk, dv, entries: PhantomData::<E> };
         if let Err(error) = dispatch(task) {
             failure.get_or_init(|| error);
         }
     });
-    add_slots(sums.as_slice(), attention.scale, dq);
+    add_slots(sums.as_slice_mut(), attention.scale, dq);
     failure.get().map_or(Ok(()), |&error| Err(error))
 }
 
@@ -105,27 +126,73 @@ fn slots(x: Extents, key_heads: usize) -> (usize, usize) {
 fn sums_along<T: Attended>(given: Gradients<'_, T>, width: usize, along: &mut [f32]) {
     const ROWS: usize = 256;
     for_each_chunk(along, ROWS, given.out.len() / 4, |i, along| {
-        let rows = given.out[i * ROWS * width..].chunks_exact(width).zip(given.grad[i * ROWS * width..].chunks_exact(width));
-        for (along, (out, grad)) in along.iter_mut().zip(rows) {
-            *along = out.iter().zip(grad).map(|(&o, &g)| o.widen() as f64 * g.widen() as f64).sum::<f64>() as f32;
-        }
+        let values = i * ROWS * width..(i * ROWS + along.len()) * width;
+        dispatch(Along { out: &given.out[values.clone()], grad: &given.grad[values], width, along });
     });
 }
 
-/// dQ from its slots.
-fn add_slots<T: Attended>(slots: &[f32], scale: f32, dq: &mut [T]) {
-    const CHUNK: usize = 1 << 14;
-    let len = dq.len();
-    for_each_chunk(dq, CHUNK, slots.len() / 4, |i, dq| {
-        for (j, dq) in dq.iter_mut().enumerate() {
-            let sum = slots[i * CHUNK + j..].iter().step_by(len).fold(0.0, |sum, x| sum + x);
-            *dq = T::narrow(scale * sum);
+struct Along<'a, T> {
+    out: &'a [T],
+    grad: &'a [T],
+    width: usize,
+    along: &'a mut [f32],
+}
+
+impl<T: Attended> WithSimd for Along<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let rows = self.out.chunks_exact(self.width).zip(self.grad.chunks_exact(self.width));
+        for (along, (out, grad)) in self.along.iter_mut().zip(rows) {
+            let mut sum = s.zero();
+            for (out, grad) in out.chunks(S::LANES).zip(grad.chunks(S::LANES)) {
+                // SAFETY: the chunks have that many values.
+                let (out, grad) = unsafe { (T::load(s, out.as_ptr(), out.len()), T::load(s, grad.as_ptr(), grad.len())) };
+                sum = out.mul_add(grad, sum);
+            }
+            *along = sum.reduce_sum();
         }
+    }
+}
+
+/// dQ from its slots, which serve as scratch memory.
+fn add_slots<T: Attended>(slots: &mut [f32], scale: f32, dq: &mut [T]) {
+    const CHUNK: usize = 1 << 14;
+    let (len, all) = (dq.len(), slots.len());
+    let shared = SharedMut::new(slots);
+    for_each_chunk(dq, CHUNK, all / 8, |i, dq| {
+        let count = dq.len();
+        let parts = (i * CHUNK..all).step_by(len).map(|at| {
+            // SAFETY: these places of a slot belong to this chunk alone.
+            unsafe { std::slice::from_raw_parts_mut(shared.get().add(at), count) }
+        });
+        dispatch(Slots { parts, scale, dq });
     });
+}
+
+struct Slots<'a, P, T> {
+    parts: P,
+    scale: f32,
+    dq: &'a mut [T],
+}
+
+impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Slots<'_, P, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) {
+        let Some(sum) = self.parts.next() else { return };
+        for part in self.parts {
+            sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += *x);
+        }
+        sum.iter_mut().for_each(|x| *x *= self.scale);
+        round(sum, self.dq);
+    }
 }
 
 /// Some keys of a key head, and all queries.
-struct Task<'a, T> {
+struct Task<'a, T, E> {
     attention: &'a Attention<'a, T>,
     x: Extents,
     given: Gradients<'a, T>,
@@ -136,84 +203,114 @@ struct Task<'a, T> {
     dq: &'a mut [f32],
     dk: &'a mut [T],
     dv: &'a mut [T],
+    entries: PhantomData<E>,
 }
 
-/// A task's blocks; `stride` is a width padded for the micro-kernels.
+/// A task's blocks. Widths are counted in entries where a block is summed over its columns; `stride` is a width padded for the micro-kernels.
 struct Scratch<'a> {
-    /// Keys, `[KEYS][stride]`, and their transpose in panels.
-    keys: &'a mut [f32],
+    /// Keys: `[KEYS][width]`, their transpose in panels, and `[entries of KEYS][stride]`.
+    key_rows: &'a mut [f32],
     key_panels: &'a mut [f32],
-    /// Values, likewise.
-    values: &'a mut [f32],
+    key_columns: &'a mut [f32],
+    /// Values: `[KEYS][width]`, and their transpose in panels.
+    value_rows: &'a mut [f32],
     value_panels: &'a mut [f32],
-    /// Scaled queries, `[ROWS][stride]`.
-    q: &'a mut [f32],
-    /// Gradients of the output, `[ROWS][stride]`.
-    grad: &'a mut [f32],
+    /// Queries: `[ROWS][width]` and `[entries of ROWS][stride]`.
+    q_rows: &'a mut [f32],
+    q_columns: &'a mut [f32],
+    /// Gradients of the output, likewise.
+    grad_rows: &'a mut [f32],
+    grad_columns: &'a mut [f32],
     /// Scores and then weights, `[ROWS][KEYS]`.
     weights: &'a mut [f32],
     /// Gradients of the weights and then of the scores, `[ROWS][KEYS]`.
     d_scores: &'a mut [f32],
+    /// Either as entries.
+    packed: &'a mut [f32],
     /// Sums of the gradients of keys and values, `[KEYS][width]`.
     dk: &'a mut [f32],
     dv: &'a mut [f32],
 }
 
-impl<T: Attended> WithSimd for Task<'_, T> {
+impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self { attention, x, given, along, key_head, heads, keys, dq, dk, dv } = self;
-        let kernels = MicroKernels::get();
+        let Self { attention, x, given, along, key_head, heads, keys, dq, dk, dv, .. } = self;
+        let kernels = E::kernels();
         let (stride, value_stride, key_stride) = (padded(kernels, x.width), padded(kernels, x.value_width), padded(kernels, KEYS));
+        let (width, value_width) = (x.width.div_ceil(E::TERMS), x.value_width.div_ceil(E::TERMS));
         let sizes = [
-            KEYS * stride,
-            x.width * key_stride,
-            KEYS * value_stride,
-            x.value_width * key_stride,
-            ROWS * stride,
-            ROWS * value_stride,
+            KEYS * width,
+            width * key_stride,
+            KEYS / E::TERMS * stride,
+            KEYS * value_width,
+            value_width * key_stride,
+            ROWS * width,
+            ROWS / E::TERMS * stride,
+            ROWS * value_width,
+            ROWS / E::TERMS * value_stride,
             ROWS * KEYS,
             ROWS * KEYS,
+            if E::TERMS > 1 { ROWS * KEYS / E::TERMS } else { 0 },
             KEYS * x.width,
             KEYS * x.value_width,
         ];
         let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
         let parts = cut(buffer.as_slice_mut(), sizes);
-        let [key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, key_sums, value_sums] = parts;
-        let scratch =
-            &mut Scratch { keys: key_rows, key_panels, values, value_panels, q, grad, weights, d_scores, dk: key_sums, dv: value_sums };
+        let [key_rows, key_panels, key_columns, value_rows, value_panels, parts @ ..] = parts;
+        let [q_rows, q_columns, grad_rows, grad_columns, weights, d_scores, packed, key_sums, value_sums] = parts;
+        let scratch = &mut Scratch {
+            key_rows,
+            key_panels,
+            key_columns,
+            value_rows,
+            value_panels,
+            q_rows,
+            q_columns,
+            grad_rows,
+            grad_columns,
+            weights,
+            d_scores,
+            packed,
+            dk: key_sums,
+            dv: value_sums,
+        };
         let (k, v) = (attention.k.matrix(key_head), attention.v.matrix(key_head));
         for first in keys.clone().step_by(KEYS) {
             let block = first..keys.end.min(first + KEYS);
-            load_rows(&k, block.clone(), 1.0, stride, scratch.keys);
-            load_rows(&v, block.clone(), 1.0, value_stride, scratch.values);
-            pack_transposed(s, kernels, scratch.keys, block.len(), x.width, stride, scratch.key_panels);
-            pack_transposed(s, kernels, scratch.values, block.len(), x.value_width, value_stride, scratch.value_panels);
+            E::load_rows(s, &k, block.clone(), scratch.key_rows);
+            E::load_columns(s, &k, block.clone(), stride, scratch.key_columns);
+            E::load_rows(s, &v, block.clone(), scratch.value_rows);
+            pack_transposed(s, kernels, scratch.key_rows, block.len(), width, scratch.key_panels);
+            pack_transposed(s, kernels, scratch.value_rows, block.len(), value_width, scratch.value_panels);
             scratch.dk.fill(0.0);
             scratch.dv.fill(0.0);
             for head in heads.clone() {
                 let dq = &mut dq[(head - heads.start) * x.queries * x.width..][..x.queries * x.width];
                 // Queries before the first key do not look at the block.
-                let start = if attention.causal { first } else { 0 };
-                for row in (start..x.queries).step_by(ROWS) {
-                    let rows = row..x.queries.min(row + ROWS);
+                let mut row = if attention.causal { first } else { 0 };
+                while row < x.queries {
+                    let rows = row..x.queries.min(row + if attention.causal && row < block.end { EDGE_ROWS } else { ROWS });
+                    let reach = attention.reach(rows.end - 1, &block);
                     let dq = &mut dq[rows.start * x.width..rows.end * x.width];
-                    Rows { attention, x, given, along, head, rows, keys: block.clone() }.run(s, scratch, dq);
+                    row = rows.end;
+                    Rows { attention, x, given, along, head, rows, keys: block.clone(), reach, entries: PhantomData::<E> }
+                        .run(s, scratch, dq);
                 }
             }
             let at = first - keys.start;
-            let narrow = |to: &mut [T], from: &[f32]| to.iter_mut().zip(from).for_each(|(to, &x)| *to = T::narrow(x));
-            narrow(&mut dk[at * x.width..(at + block.len()) * x.width], scratch.dk);
-            narrow(&mut dv[at * x.value_width..(at + block.len()) * x.value_width], scratch.dv);
+            let (width, value_width) = (block.len() * x.width, block.len() * x.value_width);
+            round(&scratch.dk[..width], &mut dk[at * x.width..][..width]);
+            round(&scratch.dv[..value_width], &mut dv[at * x.value_width..][..value_width]);
         }
         Ok(())
     }
 }
 
-/// Some queries of a head against a block of keys.
-struct Rows<'a, T> {
+/// Some queries of a head against the first `reach` keys of a block.
+struct Rows<'a, T, E> {
     attention: &'a Attention<'a, T>,
     x: Extents,
     given: Gradients<'a, T>,
@@ -221,47 +318,64 @@ struct Rows<'a, T> {
     head: usize,
     rows: Range<usize>,
     keys: Range<usize>,
+    reach: usize,
+    entries: PhantomData<E>,
 }
 
-impl<T: Attended> Rows<'_, T> {
+impl<T: Attended, E: Entries<T>> Rows<'_, T, E> {
     #[inline(always)]
     fn run<S: Simd>(&self, s: S, scratch: &mut Scratch, dq: &mut [f32]) {
         let Extents { queries, width, value_width, .. } = self.x;
-        let kernels = MicroKernels::get();
-        let (count, keys, stride, value_stride) = (self.rows.len(), self.keys.len(), padded(kernels, width), padded(kernels, value_width));
-        let Scratch { keys: key_rows, key_panels, value_panels, q, grad, weights, d_scores, dk, dv, .. } = scratch;
-        load_rows(&self.attention.q.matrix(self.head), self.rows.clone(), self.attention.scale, stride, q);
+        let (kernels, scale) = (E::kernels(), self.attention.scale);
+        let (count, keys, stride, value_stride) = (self.rows.len(), self.reach, padded(kernels, width), padded(kernels, value_width));
+        let (entries, value_entries) = (width.div_ceil(E::TERMS), value_width.div_ceil(E::TERMS));
+        let Scratch { key_panels, key_columns, value_panels, q_rows, q_columns, grad_rows, grad_columns, .. } = scratch;
+        let Scratch { weights, d_scores, packed, dk, dv, .. } = scratch;
+        let q = self.attention.q.matrix(self.head);
+        E::load_rows(s, &q, self.rows.clone(), q_rows);
+        E::load_columns(s, &q, self.rows.clone(), stride, q_columns);
         let grads = &self.given.grad[self.head * queries * value_width..][..queries * value_width];
         if let Some(grads) = MatView::row_major(grads, queries, value_width) {
-            load_rows(&grads, self.rows.clone(), 1.0, value_stride, grad);
+            E::load_rows(s, &grads, self.rows.clone(), grad_rows);
+            E::load_columns(s, &grads, self.rows.clone(), value_stride, grad_columns);
         }
-        let rows_of = |data, row_stride| Left { data, row_stride, k_stride: 1 };
-        let columns_of = |data| Left { data, row_stride: 1, k_stride: KEYS };
-        product(kernels, [count, width, keys], rows_of(q, stride), Right::Panels(key_panels), weights, KEYS, false);
-        product(kernels, [count, value_width, keys], rows_of(grad, value_stride), Right::Panels(value_panels), d_scores, KEYS, false);
+        // Whole panels, so that they are read as they were packed.
+        let computed = keys.next_multiple_of(kernels.nr).min(self.keys.len());
+        let to = Sums { data: weights, stride: KEYS, alpha: scale * LOG2_E, add: false };
+        product(kernels, [count, entries, computed], Left::rows(q_rows, entries), Right::Panels(key_panels), to);
+        let to = Sums { data: d_scores, stride: KEYS, alpha: 1.0, add: false };
+        product(kernels, [count, value_entries, computed], Left::rows(grad_rows, value_entries), Right::Panels(value_panels), to);
         for (i, row) in self.rows.clone().enumerate() {
             self.differentiate(s, row, &mut weights[i * KEYS..(i + 1) * KEYS], &mut d_scores[i * KEYS..(i + 1) * KEYS]);
         }
-        product(kernels, [keys, count, value_width], columns_of(weights), Right::Rows(grad, value_stride), dv, value_width, true);
-        product(kernels, [keys, count, width], columns_of(d_scores), Right::Rows(q, stride), dk, width, true);
-        product(kernels, [count, keys, width], rows_of(d_scores, KEYS), Right::Rows(key_rows, stride), dq, width, true);
+        let terms = count.div_ceil(E::TERMS);
+        let left = Left::columns(E::columns_of(weights, [count, keys], KEYS, packed), KEYS);
+        let to = Sums { data: dv, stride: value_width, alpha: 1.0, add: true };
+        product(kernels, [keys, terms, value_width], left, Right::Rows(grad_columns, value_stride), to);
+        let left = Left::columns(E::columns_of(d_scores, [count, keys], KEYS, packed), KEYS);
+        let to = Sums { data: dk, stride: width, alpha: scale, add: true };
+        product(kernels, [keys, terms, width], left, Right::Rows(q_columns, stride), to);
+        let (left, row_stride) = E::rows_of(d_scores, [count, keys], KEYS, packed);
+        let to = Sums { data: dq, stride: width, alpha: 1.0, add: true };
+        product(kernels, [count, keys.div_ceil(E::TERMS), width], Left::rows(left, row_stride), Right::Rows(key_columns, stride), to);
     }
 
     /// Turns a query's scores into weights, and the gradients of the weights into those of the scores.
     #[inline(always)]
     fn differentiate<S: Simd>(&self, s: S, row: usize, weights: &mut [f32], gradients: &mut [f32]) {
-        let keys = self.keys.len();
         let own = self.attention.reach(row, &self.keys);
-        let end = keys.next_multiple_of(S::LANES).min(weights.len());
+        let end = self.reach.next_multiple_of(S::LANES).min(weights.len());
         self.attention.mask_scores(self.head, row, self.keys.start, &mut weights[..own]);
         weights[own..end].fill(f32::NEG_INFINITY);
-        gradients[keys..end].fill(0.0);
+        gradients[own..end].fill(0.0);
         let at = self.head * self.x.queries + row;
-        let (lse, along) = (s.splat(self.given.lse[at]), s.splat(self.along[at]));
+        let (lse, along) = (s.splat(self.given.lse[at] * LOG2_E), s.splat(self.along[at]));
+        self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut gradients[..own]);
         for (w, g) in weights[..end].chunks_exact_mut(S::LANES).zip(gradients[..end].chunks_exact_mut(S::LANES)) {
-            let weight = math::exp(s, s.load_slice(w) - lse);
+            let weight = math::exp2(s, s.load_slice(w) - lse);
             weight.store_slice(w, S::LANES);
             ((s.load_slice(g) - along) * weight).store_slice(g, S::LANES);
         }
+        self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut weights[..own]);
     }
 }

@@ -1,19 +1,23 @@
 //! The output, and the logarithm of each query's sum of exponentials.
+//!
+//! A task has some queries of a head and all keys that they look at. Where that gives few tasks (decoding: few queries, many keys), the keys are cut
+//! into parts with tasks of their own, whose sums are merged in order.
 
-use super::block::{Left, Right, cut, load_rows, pack_transposed, padded, product};
-use super::{Attended, Attention, Extents};
+use super::block::{Left, Right, Sums, cut, pack_transposed, product};
+use super::entries::{Entries, Single, padded};
+use super::few;
+use super::online::{Online, Scores};
+use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::gemm::micro::MicroKernels;
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::math;
 use crate::cpu::parallel::{SharedMut, for_each};
-use crate::cpu::reduce::row_max;
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Keys of a block.
-const KEYS: usize = 256;
+pub(super) const KEYS: usize = 256;
 
 /// Queries of a task at most; a block of keys is packed once for them.
 const QUERIES: usize = 192;
@@ -24,7 +28,7 @@ const ROWS: usize = 24;
 /// Tasks that there should be at least, to keep threads evenly busy.
 const TASKS: usize = 16;
 
-/// `out = softmax(scale · Q·Kᵀ + mask) · V`, head after head without gaps, L×V each, and `lse`, L a head, the logarithm of the sum
+/// `out = dropout(softmax(scale · Q·Kᵀ + mask)) · V`, head after head without gaps, L×V each, and `lse`, L a head, the logarithm of the sum
 /// of the exponentials of a query's scores. A query that looks at no key gives zeros, and ∞ in `lse`.
 ///
 /// # Errors
@@ -33,189 +37,245 @@ const TASKS: usize = 16;
 /// # Panics
 /// If inputs and outputs do not fit together.
 pub fn forward<T: Attended>(attention: &Attention<'_, T>, out: &mut [T], lse: &mut [f32]) -> Result<(), OutOfMemory> {
+    if T::multiplies_pairs() { forward_of::<T, T::Pairs>(attention, out, lse) } else { forward_of::<T, Single>(attention, out, lse) }
+}
+
+/// How the work is cut, by shape alone.
+struct Plan {
+    /// Heads of a task: one, or all that share a key head.
+    heads: usize,
+    /// Queries of a task, and how many tasks have a head's queries.
+    queries: usize,
+    chunks: usize,
+    /// Keys of a part, and the number of parts.
+    keys: usize,
+    parts: usize,
+}
+
+impl Plan {
+    fn new(x: &Extents, causal: bool) -> Self {
+        let heads = if few::serves(x) { x.group } else { 1 };
+        let queries = (x.heads * x.queries).div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, QUERIES);
+        let chunks = x.queries.div_ceil(queries);
+        let blocks = if causal { x.keys.min(x.queries) } else { x.keys }.div_ceil(KEYS);
+        let wanted = TASKS.div_ceil(x.heads / heads * chunks).min(blocks);
+        let keys = blocks.div_ceil(wanted) * KEYS;
+        Self { heads, queries, chunks, keys, parts: (blocks * KEYS).div_ceil(keys) }
+    }
+}
+
+/// [`forward`] with products of such entries.
+pub(super) fn forward_of<T: Attended, E: Entries<T>>(
+    attention: &Attention<'_, T>,
+    out: &mut [T],
+    lse: &mut [f32],
+) -> Result<(), OutOfMemory> {
     let x = attention.extents();
     assert!(out.len() == x.heads * x.queries * x.value_width && lse.len() == x.heads * x.queries);
     if x.keys == 0 || x.value_width == 0 || x.width == 0 || out.is_empty() {
         assert!(x.keys == 0 || out.is_empty(), "queries without values");
-        out.fill(T::narrow(0.0));
+        out.fill(T::default());
         lse.fill(f32::INFINITY);
         return Ok(());
     }
-    let rows = (x.heads * x.queries).div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, QUERIES);
-    let chunks = x.queries.div_ceil(rows);
-    let (out, lse) = (SharedMut::new(out), SharedMut::new(lse));
-    let failure = OnceLock::new();
+    let plan = Plan::new(&x, attention.causal);
+    let tasks = x.heads / plan.heads * plan.chunks;
     let macs = x.heads * x.queries * x.keys * (x.width + x.value_width);
-    for_each(x.heads * chunks, macs / 32, |task| {
-        let (head, chunk) = (task / chunks, task % chunks);
-        let queries = chunk * rows..x.queries.min((chunk + 1) * rows);
-        let first = head * x.queries + queries.start;
-        // SAFETY: these rows of the outputs lie inside of them (their lengths were checked), and belong to this task alone.
-        let (out, lse) = unsafe {
-            (
-                std::slice::from_raw_parts_mut(out.get().add(first * x.value_width), queries.len() * x.value_width),
-                std::slice::from_raw_parts_mut(lse.get().add(first), queries.len()),
-            )
+    // The sums of a part lie task by task.
+    let part = if plan.parts > 1 { Online::size(lse.len(), x.value_width) } else { 0 };
+    let mut sums = Buffer::new(plan.parts * part * size_of::<f32>())?;
+    let sums = sums.as_slice_mut::<f32>();
+    let shared = SharedMut::new(sums);
+    let results = (SharedMut::new(out), SharedMut::new(lse));
+    let failure = OnceLock::new();
+    for_each(plan.parts * tasks, macs / 32, |i| {
+        let (at, task) = (i / tasks, i % tasks);
+        let (heads, chunk) = (task / plan.chunks * plan.heads, task % plan.chunks);
+        let queries = chunk * plan.queries..x.queries.min((chunk + 1) * plan.queries);
+        let (first, rows) = (heads * x.queries + queries.start, plan.heads * queries.len());
+        let keys = at * plan.keys..x.keys.min((at + 1) * plan.keys);
+        let target = if plan.parts > 1 {
+            let (begin, len) = (at * part + Online::size(first, x.value_width), Online::size(rows, x.value_width));
+            // SAFETY: a part has room for all rows, each of which belongs to one task.
+            Target::Part(unsafe { std::slice::from_raw_parts_mut(shared.get().add(begin), len) })
+        } else {
+            // SAFETY: these rows of the outputs lie inside of them (their lengths were checked), and belong to this task alone.
+            unsafe {
+                Target::Results(
+                    std::slice::from_raw_parts_mut(results.0.get().add(first * x.value_width), rows * x.value_width),
+                    std::slice::from_raw_parts_mut(results.1.get().add(first), rows),
+                )
+            }
         };
-        if let Err(error) = dispatch(Task { attention, x, head, queries, out, lse }) {
+        let work = Work { attention, x, heads: heads..heads + plan.heads, queries, keys, entries: PhantomData::<E> };
+        if let Err(error) = dispatch(Task { work, target }) {
             failure.get_or_init(|| error);
         }
     });
-    failure.get().map_or(Ok(()), |&error| Err(error))
+    if let Some(&error) = failure.get() {
+        return Err(error);
+    }
+    if plan.parts > 1 {
+        let mut first = 0;
+        for task in 0..tasks {
+            let rows = plan.heads * (x.queries - task % plan.chunks * plan.queries).min(plan.queries);
+            let (begin, end) = (Online::size(first, x.value_width), Online::size(first + rows, x.value_width));
+            let parts = sums.chunks_mut(part).map(|part| &mut part[begin..end]);
+            let out = &mut out[first * x.value_width..][..rows * x.value_width];
+            dispatch(Merge { parts, rows, out, lse: &mut lse[first..][..rows] });
+            first += rows;
+        }
+    }
+    Ok(())
 }
 
-/// Some queries of a head.
-struct Task<'a, T> {
-    attention: &'a Attention<'a, T>,
-    x: Extents,
-    head: usize,
-    queries: Range<usize>,
+/// The rows of a task, summed in parts.
+struct Merge<'a, P, T> {
+    parts: P,
+    rows: usize,
     out: &'a mut [T],
     lse: &'a mut [f32],
 }
 
-/// A task's blocks.
-struct Scratch<'a> {
-    /// Scaled queries, `[queries][width]`.
-    q: &'a mut [f32],
-    /// Keys, `[KEYS][width]`.
-    keys: &'a mut [f32],
-    /// Their transpose in panels.
-    panels: &'a mut [f32],
-    /// Values, `[KEYS][padded value width]`.
-    values: &'a mut [f32],
-    /// Scores and then their exponentials, `[ROWS][KEYS]`.
-    scores: &'a mut [f32],
-    /// Sums of values, `[queries][value width]`.
-    sums: &'a mut [f32],
-    /// Largest score and sum of exponentials of each query.
-    max: &'a mut [f32],
-    total: &'a mut [f32],
+impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Merge<'_, P, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) {
+        let Some(first) = self.parts.next() else { return };
+        let mut online = Online::of(first, self.rows);
+        self.parts.for_each(|part| online.merge(&Online::of(part, self.rows)));
+        online.finish(self.out, self.lse);
+    }
 }
 
-impl<T: Attended> WithSimd for Task<'_, T> {
+/// Where a task's sums go.
+enum Target<'a, T> {
+    /// To memory of [`Online::size`], to be merged with those of other keys.
+    Part(&'a mut [f32]),
+    /// Nowhere: these are the task's rows of the results.
+    Results(&'a mut [T], &'a mut [f32]),
+}
+
+/// Work, and where its sums go.
+struct Task<'a, T, E> {
+    work: Work<'a, T, E>,
+    target: Target<'a, T>,
+}
+
+impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self { attention, x, head, queries, out, lse } = self;
-        let kernels = MicroKernels::get();
-        let (count, value_stride) = (queries.len(), padded(kernels, x.value_width));
+        let Self { work, target } = self;
+        let rows = work.heads.len() * work.queries.len();
+        match target {
+            Target::Part(memory) => work.sum(s, &mut Online::new(memory, rows)),
+            Target::Results(out, lse) => {
+                let mut memory = Buffer::new(Online::size(rows, work.x.value_width) * size_of::<f32>())?;
+                let mut online = Online::new(memory.as_slice_mut(), rows);
+                work.sum(s, &mut online)?;
+                online.finish(out, lse);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Some queries of a head, or of all heads that share a key head, and some keys.
+struct Work<'a, T, E> {
+    attention: &'a Attention<'a, T>,
+    x: Extents,
+    heads: Range<usize>,
+    queries: Range<usize>,
+    keys: Range<usize>,
+    entries: PhantomData<E>,
+}
+
+/// Blocks in work.
+struct Scratch<'a> {
+    /// Queries, `[queries][entries of width]`.
+    q: &'a mut [f32],
+    /// Keys, `[KEYS][entries of width]`.
+    keys: &'a mut [f32],
+    /// Their transpose in panels.
+    panels: &'a mut [f32],
+    /// Values, `[entries of KEYS][padded value width]`.
+    values: &'a mut [f32],
+    /// Scores and then weights, `[ROWS][KEYS]`.
+    scores: &'a mut [f32],
+    /// The weights as entries.
+    weights: &'a mut [f32],
+}
+
+impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
+    #[inline(always)]
+    fn sum<S: Simd>(&self, s: S, online: &mut Online<'_>) -> Result<(), OutOfMemory> {
+        let reach = self.attention.reach(self.queries.end - 1, &self.keys);
+        let keys = self.keys.start..self.keys.start + reach;
+        if few::serves(&self.x) {
+            few::sum(s, self.attention, &self.x, self.heads.clone(), keys, online)
+        } else {
+            self.blocks(s, keys, online)
+        }
+    }
+
+    /// Packs a block of keys at a time, for queries of one head.
+    #[inline(always)]
+    fn blocks<S: Simd>(&self, s: S, keys: Range<usize>, online: &mut Online<'_>) -> Result<(), OutOfMemory> {
+        let Self { attention, x, heads, queries, .. } = self;
+        let kernels = E::kernels();
+        let (count, width, value_stride) = (queries.len(), x.width.div_ceil(E::TERMS), padded(kernels, x.value_width));
         let sizes = [
-            count * x.width,
-            KEYS * x.width,
-            x.width * padded(kernels, KEYS),
-            KEYS * value_stride,
+            count * width,
+            KEYS * width,
+            width * padded(kernels, KEYS),
+            KEYS / E::TERMS * value_stride,
             ROWS * KEYS,
-            count * x.value_width,
-            count,
-            count,
+            if E::TERMS > 1 { ROWS * KEYS / E::TERMS } else { 0 },
         ];
         let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
-        let [q, keys, panels, values, scores, sums, max, total] = cut(buffer.as_slice_mut(), sizes);
-        sums.fill(0.0);
-        max.fill(f32::NEG_INFINITY);
-        total.fill(0.0);
-        load_rows(&attention.q.matrix(head), queries.clone(), attention.scale, x.width, q);
-        let scratch = &mut Scratch { q, keys, panels, values, scores, sums, max, total };
-        let (k, v) = (attention.k.matrix(head / x.group), attention.v.matrix(head / x.group));
-        let reach = attention.reach(queries.end - 1, &(0..x.keys));
-        for first in (0..reach).step_by(KEYS) {
-            let block = first..reach.min(first + KEYS);
-            load_rows(&k, block.clone(), 1.0, x.width, scratch.keys);
-            load_rows(&v, block.clone(), 1.0, value_stride, scratch.values);
-            pack_transposed(s, kernels, scratch.keys, block.len(), x.width, x.width, scratch.panels);
+        let [q, key_rows, panels, values, scores, weights] = cut(buffer.as_slice_mut(), sizes);
+        E::load_rows(s, &attention.q.matrix(heads.start), queries.clone(), q);
+        let scratch = &mut Scratch { q, keys: key_rows, panels, values, scores, weights };
+        let (k, v) = (attention.k.matrix(heads.start / x.group), attention.v.matrix(heads.start / x.group));
+        for first in keys.clone().step_by(KEYS) {
+            let block = first..keys.end.min(first + KEYS);
+            E::load_rows(s, &k, block.clone(), scratch.keys);
+            E::load_columns(s, &v, block.clone(), value_stride, scratch.values);
+            pack_transposed(s, kernels, scratch.keys, block.len(), width, scratch.panels);
             for row in (0..count).step_by(ROWS) {
                 let rows = row..count.min(row + ROWS);
                 let reach = attention.reach(queries.start + rows.end - 1, &block);
                 if reach > 0 {
-                    Rows { attention, x, head, first_query: queries.start, rows, first_key: first, packed: block.len(), reach }
-                        .run(s, scratch);
+                    self.rows(s, rows, &block, reach, scratch, online);
                 }
             }
         }
-        for (i, (out, lse)) in out.chunks_exact_mut(x.value_width).zip(lse).enumerate() {
-            let total = scratch.total[i];
-            // A query that looks at no key has a total of zero.
-            *lse = if total == 0.0 { f32::INFINITY } else { scratch.max[i] + total.ln() };
-            let factor = if total == 0.0 { 0.0 } else { 1.0 / total };
-            out.iter_mut().zip(&scratch.sums[i * x.value_width..]).for_each(|(out, &sum)| *out = T::narrow(sum * factor));
-        }
         Ok(())
     }
-}
 
-/// Some queries of a task against the first `reach` keys of a block.
-struct Rows<'a, T> {
-    attention: &'a Attention<'a, T>,
-    x: Extents,
-    head: usize,
-    first_query: usize,
-    rows: Range<usize>,
-    first_key: usize,
-    /// Keys of the block.
-    packed: usize,
-    reach: usize,
-}
-
-impl<T: Attended> Rows<'_, T> {
+    /// Some of the queries against the first `reach` keys of a block.
     #[inline(always)]
-    fn run<S: Simd>(&self, s: S, scratch: &mut Scratch) {
-        let kernels = MicroKernels::get();
-        let Extents { width, value_width, .. } = self.x;
-        let count = self.rows.len();
-        let q = Left { data: &scratch.q[self.rows.start * width..], row_stride: width, k_stride: 1 };
-        product(kernels, [count, width, self.panel_end(kernels)], q, Right::Panels(scratch.panels), scratch.scores, KEYS, false);
-        for (i, row) in self.rows.clone().enumerate() {
-            let scores = &mut scratch.scores[i * KEYS..(i + 1) * KEYS];
-            let sums = &mut scratch.sums[row * value_width..(row + 1) * value_width];
-            self.weigh(s, row, scores, &mut scratch.max[row], &mut scratch.total[row], sums);
+    fn rows<S: Simd>(&self, s: S, rows: Range<usize>, block: &Range<usize>, reach: usize, scratch: &mut Scratch, online: &mut Online<'_>) {
+        let Self { attention, x, heads, .. } = self;
+        let kernels = E::kernels();
+        let (count, width, first) = (rows.len(), x.width.div_ceil(E::TERMS), rows.start);
+        let Scratch { q, panels, values, scores, weights, .. } = scratch;
+        // Whole panels, so that they are read as they were packed.
+        let computed = reach.next_multiple_of(kernels.nr).min(block.len());
+        let q = Left::rows(&q[first * width..], width);
+        let to = Sums { data: scores, stride: KEYS, alpha: attention.scale * LOG2_E, add: false };
+        product(kernels, [count, width, computed], q, Right::Panels(panels), to);
+        for (i, row) in rows.enumerate() {
+            let of = Scores { head: heads.start, query: self.queries.start + row, first_key: block.start, keys: reach };
+            of.weigh(s, attention, x, &mut scores[i * KEYS..(i + 1) * KEYS], (row, online));
         }
-        let weights = Left { data: scratch.scores, row_stride: KEYS, k_stride: 1 };
-        let values = Right::Rows(scratch.values, padded(kernels, value_width));
-        let sums = &mut scratch.sums[self.rows.start * value_width..];
-        product(kernels, [count, self.reach, value_width], weights, values, sums, value_width, true);
+        let (weights, row_stride) = E::rows_of(scores, [count, reach], KEYS, weights);
+        let weights = Left::rows(weights, row_stride);
+        let values = Right::Rows(values, padded(kernels, x.value_width));
+        let to = Sums { data: &mut online.values[first * x.value_width..], stride: x.value_width, alpha: 1.0, add: true };
+        product(kernels, [count, reach.div_ceil(E::TERMS), x.value_width], weights, values, to);
     }
-
-    /// The keys that are computed: whole panels, so that panels are read as they were packed.
-    fn panel_end(&self, kernels: &MicroKernels) -> usize {
-        self.reach.next_multiple_of(kernels.nr).min(self.packed)
-    }
-
-    /// Turns a query's scores into exponentials relative to its largest score so far, and what it has summed to the same scale.
-    #[inline(always)]
-    fn weigh<S: Simd>(&self, s: S, row: usize, scores: &mut [f32], max: &mut f32, total: &mut f32, sums: &mut [f32]) {
-        let query = self.first_query + row;
-        let own = self.attention.reach(query, &(self.first_key..self.first_key + self.reach));
-        let end = self.reach.next_multiple_of(S::LANES).min(scores.len());
-        let (open, shut) = scores.split_at_mut(own);
-        shut[..end - own].fill(f32::NEG_INFINITY);
-        self.attention.mask_scores(self.head, query, self.first_key, open);
-        let largest = row_max::<f32, S>(s, open);
-        // NaN wins, so that it reaches the output.
-        let new = if largest > *max || largest.is_nan() { largest } else { *max };
-        if new == f32::NEG_INFINITY {
-            return scores[..end].fill(0.0);
-        }
-        let factor = (*max - new).exp();
-        let sum = exponentials(s, &mut scores[..end], new);
-        *total = *total * factor + sum;
-        *max = new;
-        if factor != 1.0 {
-            sums.iter_mut().for_each(|x| *x *= factor);
-        }
-    }
-}
-
-/// Replaces each x by exp(x − shift), and returns their sum. `x` is a whole number of vectors long.
-#[inline(always)]
-fn exponentials<S: Simd>(s: S, x: &mut [f32], shift: f32) -> f32 {
-    let shift = s.splat(shift);
-    let mut sum = s.zero();
-    for x in x.chunks_exact_mut(S::LANES) {
-        let e = math::exp(s, s.load_slice(x) - shift);
-        e.store_slice(x, S::LANES);
-        sum = sum + e;
-    }
-    sum.reduce_sum()
 }

@@ -2,25 +2,61 @@
 //! ([`forward`]) and backward ([`backward`]). Memory beside inputs and outputs grows with the rows of Q and K only.
 //!
 //! Source: Dao, *FlashAttention-2*, 2023. A block of scores is a product of the micro-kernels that all matrix products use; it stays in the
-//! second-level cache until the block of values has been multiplied by it. f16 and bf16 are widened as blocks are loaded, and
-//! results are rounded once. Blocks and tasks depend on shapes only, and all sums have a fixed order.
+//! second-level cache until the block of values has been multiplied by it. f16 and bf16 are widened as blocks are loaded (or multiplied in pairs, see
+//! [`entries`]), and results are rounded once. Blocks and tasks depend on shapes only, and all sums have a fixed order.
 
 mod backward;
 mod block;
+mod entries;
+mod few;
 mod forward;
+mod online;
 #[cfg(test)]
 mod tests;
 
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 
+use crate::cpu::cast::Stored;
+use crate::cpu::gemm::dot::Lanes;
+use crate::cpu::gemm::micro::MicroKernels;
+use crate::cpu::random::Dropout;
+use crate::cpu::simd::Simd;
 use crate::element::{Bool, Element, Float};
 use crate::view::MatView;
+use entries::{Entries, Pairs, Single};
+use half::{bf16, f16};
 use std::ops::Range;
 
+/// Scores are computed in units of it, so that weights are powers of two.
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+
 /// An element type of attention: f32, f16, bf16.
-pub trait Attended: Float<Compute = f32> {}
-impl<T: Float<Compute = f32>> Attended for T {}
+pub trait Attended: Float<Compute = f32> + Stored<Compute = f32> + Lanes {
+    /// What products are made of where [`multiplies_pairs`](Self::multiplies_pairs) is true, and single values otherwise.
+    type Pairs: Entries<Self>;
+
+    /// Whether this process multiplies pairs of such values faster.
+    fn multiplies_pairs() -> bool {
+        false
+    }
+}
+
+impl Attended for f32 {
+    type Pairs = Single;
+}
+
+impl Attended for f16 {
+    type Pairs = Single;
+}
+
+impl Attended for bf16 {
+    type Pairs = Pairs;
+
+    fn multiplies_pairs() -> bool {
+        MicroKernels::has_bf16_pairs()
+    }
+}
 
 /// One matrix a head: of queries, keys, values or masks.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +106,8 @@ pub struct Attention<'a, T> {
     pub causal: bool,
     /// Factor of the scores.
     pub scale: f32,
+    /// Applied to the weights: they are elements in row-major order, `[heads][L][S]`.
+    pub dropout: Option<Dropout>,
 }
 
 /// The extents.
@@ -115,7 +153,21 @@ impl<T: Attended> Attention<'_, T> {
         if self.causal { (query + 1).clamp(keys.start, keys.end) - keys.start } else { keys.len() }
     }
 
-    /// Puts the mask of `query` on its scores for the keys from `first` on.
+    /// Multiplies values that belong to the weights of a query, for the keys from `first` on, by what dropout multiplies these by.
+    #[inline(always)]
+    fn drop<S: Simd>(&self, s: S, x: &Extents, head: usize, query: usize, first: usize, values: &mut [f32]) {
+        const CHUNK: usize = 256;
+        let Some(dropout) = self.dropout else { return };
+        let row = (head * x.queries + query) * x.keys + first;
+        for (i, values) in values.chunks_mut(CHUNK).enumerate() {
+            let mut factors = [0.0; CHUNK];
+            let factors = &mut factors[..values.len()];
+            dropout.factors(s, row + i * CHUNK, factors);
+            values.iter_mut().zip(factors).for_each(|(x, &mut factor)| *x *= factor);
+        }
+    }
+
+    /// Puts the mask of `query` on its scores, in units of log₂ e, for the keys from `first` on.
     fn mask_scores(&self, head: usize, query: usize, first: usize, scores: &mut [f32]) {
         match self.mask {
             None => {}
@@ -134,7 +186,7 @@ impl<T: Attended> Attention<'_, T> {
                 for (j, score) in scores.iter_mut().enumerate() {
                     let bias = row[j * mask.col_stride()].widen();
                     // An infinity or NaN under a shut key must not get through.
-                    *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias };
+                    *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias * LOG2_E };
                 }
             }
         }

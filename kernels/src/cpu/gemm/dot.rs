@@ -30,7 +30,7 @@ const TASK_MACS: usize = 1 << 18;
 const AXPY_LANES: usize = 1024;
 
 /// Values that are read as vectors of f32.
-pub(super) trait Lanes: Element {
+pub trait Lanes: Element {
     /// The first `count <= LANES` values, and zeros.
     ///
     /// # Safety
@@ -221,7 +221,7 @@ enum Form {
 }
 
 /// Some lanes of one product: `out[r][l] = init + alpha · Σ_k small[r][k] · large[l][k]`.
-pub(super) struct Job<'a, T> {
+pub struct Job<'a, T> {
     gemm: &'a Gemm<'a, T, f32>,
     /// `rows × k`.
     small: Matrix<T>,

@@ -8,7 +8,7 @@
 //! [precision](MatmulPrecision) only, and with tiles on whether values are extreme, never on the number of threads.
 
 mod blocked;
-mod dot;
+pub(in crate::cpu) mod dot;
 mod epilogue;
 mod generic;
 mod int8;

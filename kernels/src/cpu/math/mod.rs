@@ -14,7 +14,7 @@ mod trig;
 mod tests;
 
 pub use erf::{erf, gelu, gelu_backward};
-pub use exp::{elu, exp, expm1, gelu_tanh, gelu_tanh_backward, mish, mish_backward, sigmoid, silu, silu_backward, softplus, tanh};
+pub use exp::{elu, exp, exp2, expm1, gelu_tanh, gelu_tanh_backward, mish, mish_backward, sigmoid, silu, silu_backward, softplus, tanh};
 pub use log::{log, log1p};
 pub use pow::pow;
 pub use trig::{atan2, cos, sin};

@@ -93,6 +93,7 @@ macro_rules! functions {
 
 functions! {
     exp_in_ulps: |s, x| exp(s, x), x.exp();
+    exp2_in_ulps: |s, x| exp2(s, x), x.exp2();
     expm1_in_ulps: |s, x| expm1(s, x), x.exp_m1();
     log_in_ulps: |s, x| log(s, x), x.ln();
     log1p_in_ulps: |s, x| log1p(s, x), x.ln_1p();

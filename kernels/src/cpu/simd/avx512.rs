@@ -57,6 +57,56 @@ impl Avx512Bf16 {
     }
 }
 
+impl Avx512Bf16 {
+    /// Rounds pairs of neighbours to bf16, a word of `to` each, the first in the lower half. Denormals become zero.
+    pub fn narrow(self, from: &[f32], to: &mut [f32]) {
+        #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl")]
+        fn narrow(from: &[f32], to: &mut [f32]) {
+            for (from, to) in from.chunks(16).zip(to.chunks_mut(8)) {
+                let (lanes, words) = (first(from.len()), first(to.len()) as __mmask8);
+                // SAFETY: lanes beyond the chunks are neither read nor written; pairs of bf16 are as long as f32.
+                unsafe {
+                    let rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, from.as_ptr()));
+                    _mm256_mask_storeu_ps(to.as_mut_ptr(), words, std::mem::transmute::<__m256bh, __m256>(rounded));
+                }
+            }
+        }
+        assert_eq!(from.len(), 2 * to.len());
+        // SAFETY: the token proves the features.
+        unsafe { narrow(from, to) }
+    }
+
+    /// Rounds values of two rows to bf16, a word of `to` each pair, `low` in the lower half. Denormals become zero.
+    pub fn interleave(self, low: &[f32], high: &[f32], to: &mut [f32]) {
+        #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512vl")]
+        fn interleave(low: &[f32], high: &[f32], to: &mut [f32]) {
+            const PLACES: [u16; 32] = {
+                let mut places = [0; 32];
+                let mut i = 0;
+                while i < 32 {
+                    places[i] = (i / 2 + i % 2 * 16) as u16;
+                    i += 1;
+                }
+                places
+            };
+            // SAFETY: the array is as long as a vector.
+            let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
+            for ((low, high), to) in low.chunks(16).zip(high.chunks(16)).zip(to.chunks_mut(16)) {
+                let lanes = first(to.len());
+                // SAFETY: lanes beyond the chunks, which have one length, are neither read nor written.
+                unsafe {
+                    let (low, high) = (_mm512_maskz_loadu_ps(lanes, low.as_ptr()), _mm512_maskz_loadu_ps(lanes, high.as_ptr()));
+                    let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                    _mm512_mask_storeu_ps(to.as_mut_ptr(), lanes, _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, rounded)));
+                }
+            }
+        }
+        assert!(low.len() == to.len() && high.len() == to.len());
+        // SAFETY: the token proves the features.
+        unsafe { interleave(low, high, to) }
+    }
+}
+
 impl F32x16 {
     /// Adds two products to each lane: `a` and `b` hold a pair of bf16 in each. Denormals count as zero.
     #[inline(always)]

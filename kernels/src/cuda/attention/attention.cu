@@ -1,5 +1,5 @@
-// Attention for any dtype, extents and strides, on the plain arithmetic units: out = softmax(scale · Q·Kᵀ + mask) · V block by block, and its
-// gradients. Defines: T; WIDTH, a multiple of 16 that is at least the width of keys and of values; in sixteens, ROWS and STEP, the rows of a block and
+// Attention for any dtype, extents and strides, on the plain arithmetic units: out = dropout(softmax(scale · Q·Kᵀ + mask)) · V block by block, and its
+// gradients. Defines: T; DROPOUT, 0 or 1; WIDTH, a multiple of 16 that is at least the width of keys and of values; in sixteens, ROWS and STEP, the rows of a block and
 // of those that it walks over, and GRAD_ROWS and GRAD_STEP, the same of the backward pass: what registers (sums of WIDTH values a row) and 48 KiB of
 // shared memory hold. Shared memory: `stage_size` values and one tile of `weights_size` (backward, for keys: two).
 //
@@ -193,6 +193,7 @@ attention_forward(const T* q, Matrices q_layout, const T* k, Matrices k_layout, 
     const Rows keys(k, k_layout, head / x.group, x.keys, x.width);
     const Rows values(v, v_layout, head / x.group, x.keys, x.value_width);
     const Mask mask(mask_data, mask_layout, x, head);
+    Dropper dropper(x, head);
     const Real shut = -(Real)infinity();
 
     Real sums[ROWS][COLS], largest[ROWS], total[ROWS];
@@ -225,6 +226,9 @@ attention_forward(const T* q, Matrices q_layout, const T* k, Matrices k_layout, 
             for (int j = 0; j < STEP; ++j) {
                 tile[i][j] = exponential(tile[i][j] - shift);
                 sum += tile[i][j];
+                if constexpr (DROPOUT) {
+                    tile[i][j] *= dropper.factor(query, key0 + tx + 16 * j);
+                }
             }
             const Real factor = exponential(largest[i] - shift);
             total[i] = total[i] * factor + across_row(sum, [](Real a, Real b) { return a + b; });
@@ -288,6 +292,7 @@ attention_backward_queries(const T* q, Matrices q_layout, const T* k, Matrices k
     const Rows values(v, v_layout, head / x.group, x.keys, x.value_width);
     const Rows grads(grad, head, x.queries, x.value_width);
     const Mask mask(mask_data, mask_layout, x, head);
+    Dropper dropper(x, head);
 
     Real sums[GRAD_ROWS][COLS];
     clear(sums);
@@ -303,7 +308,11 @@ attention_backward_queries(const T* q, Matrices q_layout, const T* k, Matrices k
             const Real sum = lse[at], mean = along[at];
 #pragma unroll
             for (int j = 0; j < GRAD_STEP; ++j) {
-                tile[i][j] = weight(tile[i][j], query, key0 + tx + 16 * j, sum, mask, x) * (d_weights[i][j] - mean);
+                const i64 key = key0 + tx + 16 * j;
+                if constexpr (DROPOUT) {
+                    d_weights[i][j] *= dropper.factor(query, key);
+                }
+                tile[i][j] = weight(tile[i][j], query, key, sum, mask, x) * (d_weights[i][j] - mean);
             }
         }
         put_weights(weights, tile);
@@ -333,6 +342,7 @@ attention_backward_keys(const T* q, Matrices q_layout, const T* k, Matrices k_la
         const Rows queries(q, q_layout, head, x.queries, x.width);
         const Rows grads(grad, head, x.queries, x.value_width);
         const Mask mask(mask_data, mask_layout, x, head);
+        Dropper dropper(x, head);
         // Queries before the first key do not look at the block.
         for (i64 query0 = x.causal != 0 ? first : 0; query0 < x.queries; query0 += 16 * GRAD_STEP) {
             Real tile[GRAD_ROWS][GRAD_STEP], d_tile[GRAD_ROWS][GRAD_STEP];
@@ -345,8 +355,11 @@ attention_backward_keys(const T* q, Matrices q_layout, const T* k, Matrices k_la
                 const Real sum = lse[at], mean = along[at];
 #pragma unroll
                 for (int i = 0; i < GRAD_ROWS; ++i) {
-                    tile[i][j] = weight(tile[i][j], query, first + ty + 16 * i, sum, mask, x);
-                    d_tile[i][j] = tile[i][j] * (d_tile[i][j] - mean);
+                    const i64 key = first + ty + 16 * i;
+                    const Real factor = DROPOUT ? dropper.factor(query, key) : Real(1);
+                    tile[i][j] = weight(tile[i][j], query, key, sum, mask, x);
+                    d_tile[i][j] = tile[i][j] * (d_tile[i][j] * factor - mean);
+                    tile[i][j] *= factor;
                 }
             }
             put_weights(weights, tile);

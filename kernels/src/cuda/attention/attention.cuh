@@ -1,5 +1,7 @@
 // What every level of attention is told of a problem. T is the type of queries, keys, values, results and gradients.
 
+#include "philox.cuh"
+
 /// As the CPU's `Attention`: all matrices of queries, keys and values have these extents.
 struct Extents {
     i64 heads;       // of queries
@@ -9,6 +11,9 @@ struct Extents {
     i64 width;       // values of a query or key
     i64 value_width; // values of a value
     double scale;    // factor of the scores
+    Stream dropout;  // of the weights [heads][queries][keys]
+    double kept;     // what it multiplies those by that it does not zero
+    u32 threshold;   // below it, the upper 24 bits of a weight's word say zero
     i32 causal;      // query i looks at the keys 0 to i only
     i32 mask;        // 0: none; 1: bytes, not 0 where a query may look; 2: elements that are added to the scores
 };
@@ -54,4 +59,18 @@ struct Mask {
         const Compute<T> added = bias(query, key);
         return added == shut ? shut : score + added;
     }
+};
+
+/// Dropout of the weights of one query head.
+struct Dropper {
+    WordReader reader;
+    i64 first, keys;
+    Compute<T> kept;
+    u32 threshold;
+
+    __device__ __forceinline__ Dropper(const Extents& x, i64 head)
+        : reader(x.dropout), first(head * x.queries), keys(x.keys), kept((Compute<T>)x.kept), threshold(x.threshold) {}
+    __device__ __forceinline__ bool keeps(i64 query, i64 key) { return reader.word((first + query) * keys + key) >> 8 >= threshold; }
+    /// What the weight, or its gradient, is multiplied by.
+    __device__ __forceinline__ Compute<T> factor(i64 query, i64 key) { return keeps(query, key) ? kept : Compute<T>(0); }
 };

@@ -1,7 +1,8 @@
 // Attention in f16 and bf16 on tensor cores by mma.sync (sm_80), FlashAttention-2's way: a warp keeps its rows' sums in registers, turns its tile of
 // scores into the left factor of the next product there, and blocks of the other side come by asynchronous copies, one ahead.
 //
-// Defines: T (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`.
+// Defines: T (f16 or bf16); HEAD, a multiple of 64 that is at least the width of keys and of values; MASK, the kind of mask as in `Extents`;
+// DROPOUT, 0 or 1.
 // BACKWARD 0: WARPS of a block, ROW_TILES, the sixteens of queries of a warp (two let a fragment of K or V serve twice), and STEP, the keys of a step.
 // BACKWARD 1: WARPS of a block, of sixteen rows each, and STEP, the rows of the other side in a step.
 // Rows are contiguous, rows and matrices begin at multiples of 16 bytes, widths are multiples of 8, and the scale is positive.
@@ -184,6 +185,30 @@ struct Scores {
     }
 };
 
+/// Bit 2n + e: whether dropout keeps the weight of the key 8n + e after `key`. Loops stay loops: a body of Philox for each weight would overflow
+/// the instruction cache.
+template <int COLS>
+__device__ __forceinline__ u32 kept_keys(Dropper& dropper, i64 query, i64 key) {
+    u32 bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < COLS / 4; ++i) {
+        // Keys 16 apart are in turn, as they share a block of words.
+        const int n = i % (COLS / 16), place = i / (COLS / 16);
+        bits |= (u32)dropper.keeps(query, key + 16 * n + 8 * (place / 2) + place % 2) << (4 * n + place);
+    }
+    return bits;
+}
+/// Bit 4n + 2h + e: the same for the query 8n + e after `query` and the key 8h after `key`.
+template <int COLS>
+__device__ __forceinline__ u32 kept_queries(Dropper& dropper, i64 query, i64 key) {
+    u32 bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < COLS / 2; ++i) {
+        bits |= (u32)dropper.keeps(query + i / 4 * 8 + i % 2, key + i / 2 % 2 * 8) << i;
+    }
+    return bits;
+}
+
 #if !BACKWARD
 
 constexpr int ROWS = 16 * ROW_TILES * WARPS;
@@ -203,6 +228,7 @@ attention_forward_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layo
     const Rows keys(k, k_layout, head / x.group, x.keys, x.width);
     const Rows values(v, v_layout, head / x.group, x.keys, x.value_width);
     const Scores score(mask_data, mask_layout, x, head);
+    Dropper dropper(x, head);
     const float scale = score.scale();
 
     float sums[ROW_TILES][HEAD / 8][4], largest[ROW_TILES][2], total[ROW_TILES][2];
@@ -268,6 +294,14 @@ attention_forward_mma(const T* q, Matrices q_layout, const T* k, Matrices k_layo
                     }
                     total[m][h] = total[m][h] * factor + sum;
                     largest[m][h] = most;
+                    if constexpr (DROPOUT) {
+                        const u32 kept = kept_keys<STEP>(dropper, first + row + 16 * m + lane / 4 + 8 * h, key0 + 2 * (lane % 4));
+#pragma unroll
+                        for (int i = 0; i < STEP / 4; ++i) {
+                            float& weight = tile[m][i / 2][2 * h + i % 2];
+                            weight = kept >> i & 1 ? weight * dropper.kept : 0.0f;
+                        }
+                    }
 #pragma unroll
                     for (int n = 0; n < HEAD / 8; ++n) {
                         sums[m][n][2 * h] *= factor;
@@ -345,6 +379,7 @@ attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matric
     const Rows keys(k, k_layout, head / x.group, x.keys, x.width);
     const Rows values(v, v_layout, head / x.group, x.keys, x.value_width);
     const Scores score(mask_data, mask_layout, x, head);
+    Dropper dropper(x, head);
 
     float sums[1][HEAD / 8][4], shift[2], mean[2];
     clear(sums);
@@ -375,6 +410,17 @@ attention_backward_queries_mma(const T* q, Matrices q_layout, const T* k, Matric
             multiply_rows<1, STEP>(tile, q_tile, row, k_tile + stage);
             multiply_rows<1, STEP>(d_tile, grad_tile, row, v_tile + stage);
             const bool edge = score.touches(first + row, key0 + STEP - 1);
+            if constexpr (DROPOUT) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const u32 kept = kept_keys<STEP>(dropper, first + row + lane / 4 + 8 * h, key0 + 2 * (lane % 4));
+#pragma unroll
+                    for (int i = 0; i < STEP / 4; ++i) {
+                        float& d_weight = d_tile[0][i / 2][2 * h + i % 2];
+                        d_weight = kept >> i & 1 ? d_weight * dropper.kept : 0.0f;
+                    }
+                }
+            }
 #pragma unroll
             for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
@@ -440,6 +486,8 @@ __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matric
                 multiply_rows<1, STEP>(d_tile, v_tile, row, grad_tile + stage);
             }
             const bool edge = score.touches(query0, first + row + 15);
+            Dropper dropper(x, head);
+            const u32 kept = DROPOUT ? kept_queries<STEP>(dropper, query0 + 2 * (lane % 4), first + row + lane / 4) : 0;
 #pragma unroll
             for (int n = 0; n < STEP / 8; ++n) {
 #pragma unroll
@@ -453,10 +501,12 @@ __device__ __forceinline__ void backward_keys(u8* smem, const T* q, const Matric
                         if (edge) {
                             product = score.apply(product, query, first + row + lane / 4 + 8 * h);
                         }
+                        const float factor = !DROPOUT ? 1.0f : kept >> (4 * n + 2 * h + e) & 1 ? dropper.kept : 0.0f;
                         tile[0][n][2 * h + e] = ex2_approx(product * score.scale() - shift);
                         if (PARTS & 2) {
-                            d_tile[0][n][2 * h + e] = tile[0][n][2 * h + e] * (d_tile[0][n][2 * h + e] - mean);
+                            d_tile[0][n][2 * h + e] = tile[0][n][2 * h + e] * (d_tile[0][n][2 * h + e] * factor - mean);
                         }
+                        tile[0][n][2 * h + e] *= factor;
                     }
                 }
             }

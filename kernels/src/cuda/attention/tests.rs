@@ -1,5 +1,6 @@
 use super::super::testing::{Values, device};
 use super::*;
+use crate::cpu::random;
 
 struct Case {
     batch: usize,
@@ -12,6 +13,7 @@ struct Case {
     causal: bool,
     /// 0 none, 1 open, 2 bias.
     mask: usize,
+    dropout: Option<Dropout>,
     /// Rows of all heads next to each other, as a projection leaves them.
     rows_outside: bool,
 }
@@ -49,6 +51,10 @@ impl Case {
         let mut out = vec![0.0; batch * heads * queries * value_width];
         let (mut lse, mut dq) = (vec![f64::INFINITY; batch * heads * queries], vec![0.0; batch * heads * queries * width]);
         let (mut dk, mut dv) = (vec![0.0; batch * key_heads * keys * width], vec![0.0; batch * key_heads * keys * value_width]);
+        let mut factors = vec![1f64; batch * heads * queries * keys];
+        if let Some(Dropout { stream, p }) = self.dropout {
+            random::dropout(stream, p, &vec![1f64; factors.len()], &mut factors);
+        }
         for (b, h, i) in (0..batch * heads * queries).map(|n| (n / queries / heads, n / queries % heads, n % queries)) {
             let row = (b * heads + h) * queries + i;
             let kh = h / group;
@@ -66,14 +72,15 @@ impl Case {
             lse[row] = max + total.ln();
             let g = &grad[row * value_width..][..value_width];
             let p: Vec<f64> = scores.iter().map(|s| (s - lse[row]).exp()).collect();
-            let dp: Vec<f64> = (0..keys).map(|j| dot(g, value(j))).collect();
+            let kept = &factors[row * keys..][..keys];
+            let dp: Vec<f64> = (0..keys).map(|j| kept[j] * dot(g, value(j))).collect();
             let along = dot(&p, &dp);
             for j in 0..keys {
                 let ds = p[j] * (dp[j] - along) * scale;
                 let at = (b * key_heads + kh) * keys + j;
                 for e in 0..value_width {
-                    out[row * value_width + e] += p[j] * value(j)[e];
-                    dv[at * value_width + e] += p[j] * g[e];
+                    out[row * value_width + e] += kept[j] * p[j] * value(j)[e];
+                    dv[at * value_width + e] += kept[j] * p[j] * g[e];
                 }
                 for e in 0..width {
                     dq[row * width + e] += ds * key(j)[e];
@@ -87,7 +94,10 @@ impl Case {
     fn check(&self, gpu: &'static Gpu, level: Level, ty: Type) {
         let &Case { batch, heads, group, queries, keys, width, value_width, causal, mask, .. } = self;
         let key_heads = heads / group;
-        let what = format!("{level:?} {ty:?} {batch}x{heads}/{group} {queries}x{keys} {width},{value_width} causal {causal} mask {mask}");
+        let what = format!(
+            "{level:?} {ty:?} {batch}x{heads}/{group} {queries}x{keys} {width},{value_width} causal {causal} mask {mask} {:?}",
+            self.dropout
+        );
         let scale = 1.0 / (width as f64).sqrt();
         let (q, k) = (values(batch * heads * queries * width, 1), values(batch * key_heads * keys * width, 2));
         let (v, g) = (values(batch * key_heads * keys * value_width, 3), values(batch * heads * queries * value_width, 4));
@@ -112,6 +122,7 @@ impl Case {
             mask: [None, Some(Mask::Open(mask_view)), Some(Mask::Bias(mask_view))][mask],
             causal,
             scale,
+            dropout: self.dropout,
         };
         assert!(attention.level(gpu) >= level, "{what}: level");
         let rows = batch * heads * queries;
@@ -155,7 +166,13 @@ fn case(
     causal: bool,
     mask: usize,
 ) -> Case {
-    Case { batch, heads, group, queries, keys, width, value_width, causal, mask, rows_outside: (queries + keys) % 2 == 1 }
+    Case { batch, heads, group, queries, keys, width, value_width, causal, mask, dropout: None, rows_outside: (queries + keys) % 2 == 1 }
+}
+
+impl Case {
+    fn with_dropout(self, p: f64) -> Self {
+        Self { dropout: Some(Dropout { stream: Stream { seed: 7, offset: 1 << 40 }, p }), ..self }
+    }
 }
 
 #[test]
@@ -166,6 +183,10 @@ fn any_extents_and_masks() {
             case([2, 2, 1], [37, 70], [20, 33], mask == 0, mask).check(gpu, Level::Portable, ty);
             case([1, 4, 2], [70, 37], [7, 7], true, mask).check(gpu, Level::Portable, ty);
         }
+    }
+    for ty in [Type::F32, Type::F64, Type::BF16] {
+        case([2, 4, 2], [70, 81], [20, 33], ty == Type::F32, 0).with_dropout(0.3).check(gpu, Level::Portable, ty);
+        case([1, 2, 1], [20, 128], [16, 16], false, 1).with_dropout(0.3).check(gpu, Level::Portable, ty);
     }
     case([1, 1, 1], [5, 9], [150, 256], false, 0).check(gpu, Level::Portable, Type::F32);
     case([1, 1, 1], [5, 9], [256, 90], true, 0).check(gpu, Level::Portable, Type::F64);
@@ -182,6 +203,9 @@ fn on_tensor_cores() {
         }
         case([1, 4, 2], [130, 301], [128, 72], false, 0).check(gpu, Level::Mma, ty);
         case([1, 1, 1], [66, 35], [200, 256], true, 0).check(gpu, Level::Mma, ty);
+        case([1, 2, 1], [130, 81], [64, 64], false, 0).with_dropout(0.3).check(gpu, Level::Mma, ty);
+        case([1, 4, 2], [70, 128], [128, 72], true, 0).with_dropout(0.3).check(gpu, Level::Mma, ty);
+        case([1, 1, 1], [66, 35], [200, 256], false, 2).with_dropout(0.3).check(gpu, Level::Mma, ty);
     }
 }
 
