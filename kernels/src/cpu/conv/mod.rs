@@ -21,6 +21,8 @@ mod fold;
 mod pack;
 mod patch;
 mod plain;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod weight;
 
 use super::alloc::OutOfMemory;
@@ -183,6 +185,13 @@ impl Gather {
         self.cin == 1 && self.cout == 1 && self.groups > 1
     }
 
+    /// Whether each target has one source, at the same place.
+    fn has_no_windows(&self) -> bool {
+        self.taps() == 1
+            && self.source == self.target
+            && (0..3).all(|i| self.axes[i].source(0, 0) == Some(0) && self.axes[i].source(1, 0) == Some(1))
+    }
+
     /// Products of a channel pair that a target pixel needs on average.
     fn taps_per_target(&self) -> usize {
         let phases: usize = self.axes.iter().map(Axis::period).product();
@@ -208,16 +217,30 @@ pub trait ConvElement: Real + sealed::Algorithms {}
 impl ConvElement for f32 {}
 impl ConvElement for f64 {}
 
+/// A gather of f32 on vectors.
+fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
+    if g.is_depthwise() {
+        depthwise::gather(g, x, w, bias, y)
+    } else if fold::pays(g) {
+        fold::gather(g, x, w, bias, y)
+    } else {
+        direct::gather(g, x, w, bias, y)
+    }
+}
+
 impl sealed::Algorithms for f32 {
     #[allow(private_interfaces)]
     fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
-        if g.is_depthwise() {
-            depthwise::gather(g, x, w, bias, y)
-        } else if fold::pays(g) {
-            fold::gather(g, x, w, bias, y)
-        } else {
-            direct::gather(g, x, w, bias, y)
+        #[cfg(target_arch = "x86_64")]
+        if let Some(parts) = tiles::pay(g) {
+            let vectors = |g: &Gather, x: &[f32], y: &mut [f32]| on_vectors(g, x, w, bias, y);
+            return match parts {
+                1 => tiles::gather::<1>(g, x, w, bias, y, vectors),
+                2 => tiles::gather::<2>(g, x, w, bias, y, vectors),
+                _ => tiles::gather::<3>(g, x, w, bias, y, vectors),
+            };
         }
+        on_vectors(g, x, w, bias, y)
     }
 
     #[allow(private_interfaces)]

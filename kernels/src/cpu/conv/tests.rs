@@ -123,7 +123,7 @@ fn exact(name: &str, s: &ConvShape, got: &[f64], expected: &[f64]) {
     }
 }
 
-fn narrow(v: &[f64]) -> Vec<f32> {
+pub(crate) fn narrow(v: &[f64]) -> Vec<f32> {
     v.iter().map(|&v| v as f32).collect()
 }
 
