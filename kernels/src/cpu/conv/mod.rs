@@ -26,6 +26,7 @@ mod tiles;
 mod weight;
 
 use super::alloc::OutOfMemory;
+use super::gemm::MatmulPrecision;
 use super::resample::Real;
 use axis::Axis;
 
@@ -55,6 +56,8 @@ pub struct ConvShape {
     pub padding: [usize; 3],
     /// Distance of neighbouring taps, in inputs.
     pub dilation: [usize; 3],
+    /// How exact products of f32 must be on matrix tiles. Values that are bf16 or f16, widened, lose nothing by `Medium` or `High`.
+    pub precision: MatmulPrecision,
 }
 
 /// Extent of a convolution's output along one axis: `⌊(input + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`,
@@ -124,6 +127,7 @@ impl ConvShape {
             axes: std::array::from_fn(|i| Axis::forward(self.stride[i], self.padding[i], self.dilation[i])),
             in_stride: taps,
             out_stride: ci * taps,
+            precision: self.precision,
         }
     }
 
@@ -141,6 +145,7 @@ impl ConvShape {
             axes: std::array::from_fn(|i| Axis::transposed(self.stride[i], self.padding[i], self.dilation[i])),
             in_stride: ci * taps,
             out_stride: taps,
+            precision: self.precision,
         }
     }
 }
@@ -161,6 +166,7 @@ struct Gather {
     /// Weight `(group, c, j, tap)` lies at `group · cin · cout · taps + c · in_stride + j · out_stride + tap`.
     in_stride: usize,
     out_stride: usize,
+    precision: MatmulPrecision,
 }
 
 impl Gather {
@@ -245,6 +251,17 @@ impl sealed::Algorithms for f32 {
 
     #[allow(private_interfaces)]
     fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<(), OutOfMemory> {
+        #[cfg(target_arch = "x86_64")]
+        let done = match tiles::pay(forward) {
+            Some(1) => tiles::weight_grad::<1>(forward, x, gy, gw)?,
+            Some(2) => tiles::weight_grad::<2>(forward, x, gy, gw)?,
+            Some(_) => tiles::weight_grad::<3>(forward, x, gy, gw)?,
+            None => false,
+        };
+        #[cfg(target_arch = "x86_64")]
+        if done {
+            return Ok(());
+        }
         if forward.is_depthwise() {
             depthwise::weight_grad(forward, x, gy, gw)
         } else if transposed.cin < weight::PATCH_CHANNELS && transposed.cin < forward.cin {

@@ -62,6 +62,7 @@ pub(crate) fn shape2d(
         stride: [1, stride, stride],
         padding: [0, padding, padding],
         dilation: [1, dilation, dilation],
+        precision: MatmulPrecision::Highest,
     }
 }
 
@@ -100,6 +101,7 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         stride: [2, 1, 2],
         padding: [1, 1, 1],
         dilation: [2, 1, 1],
+        precision: MatmulPrecision::Highest,
     };
     for i in 0..3 {
         let extent = output_extent(volume.input[i], volume.kernel[i], volume.stride[i], volume.padding[i], volume.dilation[i]);

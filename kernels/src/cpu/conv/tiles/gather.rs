@@ -1,10 +1,11 @@
 //! Forward pass and input gradient: for each block of 32 targets and 32 of their channels, all taps and source channels are summed in
 //! tiles and stored once.
 
-use super::super::super::gemm::pack::Strip;
+use super::super::super::gemm::pack::{Strip, pack};
 use super::super::super::gemm::split::{self, Magnitudes, Side, TERMS};
 use super::super::class::{Class, classes, phases};
 use super::super::{Gather, part_start};
+use super::are_finite;
 use super::grid::Grid;
 use super::image::{self, CELL, Unit};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
@@ -31,6 +32,10 @@ pub(in super::super) fn gather<const PARTS: usize>(
     y: &mut [f32],
     vectors: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
 ) -> Result<(), OutOfMemory> {
+    // One part is made of any value, and padding is multiplied with all weights.
+    if PARTS == 1 && !are_finite(w) {
+        return vectors(g, x, y);
+    }
     let g = &merged(g);
     let axes = phases(g);
     let classes = classes(g, &axes);
@@ -40,13 +45,14 @@ pub(in super::super) fn gather<const PARTS: usize>(
     let plans = classes.iter().map(|class| Plan::new::<PARTS>(g, &grid, class)).collect::<Vec<_>>();
     let failed: Vec<AtomicBool> = (0..g.n).map(|_| AtomicBool::new(false)).collect();
     let col_blocks = g.cout.div_ceil(SIDE);
-    let splits = TASKS.div_ceil(units.len()).min(col_blocks);
+    let splits = TASKS.div_ceil(units.len() * g.groups).min(col_blocks);
     let run = Run { g, x, bias, y: SharedMut::new(y), grid: &grid, weights: &weights, plans: &plans };
     let ns = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target() * PARTS / 400;
     let out_of_memory = OnceLock::new();
-    parallel::for_each(units.len() * splits, ns, |i| {
-        let (unit, split) = (&units[i / splits], i % splits);
-        match run.unit::<PARTS>(unit, part_start(col_blocks, splits, split)..part_start(col_blocks, splits, split + 1)) {
+    parallel::for_each(units.len() * g.groups * splits, ns, |i| {
+        let (i, split) = (i / splits, i % splits);
+        let (unit, group) = (&units[i / g.groups], i % g.groups);
+        match run.unit::<PARTS>(unit, group, part_start(col_blocks, splits, split)..part_start(col_blocks, splits, split + 1)) {
             Ok(true) => {}
             Ok(false) => unit.images.clone().for_each(|image| failed[image].store(true, Ordering::Relaxed)),
             Err(error) => _ = out_of_memory.set(error),
@@ -67,7 +73,7 @@ pub(in super::super) fn gather<const PARTS: usize>(
 }
 
 /// Without windows, images are rows of pixels: so many of them are taken as one that hardly a tile is cut short.
-fn merged(g: &Gather) -> Gather {
+pub(super) fn merged(g: &Gather) -> Gather {
     let pixels = g.target.iter().product::<usize>();
     let full = |count: usize| (count * pixels).is_multiple_of(SIDE) || count * pixels > 20 * SIDE;
     match (1..=g.n).find(|&count| g.n.is_multiple_of(count) && full(count)) {
@@ -105,18 +111,20 @@ impl Weights {
         parallel::for_each(tasks, w.len() * PARTS / 2, |task| {
             let (cols, from) = (task / blocks, task % blocks);
             let (group, col) = (cols / col_blocks, cols % col_blocks * SIDE);
+            let src = &w[g.group_start(group) + from * TERMS * g.in_stride + col * g.out_stride..];
+            let (lanes, k) = (SIDE.min(g.cout - col), TERMS.min(g.cin - from * TERMS));
+            let mut local = vec![0f32; if g.taps() > 1 { SIDE * TERMS * g.taps() } else { 0 }];
+            let first = gathered(g, src, lanes, k, &mut local);
             let mut all = Magnitudes::NONE;
             for (class, start) in classes.iter().zip(&starts) {
                 let taps = class.tap_count();
                 for (i, tap) in class.taps(g.kernel).enumerate() {
-                    let src = &w[g.group_start(group) + from * TERMS * g.in_stride + col * g.out_stride + tap..];
-                    let lanes = SIDE.min(g.cout - col);
                     let strip = Strip {
-                        src: src.as_ptr(),
+                        src: first.src.wrapping_add(tap * first.tap_stride),
                         lanes,
-                        lane_stride: g.out_stride,
-                        k: TERMS.min(g.cin - from * TERMS),
-                        k_stride: g.in_stride,
+                        lane_stride: first.lane_stride,
+                        k,
+                        k_stride: first.k_stride,
                     };
                     // SAFETY: the strip's weights are those of the tap between existing channels; each chunk is written by one task only.
                     all = all.union(unsafe {
@@ -133,6 +141,49 @@ impl Weights {
 
     fn at(&self, group: usize, col_block: usize, class: usize, chunk: usize) -> *const u8 {
         self.buffer.as_bytes()[(group * self.col_blocks + col_block) * self.block + self.starts[class] * chunk..].as_ptr()
+    }
+}
+
+/// Where weight `(k, lane, tap)` lies.
+struct Taps {
+    src: *const f32,
+    lane_stride: usize,
+    k_stride: usize,
+    tap_stride: usize,
+}
+
+/// The weights between `k` source and `lanes` target channels, the first of which is `src`'s first: copied to `local` if there are several
+/// taps, as neighbouring channels then lie far apart.
+fn gathered(g: &Gather, src: &[f32], lanes: usize, k: usize, local: &mut [f32]) -> Taps {
+    let taps = g.taps();
+    if taps == 1 {
+        return Taps { src: src.as_ptr(), lane_stride: g.out_stride, k_stride: g.in_stride, tap_stride: 1 };
+    }
+    if g.in_stride == taps {
+        let strip = Strip { src: src.as_ptr(), lanes, lane_stride: g.out_stride, k: k * taps, k_stride: 1 };
+        dispatch_widest(Transpose { strip, to: local });
+        return Taps { src: local.as_ptr(), lane_stride: 1, k_stride: taps * SIDE, tap_stride: SIDE };
+    }
+    for (i, row) in local.chunks_exact_mut(SIDE * taps).take(k).enumerate() {
+        row[..lanes * taps].copy_from_slice(&src[i * g.in_stride..][..lanes * taps]);
+    }
+    Taps { src: local.as_ptr(), lane_stride: taps, k_stride: SIDE * taps, tap_stride: 1 }
+}
+
+/// Transposes a readable strip of weights to rows of SIDE.
+struct Transpose<'a> {
+    strip: Strip,
+    to: &'a mut [f32],
+}
+
+impl WithSimd for Transpose<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        assert!(self.strip.k * SIDE <= self.to.len());
+        // SAFETY: whoever made it vouches for the strip; there is room for its rows.
+        unsafe { pack(s, self.strip, SIDE, self.to.as_mut_ptr()) };
     }
 }
 
@@ -165,24 +216,24 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Computes blocks of target channels of a unit; `false` if its values are not for tiles.
-    fn unit<const PARTS: usize>(&self, unit: &Unit, cols: std::ops::Range<usize>) -> Result<bool, OutOfMemory> {
+    fn unit<const PARTS: usize>(&self, unit: &Unit, group: usize, cols: std::ops::Range<usize>) -> Result<bool, OutOfMemory> {
         let (g, cell) = (self.g, PARTS * CELL);
         let image = g.cin.div_ceil(TERMS) * self.grid.len() * cell;
         let len = unit.images.len() * image;
         // The last tiles read beyond the last target.
         let mut packed = Buffer::new(len + SIDE * cell)?;
         packed.as_bytes_mut()[len..].fill(0);
-        let seen = image::pack::<PARTS>(g, self.grid, unit, self.x, &mut packed.as_bytes_mut()[..len]);
+        let seen = image::pack::<PARTS>(g, self.grid, unit, group, self.x, &mut packed.as_bytes_mut()[..len]);
         if !split::multiplies::<PARTS>(seen, self.weights.seen, g.cin * g.taps()) {
             return Ok(false);
         }
         let session = Session::begin();
         for col_block in cols {
             for (class, plan) in self.plans.iter().enumerate() {
-                let b = self.weights.at(unit.group, col_block, class, PARTS * CHUNK);
+                let b = self.weights.at(group, col_block, class, PARTS * CHUNK);
                 for (i, at) in unit.images.clone().enumerate() {
                     let packed = &packed.as_bytes()[i * image..];
-                    self.class::<PARTS>(&session, plan, (at, unit), packed, b, col_block * SIDE);
+                    self.class::<PARTS>(&session, plan, (at, unit.start), packed, b, (group, col_block * SIDE));
                 }
             }
         }
@@ -194,24 +245,28 @@ impl Run<'_> {
         &self,
         session: &Session,
         plan: &Plan,
-        (image, unit): (usize, &Unit),
+        (image, start): (usize, [usize; 3]),
         packed: &[u8],
         b: *const u8,
-        col: usize,
+        (group, col): (usize, usize),
     ) {
         let (g, grid) = (self.g, self.grid);
         let cell = PARTS * CELL;
-        let targets = grid.targets(plan.class, unit.start);
+        let targets = grid.targets(plan.class, start);
         let run = grid.run(targets);
         let cols = SIDE.min(g.cout - col);
-        let bias = self.bias.map(|bias| &bias[unit.group * g.cout + col..][..cols]);
+        let bias = self.bias.map(|bias| &bias[group * g.cout + col..][..cols]);
         let mut sums = Sums::default();
         let mut rows = [std::ptr::null_mut(); SIDE];
         let mut at = [0; 3];
         for first in (0..run).step_by(SIDE) {
             for (i, row) in rows.iter_mut().enumerate() {
                 let exists = first + i < run && at[2] < targets[2] && at[1] < targets[1];
-                *row = if exists { self.target(plan.class, image, unit, at, col) } else { std::ptr::null_mut() };
+                *row = if exists {
+                    self.target(plan.class, image, std::array::from_fn(|i| start[i] + at[i])).wrapping_add(group * g.cout + col)
+                } else {
+                    std::ptr::null_mut()
+                };
                 advance(&mut at, grid.cells);
             }
             if rows.iter().all(|row| row.is_null()) {
@@ -228,14 +283,11 @@ impl Run<'_> {
         }
     }
 
-    /// Where the channels of a target are stored.
-    fn target(&self, class: &Class, image: usize, unit: &Unit, at: [usize; 3], col: usize) -> *mut f32 {
+    /// Where the channels of a class' target are stored.
+    fn target(&self, class: &Class, image: usize, at: [usize; 3]) -> *mut f32 {
         let g = self.g;
-        let mut pixel = image;
-        for axis in 0..3 {
-            pixel = pixel * g.target[axis] + class.axes[axis].targets[unit.start[axis] + at[axis]];
-        }
-        self.y.get().wrapping_add((pixel * g.groups + unit.group) * g.cout + col)
+        let pixel = (0..3).fold(image, |pixel, axis| pixel * g.target[axis] + class.axes[axis].targets[at[axis]]);
+        self.y.get().wrapping_add(pixel * g.groups * g.cout)
     }
 }
 

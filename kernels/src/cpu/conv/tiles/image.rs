@@ -10,13 +10,12 @@ use std::ops::Range;
 /// Bytes of a part of a cell: 32 channels.
 pub(super) const CELL: usize = 2 * TERMS;
 
-/// Some images, or a band of one, of a group of channels.
+/// Some images, or a band of one.
 #[derive(Clone, Debug)]
 pub(super) struct Unit {
     pub images: Range<usize>,
     /// First target along each axis.
     pub start: [usize; 3],
-    pub group: usize,
 }
 
 /// Cuts `g`'s images into units whose packed images have about `limit` bytes at `cell` bytes a cell, at least `wanted` if they are that many. The grid becomes that of a unit.
@@ -43,54 +42,53 @@ pub(super) fn units(g: &Gather, grid: &mut Grid, even: bool, cell: usize, limit:
     let mut units = Vec::new();
     for first in (0..g.n).step_by(per_unit) {
         for band in 0..grid.bands() {
-            for group in 0..g.groups {
-                units.push(Unit { images: first..(first + per_unit).min(g.n), start: grid.start(band), group });
-            }
+            units.push(Unit { images: first..(first + per_unit).min(g.n), start: grid.start(band) });
         }
     }
     units
 }
 
-/// Packs a unit's sources as `[image][block of 32 channels][cell][part]`, and returns their magnitudes.
-pub(super) fn pack<const PARTS: usize>(g: &Gather, grid: &Grid, unit: &Unit, x: &[f32], out: &mut [u8]) -> Magnitudes {
-    let mut seen = Magnitudes::NONE;
-    let blocks = g.cin.div_ceil(TERMS);
-    let (phases, cell) = (grid.phases(), PARTS * CELL);
-    let plane = grid.len() * cell;
-    let mut out = out.chunks_exact_mut(plane);
-    for image in unit.images.clone() {
-        for block in 0..blocks {
-            let Some(out) = out.next() else { return seen };
-            for phase in
-                (0..phases.iter().product::<usize>()).map(|i| [i / (phases[1] * phases[2]), i / phases[2] % phases[1], i % phases[2]])
-            {
-                let lines: [(Range<usize>, usize); 3] =
-                    std::array::from_fn(|i| grid.axes[i].inside(unit.start[i], phase[i], grid.cells[i]));
-                for d in 0..grid.cells[0] {
-                    for h in 0..grid.cells[1] {
-                        let row = &mut out[grid.row(phase, d, h) * cell..][..grid.cells[2] * cell];
-                        if !lines[0].0.contains(&d) || !lines[1].0.contains(&h) || lines[2].0.is_empty() {
-                            row.fill(0);
-                            continue;
-                        }
-                        let at = |i: usize, cell: usize| lines[i].1 + (cell - lines[i].0.start) * grid.axes[i].increment;
-                        let source = ((image * g.source[0] + at(0, d)) * g.source[1] + at(1, h)) * g.source[2] + lines[2].1;
-                        let (start, channels) = (source * g.groups + unit.group, TERMS.min(g.cin - block * TERMS));
-                        let strip = Strip {
-                            src: x[start * g.cin + block * TERMS..].as_ptr(),
-                            lanes: lines[2].0.len(),
-                            lane_stride: grid.axes[2].increment * g.groups * g.cin,
-                            k: channels,
-                            k_stride: 1,
-                        };
-                        row[..lines[2].0.start * cell].fill(0);
-                        row[lines[2].0.end * cell..].fill(0);
-                        // SAFETY: the strip's pixels are sources inside of the line, of which the last ends within the image.
-                        seen = seen.union(unsafe { pack_row::<PARTS>(strip, &mut row[lines[2].0.start * cell..lines[2].0.end * cell]) });
-                    }
-                }
+/// Calls `f` for each row of cells of an image with its first cell and, if it has any, the cells that hold sources and the first of these in `g`'s source images.
+pub(super) fn each_row(g: &Gather, grid: &Grid, start: [usize; 3], image: usize, mut f: impl FnMut(usize, Option<(Range<usize>, usize)>)) {
+    let [_, heights, widths] = grid.phases();
+    for phase in (0..grid.phases().iter().product::<usize>()).map(|i| [i / (heights * widths), i / widths % heights, i % widths]) {
+        let [(depth, first_d), (height, first_h), (width, first_w)] =
+            std::array::from_fn(|i| grid.axes[i].inside(start[i], phase[i], grid.cells[i]));
+        for d in 0..grid.cells[0] {
+            for h in 0..grid.cells[1] {
+                let sources = (depth.contains(&d) && height.contains(&h) && !width.is_empty()).then(|| {
+                    let (sd, sh) =
+                        (first_d + (d - depth.start) * grid.axes[0].increment, first_h + (h - height.start) * grid.axes[1].increment);
+                    (width.clone(), ((image * g.source[0] + sd) * g.source[1] + sh) * g.source[2] + first_w)
+                });
+                f(grid.row(phase, d, h), sources);
             }
         }
+    }
+}
+
+/// Packs a unit's sources of a group as `[image][block of 32 channels][cell][part]`, and returns their magnitudes.
+pub(super) fn pack<const PARTS: usize>(g: &Gather, grid: &Grid, unit: &Unit, group: usize, x: &[f32], out: &mut [u8]) -> Magnitudes {
+    let mut seen = Magnitudes::NONE;
+    let blocks = g.cin.div_ceil(TERMS);
+    let cell = PARTS * CELL;
+    for (i, out) in out.chunks_exact_mut(grid.len() * cell).enumerate() {
+        let (image, first) = (unit.images.start + i / blocks, i % blocks * TERMS);
+        each_row(g, grid, unit.start, image, |at, sources| {
+            let row = &mut out[at * cell..][..grid.cells[2] * cell];
+            let Some((inside, source)) = sources else { return row.fill(0) };
+            let strip = Strip {
+                src: x[(source * g.groups + group) * g.cin + first..].as_ptr(),
+                lanes: inside.len(),
+                lane_stride: grid.axes[2].increment * g.groups * g.cin,
+                k: TERMS.min(g.cin - first),
+                k_stride: 1,
+            };
+            row[..inside.start * cell].fill(0);
+            row[inside.end * cell..].fill(0);
+            // SAFETY: the strip's pixels are sources inside of the line, of which the last ends within the image.
+            seen = seen.union(unsafe { pack_row::<PARTS>(strip, &mut row[inside.start * cell..inside.end * cell]) });
+        });
     }
     seen
 }

@@ -10,48 +10,53 @@
 mod gather;
 mod grid;
 mod image;
+#[cfg(test)]
+mod tests;
+mod weight;
 
 use super::super::amx::SIDE;
+use super::super::gemm::MatmulPrecision;
 use super::super::gemm::split::TERMS;
-use super::super::gemm::{MatmulPrecision, matmul_precision};
 use super::super::isa::{Isa, isa};
 use super::Gather;
 use super::class::{classes, phases};
 pub(super) use gather::gather;
 use grid::Grid;
+pub(super) use weight::weight_grad;
 
-/// Parts of an f32 at the precision that the process asks for.
-pub(super) fn parts() -> usize {
-    match matmul_precision() {
+/// In how many parts of f32 a convolution is to be computed on tiles, if that is faster than on vectors.
+pub(super) fn pay(g: &Gather) -> Option<usize> {
+    let parts = match g.precision {
         MatmulPrecision::Highest => 3,
         MatmulPrecision::High => 2,
         MatmulPrecision::Medium => 1,
-    }
+    };
+    (isa() == Isa::Amx && is_faster(g, parts)).then_some(parts)
 }
 
-/// In how many parts a gather of f32 is to be computed on tiles, if that is faster than on vectors.
-pub(super) fn pay(g: &Gather) -> Option<usize> {
-    let parts = parts();
-    (isa() == Isa::Amx && is_faster(g, parts)).then_some(parts)
+/// Whether zeros times these values are zero.
+fn are_finite(values: &[f32]) -> bool {
+    values.iter().fold(0, |most, x| most.max(x.abs().to_bits())) < f32::INFINITY.to_bits()
 }
 
 /// Whether tiles, in `parts`, take less time than vectors.
 fn is_faster(g: &Gather, parts: usize) -> bool {
     // Tiles would be mostly padding.
-    if g.cin < 16 || g.cout < 16 {
+    if g.cin < 16 || g.cout < 16 || g.n == 0 {
         return false;
     }
     let axes = phases(g);
     let grid = Grid::new(g, &axes, false);
     let channels = g.cin.next_multiple_of(TERMS);
     let products = classes(g, &axes).into_iter().map(|class| {
-        let rows = grid.run(grid.targets(class, [0; 3])).next_multiple_of(SIDE);
+        let rows = grid.run(grid.targets(&class, [0; 3])).next_multiple_of(SIDE);
         rows * class.tap_count() * channels * g.cout.next_multiple_of(SIDE)
     });
     let costs = Costs::of(parts);
     let (products, packed) = (products.sum::<usize>(), grid.len() * channels);
     let on_vectors = g.target_pixels() / g.n * g.taps_per_target() * g.cin * g.cout * Costs::FMA;
-    products * costs.product + packed * costs.pack < on_vectors
+    let weights = g.cin * g.cout * g.taps() / g.n;
+    products * costs.product + (packed + weights) * costs.pack < on_vectors
 }
 
 /// What a multiply-add and packing a value cost, in picoseconds of a core of 2.6 GHz.
@@ -73,6 +78,3 @@ impl Costs {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
