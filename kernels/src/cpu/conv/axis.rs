@@ -74,11 +74,6 @@ impl Axis {
         if self.transposed { self.stride } else { 1 }
     }
 
-    /// Positions along the axis between the sources of neighbouring targets of a phase.
-    pub fn increment(&self) -> usize {
-        if self.transposed { 1 } else { self.stride }
-    }
-
     /// Positions along the axis between the sources of neighbouring taps that touch the same target.
     fn step(&self) -> isize {
         if !self.transposed {

@@ -286,7 +286,7 @@ impl Run<'_> {
     /// Where the channels of a class' target are stored.
     fn target(&self, class: &Class, image: usize, at: [usize; 3]) -> *mut f32 {
         let g = self.g;
-        let pixel = (0..3).fold(image, |pixel, axis| pixel * g.target[axis] + class.axes[axis].targets[at[axis]]);
+        let pixel = (0..3).fold(image, |pixel, axis| pixel * g.target[axis] + class.axes[axis].target(at[axis]));
         self.y.get().wrapping_add(pixel * g.groups * g.cout)
     }
 }

@@ -26,16 +26,16 @@ pub(super) struct AxisGrid {
 }
 
 impl AxisGrid {
-    fn new(g: &Gather, axis: usize, classes: &[AxisClass]) -> Self {
-        let read = || classes.iter().filter(|c| !c.taps.is_empty() && !c.first.is_empty());
-        let low = read().map(|c| -c.first[0]).max().unwrap_or(0).max(0);
-        let span = read().map(|c| c.first[0] + low + (c.taps.len() as isize - 1) * c.step + 1).max().unwrap_or(1);
+    fn new(sources: usize, classes: &[AxisClass]) -> Self {
+        let read = || classes.iter().filter(|c| !c.taps.is_empty());
+        let low = read().map(|c| -c.first(0)).max().unwrap_or(0).max(0);
+        let span = read().map(|c| c.first(0) + low + (c.taps.len() as isize - 1) * c.step + 1).max().unwrap_or(1);
         Self {
-            increment: g.axes[axis].increment(),
+            increment: classes.first().map_or(1, |c| c.advance as usize),
             low: low as usize,
             span: span as usize,
-            sources: g.source[axis],
-            targets: classes.iter().map(|c| c.targets.len()).max().unwrap_or(0),
+            sources,
+            targets: classes.iter().map(|c| c.count).max().unwrap_or(0),
         }
     }
 
@@ -67,7 +67,7 @@ pub(super) struct Grid {
 impl Grid {
     /// The grid of whole images; `even` asks for rows of an even number of cells.
     pub fn new(g: &Gather, axes: &[Vec<AxisClass>; 3], even: bool) -> Self {
-        let axes = std::array::from_fn(|i| AxisGrid::new(g, i, &axes[i]));
+        let axes = std::array::from_fn(|i| AxisGrid::new(g.source[i], &axes[i]));
         let mut grid = Self { axes, band: axes.map(|a| a.targets), cells: [0; 3] };
         grid.set_cells(even);
         grid
@@ -126,7 +126,7 @@ impl Grid {
     pub fn offsets(&self, class: &Class) -> Vec<usize> {
         let along = |i: usize| {
             let (axis, class) = (self.axes[i], class.axes[i]);
-            let first = class.first.first().map_or(0, |first| first + axis.low as isize);
+            let first = class.first(0) + axis.low as isize;
             (0..class.taps.len()).map(move |tap| (first + tap as isize * class.step) as usize)
         };
         let phases = self.phases();
@@ -140,7 +140,7 @@ impl Grid {
 
     /// How many targets of a class a band has.
     pub fn targets(&self, class: &Class, start: [usize; 3]) -> [usize; 3] {
-        std::array::from_fn(|i| class.axes[i].targets.len().saturating_sub(start[i]).min(self.band[i]))
+        std::array::from_fn(|i| class.axes[i].count.saturating_sub(start[i]).min(self.band[i]))
     }
 
     /// Length of the flat run of cells that holds so many targets: from the first to the last.

@@ -47,6 +47,11 @@ fn is_faster(g: &Gather, parts: usize) -> bool {
     }
     let axes = phases(g);
     let grid = Grid::new(g, &axes, false);
+    // Wide padding, strides or dilation: the packed image would be mostly empty, if it could be had at all.
+    let positions = (0..3).fold(1, |all: usize, i| all.saturating_mul(grid.cells[i].saturating_mul(grid.axes[i].increment)));
+    if positions > 256 + 4 * (g.source_pixels() + g.target_pixels()) / g.n {
+        return false;
+    }
     let channels = g.cin.next_multiple_of(TERMS);
     let products = classes(g, &axes).into_iter().map(|class| {
         let rows = grid.run(grid.targets(&class, [0; 3])).next_multiple_of(SIDE);

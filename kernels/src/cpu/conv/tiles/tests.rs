@@ -102,6 +102,9 @@ fn tiles_are_taken_where_they_are_full() {
     // Few channels; an image that is mostly padding; half of each tile empty.
     assert_eq!(pays(shape2d(16, [3, 64], [64, 64], [3, 3], [1, 1, 1], 1), 3), [false; 2]);
     assert_eq!(pays(shape2d(16, [64, 64], [2, 2], [3, 3], [9, 9, 9], 1), 3), [false; 2]);
+    let wide = 1 << 30;
+    let huge = ConvShape { padding: [wide; 3], stride: [wide; 3], output: [3; 3], ..shape2d(1, [64, 64], [3, 3], [1, 1], [1, 0, 1], 1) };
+    assert_eq!(pays(huge, 3), [false; 2]);
     assert_eq!(pays(shape2d(16, [33, 33], [28, 28], [3, 3], [1, 1, 1], 1), 3), [false; 2]);
 }
 
