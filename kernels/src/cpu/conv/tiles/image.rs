@@ -5,6 +5,8 @@ use super::super::super::gemm::split::{self, Magnitudes, Side, TERMS};
 use super::super::Gather;
 use super::grid::Grid;
 use crate::cpu::amx::{ENTRIES, SIDE};
+use crate::cpu::isa::{WithSimd, dispatch_widest};
+use crate::cpu::simd::{F32s, Simd};
 use std::ops::Range;
 
 /// Bytes of a part of a cell: 32 channels.
@@ -105,12 +107,34 @@ unsafe fn pack_row<const PARTS: usize>(strip: Strip, row: &mut [u8]) -> Magnitud
         let part = Strip { src: strip.src.wrapping_add(first * strip.lane_stride), lanes: SIDE.min(strip.lanes - first), ..strip };
         // SAFETY: the lanes are some of the strip's; the chunk holds three parts.
         seen = seen.union(unsafe { split::pack::<f32, PARTS>(Side::A, part, chunk.as_mut_ptr().cast()) });
-        for (lane, cell) in cells.chunks_exact_mut(PARTS * CELL).enumerate() {
-            for (part, to) in cell.chunks_exact_mut(CELL).enumerate() {
-                // SAFETY: both are 64 bytes.
-                unsafe { std::ptr::copy_nonoverlapping(chunk[part][lane].as_ptr().cast(), to.as_mut_ptr(), CELL) };
+        dispatch_widest(CopyRows { from: &chunk[..PARTS], rows: part.lanes, to: cells, row_stride: PARTS * CELL, part_stride: CELL });
+    }
+    seen
+}
+
+/// Copies the first rows of each part, 64 bytes each, to where they belong: strides are in bytes.
+pub(super) struct CopyRows<'a> {
+    pub from: &'a [[[f32; ENTRIES]; SIDE]],
+    pub rows: usize,
+    pub to: &'a mut [u8],
+    pub row_stride: usize,
+    pub part_stride: usize,
+}
+
+impl WithSimd for CopyRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        assert!(self.rows > 0 && (self.from.len() - 1) * self.part_stride + (self.rows - 1) * self.row_stride + CELL <= self.to.len());
+        for (part, rows) in self.from.iter().enumerate() {
+            for (i, row) in rows.iter().enumerate().take(self.rows) {
+                let to = self.to.as_mut_ptr().wrapping_add(part * self.part_stride + i * self.row_stride).cast::<f32>();
+                for at in (0..ENTRIES).step_by(S::LANES) {
+                    // SAFETY: both rows have ENTRIES values, a multiple of LANES, by the assertion; vectors need no alignment.
+                    unsafe { s.load(row.as_ptr().add(at)).store(to.wrapping_add(at)) };
+                }
             }
         }
     }
-    seen
 }

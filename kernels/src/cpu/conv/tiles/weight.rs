@@ -11,10 +11,11 @@ use super::super::{Gather, part_start};
 use super::are_finite;
 use super::gather::merged;
 use super::grid::Grid;
-use super::image::{self, Unit, each_row};
+use super::image::{self, CopyRows, Unit, each_row};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::amx::gathered::{Rows, products};
 use crate::cpu::amx::{Block, CHUNK, ENTRIES, SIDE, Session};
+use crate::cpu::isa::dispatch_widest;
 use crate::cpu::parallel::{self, SharedMut};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -224,14 +225,10 @@ impl Sources {
                     let strip = Strip { src: src.as_ptr(), lanes: channels, lane_stride: 1, k, k_stride: pixel_stride };
                     // SAFETY: the strip's pixels lie in a line; the chunk holds three parts.
                     seen = seen.union(unsafe { split::pack::<f32, PARTS>(Side::A, strip, chunk.as_mut_ptr().cast()) });
-                    for (part, chunk) in chunk[..PARTS].iter().enumerate() {
-                        for (channel, values) in chunk[..channels].iter().enumerate() {
-                            let to = &mut out[(part * SIDE + channel) * self.pitch + 2 * (row + cell)..][..2 * TERMS];
-                            // What is copied beyond the strip is zero: cells that are written later, or have no source.
-                            // SAFETY: both are 64 bytes.
-                            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), to.as_mut_ptr(), 2 * TERMS) };
-                        }
-                    }
+                    // What is copied beyond the strip is zero: cells that are written later, or have no source.
+                    let to = &mut out[2 * (row + cell)..];
+                    let (row_stride, part_stride) = (self.pitch, SIDE * self.pitch);
+                    dispatch_widest(CopyRows { from: &chunk[..PARTS], rows: channels, to, row_stride, part_stride });
                 }
             });
         }
