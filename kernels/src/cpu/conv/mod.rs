@@ -9,6 +9,8 @@
 //!   with few source channels the taps of a tile are copied side by side first, so that the inner loop stays long.
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
 //! - `depthwise`: one channel a group: plain loops over channels.
+//! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16.
+//! - `tiles`: on matrix tiles, where a machine has them.
 //! - `plain`: the same in simple loops for f64.
 //!
 //! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
@@ -19,6 +21,7 @@ mod depthwise;
 mod direct;
 mod fold;
 mod pack;
+mod pairs;
 mod patch;
 mod plain;
 #[cfg(target_arch = "x86_64")]
@@ -27,6 +30,7 @@ mod weight;
 
 use super::alloc::OutOfMemory;
 use super::gemm::MatmulPrecision;
+use super::gemm::micro::MicroKernels;
 use super::resample::Real;
 use axis::Axis;
 
@@ -56,7 +60,7 @@ pub struct ConvShape {
     pub padding: [usize; 3],
     /// Distance of neighbouring taps, in inputs.
     pub dilation: [usize; 3],
-    /// How exact products of f32 must be on matrix tiles. Values that are bf16 or f16, widened, lose nothing by `Medium` or `High`.
+    /// How exact products of f32 must be, where bf16 makes them faster. Values that are bf16 or f16, widened, lose nothing by `Medium` or `High`.
     pub precision: MatmulPrecision,
 }
 
@@ -229,8 +233,10 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
         depthwise::gather(g, x, w, bias, y)
     } else if fold::pays(g) {
         fold::gather(g, x, w, bias, y)
+    } else if pairs::pay(g) {
+        pairs::gather(g, x, w, bias, y)
     } else {
-        direct::gather(g, x, w, bias, y)
+        direct::gather(g, MicroKernels::get(), x, w, bias, y)
     }
 }
 

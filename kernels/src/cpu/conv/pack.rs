@@ -105,8 +105,8 @@ pub(super) struct Panel<'a> {
 
 impl Panels {
     /// Rows are `(tap, source channel)` in the given order of taps, columns are target channels.
-    pub fn by_tap(g: &Gather, w: &[f32], order: &[usize]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(g.groups, order.len() * g.cin, g.cout)?;
+    pub fn by_tap(kernels: &MicroKernels, g: &Gather, w: &[f32], order: &[usize]) -> Result<Self, OutOfMemory> {
+        let mut panels = Self::new(kernels, g.groups, order.len() * g.cin, g.cout)?;
         panels.fill(g.groups, |group, first, cols, width, panel| {
             let w = &w[g.group_start(group) + first * g.out_stride..];
             dispatch(ByTap { g, w, order, cols, width, panel });
@@ -116,7 +116,7 @@ impl Panels {
 
     /// Rows are source channels, columns are `(tap, target channel)`.
     pub fn by_channel(g: &Gather, w: &[f32]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(g.groups, g.cin, g.taps() * g.cout)?;
+        let mut panels = Self::new(MicroKernels::get(), g.groups, g.cin, g.taps() * g.cout)?;
         panels.fill(g.groups, |group, first, cols, width, panel| {
             for (c, row) in panel.chunks_mut(width).enumerate() {
                 let start = g.group_start(group) + c * g.in_stride;
@@ -130,8 +130,7 @@ impl Panels {
         Ok(panels)
     }
 
-    fn new(groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
-        let kernels = MicroKernels::get();
+    fn new(kernels: &MicroKernels, groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
         let nr = kernels.nr;
         let last = kernels.panel_width((cols - 1) % nr + 1);
         let buffer = Buffer::new(size_of::<f32>() * groups * depth * ((cols - 1) / nr * nr + last))?;

@@ -161,6 +161,24 @@ fn all_three_products_agree_with_the_definition() {
 }
 
 #[test]
+fn pairs_agree_with_the_definition() {
+    for s in shapes().into_iter().filter(|s| s.ci.is_multiple_of(2 * s.groups) && s.co.is_multiple_of(2 * s.groups)) {
+        let bf16 = |len, seed| narrow(&values(len, seed)).iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect::<Vec<_>>();
+        let (x, gy, w) = (bf16(s.input_len(), 1), bf16(s.output_len(), 2), bf16(s.weight_len(), 3));
+        let (mut y, mut gx) = (vec![0.0; gy.len()], vec![0.0; x.len()]);
+        each_product(&s, |ix, iy, iw| {
+            y[iy] += x[ix] as f64 * w[iw] as f64;
+            gx[ix] += gy[iy] as f64 * w[iw] as f64;
+        });
+        let (mut got_y, mut got_gx) = (vec![9f32; y.len()], vec![9f32; gx.len()]);
+        pairs::gather(&s.forward_gather(), &x, &w, None, &mut got_y).unwrap();
+        close("forward", &s, &got_y, &y);
+        pairs::gather(&s.transposed_gather(), &gy, &w, None, &mut got_gx).unwrap();
+        close("input_grad", &s, &got_gx, &gx);
+    }
+}
+
+#[test]
 fn any_number_of_threads_gives_the_same_bits() {
     for s in [
         shape2d(8, [32, 40], [14, 14], [4, 4], [2, 1, 1], 1),
