@@ -14,6 +14,7 @@
 
 #[cfg(test)]
 mod emulator;
+pub mod gathered;
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};

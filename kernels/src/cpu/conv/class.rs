@@ -1,5 +1,6 @@
 //! Target pixels sorted into classes whose members use the same taps, and a walk over a class.
 
+use super::super::gemm::micro::MicroKernels;
 use super::Gather;
 use super::axis::AxisClass;
 use std::ops::Range;
@@ -113,14 +114,19 @@ pub(super) fn phases(g: &Gather) -> [Vec<AxisClass>; 3] {
     std::array::from_fn(|i| g.axes[i].phases(g.target[i], g.kernel[i]))
 }
 
-/// Exact classes, unless they would be so small (many taps over a small image) that most tiles would be, too.
+/// Exact classes, unless they are so small (many taps over a small image) that cut tiles cost more than what the padding does.
 pub(super) fn exact_classes_if_large(g: &Gather) -> [Vec<AxisClass>; 3] {
     // Sorting costs a few nanoseconds for each target and tap of an axis, and only borders gain by it.
     const LONG_AXIS: usize = 1 << 16;
+    let phases = phases(g);
     if (0..3).any(|i| g.target[i] * g.kernel[i] > LONG_AXIS) {
-        return phases(g);
+        return phases;
     }
     let exact: [_; 3] = std::array::from_fn(|i| g.axes[i].exact_classes(g.target[i], g.source[i], g.kernel[i]));
-    let count: usize = exact.iter().map(Vec::len).product();
-    if count * 4 <= g.target_pixels() { exact } else { phases(g) }
+    if exact.iter().map(Vec::len).product::<usize>() * 4 > g.target_pixels() {
+        return phases;
+    }
+    let tiles = |pixels: usize| MicroKernels::get().row_tiles(pixels).count;
+    let cost = |axes| classes(g, axes).iter().map(|class| tiles(class.pixels) * class.tap_count()).sum::<usize>();
+    if cost(&exact) <= cost(&phases) { exact } else { phases }
 }

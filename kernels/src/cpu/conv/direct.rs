@@ -32,8 +32,15 @@ struct Task {
     pixels: Range<usize>,
 }
 
-/// See [`super::forward`]; `x` and `y` are the source and target images.
-pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
+/// See [`super::forward`]; `x` and `y` are the source and target images. The values of `x` and `w` are those that `kernels` multiply.
+pub(super) fn gather(
+    g: &Gather,
+    kernels: &'static MicroKernels,
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+) -> Result<(), OutOfMemory> {
     let mut axes = exact_classes_if_large(g);
     let patches = g.cin < MIN_SEGMENT && !classes(g, &axes).iter().any(|c| c.run * g.cin >= MIN_SEGMENT);
     if patches {
@@ -47,7 +54,7 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     for (slot, &tap) in order.iter().enumerate() {
         slot_of_tap[tap] = slot;
     }
-    let panels = Panels::by_tap(g, w, &order)?;
+    let panels = Panels::by_tap(kernels, g, w, &order)?;
 
     let block = (TASK_MACS / (g.cin * g.cout * g.taps_per_target()).max(1)).clamp(BLOCK, 16 * BLOCK);
     let mut tasks = Vec::new();
@@ -57,8 +64,18 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     }
     let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(panels.count());
     let zeros = vec![0f32; g.cin * classes.iter().map(|c| c.run).max().unwrap_or(1)];
-    let run =
-        Direct { g, x, bias, y: SharedMut::new(y), classes: &classes, panels: &panels, slot_of_tap: &slot_of_tap, zeros: &zeros, patches };
+    let run = Direct {
+        g,
+        kernels,
+        x,
+        bias,
+        y: SharedMut::new(y),
+        classes: &classes,
+        panels: &panels,
+        slot_of_tap: &slot_of_tap,
+        zeros: &zeros,
+        patches,
+    };
     let multiplications = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target();
     parallel::for_each(tasks.len() * g.groups * splits, multiplications / 50 + g.target_pixels(), |i| {
         let (i, split) = (i / splits, i % splits);
@@ -76,6 +93,7 @@ fn by_runs(g: &Gather) -> Vec<usize> {
 
 struct Direct<'a> {
     g: &'a Gather,
+    kernels: &'static MicroKernels,
     x: &'a [f32],
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
@@ -91,7 +109,7 @@ impl Direct<'_> {
     /// One block of pixels of one group, for a range of panels.
     fn task(&self, task: &Task, group: usize, panels: Range<usize>) {
         let (g, class) = (self.g, &self.classes[task.class]);
-        let kernels = MicroKernels::get();
+        let kernels = self.kernels;
         let tiles = kernels.row_tiles(task.pixels.len());
         let run = class.run;
         let (segments, kc) = if self.patches { (1, class.tap_count() * g.cin) } else { (class.tap_count() / run, g.cin * run) };
@@ -203,6 +221,6 @@ impl Direct<'_> {
         // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: the channels of a run of source pixels that
         // lie inside of a line, zeros, or a patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
         // pixels, panels and groups part the channels, so each value of `y` is written by one tile only, and no tile reads `y`.
-        unsafe { MicroKernels::get().tile(targets.len(), &tile) }
+        unsafe { self.kernels.tile(targets.len(), &tile) }
     }
 }

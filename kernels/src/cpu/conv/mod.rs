@@ -9,6 +9,8 @@
 //!   with few source channels the taps of a tile are copied side by side first, so that the inner loop stays long.
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
 //! - `depthwise`: one channel a group: plain loops over channels.
+//! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16.
+//! - `tiles`: on matrix tiles, where a machine has them.
 //! - `plain`: the same in simple loops for f64.
 //!
 //! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
@@ -19,11 +21,16 @@ mod depthwise;
 mod direct;
 mod fold;
 mod pack;
+mod pairs;
 mod patch;
 mod plain;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod weight;
 
 use super::alloc::OutOfMemory;
+use super::gemm::MatmulPrecision;
+use super::gemm::micro::MicroKernels;
 use super::resample::Real;
 use axis::Axis;
 
@@ -53,6 +60,8 @@ pub struct ConvShape {
     pub padding: [usize; 3],
     /// Distance of neighbouring taps, in inputs.
     pub dilation: [usize; 3],
+    /// How exact products of f32 must be, where bf16 makes them faster. Values that are bf16 or f16, widened, lose nothing by `Medium` or `High`.
+    pub precision: MatmulPrecision,
 }
 
 /// Extent of a convolution's output along one axis: `⌊(input + 2·padding − dilation·(kernel − 1) − 1) / stride⌋ + 1`,
@@ -122,6 +131,7 @@ impl ConvShape {
             axes: std::array::from_fn(|i| Axis::forward(self.stride[i], self.padding[i], self.dilation[i])),
             in_stride: taps,
             out_stride: ci * taps,
+            precision: self.precision,
         }
     }
 
@@ -139,6 +149,7 @@ impl ConvShape {
             axes: std::array::from_fn(|i| Axis::transposed(self.stride[i], self.padding[i], self.dilation[i])),
             in_stride: ci * taps,
             out_stride: taps,
+            precision: self.precision,
         }
     }
 }
@@ -159,6 +170,7 @@ struct Gather {
     /// Weight `(group, c, j, tap)` lies at `group · cin · cout · taps + c · in_stride + j · out_stride + tap`.
     in_stride: usize,
     out_stride: usize,
+    precision: MatmulPrecision,
 }
 
 impl Gather {
@@ -181,6 +193,13 @@ impl Gather {
 
     fn is_depthwise(&self) -> bool {
         self.cin == 1 && self.cout == 1 && self.groups > 1
+    }
+
+    /// Whether each target has one source, at the same place.
+    fn has_no_windows(&self) -> bool {
+        self.taps() == 1
+            && self.source == self.target
+            && (0..3).all(|i| self.axes[i].source(0, 0) == Some(0) && self.axes[i].source(1, 0) == Some(1))
     }
 
     /// Products of a channel pair that a target pixel needs on average.
@@ -208,20 +227,47 @@ pub trait ConvElement: Real + sealed::Algorithms {}
 impl ConvElement for f32 {}
 impl ConvElement for f64 {}
 
+/// A gather of f32 on vectors.
+fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
+    if g.is_depthwise() {
+        depthwise::gather(g, x, w, bias, y)
+    } else if fold::pays(g) {
+        fold::gather(g, x, w, bias, y)
+    } else if pairs::pay(g) {
+        pairs::gather(g, x, w, bias, y)
+    } else {
+        direct::gather(g, MicroKernels::get(), x, w, bias, y)
+    }
+}
+
 impl sealed::Algorithms for f32 {
     #[allow(private_interfaces)]
     fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
-        if g.is_depthwise() {
-            depthwise::gather(g, x, w, bias, y)
-        } else if fold::pays(g) {
-            fold::gather(g, x, w, bias, y)
-        } else {
-            direct::gather(g, x, w, bias, y)
+        #[cfg(target_arch = "x86_64")]
+        if let Some(parts) = tiles::pay(g) {
+            let vectors = |g: &Gather, x: &[f32], y: &mut [f32]| on_vectors(g, x, w, bias, y);
+            return match parts {
+                1 => tiles::gather::<1>(g, x, w, bias, y, vectors),
+                2 => tiles::gather::<2>(g, x, w, bias, y, vectors),
+                _ => tiles::gather::<3>(g, x, w, bias, y, vectors),
+            };
         }
+        on_vectors(g, x, w, bias, y)
     }
 
     #[allow(private_interfaces)]
     fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<(), OutOfMemory> {
+        #[cfg(target_arch = "x86_64")]
+        let done = match tiles::pay(forward) {
+            Some(1) => tiles::weight_grad::<1>(forward, x, gy, gw)?,
+            Some(2) => tiles::weight_grad::<2>(forward, x, gy, gw)?,
+            Some(_) => tiles::weight_grad::<3>(forward, x, gy, gw)?,
+            None => false,
+        };
+        #[cfg(target_arch = "x86_64")]
+        if done {
+            return Ok(());
+        }
         if forward.is_depthwise() {
             depthwise::weight_grad(forward, x, gy, gw)
         } else if transposed.cin < weight::PATCH_CHANNELS && transposed.cin < forward.cin {

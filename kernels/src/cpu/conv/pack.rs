@@ -1,8 +1,11 @@
 //! Weights rearranged into the panels that the micro-kernel reads: blocks of up to NR columns, row after row.
 
 use super::super::alloc::{Buffer, OutOfMemory};
-use super::super::gemm::micro::MicroKernels;
+use super::super::gemm::micro::{MAX_NR, MicroKernels};
+use super::super::gemm::pack::{Strip, pack};
+use super::super::isa::{WithSimd, dispatch};
 use super::super::parallel;
+use super::super::simd::Simd;
 use super::Gather;
 
 /// For each group a matrix of `depth` rows and `cols` columns, cut into panels of NR columns (the last may be narrower);
@@ -14,6 +17,79 @@ pub(super) struct Panels {
     nr: usize,
     /// Width of the last panel.
     last: usize,
+}
+
+/// Packs a panel of [`Panels::by_tap`]; `w` begins at its first column.
+struct ByTap<'a> {
+    g: &'a Gather,
+    w: &'a [f32],
+    order: &'a [usize],
+    cols: usize,
+    width: usize,
+    panel: &'a mut [f32],
+}
+
+impl WithSimd for ByTap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let (g, taps) = (self.g, self.g.taps());
+        if taps == 1 && !self.order.is_empty() {
+            let strip = Strip { src: self.w.as_ptr(), lanes: self.cols, lane_stride: g.out_stride, k: g.cin, k_stride: g.in_stride };
+            // SAFETY: the strip's weights are those between existing channels; the panel has `cin` rows.
+            unsafe { pack(s, strip, self.width, self.panel.as_mut_ptr()) };
+        } else if g.in_stride == taps {
+            self.by_target(s);
+        } else {
+            self.by_source();
+        }
+    }
+}
+
+impl ByTap<'_> {
+    /// All weights of a target channel follow one another: some source channels' of all columns are transposed at once.
+    #[inline(always)]
+    fn by_target<S: Simd>(self, s: S) {
+        const CHANNELS: usize = 16;
+        let (g, taps, width) = (self.g, self.g.taps(), self.width);
+        let mut turned = vec![0f32; CHANNELS.min(g.cin) * taps * width];
+        for first in (0..g.cin).step_by(CHANNELS) {
+            let channels = CHANNELS.min(g.cin - first);
+            let src = self.w[first * taps..].as_ptr();
+            let strip = Strip { src, lanes: self.cols, lane_stride: g.out_stride, k: channels * taps, k_stride: 1 };
+            // SAFETY: the strip's weights are those between existing channels; as many rows were allocated.
+            unsafe { pack(s, strip, width, turned.as_mut_ptr()) };
+            for (slot, tap) in self.order.iter().enumerate() {
+                for c in 0..channels {
+                    let to = &mut self.panel[(slot * g.cin + first + c) * width..][..width];
+                    to.copy_from_slice(&turned[(c * taps + tap) * width..][..width]);
+                }
+            }
+        }
+    }
+
+    /// All weights of a source channel follow one another. A run of taps is transposed on the stack, so that both reads and writes are runs.
+    fn by_source(self) {
+        const TAPS: usize = 16;
+        let (g, cols, width) = (self.g, self.cols, self.width);
+        let mut tile = [[0f32; MAX_NR]; TAPS];
+        for c in 0..g.cin {
+            for (run, taps) in self.order.chunks(TAPS).enumerate() {
+                for j in 0..cols {
+                    let w = &self.w[c * g.in_stride + j * g.out_stride..][..g.taps()];
+                    for (row, &tap) in tile.iter_mut().zip(taps) {
+                        row[j] = w[tap];
+                    }
+                }
+                for (slot, row) in tile[..taps.len()].iter().enumerate() {
+                    let at = ((run * TAPS + slot) * g.cin + c) * width;
+                    self.panel[at..at + cols].copy_from_slice(&row[..cols]);
+                    self.panel[at + cols..at + width].fill(0.0);
+                }
+            }
+        }
+    }
 }
 
 /// One panel: row `k` lies at `data[k * stride..]`.
@@ -29,35 +105,18 @@ pub(super) struct Panel<'a> {
 
 impl Panels {
     /// Rows are `(tap, source channel)` in the given order of taps, columns are target channels.
-    pub fn by_tap(g: &Gather, w: &[f32], order: &[usize]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(g.groups, order.len() * g.cin, g.cout)?;
+    pub fn by_tap(kernels: &MicroKernels, g: &Gather, w: &[f32], order: &[usize]) -> Result<Self, OutOfMemory> {
+        let mut panels = Self::new(kernels, g.groups, order.len() * g.cin, g.cout)?;
         panels.fill(g.groups, |group, first, cols, width, panel| {
-            // A run of taps is transposed on the stack, so that both reads and writes are runs.
-            const TAPS: usize = 16;
-            let mut tile = [[0f32; super::super::gemm::micro::MAX_NR]; TAPS];
-            for c in 0..g.cin {
-                let start = g.group_start(group) + c * g.in_stride + first * g.out_stride;
-                for (run, taps) in order.chunks(TAPS).enumerate() {
-                    for j in 0..cols {
-                        let w = &w[start + j * g.out_stride..][..g.taps()];
-                        for (row, &tap) in tile.iter_mut().zip(taps) {
-                            row[j] = w[tap];
-                        }
-                    }
-                    for (slot, row) in tile[..taps.len()].iter().enumerate() {
-                        let at = ((run * TAPS + slot) * g.cin + c) * width;
-                        panel[at..at + cols].copy_from_slice(&row[..cols]);
-                        panel[at + cols..at + width].fill(0.0);
-                    }
-                }
-            }
+            let w = &w[g.group_start(group) + first * g.out_stride..];
+            dispatch(ByTap { g, w, order, cols, width, panel });
         });
         Ok(panels)
     }
 
     /// Rows are source channels, columns are `(tap, target channel)`.
     pub fn by_channel(g: &Gather, w: &[f32]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(g.groups, g.cin, g.taps() * g.cout)?;
+        let mut panels = Self::new(MicroKernels::get(), g.groups, g.cin, g.taps() * g.cout)?;
         panels.fill(g.groups, |group, first, cols, width, panel| {
             for (c, row) in panel.chunks_mut(width).enumerate() {
                 let start = g.group_start(group) + c * g.in_stride;
@@ -71,8 +130,7 @@ impl Panels {
         Ok(panels)
     }
 
-    fn new(groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
-        let kernels = MicroKernels::get();
+    fn new(kernels: &MicroKernels, groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
         let nr = kernels.nr;
         let last = kernels.panel_width((cols - 1) % nr + 1);
         let buffer = Buffer::new(size_of::<f32>() * groups * depth * ((cols - 1) / nr * nr + last))?;

@@ -62,6 +62,7 @@ pub(crate) fn shape2d(
         stride: [1, stride, stride],
         padding: [0, padding, padding],
         dilation: [1, dilation, dilation],
+        precision: MatmulPrecision::Highest,
     }
 }
 
@@ -100,6 +101,7 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         stride: [2, 1, 2],
         padding: [1, 1, 1],
         dilation: [2, 1, 1],
+        precision: MatmulPrecision::Highest,
     };
     for i in 0..3 {
         let extent = output_extent(volume.input[i], volume.kernel[i], volume.stride[i], volume.padding[i], volume.dilation[i]);
@@ -123,7 +125,7 @@ fn exact(name: &str, s: &ConvShape, got: &[f64], expected: &[f64]) {
     }
 }
 
-fn narrow(v: &[f64]) -> Vec<f32> {
+pub(crate) fn narrow(v: &[f64]) -> Vec<f32> {
     v.iter().map(|&v| v as f32).collect()
 }
 
@@ -155,6 +157,24 @@ fn all_three_products_agree_with_the_definition() {
         close("forward", &s, &y32, &y);
         close("input_grad", &s, &gx32, &gx);
         close("weight_grad", &s, &gw32, &gw);
+    }
+}
+
+#[test]
+fn pairs_agree_with_the_definition() {
+    for s in shapes().into_iter().filter(|s| s.ci.is_multiple_of(2 * s.groups) && s.co.is_multiple_of(2 * s.groups)) {
+        let bf16 = |len, seed| narrow(&values(len, seed)).iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect::<Vec<_>>();
+        let (x, gy, w) = (bf16(s.input_len(), 1), bf16(s.output_len(), 2), bf16(s.weight_len(), 3));
+        let (mut y, mut gx) = (vec![0.0; gy.len()], vec![0.0; x.len()]);
+        each_product(&s, |ix, iy, iw| {
+            y[iy] += x[ix] as f64 * w[iw] as f64;
+            gx[ix] += gy[iy] as f64 * w[iw] as f64;
+        });
+        let (mut got_y, mut got_gx) = (vec![9f32; y.len()], vec![9f32; gx.len()]);
+        pairs::gather(&s.forward_gather(), &x, &w, None, &mut got_y).unwrap();
+        close("forward", &s, &got_y, &y);
+        pairs::gather(&s.transposed_gather(), &gy, &w, None, &mut got_gx).unwrap();
+        close("input_grad", &s, &got_gx, &gx);
     }
 }
 

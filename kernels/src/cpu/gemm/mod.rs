@@ -19,7 +19,7 @@ mod precision;
 mod rounded;
 mod shared;
 #[cfg(target_arch = "x86_64")]
-mod split;
+pub(in crate::cpu) mod split;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]

@@ -9,14 +9,14 @@ use std::marker::PhantomData;
 
 /// Which factor a strip belongs to: one of rows of A, or of columns of B.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(in crate::cpu) enum Side {
     A,
     B,
 }
 
 /// The smallest and largest magnitudes among packed values, where a packing looks at them.
 #[derive(Clone, Copy)]
-pub(super) struct Magnitudes {
+pub(in crate::cpu) struct Magnitudes {
     /// One less than the bits of the smallest that is not zero; `u32::MAX` if there is none.
     pub least: u32,
     /// The bits of the largest, NaN being above infinity.

@@ -5,7 +5,7 @@
 //! second, one part is x rounded. f16 is the sum of two, bf16 is one.
 
 use super::pack::Strip;
-use super::packing::{Magnitudes, Side};
+pub(in crate::cpu) use super::packing::{Magnitudes, Side};
 use crate::cpu::amx::{ENTRIES, SIDE};
 use crate::cpu::simd::Avx512;
 use crate::element::Float;
@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Terms of K in a chunk.
-pub(super) const TERMS: usize = 2 * ENTRIES;
+pub(in crate::cpu) const TERMS: usize = 2 * ENTRIES;
 
 /// Words of a part of a chunk.
 const WORDS: usize = SIDE * ENTRIES;
@@ -50,6 +50,29 @@ sources! {
     f16 in 2 by |src, mask| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, src.cast()));
     bf16 in 1 by |src, mask|
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, src.cast()))));
+}
+
+/// Whether no part of a value or product that counts leaves the normal range, `terms` products to a sum.
+pub(in crate::cpu) fn multiplies<const PARTS: usize>(a: Magnitudes, b: Magnitudes, terms: usize) -> bool {
+    /// Parts of larger values may round to infinity.
+    const MOST: i32 = 125;
+    /// The third part of smaller values may be denormal.
+    const LEAST: i32 = -100;
+    /// A third part's product with another value of this exponent, or more, is lost by less than the last bit of what it is added to.
+    const LEAST_PRODUCT: i32 = -100;
+    if PARTS == 1 {
+        // Rounded to bf16: what that loses, and that denormals count as zero, is what the caller asked for.
+        return true;
+    }
+    let (Some((a_least, a_most)), Some((b_least, b_most))) = (a.exponents(), b.exponents()) else {
+        // Only zeros on one side; unless the other is wild, the product is zero.
+        return [a, b].iter().all(|x| x.exponents().is_none_or(|(_, most)| most <= MOST));
+    };
+    let growth = terms.ilog2() as i32 + 1;
+    a_least.min(b_least) >= LEAST
+        && a_least + b_least >= LEAST_PRODUCT
+        && a_most.max(b_most) <= MOST
+        && a_most + b_most + 2 + growth <= MOST
 }
 
 /// How a part comes from what the parts before it left.

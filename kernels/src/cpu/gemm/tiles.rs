@@ -68,27 +68,8 @@ impl<T: Factor, const PARTS: usize> Packing for Split<T, PARTS> {
         unsafe { split::pack::<T, PARTS>(side, strip, dst) }
     }
 
-    /// Whether no part of a value or product that counts leaves the normal range.
     fn multiplies(a: Magnitudes, b: Magnitudes, terms: usize) -> bool {
-        /// Parts of larger values may round to infinity.
-        const MOST: i32 = 125;
-        /// The third part of smaller values may be denormal.
-        const LEAST: i32 = -100;
-        /// A third part's product with another value of this exponent, or more, is lost by less than the last bit of what it is added to.
-        const LEAST_PRODUCT: i32 = -100;
-        if PARTS == 1 {
-            // Rounded to bf16: what that loses, and that denormals count as zero, is what the caller asked for.
-            return true;
-        }
-        let (Some((a_least, a_most)), Some((b_least, b_most))) = (a.exponents(), b.exponents()) else {
-            // Only zeros on one side; unless the other is wild, the product is zero.
-            return [a, b].iter().all(|x| x.exponents().is_none_or(|(_, most)| most <= MOST));
-        };
-        let growth = terms.ilog2() as i32 + 1;
-        a_least.min(b_least) >= LEAST
-            && a_least + b_least >= LEAST_PRODUCT
-            && a_most.max(b_most) <= MOST
-            && a_most + b_most + 2 + growth <= MOST
+        split::multiplies::<PARTS>(a, b, terms)
     }
 }
 

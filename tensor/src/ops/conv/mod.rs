@@ -227,7 +227,8 @@ impl Tensor {
                 },
             )?;
             let bias = bias.map(widen).transpose()?;
-            let conv = Conv { name: op, geometry: Geometry::new(op, x, &weight, rank, options, transposed)? };
+            let geometry = Geometry::new(op, x, &weight, rank, options, transposed)?;
+            let conv = Conv { name: op, geometry, dtype: input.dtype() };
             if transposed { conv.input_grad(x, &weight, bias.as_ref()) } else { conv.forward(x, &weight, bias.as_ref()) }
         })
     }

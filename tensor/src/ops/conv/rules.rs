@@ -5,8 +5,9 @@ use super::Geometry;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::spatial::{Extents, for_real, pixels};
 use crate::profile::{Cost, convolution, operation, operation_with};
-use crate::{Layout, Result, Shape, Tensor};
+use crate::{DType, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::conv::{self, ConvShape};
+use kiln_kernels::cpu::gemm::{MatmulPrecision, matmul_precision};
 use kiln_kernels::cuda::conv as gpu_conv;
 
 /// The convolution from which all three operations are derived, and the name under which they are recorded.
@@ -14,12 +15,20 @@ use kiln_kernels::cuda::conv as gpu_conv;
 pub(super) struct Conv {
     pub name: &'static str,
     pub geometry: Geometry,
+    /// The caller's dtype: on the CPU halves were widened.
+    pub dtype: DType,
 }
 
 impl Conv {
     fn shape(&self) -> ConvShape {
         let Geometry { groups, kernel, stride, padding, dilation, wide, narrow } = self.geometry;
-        ConvShape { n: wide.n, ci: wide.c, co: narrow.c, groups, input: wide.axes, output: narrow.axes, kernel, stride, padding, dilation }
+        let precision = match self.dtype {
+            DType::BF16 => MatmulPrecision::Medium,
+            DType::F16 => MatmulPrecision::High,
+            _ => matmul_precision(),
+        };
+        let (input, output) = (wide.axes, narrow.axes);
+        ConvShape { n: wide.n, ci: wide.c, co: narrow.c, groups, input, output, kernel, stride, padding, dilation, precision }
     }
 
     fn cost(&self, weight: &Shape) -> Cost {
