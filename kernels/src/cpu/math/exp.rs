@@ -32,7 +32,7 @@ pub fn exp2<S: Simd>(s: S, x: S::F32) -> S::F32 {
     let n = x.round();
     // Exact. 2^r = 1 + r·P(r) for |r| ≤ ½, error 2.0e-9.
     let r = x - n;
-    let p = polynomial(s, r, [0.693_147_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_5, 0.000_153_533_62]);
+    let p = polynomial(s, r, [std::f32::consts::LN_2, 0.240_226_48, 0.055_503_324, 0.009_618_437, 0.001_339_887_5, 0.000_153_533_62]);
     p.mul_add(r, s.splat(1.0)).scale(n)
 }
 
