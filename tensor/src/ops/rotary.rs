@@ -1,6 +1,7 @@
 //! Rotary position embedding, and the tables of angles that it takes.
 
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::profile::{Cost, operation};
 use crate::{DType, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::rotary::{self, Rotary, Tables};
 use kiln_kernels::cuda::rotary as gpu_rotary;
@@ -62,6 +63,7 @@ fn with_dense_rows(x: &Tensor) -> Result<Tensor> {
 /// Turns `x` by checked tables of its accumulator's dtype, and records it.
 fn rotate(rotary: Rotary, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let op = "rotary_embedding";
+    let _running = operation(op, &[x, cos, sin], || Cost::per_element(3));
     let pairs = cos.dims()[cos.rank() - 1];
     let table_shape = Shape::new(&[&x.dims()[..x.rank() - 1], &[pairs]].concat())?;
     let [source, dense_cos, dense_sin] = [with_dense_rows(x)?, with_dense_rows(cos)?, with_dense_rows(sin)?];
