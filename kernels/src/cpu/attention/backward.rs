@@ -11,7 +11,7 @@
 //! slot of its own; the slots are added in order.
 
 use super::block::{Left, Right, Sums, cut, pack_transposed, product};
-use super::entries::{Entries, Single, padded};
+use super::entries::{Entries, Single, padded, round};
 use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -81,7 +81,7 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
     assert!(given.lse.len() == x.heads * x.queries && dq.len() == x.heads * x.queries * x.width);
     assert!(dk.len() == key_heads * x.keys * x.width && dv.len() == key_heads * x.keys * x.value_width);
     if given.out.is_empty() || dk.is_empty() {
-        [dq, dk, dv].into_iter().for_each(|d| d.fill(T::narrow(0.0)));
+        [dq, dk, dv].into_iter().for_each(|d| d.fill(T::default()));
         return Ok(());
     }
     let mut along = Buffer::new(size_of_val(given.lse))?;
@@ -111,7 +111,7 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
             failure.get_or_init(|| error);
         }
     });
-    add_slots(sums.as_slice(), attention.scale, dq);
+    add_slots(sums.as_slice_mut(), attention.scale, dq);
     failure.get().map_or(Ok(()), |&error| Err(error))
 }
 
@@ -126,23 +126,69 @@ fn slots(x: Extents, key_heads: usize) -> (usize, usize) {
 fn sums_along<T: Attended>(given: Gradients<'_, T>, width: usize, along: &mut [f32]) {
     const ROWS: usize = 256;
     for_each_chunk(along, ROWS, given.out.len() / 4, |i, along| {
-        let rows = given.out[i * ROWS * width..].chunks_exact(width).zip(given.grad[i * ROWS * width..].chunks_exact(width));
-        for (along, (out, grad)) in along.iter_mut().zip(rows) {
-            *along = out.iter().zip(grad).map(|(&o, &g)| o.widen() as f64 * g.widen() as f64).sum::<f64>() as f32;
-        }
+        let values = i * ROWS * width..(i * ROWS + along.len()) * width;
+        dispatch(Along { out: &given.out[values.clone()], grad: &given.grad[values], width, along });
     });
 }
 
-/// dQ from its slots.
-fn add_slots<T: Attended>(slots: &[f32], scale: f32, dq: &mut [T]) {
-    const CHUNK: usize = 1 << 14;
-    let len = dq.len();
-    for_each_chunk(dq, CHUNK, slots.len() / 4, |i, dq| {
-        for (j, dq) in dq.iter_mut().enumerate() {
-            let sum = slots[i * CHUNK + j..].iter().step_by(len).fold(0.0, |sum, x| sum + x);
-            *dq = T::narrow(scale * sum);
+struct Along<'a, T> {
+    out: &'a [T],
+    grad: &'a [T],
+    width: usize,
+    along: &'a mut [f32],
+}
+
+impl<T: Attended> WithSimd for Along<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let rows = self.out.chunks_exact(self.width).zip(self.grad.chunks_exact(self.width));
+        for (along, (out, grad)) in self.along.iter_mut().zip(rows) {
+            let mut sum = s.zero();
+            for (out, grad) in out.chunks(S::LANES).zip(grad.chunks(S::LANES)) {
+                // SAFETY: the chunks have that many values.
+                let (out, grad) = unsafe { (T::load(s, out.as_ptr(), out.len()), T::load(s, grad.as_ptr(), grad.len())) };
+                sum = out.mul_add(grad, sum);
+            }
+            *along = sum.reduce_sum();
         }
+    }
+}
+
+/// dQ from its slots, which serve as scratch memory.
+fn add_slots<T: Attended>(slots: &mut [f32], scale: f32, dq: &mut [T]) {
+    const CHUNK: usize = 1 << 14;
+    let (len, all) = (dq.len(), slots.len());
+    let shared = SharedMut::new(slots);
+    for_each_chunk(dq, CHUNK, all / 8, |i, dq| {
+        let count = dq.len();
+        let parts = (i * CHUNK..all).step_by(len).map(|at| {
+            // SAFETY: these places of a slot belong to this chunk alone.
+            unsafe { std::slice::from_raw_parts_mut(shared.get().add(at), count) }
+        });
+        dispatch(Slots { parts, scale, dq });
     });
+}
+
+struct Slots<'a, P, T> {
+    parts: P,
+    scale: f32,
+    dq: &'a mut [T],
+}
+
+impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Slots<'_, P, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, _: S) {
+        let Some(sum) = self.parts.next() else { return };
+        for part in self.parts {
+            sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += *x);
+        }
+        sum.iter_mut().for_each(|x| *x *= self.scale);
+        round(sum, self.dq);
+    }
 }
 
 /// Some keys of a key head, and all queries.
@@ -255,9 +301,9 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
                 }
             }
             let at = first - keys.start;
-            let narrow = |to: &mut [T], from: &[f32]| to.iter_mut().zip(from).for_each(|(to, &x)| *to = T::narrow(x));
-            narrow(&mut dk[at * x.width..(at + block.len()) * x.width], scratch.dk);
-            narrow(&mut dv[at * x.value_width..(at + block.len()) * x.value_width], scratch.dv);
+            let (width, value_width) = (block.len() * x.width, block.len() * x.value_width);
+            round(&scratch.dk[..width], &mut dk[at * x.width..][..width]);
+            round(&scratch.dv[..value_width], &mut dv[at * x.value_width..][..value_width]);
         }
         Ok(())
     }

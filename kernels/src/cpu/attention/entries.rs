@@ -2,6 +2,7 @@
 //! a pair of bf16 that are neighbours along the sum.
 
 use super::Attended;
+use crate::cpu::cast::Stored;
 use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::gemm::micro::MicroKernels;
 #[cfg(target_arch = "x86_64")]
@@ -72,6 +73,13 @@ impl<T: Attended> Entries<T> for Single {
     fn columns_of<'a>(from: &'a [f32], _: [usize; 2], _: usize, _: &'a mut [f32]) -> &'a [f32] {
         from
     }
+}
+
+/// Rounds computed values.
+pub(super) fn round<T: Attended>(from: &[f32], to: &mut [T]) {
+    assert_eq!(from.len(), to.len());
+    // SAFETY: both have that many values.
+    unsafe { <T as Stored>::narrow(from.as_ptr(), to.as_mut_ptr(), to.len()) }
 }
 
 /// Some rows as f32, `stride` apart in `to`; what is beyond the matrix's columns becomes zero.
@@ -150,45 +158,61 @@ impl Entries<bf16> for Pairs {
 
     #[inline(always)]
     fn rows_of<'a>(from: &'a [f32], [rows, cols]: [usize; 2], stride: usize, to: &'a mut [f32]) -> (&'a [f32], usize) {
-        let entries = stride / 2;
+        let (entries, rounding) = (stride / 2, Rounding::get());
         for (from, to) in from.chunks(stride).zip(to.chunks_exact_mut(entries)).take(rows) {
-            narrow(&from[..cols], &mut to[..cols.div_ceil(2)]);
+            rounding.narrow(&from[..cols], &mut to[..cols.div_ceil(2)]);
         }
         (to, entries)
     }
 
     #[inline(always)]
     fn columns_of<'a>(from: &'a [f32], [rows, cols]: [usize; 2], stride: usize, to: &'a mut [f32]) -> &'a [f32] {
+        let rounding = Rounding::get();
         for (first, to) in (0..rows).step_by(2).zip(to.chunks_mut(stride)) {
             let row = |row: usize| &from[row * stride..][..cols];
-            interleave(row(first), (first + 1 < rows).then(|| row(first + 1)), &mut to[..cols]);
+            rounding.interleave(row(first), (first + 1 < rows).then(|| row(first + 1)), &mut to[..cols]);
         }
         to
     }
 }
 
-/// Neighbours as pairs.
-fn narrow(from: &[f32], to: &mut [f32]) {
-    let (pairs, rest) = from.as_chunks::<2>();
-    assert_eq!(to.len(), from.len().div_ceil(2));
-    if let (Some(to), &[last]) = (to.last_mut(), rest) {
-        *to = pair(bf16::from_f32(last), bf16::ZERO);
-    }
+/// Rounds computed values to pairs.
+struct Rounding {
     #[cfg(target_arch = "x86_64")]
-    if let (true, Some(bf16)) = (MicroKernels::has_bf16_pairs(), Avx512Bf16::detect()) {
-        return bf16.narrow(pairs.as_flattened(), &mut to[..pairs.len()]);
-    }
-    to.iter_mut().zip(pairs).for_each(|(to, &[low, high])| *to = pair(bf16::from_f32(low), bf16::from_f32(high)));
+    fast: Option<Avx512Bf16>,
 }
 
-/// Values of two rows as pairs; zeros where there is no second.
-fn interleave(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) {
-    let Some(high) = high else {
-        return to.iter_mut().zip(low).for_each(|(to, &low)| *to = pair(bf16::from_f32(low), bf16::ZERO));
-    };
-    #[cfg(target_arch = "x86_64")]
-    if let (true, Some(bf16)) = (MicroKernels::has_bf16_pairs(), Avx512Bf16::detect()) {
-        return bf16.interleave(low, high, to);
+impl Rounding {
+    fn get() -> Self {
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            fast: Avx512Bf16::detect().filter(|_| MicroKernels::has_bf16_pairs()),
+        }
     }
-    to.iter_mut().zip(low.iter().zip(high)).for_each(|(to, (&low, &high))| *to = pair(bf16::from_f32(low), bf16::from_f32(high)));
+
+    /// Neighbours as pairs.
+    fn narrow(&self, from: &[f32], to: &mut [f32]) {
+        let (pairs, rest) = from.as_chunks::<2>();
+        assert_eq!(to.len(), from.len().div_ceil(2));
+        if let (Some(to), &[last]) = (to.last_mut(), rest) {
+            *to = pair(bf16::from_f32(last), bf16::ZERO);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(bf16) = self.fast {
+            return bf16.narrow(pairs.as_flattened(), &mut to[..pairs.len()]);
+        }
+        to.iter_mut().zip(pairs).for_each(|(to, &[low, high])| *to = pair(bf16::from_f32(low), bf16::from_f32(high)));
+    }
+
+    /// Values of two rows as pairs; zeros where there is no second.
+    fn interleave(&self, low: &[f32], high: Option<&[f32]>, to: &mut [f32]) {
+        let Some(high) = high else {
+            return to.iter_mut().zip(low).for_each(|(to, &low)| *to = pair(bf16::from_f32(low), bf16::ZERO));
+        };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(bf16) = self.fast {
+            return bf16.interleave(low, high, to);
+        }
+        to.iter_mut().zip(low.iter().zip(high)).for_each(|(to, (&low, &high))| *to = pair(bf16::from_f32(low), bf16::from_f32(high)));
+    }
 }

@@ -74,7 +74,7 @@ pub(super) fn forward_of<T: Attended, E: Entries<T>>(
     assert!(out.len() == x.heads * x.queries * x.value_width && lse.len() == x.heads * x.queries);
     if x.keys == 0 || x.value_width == 0 || x.width == 0 || out.is_empty() {
         assert!(x.keys == 0 || out.is_empty(), "queries without values");
-        out.fill(T::narrow(0.0));
+        out.fill(T::default());
         lse.fill(f32::INFINITY);
         return Ok(());
     }
@@ -107,8 +107,8 @@ pub(super) fn forward_of<T: Attended, E: Entries<T>>(
                 )
             }
         };
-        let task = Task { attention, x, heads: heads..heads + plan.heads, queries, keys, target, entries: PhantomData::<E> };
-        if let Err(error) = dispatch(task) {
+        let work = Work { attention, x, heads: heads..heads + plan.heads, queries, keys, entries: PhantomData::<E> };
+        if let Err(error) = dispatch(Task { work, target }) {
             failure.get_or_init(|| error);
         }
     });
@@ -157,15 +157,10 @@ enum Target<'a, T> {
     Results(&'a mut [T], &'a mut [f32]),
 }
 
-/// Some queries of a head, or of all heads that share a key head, and some keys.
+/// Work, and where its sums go.
 struct Task<'a, T, E> {
-    attention: &'a Attention<'a, T>,
-    x: Extents,
-    heads: Range<usize>,
-    queries: Range<usize>,
-    keys: Range<usize>,
+    work: Work<'a, T, E>,
     target: Target<'a, T>,
-    entries: PhantomData<E>,
 }
 
 impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
@@ -173,23 +168,14 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self { attention, x, heads, queries, keys, target, .. } = self;
-        let rows = heads.len() * queries.len();
-        let reach = attention.reach(queries.end - 1, &keys);
-        let keys = keys.start..keys.start + reach;
-        let sum = |online: &mut Online<'_>| {
-            if few::serves(&x) {
-                few::sum(s, attention, &x, heads, keys, online)
-            } else {
-                Blocks::<T, E> { attention, x, head: heads.start, queries, entries: PhantomData }.sum(s, keys, online)
-            }
-        };
+        let Self { work, target } = self;
+        let rows = work.heads.len() * work.queries.len();
         match target {
-            Target::Part(memory) => sum(&mut Online::new(memory, rows)),
+            Target::Part(memory) => work.sum(s, &mut Online::new(memory, rows)),
             Target::Results(out, lse) => {
-                let mut memory = Buffer::new(Online::size(rows, x.value_width) * size_of::<f32>())?;
+                let mut memory = Buffer::new(Online::size(rows, work.x.value_width) * size_of::<f32>())?;
                 let mut online = Online::new(memory.as_slice_mut(), rows);
-                sum(&mut online)?;
+                work.sum(s, &mut online)?;
                 online.finish(out, lse);
                 Ok(())
             }
@@ -197,12 +183,13 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
     }
 }
 
-/// Some queries of a head, whose keys are packed a block at a time.
-struct Blocks<'a, T, E> {
+/// Some queries of a head, or of all heads that share a key head, and some keys.
+struct Work<'a, T, E> {
     attention: &'a Attention<'a, T>,
     x: Extents,
-    head: usize,
+    heads: Range<usize>,
     queries: Range<usize>,
+    keys: Range<usize>,
     entries: PhantomData<E>,
 }
 
@@ -222,10 +209,22 @@ struct Scratch<'a> {
     weights: &'a mut [f32],
 }
 
-impl<T: Attended, E: Entries<T>> Blocks<'_, T, E> {
+impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
     #[inline(always)]
-    fn sum<S: Simd>(&self, s: S, keys: Range<usize>, online: &mut Online<'_>) -> Result<(), OutOfMemory> {
-        let Self { attention, x, head, queries, .. } = self;
+    fn sum<S: Simd>(&self, s: S, online: &mut Online<'_>) -> Result<(), OutOfMemory> {
+        let reach = self.attention.reach(self.queries.end - 1, &self.keys);
+        let keys = self.keys.start..self.keys.start + reach;
+        if few::serves(&self.x) {
+            few::sum(s, self.attention, &self.x, self.heads.clone(), keys, online)
+        } else {
+            self.blocks(s, keys, online)
+        }
+    }
+
+    /// Packs a block of keys at a time, for queries of one head.
+    #[inline(always)]
+    fn blocks<S: Simd>(&self, s: S, keys: Range<usize>, online: &mut Online<'_>) -> Result<(), OutOfMemory> {
+        let Self { attention, x, heads, queries, .. } = self;
         let kernels = E::kernels();
         let (count, width, value_stride) = (queries.len(), x.width.div_ceil(E::TERMS), padded(kernels, x.value_width));
         let sizes = [
@@ -238,9 +237,9 @@ impl<T: Attended, E: Entries<T>> Blocks<'_, T, E> {
         ];
         let mut buffer = Buffer::new(sizes.iter().sum::<usize>() * size_of::<f32>())?;
         let [q, key_rows, panels, values, scores, weights] = cut(buffer.as_slice_mut(), sizes);
-        E::load_rows(s, &attention.q.matrix(*head), queries.clone(), q);
+        E::load_rows(s, &attention.q.matrix(heads.start), queries.clone(), q);
         let scratch = &mut Scratch { q, keys: key_rows, panels, values, scores, weights };
-        let (k, v) = (attention.k.matrix(head / x.group), attention.v.matrix(head / x.group));
+        let (k, v) = (attention.k.matrix(heads.start / x.group), attention.v.matrix(heads.start / x.group));
         for first in keys.clone().step_by(KEYS) {
             let block = first..keys.end.min(first + KEYS);
             E::load_rows(s, &k, block.clone(), scratch.keys);
@@ -260,7 +259,7 @@ impl<T: Attended, E: Entries<T>> Blocks<'_, T, E> {
     /// Some of the queries against the first `reach` keys of a block.
     #[inline(always)]
     fn rows<S: Simd>(&self, s: S, rows: Range<usize>, block: &Range<usize>, reach: usize, scratch: &mut Scratch, online: &mut Online<'_>) {
-        let Self { attention, x, head, .. } = self;
+        let Self { attention, x, heads, .. } = self;
         let kernels = E::kernels();
         let (count, width, first) = (rows.len(), x.width.div_ceil(E::TERMS), rows.start);
         let Scratch { q, panels, values, scores, weights, .. } = scratch;
@@ -270,7 +269,7 @@ impl<T: Attended, E: Entries<T>> Blocks<'_, T, E> {
         let to = Sums { data: scores, stride: KEYS, alpha: attention.scale * LOG2_E, add: false };
         product(kernels, [count, width, computed], q, Right::Panels(panels), to);
         for (i, row) in rows.enumerate() {
-            let of = Scores { head: *head, query: self.queries.start + row, first_key: block.start, keys: reach };
+            let of = Scores { head: heads.start, query: self.queries.start + row, first_key: block.start, keys: reach };
             of.weigh(s, attention, x, &mut scores[i * KEYS..(i + 1) * KEYS], (row, online));
         }
         let (weights, row_stride) = E::rows_of(scores, [count, reach], KEYS, weights);

@@ -17,6 +17,7 @@ mod tests;
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 
+use crate::cpu::cast::Stored;
 use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::gemm::micro::MicroKernels;
 use crate::cpu::random::Dropout;
@@ -31,7 +32,7 @@ use std::ops::Range;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
 /// An element type of attention: f32, f16, bf16.
-pub trait Attended: Float<Compute = f32> + Lanes {
+pub trait Attended: Float<Compute = f32> + Stored<Compute = f32> + Lanes {
     /// What products are made of where [`multiplies_pairs`](Self::multiplies_pairs) is true, and single values otherwise.
     type Pairs: Entries<Self>;
 

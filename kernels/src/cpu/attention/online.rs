@@ -2,6 +2,7 @@
 //!
 //! Scores are in units of log₂ e, so that weights are powers of two.
 
+use super::entries::round;
 use super::{Attended, Attention, Extents};
 use crate::cpu::math;
 use crate::cpu::reduce::row_max;
@@ -58,15 +59,16 @@ impl<'a> Online<'a> {
 
     /// Writes the rows of the output and the logarithms of the sums of exponentials.
     #[inline(always)]
-    pub fn finish<T: Attended>(&self, out: &mut [T], lse: &mut [f32]) {
+    pub fn finish<T: Attended>(&mut self, out: &mut [T], lse: &mut [f32]) {
         let width = out.len() / lse.len();
-        for (row, (out, lse)) in out.chunks_exact_mut(width).zip(lse).enumerate() {
+        for (row, lse) in lse.iter_mut().enumerate() {
             let total = self.total[row];
             // A query that looks at no key has a total of zero.
             *lse = if total == 0.0 { f32::INFINITY } else { self.max[row] * std::f32::consts::LN_2 + total.ln() };
             let factor = if total == 0.0 { 0.0 } else { 1.0 / total };
-            out.iter_mut().zip(&self.values[row * width..]).for_each(|(out, &sum)| *out = T::narrow(sum * factor));
+            self.values[row * width..(row + 1) * width].iter_mut().for_each(|sum| *sum *= factor);
         }
+        round(self.values, out);
     }
 }
 

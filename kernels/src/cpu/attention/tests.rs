@@ -5,7 +5,7 @@ use super::entries::{Entries, Pairs, Single};
 use super::forward::forward_of;
 use super::{Attended, Attention, Gradients, Heads, Mask};
 use crate::cpu::random::{self, Dropout, Stream};
-use crate::element::Bool;
+use crate::element::{Bool, Float};
 use crate::view::MatView;
 use half::{bf16, f16};
 
@@ -90,7 +90,7 @@ impl Inputs {
     fn check<T: Attended, E: Entries<T>>(&self, tolerance: f64) {
         let &Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout } = self;
         let key_heads = heads / group;
-        let values = |heads, rows, cols, salt| values(heads, rows, cols, salt).into_iter().map(T::narrow).collect::<Vec<T>>();
+        let values = |heads, rows, cols, salt| values(heads, rows, cols, salt).into_iter().map(<T as Float>::narrow).collect::<Vec<T>>();
         let widen = |x: &[T]| x.iter().map(|x| x.widen()).collect::<Vec<f32>>();
         let (q, g) = (values(heads, queries, width, 1), values(heads, queries, value_width, 4));
         let (k, v) = (values(key_heads, keys, width, 2), values(key_heads, keys, value_width, 3));
@@ -98,7 +98,7 @@ impl Inputs {
         let (q_at, k_at, v_at) =
             (offsets(heads, queries * width), offsets(key_heads, keys * width), offsets(key_heads, keys * value_width));
         let open: Vec<Bool> = (0..queries * keys).map(|i| Bool(self.is_open(i / keys, i % keys) as u8)).collect();
-        let bias: Vec<T> = (0..queries * keys).map(|i| T::narrow(self.bias(i / keys, i % keys))).collect();
+        let bias: Vec<T> = (0..queries * keys).map(|i| <T as Float>::narrow(self.bias(i / keys, i % keys))).collect();
         let same = vec![0; heads];
         let scale = 0.25;
         let attention = Attention {
@@ -118,7 +118,7 @@ impl Inputs {
         if let Some(Dropout { stream, p }) = dropout {
             random::dropout(stream, p, &vec![1f32; factors.len()], &mut factors);
         }
-        let (mut out, mut lse) = (vec![T::narrow(0.0); heads * queries * value_width], vec![0f32; heads * queries]);
+        let (mut out, mut lse) = (vec![T::default(); heads * queries * value_width], vec![0f32; heads * queries]);
         forward_of::<T, E>(&attention, &mut out, &mut lse).unwrap();
         let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
         backward_of::<T, E>(&attention, Gradients { out: &out, grad: &g, lse: &lse }, &mut dq, &mut dk, &mut dv).unwrap();
