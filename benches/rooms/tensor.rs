@@ -20,6 +20,11 @@ fn pointwise(c: &mut Criterion) -> Result<()> {
         bench(c, &format!("add {n}"), n, || x.add(&y))?;
         bench(c, &format!("gelu {n}"), n, || x.gelu())?;
     }
+    let x = Tensor::randn([64], DType::F32)?;
+    let leaf = x.requires_grad_()?;
+    bench(c, "add 64, recorded", 64, || leaf.add(&x))?;
+    bench(c, "add 64, a number", 64, || x.add_scalar(2.0))?;
+    bench(c, "exp 64, recorded", 64, || leaf.exp())?;
     let (x, row) = (Tensor::randn([1024, 1024], DType::F32)?, Tensor::randn([1024], DType::F32)?);
     bench(c, "add a row to 1024x1024", 1 << 20, || x.add(&row))?;
     let turned = x.t()?;
@@ -42,6 +47,10 @@ fn movement(c: &mut Criterion) -> Result<()> {
     bench(c, "cat two along channels 32x64x28x28", 2 * x.numel(), || Tensor::cat(&[&x, &x], 1))?;
     let (table, at) = (Tensor::randn([10_000, 256], DType::F32)?, Tensor::randint(0, 10_000, [4096])?);
     bench(c, "4096 rows of a 10000x256 table", 4096 * 256, || table.index_select(0, &at))?;
+    let small = Tensor::randn([8, 8], DType::F32)?;
+    bench(c, "transpose 8x8", 64, || small.t())?;
+    bench(c, "reshape 8x8", 64, || small.reshape([64]))?;
+    bench(c, "narrow 8x8", 64, || small.narrow(0, 2, 4))?;
     let keys = Tensor::randn([1 << 18], DType::F32)?;
     bench(c, "sort 262144", keys.numel(), || Ok(keys.sort(0, false)?.0))
 }

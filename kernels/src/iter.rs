@@ -108,6 +108,10 @@ impl<const N: usize> Walk<N> {
     /// The stretches from element `start` on, to be taken piece by piece.
     #[inline]
     pub fn stretches(&self, start: usize) -> Stretches<'_, N> {
+        if start == 0 || self.outer.is_empty() {
+            // Within the first run: no division, since short rows are walked one by one.
+            return Stretches { cursor: Cursor::new(self, 0), skip: start };
+        }
         let run_len = self.run_len.max(1);
         Stretches { cursor: Cursor::new(self, start / run_len), skip: start % run_len }
     }

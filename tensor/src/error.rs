@@ -32,9 +32,15 @@ pub enum ErrorKind {
 }
 
 /// An error: the operation, and a message. Under `RUST_BACKTRACE=1` it carries the place it was made at.
+///
+/// Behind a pointer, so that a `Result` of a tensor is two words: it is moved more often than it is an error.
 #[derive(thiserror::Error)]
+#[error(transparent)]
+pub struct Error(Box<Details>);
+
+#[derive(thiserror::Error, Debug)]
 #[error("{op}: {message}")]
-pub struct Error {
+struct Details {
     kind: ErrorKind,
     op: String,
     message: String,
@@ -46,8 +52,8 @@ pub struct Error {
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")?;
-        if self.trace.status() == BacktraceStatus::Captured {
-            write!(f, "\n{}", self.trace)?;
+        if self.0.trace.status() == BacktraceStatus::Captured {
+            write!(f, "\n{}", self.0.trace)?;
         }
         Ok(())
     }
@@ -55,8 +61,9 @@ impl fmt::Debug for Error {
 
 impl Error {
     /// An error of `kind` in the operation `op`.
+    #[cold]
     pub fn new(kind: ErrorKind, op: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { kind, op: op.into(), message: message.into(), source: None, trace: Box::new(Backtrace::capture()) }
+        Self(Box::new(Details { kind, op: op.into(), message: message.into(), source: None, trace: Box::new(Backtrace::capture()) }))
     }
 
     /// Shapes that do not fit.
@@ -102,30 +109,30 @@ impl Error {
     /// A failed read or write of `what` (a path, usually).
     pub fn io(op: impl Into<String>, what: impl fmt::Display, source: std::io::Error) -> Self {
         let mut error = Self::new(ErrorKind::Io, op, format!("{what}: {source}"));
-        error.source = Some(Box::new(source));
+        error.0.source = Some(Box::new(source));
         error
     }
 
     /// Attaches the error that caused this one.
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
-        self.source = Some(Box::new(source));
+        self.0.source = Some(Box::new(source));
         self
     }
 
     /// The same error, of the operation `op`.
     pub fn at(mut self, op: impl Into<String>) -> Self {
-        self.op = op.into();
+        self.0.op = op.into();
         self
     }
 
     /// The kind, for programs that react to it.
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 
     /// The operation that failed.
     pub fn op(&self) -> &str {
-        &self.op
+        &self.0.op
     }
 
     /// Two shapes that cannot be broadcast together.

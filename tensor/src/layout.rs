@@ -75,10 +75,23 @@ impl Layout {
         true
     }
 
+    /// This layout with offset 0, if it is [dense](Self::is_dense).
+    pub(crate) fn as_dense(&self) -> Option<Layout> {
+        if self.is_contiguous() {
+            return Some(Layout::contiguous(self.shape));
+        }
+        self.is_dense().then_some(Layout { offset: 0, ..*self })
+    }
+
     /// A gapless layout of the same shape, in the same order of dimensions if this one is dense, else row-major:
     /// what a pointwise result of a tensor with this layout should have.
     pub fn dense_like(&self) -> Layout {
-        if !self.is_contiguous() && self.is_dense() { Layout { offset: 0, ..*self } } else { Layout::contiguous(self.shape) }
+        self.as_dense().unwrap_or_else(|| Layout::contiguous(self.shape))
+    }
+
+    /// Whether both have the same elements at the same distances from their first.
+    pub(crate) fn lies_like(&self, other: &Layout) -> bool {
+        self.shape == other.shape && self.strides == other.strides
     }
 
     /// A gapless layout of `shape` whose dimensions lie in memory in the order `order`, slowest first

@@ -8,9 +8,10 @@ use std::ops::Deref;
 pub const MAX_RANK: usize = 8;
 
 /// The extents of a tensor's dimensions. Their product fits a `usize`.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Shape {
     rank: u8,
+    /// 0 beyond the rank.
     dims: [usize; MAX_RANK],
 }
 
@@ -111,13 +112,6 @@ impl Deref for Shape {
         self.dims()
     }
 }
-
-impl PartialEq for Shape {
-    fn eq(&self, other: &Self) -> bool {
-        self.dims() == other.dims()
-    }
-}
-impl Eq for Shape {}
 
 impl PartialEq<[usize]> for Shape {
     fn eq(&self, other: &[usize]) -> bool {
@@ -278,6 +272,9 @@ dims_from!(i32, i64, isize, usize);
 
 /// The shape that `a` and `b` broadcast to: aligned at the end, extents must be equal or 1.
 pub fn broadcast_shapes(op: &str, a: &Shape, b: &Shape) -> Result<Shape> {
+    if a == b {
+        return Ok(*a);
+    }
     let rank = a.rank().max(b.rank());
     let mut out = Shape::from_checked(&[1; MAX_RANK][..rank]);
     for i in 0..rank {

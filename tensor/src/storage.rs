@@ -25,7 +25,8 @@ pub(crate) struct Storage(Arc<Bytes>);
 #[derive(Debug)]
 enum Bytes {
     Host(Buffer),
-    Gpu(OnGpu),
+    /// Apart, since it is large and most tensors of a program on the processor would carry its size.
+    Gpu(Box<OnGpu>),
 }
 
 /// Bytes at home on a GPU. At least one of both copies exists, and where both do they are equal: what is shared is never written, and
@@ -77,14 +78,14 @@ impl Storage {
     pub(crate) fn from_buffer(buffer: Buffer, device: Device) -> Result<Self> {
         let bytes = match device.gpu()? {
             None => Bytes::Host(buffer),
-            Some(gpu) => Bytes::Gpu(OnGpu::new(gpu, OnceLock::new(), OnceLock::from(buffer))),
+            Some(gpu) => Bytes::Gpu(Box::new(OnGpu::new(gpu, OnceLock::new(), OnceLock::from(buffer)))),
         };
         Ok(Self(Arc::new(bytes)))
     }
 
     /// Bytes of a GPU.
     pub(crate) fn from_device(buffer: DeviceBuffer) -> Self {
-        Self(Arc::new(Bytes::Gpu(OnGpu::new(buffer.gpu(), OnceLock::from(buffer), OnceLock::new()))))
+        Self(Arc::new(Bytes::Gpu(Box::new(OnGpu::new(buffer.gpu(), OnceLock::from(buffer), OnceLock::new())))))
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -143,13 +144,13 @@ impl Storage {
             // A view without elements may begin anywhere.
             return Ok(());
         }
-        if let Bytes::Gpu(OnGpu { gpu, device, host, .. }) = &*self.0
-            && let (Some(device), None) = (device.get(), host.get())
+        if let Bytes::Gpu(on_gpu) = &*self.0
+            && let (Some(device), None) = (on_gpu.device.get(), on_gpu.host.get())
         {
             let bytes = size_of_val(out);
             // SAFETY: the slice's own bytes, of an element type: any bytes make valid elements.
             let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), bytes) };
-            return Ok(gpu.download(device, offset * size_of::<T>(), out)?);
+            return Ok(on_gpu.gpu.download(device, offset * size_of::<T>(), out)?);
         }
         let all = self.host()?.as_slice::<T>();
         out.copy_from_slice(all.get(offset..offset + out.len()).ok_or_else(missing)?);

@@ -48,6 +48,15 @@ impl Tensor {
         Self(Arc::new(Inner { storage: self.0.storage.clone(), layout: self.0.layout, dtype: self.0.dtype, source }))
     }
 
+    /// This tensor, made by `source`: the same one, if nobody else holds it.
+    pub(crate) fn tracked_by(mut self, source: Source) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.0) {
+            inner.source = Some(source);
+            return self;
+        }
+        self.with_source(Some(source))
+    }
+
     /// A new row-major tensor of `shape` on `device`, whose elements `fill` writes on the host (all of them; they are stale before).
     pub fn build<T: WithDType>(device: Device, shape: &Shape, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
         Self::build_with_layout(device, Layout::contiguous(*shape), fill)
@@ -55,11 +64,16 @@ impl Tensor {
 
     /// A new tensor with a dense `layout` (offset 0, no gaps), whose elements `fill` writes on the host in the order of memory.
     pub fn build_with_layout<T: WithDType>(device: Device, layout: Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
+        Self::build_like(device, &layout, fill)
+    }
+
+    /// [`build_with_layout`](Self::build_with_layout) of a layout that may be another tensor's.
+    pub(crate) fn build_like<T: WithDType>(device: Device, layout: &Layout, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Self> {
         debug_assert!(layout.is_dense() && layout.offset() == 0);
-        let _running = building(&layout, T::DTYPE);
-        let mut buffer = Self::buffer_for(&layout, T::DTYPE)?;
+        let _running = building(layout, T::DTYPE);
+        let mut buffer = Self::buffer_for(layout, T::DTYPE)?;
         fill(buffer.as_slice_mut())?;
-        Ok(Self::from_storage(Storage::from_buffer(buffer, device)?, layout, T::DTYPE))
+        Ok(Self::from_storage(Storage::from_buffer(buffer, device)?, *layout, T::DTYPE))
     }
 
     /// A new tensor of a GPU with a dense `layout` (offset 0, no gaps), whose elements `fill` queues the writing of, in the order of memory.

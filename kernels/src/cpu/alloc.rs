@@ -3,12 +3,15 @@
 //!
 //! Every block comes from the system zeroed. A recycled block holds stale but initialised bytes, so a slice over it is
 //! always sound for types that allow every bit pattern.
+//!
+//! A thread keeps the last few small blocks that it dropped to itself ([`Near`]), so that small operations take no lock.
 
 use std::alloc::Layout;
+use std::cell::RefCell;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Alignment of every block: a cache line, and a full AVX-512 vector.
 pub const ALIGN: usize = 64;
@@ -19,6 +22,12 @@ const LARGE: usize = 2 << 20;
 /// Sizes are rounded up to four steps per power of two: at most a fifth of a block is slack.
 const STEPS_LOG2: u32 = 2;
 const CLASSES: usize = (usize::BITS as usize) << STEPS_LOG2;
+
+/// The classes of up to 64 KiB, whose blocks threads keep near: beyond, a lock is nothing beside the work.
+const NEAR_CLASSES: usize = (16 << STEPS_LOG2) + 1;
+
+/// Blocks of a class that a thread keeps: what a chain of operations has in flight.
+const NEAR_BLOCKS: usize = 4;
 
 static FREE: [Mutex<Vec<Block>>; CLASSES] = [const { Mutex::new(Vec::new()) }; CLASSES];
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -54,8 +63,9 @@ pub fn reset_peak() {
     PEAK.store(IN_USE.load(Relaxed), Relaxed);
 }
 
-/// Gives every cached block back to the system.
+/// Gives every cached block back to the system, but for the few small ones that other threads keep near.
 pub fn empty_cache() {
+    let _ = NEAR.try_with(|near| near.borrow_mut().empty());
     for class in &FREE {
         let blocks = std::mem::take(&mut *class.lock().unwrap_or_else(PoisonError::into_inner));
         for block in blocks {
@@ -84,6 +94,7 @@ impl std::error::Error for OutOfMemory {}
 struct Block {
     ptr: NonNull<u8>,
     size: usize,
+    class: usize,
 }
 
 // SAFETY: a block is owned memory; nothing about it belongs to a thread.
@@ -94,7 +105,23 @@ impl Block {
         Layout::from_size_align(size, ALIGN).ok()
     }
 
-    fn from_system(size: usize) -> Option<Self> {
+    /// A block of the class from this thread's or everybody's cache.
+    fn cached(class: usize) -> Option<Self> {
+        let near = NEAR.try_with(|near| near.borrow_mut().take(class));
+        near.ok().flatten().or_else(|| lock(class).pop())
+    }
+
+    /// Keeps the block for reuse: near, if there is room.
+    fn keep(self) {
+        let mut block = Some(self);
+        // If the thread is ending, what it kept near may be gone.
+        let _ = NEAR.try_with(|near| near.borrow_mut().put(&mut block));
+        if let Some(block) = block {
+            lock(block.class).push(block);
+        }
+    }
+
+    fn from_system(class: usize, size: usize) -> Option<Self> {
         let layout = Self::layout(size)?;
         let ptr = if size >= LARGE {
             map_large(size)?
@@ -104,7 +131,7 @@ impl Block {
         };
         HELD.fetch_add(size, Relaxed);
         SYSTEM_ALLOCATIONS.fetch_add(1, Relaxed);
-        Some(Block { ptr, size })
+        Some(Block { ptr, size, class })
     }
 
     fn release(self) {
@@ -115,6 +142,45 @@ impl Block {
             // SAFETY: the block came from `alloc_zeroed` with this very layout.
             unsafe { std::alloc::dealloc(self.ptr.as_ptr(), layout) }
         }
+    }
+}
+
+/// Everybody's free blocks of a class.
+fn lock(class: usize) -> MutexGuard<'static, Vec<Block>> {
+    FREE[class].lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A thread's own free blocks of the small classes.
+struct Near([[Option<Block>; NEAR_BLOCKS]; NEAR_CLASSES]);
+
+thread_local! {
+    static NEAR: RefCell<Near> = const { RefCell::new(Near([const { [const { None }; NEAR_BLOCKS] }; NEAR_CLASSES])) };
+}
+
+impl Near {
+    fn take(&mut self, class: usize) -> Option<Block> {
+        self.0.get_mut(class)?.iter_mut().find_map(Option::take)
+    }
+
+    /// Takes the block, if it is a small one and there is room.
+    fn put(&mut self, block: &mut Option<Block>) {
+        let places = block.as_ref().and_then(|block| self.0.get_mut(block.class));
+        if let Some(place) = places.and_then(|places| places.iter_mut().find(|place| place.is_none())) {
+            *place = block.take();
+        }
+    }
+
+    /// Moves all blocks to everybody's.
+    fn empty(&mut self) {
+        for block in self.0.iter_mut().flatten().filter_map(Option::take) {
+            lock(block.class).push(block);
+        }
+    }
+}
+
+impl Drop for Near {
+    fn drop(&mut self) {
+        self.empty();
     }
 }
 
@@ -161,11 +227,10 @@ fn unmap_large(ptr: NonNull<u8>, size: usize) {
 fn class_of(bytes: usize) -> Option<(usize, usize)> {
     let bytes = bytes.max(ALIGN);
     // The step is a quarter of the power of two at or below `bytes`, but at least a cache line.
-    let quarter = |size: usize| (1usize << (usize::BITS - 1 - size.leading_zeros())) >> STEPS_LOG2;
-    let step = quarter(bytes).max(ALIGN);
-    let size = bytes.checked_add(step - 1)? / step * step;
-    let log2 = usize::BITS - 1 - size.leading_zeros();
-    let index = ((log2 as usize) << STEPS_LOG2) + (size - (1usize << log2)) / quarter(size);
+    let step = ((1usize << bytes.ilog2()) >> STEPS_LOG2).max(ALIGN);
+    let size = bytes.checked_add(step - 1)? & !(step - 1);
+    let log2 = size.ilog2();
+    let index = ((log2 as usize) << STEPS_LOG2) + ((size - (1usize << log2)) >> (log2 - STEPS_LOG2));
     (size <= isize::MAX as usize).then_some((index, size))
 }
 
@@ -185,17 +250,19 @@ impl Buffer {
         if len == 0 {
             return Ok(Self { block: None, len });
         }
-        let (index, size) = class_of(len).ok_or_else(out_of_memory)?;
-        let cached = FREE[index].lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let block = match cached.or_else(|| Block::from_system(size)) {
+        let (class, size) = class_of(len).ok_or_else(out_of_memory)?;
+        let block = match Block::cached(class).or_else(|| Block::from_system(class, size)) {
             Some(block) => block,
             None => {
                 empty_cache();
-                Block::from_system(size).ok_or_else(out_of_memory)?
+                Block::from_system(class, size).ok_or_else(out_of_memory)?
             }
         };
         let in_use = IN_USE.fetch_add(block.size, Relaxed) + block.size;
-        PEAK.fetch_max(in_use, Relaxed);
+        // Looked at first: as a rule it is no peak, and the write would be an exchange.
+        if in_use > PEAK.load(Relaxed) {
+            PEAK.fetch_max(in_use, Relaxed);
+        }
         Ok(Self { block: Some(block), len })
     }
 
@@ -249,9 +316,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
             IN_USE.fetch_sub(block.size, Relaxed);
-            if let Some((index, _)) = class_of(block.size) {
-                FREE[index].lock().unwrap_or_else(PoisonError::into_inner).push(block);
-            }
+            block.keep();
         }
     }
 }
@@ -292,6 +357,29 @@ mod tests {
         drop(first);
         let second = Buffer::new(len).unwrap();
         assert_eq!(second.as_bytes().as_ptr(), address);
+    }
+
+    #[test]
+    fn small_blocks_stay_near_and_outlive_their_thread() {
+        // A class that no other test uses.
+        let len = 40 << 10;
+        let addresses = |buffers: &[Buffer]| buffers.iter().map(|b| b.as_bytes().as_ptr() as usize).collect::<Vec<_>>();
+        let near = std::thread::spawn(move || {
+            let first: Vec<Buffer> = (0..NEAR_BLOCKS).map(|_| Buffer::new(len).unwrap()).collect();
+            let before = addresses(&first);
+            drop(first);
+            let mut again: Vec<Buffer> = (0..NEAR_BLOCKS).map(|_| Buffer::new(len).unwrap()).collect();
+            let mut after = addresses(&again);
+            after.sort_unstable();
+            assert!(before.iter().all(|address| after.binary_search(address).is_ok()));
+            // More than fit near.
+            again.extend((0..NEAR_BLOCKS).map(|_| Buffer::new(len).unwrap()));
+            addresses(&again)
+        });
+        let mut known = near.join().unwrap();
+        known.sort_unstable();
+        let again: Vec<Buffer> = (0..2 * NEAR_BLOCKS).map(|_| Buffer::new(len).unwrap()).collect();
+        assert!(addresses(&again).iter().all(|address| known.binary_search(address).is_ok()));
     }
 
     #[test]

@@ -73,6 +73,46 @@ fn choose(forced: Option<&str>) -> Result<Isa, String> {
     }
 }
 
+/// A level with the token that proves it: [`dispatch`] is called for every small operation, and should not detect anew.
+#[derive(Clone, Copy)]
+enum Level {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// With what AMX machines have besides, if `true`.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512, Avx2, bool),
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+}
+
+impl Level {
+    /// The level of an ISA that this machine has.
+    fn of(isa: Isa) -> Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Amx => match (Avx512::detect(), Avx2::detect()) {
+                (Some(token), Some(narrower)) => Level::Avx512(token, narrower, isa == Isa::Amx),
+                _ => Level::Scalar,
+            },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::detect().map_or(Level::Scalar, Level::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Level::Neon,
+            _ => Level::Scalar,
+        }
+    }
+}
+
+#[inline]
+fn level() -> Level {
+    static LEVEL: OnceLock<Level> = OnceLock::new();
+    *LEVEL.get_or_init(|| {
+        let forced = std::env::var("KILN_ISA").ok();
+        Level::of(choose(forced.as_deref()).unwrap_or_else(|message| panic!("{message}")))
+    })
+}
+
 /// The level that every kernel of this process uses.
 ///
 /// # Panics
@@ -80,11 +120,21 @@ fn choose(forced: Option<&str>) -> Result<Isa, String> {
 /// would let a test run claim a level that it never touched.
 #[inline]
 pub fn isa() -> Isa {
-    static LEVEL: OnceLock<Isa> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        let forced = std::env::var("KILN_ISA").ok();
-        choose(forced.as_deref()).unwrap_or_else(|message| panic!("{message}"))
-    })
+    match level() {
+        Level::Scalar => Isa::Scalar,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2(_) => Isa::Avx2,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512(_, _, tiles) => {
+            if tiles {
+                Isa::Amx
+            } else {
+                Isa::Avx512
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => Isa::Neon,
+    }
 }
 
 /// A computation written once over any instruction set. `with_simd` must be `#[inline(always)]`, as must all that it
@@ -96,29 +146,20 @@ pub trait WithSimd {
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Runs `work` at the level of [`isa`]. Costs a few nanoseconds: call it once per task, not per tile.
+/// Runs `work` at the level of [`isa`]. Costs a nanosecond or two: call it once per task, not per tile.
 #[inline]
 pub fn dispatch<W: WithSimd>(work: W) -> W::Output {
-    match isa() {
+    match level() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => {
-            if let Some(token) = Avx512::detect() {
-                // SAFETY: the token exists, so the machine has these features.
-                return unsafe { with_avx512(token, work) };
-            }
-        }
+        // SAFETY: the token exists, so the machine has these features.
+        Level::Avx512(token, ..) => unsafe { with_avx512(token, work) },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
-            if let Some(token) = Avx2::detect() {
-                // SAFETY: the token exists, so the machine has these features.
-                return unsafe { with_avx2(token, work) };
-            }
-        }
+        // SAFETY: as above.
+        Level::Avx2(token) => unsafe { with_avx2(token, work) },
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => return work.with_simd(super::simd::Neon::new()),
-        _ => {}
+        Level::Neon => work.with_simd(super::simd::Neon::new()),
+        Level::Scalar => work.with_simd(Scalar),
     }
-    work.with_simd(Scalar)
 }
 
 /// [`dispatch`] for work that is written without SIMD and not worth an instance a level.
@@ -130,17 +171,12 @@ pub fn dispatch_to_scalar<W: WithSimd>(work: W) -> W::Output {
 /// [`dispatch`] for work that AVX-512 does no faster than AVX2, loops that the compiler vectorises: an instance less to build.
 #[inline]
 pub fn dispatch_without_avx512<W: WithSimd>(work: W) -> W::Output {
-    match isa() {
+    match level() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 | Isa::Amx => {
-            if let Some(token) = Avx2::detect() {
-                // SAFETY: the token exists, so the machine has these features.
-                return unsafe { with_avx2(token, work) };
-            }
-        }
-        _ => {}
+        // SAFETY: the token exists, so the machine has these features.
+        Level::Avx2(token) | Level::Avx512(_, token, _) => unsafe { with_avx2(token, work) },
+        _ => work.with_simd(Scalar),
     }
-    work.with_simd(Scalar)
 }
 
 /// [`dispatch`] for work that belongs to micro-kernels which only machines with AVX-512 have, and tests.

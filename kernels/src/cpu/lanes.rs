@@ -34,6 +34,8 @@ pub trait Lane: Element + PartialOrd + std::ops::Add<Output = Self> + std::ops::
     fn load<S: Simd>(s: S, src: &[Self]) -> Self::Pack<S>;
     /// The first `count` lanes of `src`; the others are zero.
     fn load_part<S: Simd>(s: S, src: &[Self], count: usize) -> Self::Pack<S>;
+    /// The first `count` lanes of `x`; the others are those of `rest`.
+    fn keep<S: Simd>(s: S, x: Self::Pack<S>, count: usize, rest: Self::Pack<S>) -> Self::Pack<S>;
     /// Widens to the accumulator, exactly.
     fn wide(self) -> Self::Wide;
     /// Whether it is not a number.
@@ -56,6 +58,8 @@ pub trait FloatLane: Lane<Wide = f64> + num_traits::Float + num_traits::NumAssig
     fn round_from(x: f64) -> Self;
     /// e to the power of each lane.
     fn exp_pack<S: Simd>(s: S, x: Self::Pack<S>) -> Self::Pack<S>;
+    /// The natural logarithm of 1 + each lane.
+    fn log1p_pack<S: Simd>(s: S, x: Self::Pack<S>) -> Self::Pack<S>;
 }
 
 /// Several lanes.
@@ -240,6 +244,11 @@ impl Lane for f32 {
         F32Pack(s.load_slice_partial(&src[..count]))
     }
     #[inline(always)]
+    fn keep<S: Simd>(s: S, x: F32Pack<S>, count: usize, rest: F32Pack<S>) -> F32Pack<S> {
+        let kept = s.load_slice_partial(&[1.0; MAX_LANES][..count]);
+        F32Pack(x.0.or_else(kept.eq(s.splat(1.0)), rest.0))
+    }
+    #[inline(always)]
     fn wide(self) -> f64 {
         self as f64
     }
@@ -261,6 +270,10 @@ impl FloatLane for f32 {
     #[inline(always)]
     fn exp_pack<S: Simd>(s: S, x: F32Pack<S>) -> F32Pack<S> {
         F32Pack(math::exp(s, x.0))
+    }
+    #[inline(always)]
+    fn log1p_pack<S: Simd>(s: S, x: F32Pack<S>) -> F32Pack<S> {
+        F32Pack(math::log1p(s, x.0))
     }
 }
 
@@ -297,6 +310,10 @@ macro_rules! array_lane {
                 Lanes(lanes)
             }
             #[inline(always)]
+            fn keep<S: Simd>(_: S, x: Lanes<$t>, count: usize, rest: Lanes<$t>) -> Lanes<$t> {
+                each!(i => if i < count { x.0[i] } else { rest.0[i] })
+            }
+            #[inline(always)]
             fn wide(self) -> $t {
                 self
             }
@@ -325,6 +342,10 @@ impl FloatLane for f64 {
     #[inline(always)]
     fn exp_pack<S: Simd>(_: S, x: Lanes<f64>) -> Lanes<f64> {
         each!(i => x.0[i].exp())
+    }
+    #[inline(always)]
+    fn log1p_pack<S: Simd>(_: S, x: Lanes<f64>) -> Lanes<f64> {
+        each!(i => x.0[i].ln_1p())
     }
 }
 
@@ -476,13 +497,22 @@ macro_rules! sweep {
 }
 pub(crate) use sweep;
 
-/// Zeroes all but the first `count` lanes.
-#[inline(always)]
-fn keep<L: Lane, S: Simd>(s: S, x: L::Pack<S>, count: usize) -> L::Pack<S> {
-    let mut lanes = [L::default(); MAX_LANES];
-    x.store(&mut lanes, count);
-    L::load(s, &lanes)
+/// `pairwise!(accs, n, |a, b| merged)` merges the first `n` of an array, a power of two, pair by pair. A macro for the reason that [`sweep`] is one.
+macro_rules! pairwise {
+    ($accs:expr, $n:expr, |$a:ident, $b:ident| $merged:expr) => {{
+        let mut accs = $accs;
+        let mut half = $n / 2;
+        while half > 0 {
+            for i in 0..half {
+                let ($a, $b) = (accs[i], accs[i + half]);
+                accs[i] = $merged;
+            }
+            half /= 2;
+        }
+        accs[0]
+    }};
 }
+pub(crate) use pairwise;
 
 /// The wide sum of all lanes.
 #[inline(always)]
@@ -490,7 +520,11 @@ fn sum_lanes<L: Lane, S: Simd>(x: L::Pack<S>) -> L::Wide {
     let n = L::lanes::<S>();
     let mut lanes = [L::default(); MAX_LANES];
     x.store(&mut lanes, n);
-    lanes[..n].iter().fold(L::Wide::default(), |a, &b| a.plus(b.wide()))
+    let mut wide = [L::Wide::default(); MAX_LANES];
+    for i in 0..n {
+        wide[i] = lanes[i].wide();
+    }
+    pairwise!(wide, n, |a, b| a.plus(b))
 }
 
 /// `sums!(s, M, L, S, len, |j, count| body)` gives `M` sums at once over a slice of `len` lanes; the body gives a pack of terms for
@@ -541,7 +575,7 @@ impl<const M: usize, L: Lane, S: Simd> Sums<M, L, S> {
     #[inline(always)]
     pub(crate) fn add(&mut self, s: S, chain: usize, terms: [L::Pack<S>; M], count: usize) {
         for (sum, term) in self.chains[chain].iter_mut().zip(terms) {
-            let term = if count == L::lanes::<S>() { term } else { keep::<L, S>(s, term, count) };
+            let term = if count == L::lanes::<S>() { term } else { L::keep(s, term, count, L::splat(s, L::default())) };
             *sum = sum.add(term);
         }
     }

@@ -73,19 +73,19 @@ impl WithSimd for MultiplyAdds {
     }
 }
 
-/// Products of tiles without a load in between, if the level is AMX.
+/// Products of tiles whose panels stay in the first-level cache, if the level is AMX.
 #[cfg(target_arch = "x86_64")]
 fn tile_products() -> Option<f64> {
     use super::amx::{CHUNK, ENTRIES, SIDE, Session, Sums, bf16_products};
-    /// Steps that stay in the first-level cache.
-    const STEPS: usize = 4;
+    /// A panel of 24 KiB, which is both factors.
+    const STEPS: usize = 12;
     (isa() == Isa::Amx).then(|| {
         on_all_threads(ROUNDS, || {
             let panel = vec![0u8; STEPS * CHUNK];
             let (session, mut sums) = (Session::begin(), Sums::default());
-            const CALLS: usize = 1 << 15;
+            const CALLS: usize = 1 << 13;
             for _ in 0..CALLS {
-                // SAFETY: the panel has all chunks of its steps.
+                // SAFETY: the panel has all chunks of its steps, and the sums are a block.
                 unsafe { bf16_products(&session, black_box(&panel).as_ptr(), black_box(&panel).as_ptr(), STEPS, sums.block()) };
             }
             black_box(&sums);
@@ -101,9 +101,9 @@ fn tile_products() -> Option<f64> {
 
 /// The better of reading alone and of adding two streams into a third.
 fn streams() -> f64 {
-    /// Per stream and thread: larger than a share of any cache of the last level.
-    const BYTES: usize = 32 << 20;
-    let len = BYTES / size_of::<f32>();
+    // Per stream and thread: three streams of all threads are larger than the last level's cache.
+    let bytes = ((64 << 20) / rayon::current_num_threads()).max(8 << 20);
+    let len = bytes / size_of::<f32>();
     let buffers: Vec<std::sync::Mutex<[Vec<f32>; 3]>> =
         (0..rayon::current_num_threads()).map(|_| std::sync::Mutex::new([const { Vec::new() }; 3])).collect();
     let with_buffers = |work: &(dyn Fn(&mut [Vec<f32>; 3]) -> f64 + Sync)| {
@@ -118,11 +118,11 @@ fn streams() -> f64 {
     });
     let add = run(ROUNDS / 2, &|[a, b, c]| {
         dispatch(Add(a, b, c));
-        3.0 * BYTES as f64
+        3.0 * bytes as f64
     });
     let read = run(ROUNDS / 2, &|[a, ..]| {
         black_box(dispatch(Sum(a)));
-        BYTES as f64
+        bytes as f64
     });
     add.max(read)
 }

@@ -10,12 +10,15 @@ mod stretch;
 pub(crate) use stretch::apply_stretch;
 
 use super::cast::{Convert, Stored};
+use super::isa::{WithSimd, dispatch};
 use super::parallel::{self, SharedMut};
+use super::simd::Simd;
 use crate::element::{Bool, Element};
 use crate::iter::{Stretches, Walk};
 use crate::pointwise::relation::RelationRow;
 use crate::pointwise::{Compute, Params, Row};
 use crate::view::StridedView;
+use std::any::TypeId;
 use std::mem::MaybeUninit;
 
 /// Elements of a tile: four of f32 and two of f16 are 20 KiB, inside any first-level cache.
@@ -29,6 +32,8 @@ const TASK_NS: f32 = 12_000.0;
 pub enum Operand<'a, T> {
     /// Elements in memory, of the output's shape (broadcast by strides of 0).
     View(StridedView<'a, T>),
+    /// As many elements as the output has, in the order of its memory.
+    Dense(&'a [T]),
     /// One number for all elements.
     Scalar(f64),
     /// What the output holds at the start: the function works in place.
@@ -51,8 +56,8 @@ pub struct Output<'a, T> {
 /// `out = row(operands…)`, element by element; f16 and bf16 are computed in f32 and rounded once.
 ///
 /// # Panics
-/// If the row is not defined for `T` (see [`Row::tile`]), if a view has another shape than the output, or if the output's slice
-/// is not as long as its shape says.
+/// If the row is not defined for `T` (see [`Row::tile`]), if a view has another shape than the output or a dense operand another number of
+/// elements, or if the output's slice is not as long as its shape says.
 pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: [Operand<'_, T>; N], out: Output<'_, T>) {
     let tile = row.tile::<T::Compute>();
     assert!(tile.is_some(), "{} is not defined for this type", row.name);
@@ -98,6 +103,10 @@ where
 {
     let plan = Plan::new(&out, 0.3 * cost_factor::<A>(), [Source::<A>::new(Operand::View(x), &out)]).tiled();
     plan.run([out.data], &|[x], [out]: [*mut B; 1], len| {
+        if TypeId::of::<A::Compute>() == TypeId::of::<B::Compute>() {
+            // SAFETY: both are one type; the plan vouches for the input and the output.
+            return unsafe { B::narrow(x.cast(), out, len) };
+        }
         let mut converted = MaybeUninit::<[B::Compute; TILE]>::uninit();
         let converted = converted.as_mut_ptr().cast::<B::Compute>();
         // SAFETY: a tiled plan gives at most TILE elements at a time, which `converted` has room for; the plan vouches for the
@@ -163,7 +172,7 @@ enum Source<'a, T> {
     /// One for all, not rounded yet.
     Scalar(f64),
     /// Anywhere.
-    Strided(&'a [T], Walk<2>),
+    Strided(&'a [T], Box<Walk<2>>),
 }
 
 impl<'a, T: Stored> Source<'a, T> {
@@ -173,6 +182,10 @@ impl<'a, T: Stored> Source<'a, T> {
             Operand::Output => Source::Output,
             Operand::Unused => Source::Unused,
             Operand::View(view) => Self::of_view(view, out),
+            Operand::Dense(data) => {
+                assert_eq!(data.len(), out.data.len(), "a dense operand must have as many elements as the output");
+                Source::Direct(data)
+            }
         }
     }
 
@@ -191,7 +204,7 @@ impl<'a, T: Stored> Source<'a, T> {
         match stride {
             0 if walk.repeats(1) => Source::Constant(data[view.offset()]),
             1 if runs == 1 => Source::Direct(&data[view.offset()..][..len]),
-            _ => Source::Strided(data, walk),
+            _ => Source::Strided(data, Box::new(walk)),
         }
     }
 
@@ -199,6 +212,16 @@ impl<'a, T: Stored> Source<'a, T> {
     fn period(&self) -> Option<usize> {
         match self {
             Source::Strided(_, walk) if walk.repeats(1) && walk.run_len() <= TILE / 2 => Some(walk.run_len()),
+            _ => None,
+        }
+    }
+
+    /// The length of its runs, if they are about as long as a tile.
+    fn long_run(&self) -> Option<usize> {
+        match self {
+            Source::Strided(_, walk) if walk.inner_strides()[1] <= 1 && (TILE / 2..=4 * TILE).contains(&walk.run_len()) => {
+                Some(walk.run_len())
+            }
             _ => None,
         }
     }
@@ -221,18 +244,24 @@ struct Plan<'a, T, const N: usize> {
     ns: f32,
     /// Elements of a tile; `usize::MAX` if a task may be one.
     tile: usize,
+    /// No tile crosses a multiple of this: an operand whose runs are about as long as a tile, a row for each line of a matrix, is read in
+    /// place then.
+    run: usize,
 }
 
 impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     fn new<U>(out: &Output<'_, U>, ns: f32, sources: [Source<'a, T>; N]) -> Self {
         let numel = out.shape.iter().product();
         assert_eq!(out.data.len(), numel, "the output must have room for its shape, exactly");
-        let mut plan = Plan { tile: usize::MAX, numel, ns, sources };
+        let mut plan = Plan { tile: usize::MAX, run: usize::MAX, numel, ns, sources };
         if !plan.sources.iter().all(Source::is_in_place) {
             plan.tile = TILE;
+            match plan.sources.iter().find_map(Source::period) {
+                Some(period) => plan.tile = TILE / period * period,
+                None => plan.run = plan.sources.iter().find_map(Source::long_run).unwrap_or(usize::MAX),
+            }
         }
-        let period = plan.sources.iter().find_map(Source::period);
-        plan.with_tile(period)
+        plan
     }
 
     /// At most [`TILE`] elements at a time.
@@ -244,7 +273,7 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     /// The same with a tile that whole periods fill, so that every tile begins where a period does.
     fn with_tile(mut self, period: Option<usize>) -> Self {
         if let Some(period) = period {
-            self.tile = TILE / period * period;
+            (self.tile, self.run) = (TILE / period * period, usize::MAX);
         }
         self
     }
@@ -257,19 +286,23 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
 
     /// Calls `f(from, to)` for each task's elements.
     fn tasks(&self, f: &(dyn Fn(usize, usize) + Sync)) {
+        let estimated_ns = (self.numel as f32 * self.ns) as usize;
+        if estimated_ns < parallel::MIN_PARALLEL_NS {
+            return f(0, self.numel);
+        }
         let task = self.task();
-        let count = self.numel.div_ceil(task);
-        parallel::for_each(count, (self.numel as f32 * self.ns) as usize, |i| f(i * task, ((i + 1) * task).min(self.numel)));
+        parallel::for_each(self.numel.div_ceil(task), estimated_ns, |i| f(i * task, ((i + 1) * task).min(self.numel)));
     }
 
     /// Calls `f(at, len)` for each tile of the elements `from..to`.
     #[inline(always)]
     fn tiles(&self, from: usize, to: usize, mut f: impl FnMut(usize, usize)) {
-        let mut at = from;
+        let (mut at, mut left) = (from, self.run - from % self.run);
         while at < to {
-            let len = self.tile.min(to - at);
+            let len = self.tile.min(to - at).min(left);
             f(at, len);
             at += len;
+            left = if left == len { self.run } else { left - len };
         }
     }
 
@@ -286,6 +319,9 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     fn run<U: Element, const M: usize>(&self, outs: [&mut [U]; M], f: &(dyn Fn([*const T::Compute; N], [*mut U; M], usize) + Sync)) {
         assert!(M > 0 && outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
         let shared = outs.map(SharedMut::new);
+        if self.tile == usize::MAX {
+            return self.run_in_place(shared, f);
+        }
         self.tasks(&|from, to| {
             let mut rooms = Room::array();
             let mut readers = self.readers(from, &mut rooms);
@@ -296,6 +332,26 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
                 let inputs = readers.each_mut().map(|r| unsafe { r.computed(at, len, outs[0].cast()) });
                 f(inputs, outs, len);
             });
+        });
+    }
+
+    /// [`run`](Self::run) where all sources are read in place: a task is one tile, and needs neither rooms nor readers.
+    #[inline(always)]
+    fn run_in_place<U: Element, const M: usize>(
+        &self,
+        shared: [SharedMut<U>; M],
+        f: &(dyn Fn([*const T::Compute; N], [*mut U; M], usize) + Sync),
+    ) {
+        self.tasks(&|from, to| {
+            // SAFETY: `to` is at most the number of elements, which is the outputs' length.
+            let outs = shared.map(|out| unsafe { out.get().add(from) });
+            let inputs = self.sources.each_ref().map(|source| match source {
+                // SAFETY: the slice has all elements; what is read in place is in the type of the arithmetic.
+                Source::Direct(data) => unsafe { data.as_ptr().add(from).cast() },
+                Source::Output => outs[0].cast_const().cast(),
+                _ => std::ptr::null(),
+            });
+            f(inputs, outs, to - from);
         });
     }
 }
@@ -322,9 +378,10 @@ impl<T: Stored> Room<T> {
 struct Reader<'s, 'a, T: Stored> {
     source: &'s Source<'a, T>,
     stretches: Option<Stretches<'s, 2>>,
-    /// Whether the first tile serves for all.
+    /// Whether one tile serves for all that are no longer.
     fills_once: bool,
-    filled: bool,
+    /// How many elements that tile has, once there is one. Tiles that end with a run may be shorter at first than later.
+    filled: usize,
     room: &'s mut Room<T>,
 }
 
@@ -336,7 +393,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
             _ => None,
         };
         let fills_once = source.fills_once(tile);
-        Self { source, stretches, fills_once, filled: false, room }
+        Self { source, stretches, fills_once, filled: 0, room }
     }
 
     /// The `len` elements from `at` on, in the type of the arithmetic.
@@ -350,12 +407,12 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
             return std::ptr::null();
         }
         let to = self.room.converted.as_mut_ptr().cast();
-        if T::CONVERTS && self.filled {
+        if T::CONVERTS && self.filled >= len {
             return to;
         }
         if let (true, Source::Scalar(x)) = (T::CONVERTS, self.source) {
             // Rounded once, to the type of the arithmetic.
-            self.filled = true;
+            self.filled = len;
             // SAFETY: `converted` has room for `len <= TILE` elements.
             return unsafe { fill(to, T::Compute::from_f64(*x), len) };
         }
@@ -389,11 +446,12 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
         // A plan whose tiles are too long for a source would write beyond this one: better a panic.
         assert!(len <= TILE, "a tile of {len} elements");
         let tile = self.room.tile.as_mut_ptr().cast::<T>();
-        if self.filled {
+        if self.filled >= len {
             return tile;
         }
-        // The first tile is as long as any after it.
-        self.filled = self.fills_once;
+        if self.fills_once {
+            self.filled = len;
+        }
         match self.source {
             // SAFETY: the tile has room for `len <= TILE` elements.
             Source::Constant(x) => unsafe { fill(tile, *x, len) },
@@ -427,9 +485,22 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
 /// `to` must be writable for `len` elements.
 #[inline(always)]
 unsafe fn fill<T: Copy>(to: *mut T, x: T, len: usize) -> *const T {
-    // SAFETY: the caller's.
-    (0..len).for_each(|i| unsafe { to.add(i).write(x) });
+    dispatch(Fill(to, x, len));
     to
+}
+
+/// A plain loop that the compiler turns into vectors of the level's width.
+struct Fill<T>(*mut T, T, usize);
+
+impl<T: Copy> WithSimd for Fill<T> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for i in 0..self.2 {
+            // SAFETY: `i < len`; whoever made the struct vouches for the pointer.
+            unsafe { self.0.add(i).write(self.1) }
+        }
+    }
 }
 
 /// Copies `len` elements that lie `stride` apart.
@@ -442,7 +513,9 @@ unsafe fn gather<T: Copy>(from: *const T, stride: usize, to: *mut T, len: usize)
     unsafe {
         match stride {
             1 => std::ptr::copy_nonoverlapping(from, to, len),
-            0 => (0..len).for_each(|i| to.add(i).write(*from)),
+            0 => {
+                fill(to, *from, len);
+            }
             _ => (0..len).for_each(|i| to.add(i).write(*from.add(i * stride))),
         }
     }
@@ -548,6 +621,23 @@ mod tests {
                     check_select::<i64>(&shape, &condition, &out);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn runs_that_end_tiles_meet_numbers() {
+        // Tasks begin within a row, so that their first tile is a short one.
+        let (rows, cols) = (300, 1001);
+        let (shape, strides) = ([rows, cols], [cols, 1]);
+        let column: Vec<f32> = (0..rows).map(|i| i as f32).collect();
+        let dense: Vec<f32> = (0..rows * cols).map(|i| (i % 7) as f32).collect();
+        let column = Operand::View(StridedView::new(&column, 0, &shape, &[1, 0]).unwrap());
+        let mut result = vec![0f32; rows * cols];
+        let out = Output { data: &mut result, shape: &shape, strides: &strides };
+        apply(binary::Lerp::ROW, [0.0; 2], [column, Operand::Scalar(8.0), Operand::Dense(&dense)], out);
+        for (i, &x) in result.iter().enumerate() {
+            let (start, weight) = ((i / cols) as f32, (i % 7) as f32);
+            assert!((x - (start + weight * (8.0 - start))).abs() <= 1e-3, "{i}: {x}");
         }
     }
 

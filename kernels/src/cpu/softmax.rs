@@ -3,13 +3,16 @@
 //! in strips of neighbouring columns.
 
 use super::isa::WithSimd;
-use super::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use super::lanes::{self, FloatElement, FloatLane, Lane, MAX_LANES, Pack, at, sums, sweep};
 use super::parallel::{self, SharedMut};
 use super::reduce::row_max;
 use super::simd::Simd;
 
-/// Elements a task should cover, so that handing it over costs little.
-const TASK: usize = 1 << 15;
+/// Elements a task should cover, so that handing it over costs little and all threads get their share.
+const TASK: usize = 1 << 14;
+
+/// What a row costs beyond its elements, in elements.
+const ROW_COST: usize = 32;
 
 /// Elements of a strip of columns: 512 KiB of f32, which stay in L2.
 const STRIP_ELEMENTS: usize = 1 << 17;
@@ -66,7 +69,8 @@ fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind
     }
     let estimated_ns = out.len() / 2;
     if axis.inner == 1 {
-        let group = TASK.div_ceil(axis.n);
+        let estimated_ns = estimated_ns + axis.outer * ROW_COST / 2;
+        let group = TASK.div_ceil(axis.n + ROW_COST);
         parallel::for_each_chunk(out, group * axis.n, estimated_ns, |i, out| {
             let start = i * group * axis.n;
             let inputs = inputs.map(|x| &x[start..start + out.len()]);
@@ -99,22 +103,51 @@ impl<T: FloatElement> WithSimd for Rows<'_, T> {
     fn with_simd<S: Simd>(self, s: S) {
         let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(self.n));
         let [first, second, third] = &mut buffers;
-        let inputs = self.inputs[0].chunks_exact(self.n).zip(self.inputs[1].chunks_exact(self.n));
-        for ((a, b), out) in inputs.zip(self.out.chunks_exact_mut(self.n)) {
-            let a = lanes::read(a, first);
-            match self.kind {
-                Kind::Forward => lanes::write(out, third, |y| softmax_row(s, a, y)),
-                Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, y)),
-                Kind::Backward => {
-                    let b = lanes::read(b, second);
-                    lanes::write(out, third, |dx| softmax_backward_row(s, a, b, dx));
-                }
-                Kind::LogBackward => {
-                    let b = lanes::read(b, second);
-                    lanes::write(out, third, |dx| log_softmax_backward_row(s, a, b, dx));
+        let rows = self.out.len() / self.n;
+        for from in (0..rows).step_by(MAX_LANES) {
+            let number = MAX_LANES.min(rows - from);
+            let mut shifts = [(T::Lane::default(), T::Lane::default()); MAX_LANES];
+            if self.kind == Kind::LogForward {
+                shifts = self.log_shifts(s, from, number, first);
+            }
+            for i in 0..number {
+                let at = (from + i) * self.n..(from + i + 1) * self.n;
+                let a = lanes::read(&self.inputs[0][at.clone()], first);
+                let out = &mut self.out[at.clone()];
+                match self.kind {
+                    Kind::Forward => lanes::write(out, third, |y| softmax_row(s, a, y)),
+                    Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, shifts[i], y)),
+                    Kind::Backward => {
+                        let b = lanes::read(&self.inputs[1][at], second);
+                        lanes::write(out, third, |dx| softmax_backward_row(s, a, b, dx));
+                    }
+                    Kind::LogBackward => {
+                        let b = lanes::read(&self.inputs[1][at], second);
+                        lanes::write(out, third, |dx| log_softmax_backward_row(s, a, b, dx));
+                    }
                 }
             }
         }
+    }
+}
+
+impl<T: FloatElement> Rows<'_, T> {
+    /// What is taken off the elements of each of `number` rows from row `from` on: the maximum, and the logarithm of the sum of the exponentials
+    /// relative to it. The logarithms are taken together: one by one, they would cost more than all else of a short row.
+    #[inline(always)]
+    fn log_shifts<S: Simd>(&self, s: S, from: usize, number: usize, buffer: &mut [T::Lane]) -> [(T::Lane, T::Lane); MAX_LANES] {
+        let mut maxima = [T::Lane::default(); MAX_LANES];
+        let mut logs = [T::Lane::default(); MAX_LANES];
+        for i in 0..number {
+            let x = lanes::read(&self.inputs[0][(from + i) * self.n..(from + i + 1) * self.n], buffer);
+            maxima[i] = row_max(s, x);
+            let max = T::Lane::splat(s, maxima[i]);
+            let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [T::Lane::exp_pack(s, at(s, x, j, count).sub(max))]);
+            // The maximum's own exponential is 1, and a small rest keeps its digits.
+            logs[i] = T::Lane::round_from(sum - 1.0);
+        }
+        sweep!(T::Lane, S, MAX_LANES, |j, count| T::Lane::log1p_pack(s, at(s, &logs, j, count)).store(&mut logs[j..], count));
+        std::array::from_fn(|i| (maxima[i], logs[i]))
     }
 }
 
@@ -130,11 +163,10 @@ fn softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
     sweep!(L, S, x.len(), |j, count| at(s, y, j, count).mul(scale).store(&mut y[j..], count));
 }
 
+/// `shifts` are the maximum and the logarithm of the sum.
 #[inline(always)]
-fn log_softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
-    let max = L::splat(s, row_max(s, x));
-    let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [L::exp_pack(s, at(s, x, j, count).sub(max))]);
-    let log = L::splat(s, L::round_from(sum.ln()));
+fn log_softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], shifts: (L, L), y: &mut [L]) {
+    let (max, log) = (L::splat(s, shifts.0), L::splat(s, shifts.1));
     sweep!(L, S, x.len(), |j, count| at(s, x, j, count).sub(max).sub(log).store(&mut y[j..], count));
 }
 

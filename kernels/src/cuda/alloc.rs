@@ -1,8 +1,6 @@
 //! The caching allocator of a GPU: blocks are kept and handed out again, so that a training step asks the driver for nothing after the
 //! first. All work is queued on one stream, so a block that is free on the host may be reused at once: what still reads it runs before.
 
-use std::collections::HashMap;
-
 /// A block's address must suit vector accesses and tensor maps.
 const ALIGN: usize = 256;
 
@@ -31,23 +29,40 @@ pub struct MemoryStats {
 /// The free blocks, and the count of the others.
 #[derive(Debug, Default)]
 pub(super) struct Cache {
-    /// By pool and size.
-    free: HashMap<(u64, usize), Vec<u64>>,
+    /// Of each pool, the free addresses by [`class_index`] of their size. There is one pool unless a graph was captured.
+    free: Vec<(u64, Vec<Class>)>,
     pub(super) stats: MemoryStats,
 }
 
+/// Free blocks of one size.
+#[derive(Clone, Debug, Default)]
+struct Class {
+    size: usize,
+    addresses: Vec<u64>,
+}
+
 /// Sizes are rounded up to eight steps per power of two: at most an eighth of a block is slack.
+const STEPS_LOG2: u32 = 3;
+
+/// The size of the block that a request gets.
 pub(super) fn class_of(bytes: usize) -> Option<usize> {
-    let step = (1usize << (usize::BITS - 1 - bytes.max(1).leading_zeros())) / 8;
-    let step = step.max(ALIGN);
-    let size = bytes.max(1).checked_add(step - 1)? / step * step;
+    let bytes = bytes.max(1);
+    let step = ((1usize << bytes.ilog2()) >> STEPS_LOG2).max(ALIGN);
+    let size = bytes.checked_add(step - 1)? & !(step - 1);
     (size <= isize::MAX as usize).then_some(size)
+}
+
+/// The number of a size that [`class_of`] gave.
+fn class_index(size: usize) -> usize {
+    let log2 = size.ilog2();
+    ((log2 as usize) << STEPS_LOG2) + ((size - (1 << log2)) >> (log2 - STEPS_LOG2))
 }
 
 impl Cache {
     /// A free block of this class and pool.
     pub(super) fn take(&mut self, size: usize, pool: u64) -> Option<Block> {
-        let address = self.free.get_mut(&(pool, size))?.pop()?;
+        let (_, classes) = self.free.iter_mut().find(|(of, _)| *of == pool)?;
+        let address = classes.get_mut(class_index(size))?.addresses.pop()?;
         self.count_use(size);
         Some(Block { address, size, pool })
     }
@@ -68,20 +83,24 @@ impl Cache {
     /// Takes a block back.
     pub(super) fn give(&mut self, block: Block) {
         self.stats.in_use -= block.size;
-        self.free.entry((block.pool, block.size)).or_default().push(block.address);
+        let pool = self.free.iter().position(|(of, _)| *of == block.pool).unwrap_or_else(|| {
+            self.free.push((block.pool, Vec::new()));
+            self.free.len() - 1
+        });
+        let (classes, index) = (&mut self.free[pool].1, class_index(block.size));
+        if classes.len() <= index {
+            classes.resize(index + 1, Class::default());
+        }
+        classes[index].size = block.size;
+        classes[index].addresses.push(block.address);
     }
 
     /// Removes the free blocks of a pool, to be given back to the driver.
     pub(super) fn drain(&mut self, pool: u64) -> Vec<u64> {
-        let mut drained = Vec::new();
-        self.free.retain(|&(of, size), addresses| {
-            if of == pool {
-                self.stats.held -= size * addresses.len();
-                drained.append(addresses);
-            }
-            of != pool
-        });
-        drained
+        let Some(pool) = self.free.iter().position(|(of, _)| *of == pool) else { return Vec::new() };
+        let (_, classes) = self.free.swap_remove(pool);
+        self.stats.held -= classes.iter().map(|class| class.size * class.addresses.len()).sum::<usize>();
+        classes.into_iter().flat_map(|class| class.addresses).collect()
     }
 }
 

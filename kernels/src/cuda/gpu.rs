@@ -6,11 +6,10 @@ use super::compile::{self, Source};
 use super::driver::Driver;
 use super::emulator::Emulator;
 use super::error::CudaError;
-use super::launch::{Module, ModuleInner, TensorMap, TensorMapSpec};
+use super::launch::{Module, ModuleInner, TensorMap, TensorMapSpec, is_joined};
 use super::memory::{DeviceBuffer, Slice, SliceMut};
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 const MAX_GPUS: usize = 64;
 
@@ -20,10 +19,41 @@ pub struct Gpu {
     backend: Box<dyn Backend>,
     emulated: bool,
     cache: Mutex<Cache>,
-    /// By kernel file and macros; empty while nobody has compiled it.
-    modules: Mutex<HashMap<String, Arc<Mutex<Option<Module>>>>>,
+    modules: Modules,
     /// The pool that a capture in progress allocates from, or 0.
     pool: AtomicU64,
+}
+
+/// The modules by what they were made from: buckets by a hash of it, since every launch looks here.
+struct Modules(Box<[RwLock<Vec<Slot>>]>);
+
+const BUCKETS: usize = 256;
+
+/// The place of one module, and what it is found by.
+#[derive(Clone)]
+struct Slot {
+    key: Arc<str>,
+    /// Empty while nobody has compiled it.
+    module: Arc<OnceLock<Module>>,
+    /// Held during compilation.
+    compiling: Arc<Mutex<()>>,
+}
+
+impl Modules {
+    fn new() -> Self {
+        Self((0..BUCKETS).map(|_| RwLock::default()).collect())
+    }
+
+    /// The bucket of what the parts give, one after the other.
+    fn bucket<'a>(&self, key: impl Iterator<Item = &'a str>) -> &RwLock<Vec<Slot>> {
+        let hash = key.flat_map(|part| part.as_bytes().chunks(8)).fold(0u64, |hash, chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            // Fibonacci hashing: an odd number near 2⁶⁴ over the golden ratio.
+            (hash.rotate_left(5) ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        });
+        &self.0[(hash >> 32) as usize % BUCKETS]
+    }
 }
 
 /// The GPU number `ordinal`; with `KILN_CUDA=emulate`, the emulator as number 0.
@@ -43,7 +73,7 @@ pub fn gpu(ordinal: usize) -> Result<&'static Gpu, CudaError> {
         (true, _) => return Err(missing()),
         (false, _) => Box::new(Driver::new(ordinal)?),
     };
-    Ok(slot.get_or_init(|| Gpu { ordinal, backend, emulated, cache: Mutex::default(), modules: Mutex::default(), pool: AtomicU64::new(0) }))
+    Ok(slot.get_or_init(|| Gpu { ordinal, backend, emulated, cache: Mutex::default(), modules: Modules::new(), pool: AtomicU64::new(0) }))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -224,33 +254,43 @@ impl Gpu {
     }
 
     fn module_with(&'static self, source: &'static Source, defines: &[(&str, &str)], contract: bool) -> Result<Module, CudaError> {
-        let mut key = String::with_capacity(64);
-        key.push_str(source.name);
-        for (name, value) in defines {
-            key.extend([" ", name, "=", value]);
-        }
-        self.module_of(key, source.name, contract, || compile::expand(source, defines))
+        let defines_of = defines.iter().flat_map(|(name, value)| [" ", name, "=", value]);
+        self.module_of(std::iter::once(source.name).chain(defines_of), source.name, contract, || compile::expand(source, defines))
     }
 
-    /// The module that `key` stands for, from `text()` (a kernel file with its headers expanded) if it is not loaded yet. Only where `contract`
-    /// says so may a product and a sum become one operation.
-    pub(crate) fn module_of(
+    /// The module that the parts of `key`, one after the other, stand for, from `text()` (a kernel file with its headers expanded) if it is not
+    /// loaded yet. Only where `contract` says so may a product and a sum become one operation.
+    pub(crate) fn module_of<'a>(
         &'static self,
-        key: String,
+        key: impl Iterator<Item = &'a str> + Clone,
         name: &'static str,
         contract: bool,
         text: impl FnOnce() -> String,
     ) -> Result<Module, CudaError> {
-        let slot = lock(&self.modules).entry(key).or_default().clone();
-        // Held during compilation: a second thread that wants the same kernel waits for it, one that wants another does not.
-        let mut module = lock(&slot);
-        if let Some(module) = &*module {
-            return Ok(module.clone());
+        let bucket = self.modules.bucket(key.clone());
+        let find = |slots: &[Slot]| slots.iter().position(|slot| is_joined(&slot.key, key.clone()));
+        let known = |slots: &[Slot]| find(slots).and_then(|i| slots[i].module.get().copied());
+        if let Some(module) = known(&bucket.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(module);
+        }
+        let slot = {
+            let mut slots = bucket.write().unwrap_or_else(PoisonError::into_inner);
+            let i = find(&slots).unwrap_or_else(|| {
+                slots.push(Slot { key: key.clone().collect::<String>().into(), module: Arc::default(), compiling: Arc::default() });
+                slots.len() - 1
+            });
+            slots[i].clone()
+        };
+        // A second thread that wants the same kernel waits for it, one that wants another does not.
+        let _compiling = lock(&slot.compiling);
+        if let Some(module) = slot.module.get() {
+            return Ok(*module);
         }
         self.make_current()?;
         let handle = compile::load(self.backend(), name, contract, &text())?;
-        let made = Module(Arc::new(ModuleInner { gpu: self, name, handle, kernels: Mutex::default() }));
-        Ok(module.insert(made).clone())
+        // Lives as long as its GPU: as long as the program.
+        let made = Module(Box::leak(Box::new(ModuleInner { gpu: self, name, handle, kernels: RwLock::default() })));
+        Ok(*slot.module.get_or_init(|| made))
     }
 
     /// Encodes a tile-wise view of a tensor for the copy engine.

@@ -4,9 +4,8 @@ use super::backend::FunctionHandle;
 use super::error::CudaError;
 use super::gpu::Gpu;
 use super::memory::DevicePtr;
-use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{PoisonError, RwLock};
 
 /// How many threads run a kernel: blocks, threads of each, and the bytes of shared memory that a block gets beside its static ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,31 +62,43 @@ pub(crate) use impl_arg;
 
 impl_arg!(i32, u32, i64, u64, f32, f64, DevicePtr, TensorMap);
 
-/// A compiled kernel file.
-#[derive(Clone)]
-pub struct Module(pub(super) Arc<ModuleInner>);
+/// A compiled kernel file. It stays loaded as long as the program runs.
+#[derive(Clone, Copy)]
+pub struct Module(pub(super) &'static ModuleInner);
 
 pub(super) struct ModuleInner {
     pub(super) gpu: &'static Gpu,
     pub(super) name: &'static str,
     pub(super) handle: u64,
-    pub(super) kernels: Mutex<HashMap<String, FunctionHandle>>,
+    /// The kernels that were asked for: a handful, so that looking through them is fastest.
+    pub(super) kernels: RwLock<Vec<(String, FunctionHandle)>>,
 }
 
 impl Module {
     /// The kernel of this name.
     pub fn kernel(&self, name: &str) -> Result<Kernel, CudaError> {
-        let mut kernels = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let handle = match kernels.get(name) {
-            Some(&handle) => handle,
-            None => {
-                let handle = self.0.gpu.backend().function(self.0.handle, name)?;
-                kernels.insert(name.to_string(), handle);
-                handle
-            }
+        self.kernel_of(&[name])
+    }
+
+    /// The kernel whose name these parts make: they are joined only the first time.
+    pub(crate) fn kernel_of(&self, name: &[&str]) -> Result<Kernel, CudaError> {
+        let find = |kernels: &[(String, FunctionHandle)]| {
+            kernels.iter().find(|(known, _)| is_joined(known, name.iter().copied())).map(|&(_, handle)| Kernel { gpu: self.0.gpu, handle })
         };
+        if let Some(kernel) = find(&self.0.kernels.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(kernel);
+        }
+        let name = name.concat();
+        let handle = self.0.gpu.backend().function(self.0.handle, &name)?;
+        // If another thread was faster, the list names the kernel twice.
+        self.0.kernels.write().unwrap_or_else(PoisonError::into_inner).push((name, handle));
         Ok(Kernel { gpu: self.0.gpu, handle })
     }
+}
+
+/// Whether `text` is what the parts give one after the other.
+pub(super) fn is_joined<'a>(text: &str, mut parts: impl Iterator<Item = &'a str>) -> bool {
+    parts.try_fold(text, |rest, part| rest.strip_prefix(part)) == Some("")
 }
 
 impl std::fmt::Debug for Module {

@@ -3,7 +3,7 @@
 //! A row is compiled when it is first used for a type; a chain becomes one kernel, whose every step is rounded to the type and contracted with
 //! no other, so that its result is bit for bit that of the rows one by one.
 
-use super::compile::expand_text;
+use super::compile::{expand_text, number};
 use super::launch::{Arg, Kernel, Launch};
 use super::memory::{DevicePtr, SliceMut, Strided, Type, View};
 use super::{CudaError, Gpu};
@@ -75,11 +75,18 @@ unsafe impl<const M: usize> Arg for Results<M> {
     }
 }
 
-/// The dimensions of more than one element in the order of the output's memory, slowest first.
-fn memory_order(out: &Output<'_>) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..out.shape.len()).filter(|&d| out.shape[d] != 1).collect();
-    order.sort_by_key(|&d| std::cmp::Reverse(out.strides[d]));
-    order
+/// Numbers of a layout's dimensions, on the stack: launches are many.
+type Few = [usize; 8];
+
+/// The dimensions of more than one element in the order of the output's memory, slowest first, and how many they are.
+fn memory_order(out: &Output<'_>) -> (Few, usize) {
+    let (mut order, mut rank) = ([0; 8], 0);
+    for d in (0..out.shape.len()).filter(|&d| out.shape[d] != 1) {
+        order[rank] = d;
+        rank += 1;
+    }
+    order[..rank].sort_by_key(|&d| std::cmp::Reverse(out.strides[d]));
+    (order, rank)
 }
 
 impl<const N: usize> Operands<N> {
@@ -94,10 +101,14 @@ impl<const N: usize> Operands<N> {
             out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8,
             "the output has as many elements as its shape"
         );
-        let order = memory_order(out);
-        let shape: Vec<usize> = order.iter().map(|&d| out.shape[d]).collect();
-        let dense: Vec<usize> = order.iter().map(|&d| out.strides[d]).collect();
-        let mut strides: [Vec<usize>; N] = std::array::from_fn(|_| dense.clone());
+        let (order, rank) = memory_order(out);
+        let ordered = |of: &[usize]| {
+            let mut few: Few = [0; 8];
+            few.iter_mut().zip(&order[..rank]).for_each(|(to, &d)| *to = of[d]);
+            few
+        };
+        let (shape, dense) = (ordered(out.shape), ordered(out.strides));
+        let mut strides = [dense; N];
         let mut this = Self {
             data: [DevicePtr::NULL; N],
             number: [0.0; N],
@@ -116,15 +127,12 @@ impl<const N: usize> Operands<N> {
                 Operand::View(view) => {
                     assert!(view.shape() == out.shape, "a view has the output's shape");
                     this.data[k] = view.ptr();
-                    let own: Vec<usize> = order.iter().map(|&d| view.strides()[d]).collect();
-                    if own != dense {
-                        this.is_strided[k] = 1;
-                        strides[k] = own;
-                    }
+                    strides[k] = ordered(view.strides());
+                    this.is_strided[k] = u8::from(strides[k] != dense);
                 }
             }
         }
-        for (k, merged) in Strided::together(&shape, strides.each_ref().map(Vec::as_slice)).into_iter().enumerate() {
+        for (k, merged) in Strided::together(&shape[..rank], strides.each_ref().map(|s| &s[..rank])).into_iter().enumerate() {
             (this.rank, this.shape, this.strides[k]) = (merged.rank() as i32, merged.shape(), merged.strides());
         }
         let wide = 16 / out_size(&sizes);
@@ -222,19 +230,19 @@ impl Expression {
     }
 }
 
-/// The kernel `kernel_NAME` of a module with this text appended to `pointwise.cu`.
+/// The kernel `kernel_NAME` of a module that is found by `key` and has this text appended to `pointwise.cu`.
 fn kernel(
     gpu: &'static Gpu,
-    key: String,
+    key: &[&str],
     ty: Type,
     operands: usize,
     name: &str,
     text: impl FnOnce() -> String,
 ) -> Result<Kernel, CudaError> {
-    let operands = operands.to_string();
-    let module = gpu
-        .module_of(key, "pointwise", false, || expand_text(&format!("{TEXT}\n{}", text()), &[("T", ty.name()), ("OPERANDS", &operands)]))?;
-    module.kernel(name)
+    let module = gpu.module_of(key.iter().copied(), "pointwise", false, || {
+        expand_text(&format!("{TEXT}\n{}", text()), &[("T", ty.name()), ("OPERANDS", number(operands))])
+    })?;
+    module.kernel_of(&["kernel_", name])
 }
 
 /// `out = row(operands…)`, element by element; f16 and bf16 are computed in f32 and rounded once.
@@ -253,8 +261,8 @@ pub fn apply<const N: usize>(
         return Ok(());
     }
     // The emulator's compiler is slow to start, so it gets every row at once.
-    let key = format!("{} {} {N}", if gpu.is_emulated() { "rows" } else { row.name }, ty.name());
-    let kernel = kernel(gpu, key, ty, N, &format!("kernel_{}", row.name), || {
+    let key = [if gpu.is_emulated() { "rows" } else { row.name }, " ", ty.name(), " ", number(N)];
+    let kernel = kernel(gpu, &key, ty, N, row.name, || {
         let rows = if gpu.is_emulated() { family(N) } else { vec![row.into()] };
         rows.iter().filter(|row| ty.is_float() || row.has_int).map(|row| row.kernel(N)).collect()
     })?;
@@ -276,9 +284,7 @@ pub fn relate(gpu: &'static Gpu, row: &RelationRow, ty: Type, operands: [Operand
              KILN_POINTWISE(kernel_{name}, 2, T, u8, holds_{name})\n"
         )
     };
-    let kernel = kernel(gpu, format!("relations {}", ty.name()), ty, 2, &format!("kernel_{}", row.name), || {
-        RELATIONS.iter().map(|&row| text(row)).collect()
-    })?;
+    let kernel = kernel(gpu, &["relations ", ty.name()], ty, 2, row.name, || RELATIONS.iter().map(|&row| text(row)).collect())?;
     run(kernel, [0.0; 2], operands, [ty.size(); 2], [out])
 }
 
@@ -291,7 +297,7 @@ pub fn select(gpu: &'static Gpu, condition: View<'_>, a: Operand<'_>, b: Operand
         return Ok(());
     }
     let ty = out.data.ty();
-    let kernel = kernel(gpu, format!("select {}", ty.name()), ty, 3, "kernel_select", || {
+    let kernel = kernel(gpu, &["select ", ty.name()], ty, 3, "select", || {
         "__device__ __forceinline__ T selected(const A* v, const A* p) {\n    return narrow<T>(v[0] != 0 ? v[1] : v[2]);\n}\n\
          KILN_POINTWISE(kernel_select, 3, u8, T, selected)\n"
             .into()
@@ -310,8 +316,8 @@ pub fn cast(gpu: &'static Gpu, x: View<'_>, out: Output<'_>) -> Result<(), CudaE
     }
     let (from, to) = (x.ty(), out.data.ty());
     let is_bool = to == Type::Bool;
-    let key = format!("cast {} {}{}", from.name(), to.name(), if is_bool { " truth" } else { "" });
-    let kernel = kernel(gpu, key, from, 1, "kernel_cast", || {
+    let key = ["cast ", from.name(), " ", to.name(), if is_bool { " truth" } else { "" }];
+    let kernel = kernel(gpu, &key, from, 1, "cast", || {
         let to_name = to.name();
         let value = if is_bool { "u8(v[0] != 0)".into() } else { format!("narrow<{to_name}>(math::convert<Compute<{to_name}>>(v[0]))") };
         format!(
@@ -388,7 +394,7 @@ pub fn apply_chain<const M: usize>(
     let mut all = [Operand::Scalar(0.0); MAX_OPERANDS];
     all[..operands.len()].copy_from_slice(operands);
     let text = chain_text(chain, operands.len());
-    let kernel = kernel(gpu, format!("{} {text}", ty.name()), ty, MAX_OPERANDS, "kernel_chain", || text.clone())?;
+    let kernel = kernel(gpu, &[ty.name(), " ", &text], ty, MAX_OPERANDS, "chain", || text.clone())?;
     run(kernel, [0.0; 2], all, [ty.size(); MAX_OPERANDS], outs)
 }
 

@@ -12,7 +12,6 @@ pub use mode::{GradModeGuard, RecordMode, anomaly_mode, first_non_finite, is_ano
 pub use mode::{recomputing, record_mode, set_record_mode};
 
 use crate::{DType, Error, Result, Shape, Tensor};
-use std::any::Any;
 use std::backtrace::Backtrace;
 use std::cell::RefCell;
 use std::fmt;
@@ -268,7 +267,7 @@ fn attach(name: &'static str, out: Tensor, inputs: Vec<Option<Edge>>, op: Option
         hooks: Mutex::new(Vec::new()),
         origin: is_anomaly_mode().then(Backtrace::force_capture),
     };
-    out.with_source(Some(Source::Node(Arc::new(node))))
+    out.tracked_by(Source::Node(Arc::new(node)))
 }
 
 /// An id that is larger than those of all sources so far and smaller than those of all to come.
@@ -284,27 +283,36 @@ pub fn refuse_tracked(name: &'static str, inputs: &[&Tensor]) -> Result<()> {
     Ok(())
 }
 
-thread_local! {
-    /// What dropped nodes held, while some drop further up the stack is emptying it.
-    static DROPPED: RefCell<Option<Vec<Box<dyn Any>>>> = const { RefCell::new(None) };
+/// What a dropped node held.
+struct Remains {
+    _op: Option<Arc<dyn Op>>,
+    _inputs: Vec<Option<Edge>>,
+    _hooks: Vec<Hook>,
 }
 
-/// Drops `contents` without recursion: dropping a node may drop the last handle on its inputs' nodes, and so on for as
+thread_local! {
+    /// What nodes held that were dropped while another one, further up the stack, is being emptied.
+    static DROPPED: RefCell<Option<Vec<Remains>>> = const { RefCell::new(None) };
+}
+
+/// Drops `remains` without recursion: dropping a node may drop the last handle on its inputs' nodes, and so on for as
 /// many operations as were chained. Nested calls only queue; the outermost one empties the queue.
-fn drop_flat(contents: Box<dyn Any>) {
+fn drop_flat(remains: Remains) {
     let outermost = DROPPED.try_with(|queue| match &mut *queue.borrow_mut() {
         Some(pending) => {
-            pending.push(contents);
-            false
+            pending.push(remains);
+            None
         }
         none => {
-            *none = Some(vec![contents]);
-            true
+            *none = Some(Vec::new());
+            Some(remains)
         }
     });
-    if outermost == Ok(true) {
-        while let Some(next) = DROPPED.with(|queue| queue.borrow_mut().as_mut().and_then(Vec::pop)) {
+    if let Ok(Some(first)) = outermost {
+        let mut next = Some(first);
+        while next.is_some() {
             drop(next);
+            next = DROPPED.with(|queue| queue.borrow_mut().as_mut().and_then(Vec::pop));
         }
         DROPPED.with(|queue| *queue.borrow_mut() = None);
     }
@@ -312,9 +320,10 @@ fn drop_flat(contents: Box<dyn Any>) {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let op = self.op.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        let inputs = std::mem::take(&mut self.inputs);
-        let hooks = std::mem::take(self.hooks.get_mut().unwrap_or_else(PoisonError::into_inner));
-        drop_flat(Box::new((op, inputs, hooks)));
+        drop_flat(Remains {
+            _op: self.op.get_mut().unwrap_or_else(PoisonError::into_inner).take(),
+            _inputs: std::mem::take(&mut self.inputs),
+            _hooks: std::mem::take(self.hooks.get_mut().unwrap_or_else(PoisonError::into_inner)),
+        });
     }
 }

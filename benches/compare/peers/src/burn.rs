@@ -156,9 +156,7 @@ struct Discriminator {
 
 impl Discriminator {
     fn new(device: &Device) -> Self {
-        let down = |channels| {
-            Conv2dConfig::new(channels, [4, 4]).with_stride([2, 2]).with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
-        };
+        let down = |channels| Conv2dConfig::new(channels, [4, 4]).with_stride([2, 2]).with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1));
         Self {
             c1: down([1, 64]).init(device),
             c2: down([64, 128]).with_bias(false).init(device),

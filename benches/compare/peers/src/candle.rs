@@ -110,11 +110,8 @@ fn train_mlp(bench: &Bench) -> Result<()> {
     }
     let variables = VarMap::new();
     let vb = VarBuilder::from_varmap(&variables, DType::F32, &CPU);
-    let layers = [
-        candle_nn::linear(784, 512, vb.pp("0"))?,
-        candle_nn::linear(512, 256, vb.pp("2"))?,
-        candle_nn::linear(256, 10, vb.pp("4"))?,
-    ];
+    let layers =
+        [candle_nn::linear(784, 512, vb.pp("0"))?, candle_nn::linear(512, 256, vb.pp("2"))?, candle_nn::linear(256, 10, vb.pp("4"))?];
     let mut optimizer = adam(&variables, 1e-3, 0.9)?;
     let x = normal(&[128, 784], DType::F32)?;
     let y = Tensor::from_iter((0..128u32).map(|i| i % 10), &CPU)?;

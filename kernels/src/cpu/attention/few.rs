@@ -142,9 +142,11 @@ fn add_columns<T: Lanes, S: Simd, const R: usize, const N: usize>(
     let mut acc = [[s.zero(); N]; R];
     for (j, key) in keys.enumerate() {
         let values = &v.data()[key * v.row_stride()..][col..col + (N - 1) * S::LANES + last];
-        for (n, values) in values.chunks(S::LANES).enumerate().take(N) {
-            // SAFETY: the chunk has that many values.
-            let values = unsafe { T::load(s, values.as_ptr(), values.len()) };
+        // By number, so that the sums stay in registers.
+        for n in 0..N {
+            let count = if n + 1 < N { S::LANES } else { last };
+            // SAFETY: so many values are left.
+            let values = unsafe { T::load(s, values[n * S::LANES..].as_ptr(), count) };
             for (r, acc) in acc.iter_mut().enumerate() {
                 acc[n] = s.splat(weights[r * KEYS + j]).mul_add(values, acc[n]);
             }

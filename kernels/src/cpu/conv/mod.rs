@@ -204,7 +204,7 @@ impl Gather {
 
     /// Products of a channel pair that a target pixel needs on average.
     fn taps_per_target(&self) -> usize {
-        let phases: usize = self.axes.iter().map(Axis::period).product();
+        let phases = self.axes.iter().map(Axis::period).fold(1, usize::saturating_mul);
         self.taps().div_ceil(phases)
     }
 }

@@ -1,7 +1,7 @@
 //! The error function and GELU.
 
 use super::{clamp, exp, polynomial, with_sign};
-use crate::cpu::simd::{F32s, I32s, Simd};
+use crate::cpu::simd::{F32s, Simd};
 
 /// The error function `2/√π · ∫₀ˣ e^(−t²) dt`.
 #[inline(always)]
@@ -17,12 +17,12 @@ pub fn erf<S: Simd>(s: S, x: S::F32) -> S::F32 {
     with_sign(s, small.or_else(a.lt(s.splat(0.92)), large), x)
 }
 
-/// Φ(−t), the normal distribution's lower tail, for t ≥ 0: 2^(−1 + t·P(t)) up to 5.6, where t·Φ(−t) is 6e-8, and 0 beyond.
-/// The error is 2.5e-8.
+/// Beyond it t·Φ(−t) is below 6e-8, and taken for 0.
+const TAIL_END: f32 = 5.6;
+
+/// Φ(−t), the normal distribution's lower tail, for t in [0, [`TAIL_END`]]: 2^(−1 + t·P(t)). The error is 2.5e-8.
 #[inline(always)]
 fn normal_tail<S: Simd>(s: S, t: S::F32) -> S::F32 {
-    const END: f32 = 5.6;
-    let inside = clamp(s, t, 0.0, END);
     let c = [
         -1.1511052,
         -0.4592139,
@@ -36,21 +36,28 @@ fn normal_tail<S: Simd>(s: S, t: S::F32) -> S::F32 {
         -9.560018e-8,
         2.581111e-9,
     ];
-    let log2 = inside.mul_add(polynomial(s, inside, c), s.splat(-1.0));
+    let log2 = t.mul_add(polynomial(s, t, c), s.splat(-1.0));
     let n = log2.round();
     let r = log2 - n;
     // 2^r for |r| ≤ ½, error 3.0e-9.
     let p = polynomial(s, r, [std::f32::consts::LN_2, 0.24022648, 0.0555036, 0.009618506, 0.0013390806, 0.00015326463])
         .mul_add(r, s.splat(1.0));
-    // n lies in [−27, −1], so the scale is a normal number.
-    let scale = (n.to_i32() + s.splat_i32(127)).shl::<23>().from_bits();
-    s.zero().or_else(t.gt(s.splat(END)), p * scale)
+    // n lies in [−27, −1].
+    p.scale_normal(n)
+}
+
+/// [`normal_tail`] for all t ≥ 0.
+#[inline(always)]
+fn whole_tail<S: Simd>(s: S, t: S::F32) -> S::F32 {
+    let end = s.splat(TAIL_END);
+    // `min` returns its argument where that is NaN.
+    s.zero().or_else(t.gt(end), normal_tail(s, end.min(t)))
 }
 
 /// GELU: `x·Φ(x) = x/2·(1 + erf(x/√2))`.
 #[inline(always)]
 pub fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
-    let tail = normal_tail(s, x.abs());
+    let tail = whole_tail(s, x.abs());
     // No cancellation on either side.
     x * tail.or_else(x.lt(s.zero()), s.splat(1.0) - tail)
 }
@@ -61,7 +68,7 @@ pub fn gelu_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
     // 1/√(2π)
     const DENSITY: f32 = 0.398_942_3;
     let x = clamp(s, x, -128.0, 128.0);
-    let tail = normal_tail(s, x.abs());
+    let tail = whole_tail(s, x.abs());
     let phi = tail.or_else(x.lt(s.zero()), s.splat(1.0) - tail);
     let density = exp(s, x * x * s.splat(-0.5));
     g * (x * s.splat(DENSITY)).mul_add(density, phi)

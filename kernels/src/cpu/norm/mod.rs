@@ -41,6 +41,10 @@ impl Activation {
 /// Elements a task should cover, so that handing it over costs little.
 const TASK: usize = 1 << 15;
 
+/// As much for rows, with what each costs beyond its elements: a few microseconds, so that all threads get their share.
+const ROWS_TASK: usize = 1 << 14;
+const ROW_COST: usize = 32;
+
 /// Rows whose terms are summed in single lanes before they are added in f64.
 const SUM_ROWS: usize = 128;
 

@@ -1,7 +1,7 @@
 //! Layer norm, y = (x − mean)·rstd·w + b over each row with rstd = 1/√(var + ε), and RMS norm, the same without the mean:
 //! rstd = 1/√(mean x² + ε).
 
-use super::{SUM_ROWS, TASK, flush, parameter};
+use super::{ROW_COST, ROWS_TASK, SUM_ROWS, flush, parameter};
 use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use crate::cpu::parallel;
@@ -38,9 +38,10 @@ pub fn layer_norm<T: FloatElement>(
     }
     let affine = (weight.is_some() || bias.is_some()).then(|| (parameter(weight, n, T::Lane::ONE), parameter(bias, n, T::Lane::default())));
     let affine = affine.as_ref().map(|(w, b)| (w.as_slice(), b.as_slice()));
-    let group = TASK.div_ceil(n);
+    let group = ROWS_TASK.div_ceil(n + ROW_COST);
+    let count = mean.len();
     let (mean, rstd) = (SharedMut::new(mean), SharedMut::new(rstd));
-    parallel::for_each_chunk(y, group * n, x.len() / 4, |i, y| {
+    parallel::for_each_chunk(y, group * n, x.len() / 4 + count * ROW_COST / 2, |i, y| {
         let (first, count) = (i * group, y.len() / n);
         // SAFETY: chunk `i` is about rows `first..first + count`, which exist and belong to no other chunk.
         let (mean, rstd) = unsafe {
@@ -103,6 +104,9 @@ fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
     (mean, L::round_from(1.0 / (squares / n + rows.eps).sqrt()))
 }
 
+/// Rows of a partial sum, which costs about as much as two of them.
+const PART_ROWS: usize = 32;
+
 /// The gradients of input, weight and bias, from that of the output `g`. With h = (x − mean)·rstd:
 /// dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)) (without the second term if not centred), dw = Σ g·h and db = Σ g over the rows.
 /// `g` may be one row that stands for all.
@@ -123,13 +127,13 @@ pub fn layer_norm_backward<T: FloatElement>(
     assert!(g.len() == x.len() || g.len() == n);
     let w = weight.map(|_| parameter(weight, n, T::Lane::ONE));
     // At most 64 partial sums of the parameters' gradients, each over enough rows to be a task.
-    let group = mean.len().div_ceil(64).max(TASK.div_ceil(n.max(1)));
+    let group = mean.len().div_ceil(64).max(ROWS_TASK.div_ceil(n + ROW_COST)).max(PART_ROWS);
     let parts = mean.len().div_ceil(group);
     let parameters = dw.is_some() || db.is_some();
     let mut totals = vec![0f64; if parameters { parts * 2 * n } else { 0 }];
     let shared = SharedMut::new(&mut totals);
     if !x.is_empty() {
-        parallel::for_each_chunk(dx, group * n, x.len() / 2, |i, dx| {
+        parallel::for_each_chunk(dx, group * n, x.len() / 2 + mean.len() * ROW_COST / 2, |i, dx| {
             let (first, len) = (i * group, dx.len());
             let range = first * n..first * n + len;
             let totals: &mut [f64] = if parameters {

@@ -3,6 +3,9 @@
 //! A thread outside of a pool that used rayon's own iterators would sleep until two others had woken up, done everything and woken it again:
 //! tens of microseconds, more than most small operations take. Here nobody waits for a thread to wake. Helpers that have finished look for
 //! the next job for a while ([`LINGER`]) before they go back to rayon, so that the operations of a training step find them awake.
+//!
+//! The caller takes tasks from the front, helpers from the back: as one operation follows another, a thread finds in its cache what it
+//! wrote itself. Fetching it from another core's would cost more than the second thread gains on sizes that fit a cache.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -45,8 +48,10 @@ struct Job {
     /// Borrowed from the caller; valid while the job is open or has helpers.
     f: *const (dyn Fn(usize) + Sync),
     count: usize,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// How many tasks were taken.
+    taken: AtomicUsize,
+    /// How many of them by helpers, from the back; the others are the caller's, from the front.
+    back: AtomicUsize,
     /// How many helpers may still join.
     places: AtomicUsize,
     /// How many helpers are at work, and [`CLOSED`].
@@ -66,24 +71,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Job {
-    /// Takes tasks until none is left.
+    /// Takes tasks until none is left, from the front for the one `CALLER`, from the back for a helper.
     ///
     /// # Safety
     /// `f` must be alive.
-    unsafe fn work(&self) {
+    unsafe fn work<const CALLER: bool>(&self) {
         // SAFETY: the caller's contract.
         let f = unsafe { &*self.f };
         let tasks = || {
-            loop {
-                let i = self.next.fetch_add(1, Ordering::Relaxed);
-                if i >= self.count {
-                    break;
+            let mut front = 0;
+            // Whoever is counted among the first `count` has a task: both ends together give no more than there are.
+            while self.taken.fetch_add(1, Ordering::Relaxed) < self.count {
+                if CALLER {
+                    f(front);
+                    front += 1;
+                } else {
+                    f(self.count - 1 - self.back.fetch_add(1, Ordering::Relaxed));
                 }
-                f(i);
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(tasks)) {
-            self.next.store(self.count, Ordering::Relaxed);
+            self.taken.store(self.count, Ordering::Relaxed);
             lock(&self.panic).get_or_insert(payload);
         }
     }
@@ -91,14 +99,15 @@ impl Job {
     /// Takes tasks if there is a place for another helper, and any task left.
     fn help(&self) {
         let leave = |places: usize| places.checked_sub(1);
-        if self.next.load(Ordering::Relaxed) >= self.count || self.places.fetch_update(Ordering::Relaxed, Ordering::Relaxed, leave).is_err()
+        if self.taken.load(Ordering::Relaxed) >= self.count
+            || self.places.fetch_update(Ordering::Relaxed, Ordering::Relaxed, leave).is_err()
         {
             return;
         }
         let enter = |state: usize| (state & CLOSED == 0).then_some(state + 1);
         if self.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, enter).is_ok() {
             // SAFETY: the job was open as this helper came in, so its caller waits for it to leave before `f` goes.
-            unsafe { self.work() };
+            unsafe { self.work::<false>() };
             self.state.fetch_sub(1, Ordering::Release);
         }
     }
@@ -123,7 +132,8 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
     let job = Arc::new(Job {
         f,
         count,
-        next: AtomicUsize::new(0),
+        taken: AtomicUsize::new(0),
+        back: AtomicUsize::new(0),
         places: AtomicUsize::new(helpers),
         state: AtomicUsize::new(0),
         panic: Mutex::new(None),
@@ -133,7 +143,7 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
     // A caller that is a helper further up its stack does not look for jobs now.
     call_helpers(helpers.saturating_sub(AWAKE.load(Ordering::Relaxed).saturating_sub(usize::from(SERVES.get()))));
     // SAFETY: `f` is borrowed until this function returns.
-    unsafe { job.work() };
+    unsafe { job.work::<true>() };
     job.close();
     if let Some(payload) = lock(&job.panic).take() {
         resume_unwind(payload);

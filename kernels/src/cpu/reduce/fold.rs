@@ -1,7 +1,7 @@
 //! The folds: what a reduction does with a tile of one output's elements ([`Fold::row`]), and with a block of rows whose
 //! columns belong to different outputs ([`Fold::columns`]). Which elements those are is the business of [`plan`](super::plan).
 
-use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, at, sums, sweep};
+use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
 
 /// The most columns that [`Fold::columns`] is given: their partial results stay in L1.
@@ -35,10 +35,6 @@ pub trait Monoid<L: Lane>: Copy + Send + Sync {
     type Acc: Copy + Send + Sync;
     /// The neutral lane of `combine`.
     fn neutral(self) -> L;
-    /// An element that maps to something neutral.
-    fn padding(self) -> L {
-        self.neutral()
-    }
     /// Maps elements.
     fn map<S: Simd>(self, s: S, x: L::Pack<S>) -> L::Pack<S>;
     /// Combines mapped elements.
@@ -52,34 +48,39 @@ pub trait Monoid<L: Lane>: Copy + Send + Sync {
 /// Combines everything in `tile` to one lane-wise pack.
 #[inline(always)]
 fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pack<S> {
-    // Eight independent chains: latency times throughput of an addition.
+    // Eight independent chains: latency times throughput of an addition. Fewer elements make one: rows that are so short come in numbers,
+    // and the processor works on several at once.
     const CHAINS: usize = 8;
     let n = L::lanes::<S>();
-    let mut acc = [L::splat(s, m.neutral()); CHAINS];
+    let neutral = L::splat(s, m.neutral());
+    let mut acc = [neutral; CHAINS];
+    let is_long = tile.len() >= CHAINS * n;
     let mut blocks = tile.chunks_exact(CHAINS * n);
     for block in &mut blocks {
         for (acc, x) in acc.iter_mut().zip(block.chunks_exact(n)) {
             *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
         }
     }
+    if is_long {
+        let mut half = CHAINS / 2;
+        while half > 0 {
+            for i in 0..half {
+                acc[i] = m.combine::<S>(acc[i], acc[i + half]);
+            }
+            half /= 2;
+        }
+    }
+    let mut all = acc[0];
     let mut packs = blocks.remainder().chunks_exact(n);
-    for (acc, x) in acc.iter_mut().zip(&mut packs) {
-        *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
+    for x in &mut packs {
+        all = m.combine::<S>(all, m.map(s, L::load(s, x)));
     }
     let rest = packs.remainder();
     if !rest.is_empty() {
-        let mut last = [m.padding(); MAX_LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        acc[CHAINS - 1] = m.combine::<S>(acc[CHAINS - 1], m.map(s, L::load(s, &last)));
+        let mapped = m.map(s, L::load_part(s, rest, rest.len()));
+        all = m.combine::<S>(all, L::keep(s, mapped, rest.len(), neutral));
     }
-    let mut half = CHAINS / 2;
-    while half > 0 {
-        for i in 0..half {
-            acc[i] = m.combine::<S>(acc[i], acc[i + half]);
-        }
-        half /= 2;
-    }
-    acc[0]
+    all
 }
 
 /// Combines the rows into `part`, lane by lane. Eight rows at a time, so that `part` is read and written once for all of them.
@@ -131,7 +132,11 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
         let n = L::lanes::<S>();
         let mut lanes = [self.0.neutral(); MAX_LANES];
         combine_tile(self.0, s, tile).store(&mut lanes, n);
-        lanes[1..n].iter().fold(self.0.promote(lanes[0]), |acc, &x| Monoid::merge(self.0, acc, self.0.promote(x)))
+        let mut accs = [self.0.promote(self.0.neutral()); MAX_LANES];
+        for i in 0..n {
+            accs[i] = self.0.promote(lanes[i]);
+        }
+        pairwise!(accs, n, |a, b| Monoid::merge(self.0, a, b))
     }
     #[inline(always)]
     fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [M::Acc]) {
@@ -174,17 +179,13 @@ pub struct PowerSum(pub f64);
 
 /// A monoid whose mapped elements are summed.
 macro_rules! summed {
-    ($name:ident, $self:ident, $cost:expr, |$s:ident, $x:ident| $map:expr, $padding:expr) => {
+    ($name:ident, $self:ident, $cost:expr, |$s:ident, $x:ident| $map:expr) => {
         impl<L: Lane> Monoid<L> for $name {
             type Acc = L::Wide;
             const COST: usize = $cost;
             #[inline(always)]
             fn neutral(self) -> L {
                 L::default()
-            }
-            #[inline(always)]
-            fn padding($self) -> L {
-                $padding
             }
             #[inline(always)]
             fn map<S: Simd>($self, $s: S, $x: L::Pack<S>) -> L::Pack<S> {
@@ -205,11 +206,11 @@ macro_rules! summed {
         }
     };
 }
-summed!(Sum, self, 1, |_s, x| x, L::default());
-summed!(AbsSum, self, 1, |_s, x| x.abs(), L::default());
-summed!(SquareSum, self, 1, |_s, x| x.mul(x), L::default());
-summed!(CountNonzero, self, 1, |_s, x| x.nonzero(), L::default());
-summed!(PowerSum, self, 100, |s, x| powers::<L, S>(s, x, self.0), if self.0 < 0.0 { L::GREATEST } else { L::default() });
+summed!(Sum, self, 1, |_s, x| x);
+summed!(AbsSum, self, 1, |_s, x| x.abs());
+summed!(SquareSum, self, 1, |_s, x| x.mul(x));
+summed!(CountNonzero, self, 1, |_s, x| x.nonzero());
+summed!(PowerSum, self, 100, |s, x| powers::<L, S>(s, x, self.0));
 
 #[inline(always)]
 fn powers<L: Lane, S: Simd>(s: S, x: L::Pack<S>, p: f64) -> L::Pack<S> {
@@ -267,7 +268,9 @@ macro_rules! extreme {
             }
             #[inline(always)]
             fn merge(self, a: L, b: L) -> L {
-                if a.is_nan() || (if $max { a > b } else { a < b }) { a } else { b }
+                // Without a branch.
+                let first = a.is_nan() | (if $max { a > b } else { a < b });
+                if first { a } else { b }
             }
         }
     };

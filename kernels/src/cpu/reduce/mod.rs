@@ -32,9 +32,13 @@ fn reduce<T: Numeric, F: Fold<T::Lane>, O: Copy + Send>(
     let out = SharedMut::new(out);
     let emit = |first: usize, stride: usize, accs: &[F::Acc]| {
         assert!(accs.is_empty() || first + (accs.len() - 1) * stride < len);
-        for (i, &acc) in accs.iter().enumerate() {
-            // SAFETY: the index was checked, the plan emits each output once, and `out` is borrowed until it is done.
-            unsafe { out.get().add(first + i * stride).write(finish(acc, count)) }
+        // SAFETY: the index was checked, the plan emits each output once, and `out` is borrowed until it is done.
+        let write = |at: usize, acc: F::Acc| unsafe { out.get().add(at).write(finish(acc, count)) };
+        if stride == 1 {
+            // A case of its own, which the compiler vectorises.
+            accs.iter().enumerate().for_each(|(i, &acc)| write(first + i, acc));
+        } else {
+            accs.iter().enumerate().for_each(|(i, &acc)| write(first + i * stride, acc));
         }
     };
     plan::with_source(x.data(), |source| plan.run(source, fold, &emit));

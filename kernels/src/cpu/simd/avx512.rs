@@ -325,6 +325,10 @@ impl F32s for F32x16 {
         F32x16(op!(_mm512_scalef_ps(self.0, n.0)))
     }
     #[inline(always)]
+    fn scale_normal(self, n: Self) -> Self {
+        self.scale(n)
+    }
+    #[inline(always)]
     fn reduce_sum(self) -> f32 {
         op!(_mm512_reduce_add_ps(self.0))
     }

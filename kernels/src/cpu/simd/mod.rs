@@ -201,6 +201,12 @@ pub trait F32s:
         let bias = n.splat_like(127);
         self * (half + bias).shl::<23>().from_bits() * (n - half + bias).shl::<23>().from_bits()
     }
+    /// `self · 2ⁿ` for integral n in [−126, 127].
+    #[inline(always)]
+    fn scale_normal(self, n: Self) -> Self {
+        let n = n.to_i32();
+        self * (n + n.splat_like(127)).shl::<23>().from_bits()
+    }
     /// The sum of all lanes, in an order fixed by the instruction set.
     fn reduce_sum(self) -> f32;
     /// The largest lane; NaN lanes may be lost.

@@ -33,6 +33,17 @@ impl Arg<'_> {
     }
 }
 
+/// The first tensor among the operands: an error if there is none, or unless all have its dtype and device.
+fn leading<'a>(op: &str, args: &[Arg<'a>]) -> Result<&'a Tensor> {
+    let mut first = None;
+    for arg in args {
+        if let Arg::Tensor(t) = arg {
+            first.get_or_insert(*t).expect_same(op, t)?;
+        }
+    }
+    first.ok_or_else(|| Error::argument(op, "needs a tensor"))
+}
+
 /// The shape that all tensors broadcast to.
 pub(super) fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tensor>) -> Result<Shape> {
     let mut shape: Option<Shape> = None;
@@ -47,8 +58,8 @@ pub(super) fn common_shape<'a>(op: &str, tensors: impl Iterator<Item = &'a Tenso
 
 /// The layout of a result of `shape`: that of the first operand that is dense in this shape.
 pub(super) fn result_layout<'a>(shape: &Shape, mut tensors: impl Iterator<Item = &'a Tensor>) -> Layout {
-    let dense = tensors.find(|t| t.shape() == shape && t.layout().is_dense());
-    dense.map_or_else(|| Layout::contiguous(*shape), |t| t.layout().dense_like())
+    let dense = tensors.find_map(|t| if t.shape() == shape { t.layout().as_dense() } else { None });
+    dense.unwrap_or_else(|| Layout::contiguous(*shape))
 }
 
 /// The elements of `x` seen through `layout`, one of its own broadcast.
@@ -56,6 +67,16 @@ fn view<'a, T: WithDType>(op: &str, x: &'a Tensor, layout: &'a Layout) -> Result
     expect_host_allowed(op, x.device())?;
     StridedView::new(x.storage().host()?.as_slice::<T>(), layout.offset(), layout.shape().dims(), layout.strides())
         .ok_or_else(|| Error::shape(op, format!("layout {layout:?} leaves the storage")))
+}
+
+/// The elements of a dense `x` in the order of memory.
+fn dense<'a, T: WithDType>(op: &str, x: &'a Tensor) -> Result<&'a [T]> {
+    expect_host_allowed(op, x.device())?;
+    let (numel, offset) = (x.numel(), x.layout().offset());
+    // A view without elements may begin anywhere.
+    let range = if numel == 0 { 0..0 } else { offset..offset + numel };
+    let data = x.storage().host()?.as_slice::<T>().get(range);
+    data.ok_or_else(|| Error::shape(op, format!("layout {:?} leaves the storage", x.layout())))
 }
 
 /// The operand as the GPU's kernels take it.
@@ -80,40 +101,72 @@ pub(super) fn operand<'a, T: WithDType>(op: &str, arg: &Arg<'a>, layout: &'a Opt
     })
 }
 
+/// The layouts of an elementwise operation that are not those of its operands. Apart from [`Prepared`], which is moved: these are large,
+/// and an operation on tensors that lie alike has none.
+struct Room<const N: usize> {
+    result: Option<Layout>,
+    operands: Option<[Option<Layout>; N]>,
+}
+
+impl<const N: usize> Room<N> {
+    const EMPTY: Self = Self { result: None, operands: None };
+}
+
 /// Everything an elementwise kernel needs to know before it is told the type of the elements.
 struct Prepared<'a, const N: usize> {
     op: &'static str,
     args: [Arg<'a>; N],
     dtype: DType,
-    layout: Layout,
-    /// The layouts of the operands that are broadcast; `None` for a number, and where the tensor has the result's shape.
-    layouts: [Option<Layout>; N],
+    layout: &'a Layout,
+    /// How the operands lie in the result's shape (`None` for a number), unless all of them lie as the result does.
+    layouts: Option<&'a [Option<Layout>; N]>,
 }
 
 impl<'a, const N: usize> Prepared<'a, N> {
-    fn new(op: &'static str, args: [Arg<'a>; N]) -> Result<Self> {
+    #[inline]
+    fn new(op: &'static str, args: [Arg<'a>; N], room: &'a mut Room<N>) -> Result<Self> {
         let tensors = || args.iter().filter_map(Arg::tensor);
-        let first = tensors().next().ok_or_else(|| Error::argument(op, "needs a tensor"))?;
-        for t in tensors() {
-            first.expect_same(op, t)?;
+        let first = leading(op, &args)?;
+        let (dtype, lies) = (first.dtype(), first.layout());
+        if tensors().all(|t| t.layout().lies_like(lies)) {
+            if lies.offset() == 0 && lies.is_contiguous() {
+                return Ok(Self { op, args, dtype, layout: lies, layouts: None });
+            }
+            if let Some(dense) = lies.as_dense() {
+                return Ok(Self { op, args, dtype, layout: room.result.insert(dense), layouts: None });
+            }
         }
         let shape = common_shape(op, tensors())?;
+        let result = result_layout(&shape, tensors());
+        Self::broadcast(op, args, dtype, result, room)
+    }
+
+    /// The operands broadcast to the shape of `result`.
+    fn broadcast(op: &'static str, args: [Arg<'a>; N], dtype: DType, result: Layout, room: &'a mut Room<N>) -> Result<Self> {
         let mut layouts = [None; N];
         for (layout, arg) in layouts.iter_mut().zip(&args) {
-            let other_shape = arg.tensor().filter(|t| *t.shape() != shape);
-            *layout = other_shape.map(|t| t.layout().broadcast_to(op, &shape)).transpose()?;
+            *layout = arg.tensor().map(|t| t.layout().broadcast_to(op, result.shape())).transpose()?;
         }
-        Ok(Self { op, args, dtype: first.dtype(), layout: result_layout(&shape, tensors()), layouts })
+        Ok(Self { op, args, dtype, layout: room.result.insert(result), layouts: Some(room.operands.insert(layouts)) })
     }
 
     fn device(&self) -> Device {
         self.args.iter().find_map(Arg::tensor).map_or(Device::Cpu, Tensor::device)
     }
 
+    /// How operand `k` lies in the result's shape, if not as the result does.
+    fn layout_of(&self, k: usize) -> &Option<Layout> {
+        self.layouts.map_or(&None, |layouts| &layouts[k])
+    }
+
+    #[inline]
     fn operands<T: WithDType>(&self) -> Result<[Operand<'_, T>; N]> {
-        let mut operands = [Operand::Scalar(0.0); N];
+        let mut operands = [Operand::Unused; N];
         for (k, slot) in operands.iter_mut().enumerate() {
-            *slot = operand(self.op, &self.args[k], &self.layouts[k])?;
+            *slot = match (&self.args[k], &self.layouts) {
+                (Arg::Tensor(t), None) => Operand::Dense(dense(self.op, t)?),
+                (arg, _) => operand(self.op, arg, self.layout_of(k))?,
+            };
         }
         Ok(operands)
     }
@@ -121,7 +174,7 @@ impl<'a, const N: usize> Prepared<'a, N> {
     fn gpu_operands(&self) -> Result<[gpu_kernels::Operand<'_>; N]> {
         let mut operands = [gpu_kernels::Operand::Scalar(0.0); N];
         for (k, slot) in operands.iter_mut().enumerate() {
-            *slot = gpu_operand(&self.args[k], &self.layouts[k])?;
+            *slot = gpu_operand(&self.args[k], self.layout_of(k))?;
         }
         Ok(operands)
     }
@@ -144,15 +197,16 @@ fn running<const N: usize>(name: &'static str, args: &[Arg; N]) -> Operation {
 /// The row's function of operands that broadcast together, untracked.
 pub(super) fn apply<const N: usize>(row: &Row<N>, params: Params, args: [Arg; N]) -> Result<Tensor> {
     let _running = running(row.name, &args);
-    let p = Prepared::new(row.name, args)?;
+    let mut room = Room::EMPTY;
+    let p = Prepared::new(row.name, args, &mut room)?;
     for_number!(p.dtype, p.op, T => {
         expect_defined::<T, N>(p.op, row)?;
         if let Some(gpu) = p.device().gpu()? {
-            return Tensor::build_on_gpu(gpu, p.layout, p.dtype, |out| {
-                Ok(gpu_kernels::apply(gpu, row, params, p.gpu_operands()?, gpu_output(&p.layout, out))?)
+            return Tensor::build_on_gpu(gpu, *p.layout, p.dtype, |out| {
+                Ok(gpu_kernels::apply(gpu, row, params, p.gpu_operands()?, gpu_output(p.layout, out))?)
             });
         }
-        Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
+        Tensor::build_like::<T>(p.device(), p.layout, |out| {
             kernels::apply(row, params, p.operands::<T>()?, p.output(out));
             Ok(())
         })
@@ -207,13 +261,14 @@ pub(super) fn apply_in_place(row: &Row<2>, a: &mut Tensor, b: Arg, swapped: bool
 /// The truth of a relation between two operands.
 pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
     let _running = running(row.name, &[a, b]);
-    let p = Prepared::new(row.name, [a, b])?;
+    let mut room = Room::EMPTY;
+    let p = Prepared::new(row.name, [a, b], &mut room)?;
     if let Some(gpu) = p.device().gpu()? {
-        return Tensor::build_on_gpu(gpu, p.layout, DType::Bool, |out| {
-            Ok(gpu_kernels::relate(gpu, row, p.dtype.gpu_type(), p.gpu_operands()?, gpu_output(&p.layout, out))?)
+        return Tensor::build_on_gpu(gpu, *p.layout, DType::Bool, |out| {
+            Ok(gpu_kernels::relate(gpu, row, p.dtype.gpu_type(), p.gpu_operands()?, gpu_output(p.layout, out))?)
         });
     }
-    for_any!(p.dtype, T => Tensor::build_with_layout::<Bool>(p.device(), p.layout, |out| {
+    for_any!(p.dtype, T => Tensor::build_like::<Bool>(p.device(), p.layout, |out| {
         kernels::relate(row, p.operands::<T>()?, p.output(out));
         Ok(())
     }))
@@ -245,26 +300,24 @@ pub(super) fn holds(dtype: DType, value: f64) -> bool {
 /// `a` where `mask`, else `b`, which broadcast together.
 pub(super) fn select(op: &'static str, mask: &Tensor, a: Arg, b: Arg) -> Result<Tensor> {
     let _running = operation_with(op, || [Some(mask), a.tensor(), b.tensor()].into_iter().flatten().collect(), || Cost::NONE);
-    let mut p = Prepared::new(op, [a, b])?;
-    let tensors = || [a, b].into_iter().filter_map(|arg| if let Arg::Tensor(t) = arg { Some(t) } else { None });
-    let shape = broadcast_shapes(op, p.layout.shape(), mask.shape())?;
-    p.layout = result_layout(&shape, tensors());
-    for (layout, arg) in p.layouts.iter_mut().zip(&p.args) {
-        let own = layout.or_else(|| arg.tensor().map(|t| *t.layout()));
-        *layout = own.map(|layout| layout.broadcast_to(op, &shape)).transpose()?;
-    }
+    let args = [a, b];
+    let tensors = || args.iter().filter_map(Arg::tensor);
+    let dtype = leading(op, &args)?.dtype();
+    let shape = broadcast_shapes(op, &common_shape(op, tensors())?, mask.shape())?;
+    let mut room = Room::EMPTY;
+    let p = Prepared::broadcast(op, args, dtype, result_layout(&shape, tensors()), &mut room)?;
     let mask_layout = mask.layout().broadcast_to(op, &shape)?;
     if mask.device() != p.device() {
         return Err(Error::device_mismatch(op, mask.device(), p.device()));
     }
     if let Some(gpu) = p.device().gpu()? {
-        return Tensor::build_on_gpu(gpu, p.layout, p.dtype, |out| {
+        return Tensor::build_on_gpu(gpu, *p.layout, p.dtype, |out| {
             let [a, b] = p.gpu_operands()?;
-            Ok(gpu_kernels::select(gpu, mask.gpu_view_as(&mask_layout)?, a, b, gpu_output(&p.layout, out))?)
+            Ok(gpu_kernels::select(gpu, mask.gpu_view_as(&mask_layout)?, a, b, gpu_output(p.layout, out))?)
         });
     }
     let mask = view::<Bool>(op, mask, &mask_layout)?;
-    for_any!(p.dtype, T => Tensor::build_with_layout::<T>(p.device(), p.layout, |out| {
+    for_any!(p.dtype, T => Tensor::build_like::<T>(p.device(), p.layout, |out| {
         let [a, b] = p.operands::<T>()?;
         kernels::select(mask, a, b, p.output(out));
         Ok(())
