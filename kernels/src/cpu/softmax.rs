@@ -110,13 +110,13 @@ impl<T: FloatElement> WithSimd for Rows<'_, T> {
             if self.kind == Kind::LogForward {
                 shifts = self.log_shifts(s, from, number, first);
             }
-            for i in 0..number {
+            for (i, &shift) in shifts.iter().enumerate().take(number) {
                 let at = (from + i) * self.n..(from + i + 1) * self.n;
                 let a = lanes::read(&self.inputs[0][at.clone()], first);
                 let out = &mut self.out[at.clone()];
                 match self.kind {
                     Kind::Forward => lanes::write(out, third, |y| softmax_row(s, a, y)),
-                    Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, shifts[i], y)),
+                    Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, shift, y)),
                     Kind::Backward => {
                         let b = lanes::read(&self.inputs[1][at], second);
                         lanes::write(out, third, |dx| softmax_backward_row(s, a, b, dx));
