@@ -60,9 +60,7 @@ fn a_training_step_is_recorded_by_name_and_changes_no_bit() {
     assert_eq!(plain.losses, profiled.losses);
     assert_eq!(plain.weights, profiled.weights);
     let calls = calls(&report);
-    for (name, expected) in
-        [("linear", 6), ("linear backward", 6), ("relu", 4), ("relu backward", 4), ("AdamW.step", 2), ("randn", 1), ("randint", 1)]
-    {
+    for (name, expected) in [("linear", 6), ("linear backward", 6), ("relu backward", 4), ("AdamW.step", 2), ("randn", 1), ("randint", 1)] {
         assert_eq!(calls.get(name), Some(&expected), "{name} in {calls:?}");
     }
     assert!(!calls.contains_key(NAMELESS), "{calls:?}");

@@ -460,17 +460,17 @@ fn operands_of(steps: &[Step], value: Value, operands: usize) -> Vec<usize> {
 }
 
 /// Runs a chain over operands that broadcast to `shape`, `None` where it reads none: a tensor for each result.
-fn run(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
+fn run(name: &'static str, chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
     match chain.results() {
-        1 => run_results::<1>(chain, operands, shape),
-        2 => run_results::<2>(chain, operands, shape),
-        _ => run_results::<MAX_RESULTS>(chain, operands, shape),
+        1 => run_results::<1>(name, chain, operands, shape),
+        2 => run_results::<2>(name, chain, operands, shape),
+        _ => run_results::<MAX_RESULTS>(name, chain, operands, shape),
     }
 }
 
-fn run_results<const M: usize>(chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
+fn run_results<const M: usize>(name: &'static str, chain: &Chain, operands: &[Option<&Tensor>], shape: &Shape) -> Result<Vec<Tensor>> {
     let tensors = || operands.iter().copied().flatten();
-    let _running = operation_with("fuse", || tensors().collect(), || Cost::per_element(chain.count() as u64));
+    let _running = operation_with(name, || tensors().collect(), || Cost::flops((chain.count() * shape.numel()) as u64));
     let layout = result_layout(shape, tensors());
     let first = tensors().next().ok_or_else(|| Error::argument("fuse", "needs a tensor"))?;
     let mut layouts: [Option<Layout>; MAX_OPERANDS] = [None; MAX_OPERANDS];
@@ -530,7 +530,7 @@ impl<const N: usize> Fused<N> {
         if !first.dtype().is_float() || !program.steps_are_full(&operands, &shape)? {
             return program.result(&operands);
         }
-        let out = run(chain, &operands.map(Some), &shape)?.swap_remove(0);
+        let out = run(program.name, chain, &operands.map(Some), &shape)?.swap_remove(0);
         let inputs: Vec<&Tensor> = program.uses.iter().map(|u| operands[u.operand]).collect();
         record(program.name, out, &inputs, |needs| Chained::new(program.clone(), &operands, shape, |u| needs.input(u)))
     }
@@ -578,7 +578,8 @@ impl Chained {
         let saved = self.operands.iter().map(|(_, x)| x.as_ref());
         let args: Vec<Option<&Tensor>> = saved.chain([Some(grad)]).collect();
         let together = joint.as_ref().filter(|_| passes.iter().enumerate().all(|(i, pass)| pass.chain.is_none() || wanted(i)));
-        let mut of_joint = together.map(|joint| run(joint, &args, &self.shape)).transpose()?.unwrap_or_default().into_iter();
+        let mut of_joint =
+            together.map(|joint| run(self.program.name, joint, &args, &self.shape)).transpose()?.unwrap_or_default().into_iter();
         let mut done = Vec::with_capacity(passes.len());
         for (i, pass) in passes.iter().enumerate() {
             done.push(match &pass.chain {
@@ -587,7 +588,7 @@ impl Chained {
                 // The joint chain has the results in this order.
                 Some(chain) => match of_joint.next() {
                     Some(gradient) => Some(gradient),
-                    None => Some(run(chain, &args, &self.shape)?.swap_remove(0)),
+                    None => Some(run(self.program.name, chain, &args, &self.shape)?.swap_remove(0)),
                 },
             });
         }

@@ -70,7 +70,7 @@ impl Fused<2> {
             return program.result(&halves(x, dim)?.each_ref());
         };
         let [a, b] = halves(&x.detach(), dim)?;
-        let out = run(chain, &[Some(&a), Some(&b)], a.shape())?.swap_remove(0);
+        let out = run(program.name, chain, &[Some(&a), Some(&b)], a.shape())?.swap_remove(0);
         record(program.name, out, &[x], |_| OfHalves { fused: self.clone(), x: x.clone(), dim })
     }
 }
