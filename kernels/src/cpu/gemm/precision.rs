@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// How exact products of f32 must be, where a machine has faster ones of bf16 (matrix tiles: AMX). Others compute all as
-/// [`Highest`](Self::Highest).
+/// How exact products and convolutions of f32 must be, where a machine has faster ones of bf16 (matrix tiles: AMX; for convolutions at
+/// [`Medium`](Self::Medium) also fast pairs). Others compute all as [`Highest`](Self::Highest).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
 pub enum MatmulPrecision {

@@ -46,7 +46,8 @@ pub(in super::super) fn gather<const PARTS: usize>(
     let failed: Vec<AtomicBool> = (0..g.n).map(|_| AtomicBool::new(false)).collect();
     let col_blocks = g.cout.div_ceil(SIDE);
     let splits = TASKS.div_ceil(units.len() * g.groups).min(col_blocks);
-    let run = Run { g, x, bias, y: SharedMut::new(y), grid: &grid, weights: &weights, plans: &plans };
+    let (source, target) = (x.len() / g.n, y.len() / g.n);
+    let run = Run { g, x, bias, y: SharedMut::new(y), target_len: target, grid: &grid, weights: &weights, plans: &plans };
     let ns = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target() * PARTS / 400;
     let out_of_memory = OnceLock::new();
     parallel::for_each(units.len() * g.groups * splits, ns, |i| {
@@ -61,7 +62,6 @@ pub(in super::super) fn gather<const PARTS: usize>(
     if let Some(error) = out_of_memory.into_inner() {
         return Err(error);
     }
-    let (source, target) = (x.len() / g.n, y.len() / g.n);
     for images in failed.iter().map(|f| f.load(Ordering::Relaxed)).enumerate().collect::<Vec<_>>().chunk_by(|a, b| a.1 == b.1) {
         let (first, count) = (images[0].0, images.len());
         if images[0].1 {
@@ -209,6 +209,8 @@ struct Run<'a> {
     x: &'a [f32],
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
+    /// Values of an image of targets.
+    target_len: usize,
     grid: &'a Grid,
     weights: &'a Weights,
     plans: &'a [Plan<'a>],
@@ -227,88 +229,72 @@ impl Run<'_> {
         if !split::multiplies::<PARTS>(seen, self.weights.seen, g.cin * g.taps()) {
             return Ok(false);
         }
+        let targets: Vec<Vec<usize>> = self.plans.iter().map(|plan| self.targets(plan.class, unit.start)).collect();
         let session = Session::begin();
         for col_block in cols {
-            for (class, plan) in self.plans.iter().enumerate() {
+            let (col, count) = (group * g.cout + col_block * SIDE, SIDE.min(g.cout - col_block * SIDE));
+            let bias = self.bias.map(|bias| &bias[col..col + count]);
+            for (class, (plan, targets)) in self.plans.iter().zip(&targets).enumerate() {
                 let b = self.weights.at(group, col_block, class, PARTS * CHUNK);
                 for (i, at) in unit.images.clone().enumerate() {
-                    let packed = &packed.as_bytes()[i * image..];
-                    self.class::<PARTS>(&session, plan, (at, unit.start), packed, b, (group, col_block * SIDE));
+                    let y = self.y.get().wrapping_add(at * self.target_len + col);
+                    self.class::<PARTS>(&session, &plan.offsets, targets, &packed.as_bytes()[i * image..], b, Columns { y, count, bias });
                 }
             }
         }
         Ok(true)
     }
 
-    /// The targets of a class in one image.
-    fn class<const PARTS: usize>(
-        &self,
-        session: &Session,
-        plan: &Plan,
-        (image, start): (usize, [usize; 3]),
-        packed: &[u8],
-        b: *const u8,
-        (group, col): (usize, usize),
-    ) {
-        let (g, grid) = (self.g, self.grid);
+    /// The targets of a class in one image, which lie where `targets` says relative to `y`.
+    fn class<const PARTS: usize>(&self, session: &Session, offsets: &[usize], targets: &[usize], packed: &[u8], b: *const u8, to: Columns) {
         let cell = PARTS * CELL;
-        let targets = grid.targets(plan.class, start);
-        let run = grid.run(targets);
-        let cols = SIDE.min(g.cout - col);
-        let bias = self.bias.map(|bias| &bias[group * g.cout + col..][..cols]);
         let mut sums = Sums::default();
-        let mut rows = [std::ptr::null_mut(); SIDE];
-        let mut at = [0; 3];
-        for first in (0..run).step_by(SIDE) {
-            for (i, row) in rows.iter_mut().enumerate() {
-                let exists = first + i < run && at[2] < targets[2] && at[1] < targets[1];
-                *row = if exists {
-                    self.target(plan.class, image, std::array::from_fn(|i| start[i] + at[i])).wrapping_add(group * g.cout + col)
-                } else {
-                    std::ptr::null_mut()
-                };
-                advance(&mut at, grid.cells);
-            }
-            if rows.iter().all(|row| row.is_null()) {
+        for (first, rows) in targets.chunks(SIDE).enumerate().map(|(i, rows)| (i * SIDE, rows)) {
+            if rows.iter().all(|&row| row == NONE) {
                 continue;
             }
-            if !plan.offsets.is_empty() {
-                let a =
-                    Rows { base: packed[first * cell..].as_ptr(), row: cell, half: SIDE / 2 * cell, part: CELL, offsets: &plan.offsets };
+            if !offsets.is_empty() {
+                let a = Rows { base: packed[first * cell..].as_ptr(), row: cell, half: SIDE / 2 * cell, part: CELL, offsets };
                 // SAFETY: from the cell of the last target, under any tap, SIDE cells are readable: those of the image, of the next, or the
                 // room behind the last. B has a chunk for each step.
                 unsafe { products::<PARTS>(session, &a, b, sums.block()) };
             }
-            dispatch_widest(Store { sums: &sums, rows: &rows, bias, cols });
+            dispatch_widest(Store { sums: &sums, rows, to: &to });
         }
     }
 
-    /// Where the channels of a class' target are stored.
-    fn target(&self, class: &Class, image: usize, at: [usize; 3]) -> *mut f32 {
-        let g = self.g;
-        let pixel = (0..3).fold(image, |pixel, axis| pixel * g.target[axis] + class.axes[axis].target(at[axis]));
-        self.y.get().wrapping_add(pixel * g.groups * g.cout)
+    /// Where the targets on a class' run lie: values from where their image starts, [`NONE`] for cells that have no target.
+    fn targets(&self, class: &Class, start: [usize; 3]) -> Vec<usize> {
+        let (g, grid) = (self.g, self.grid);
+        let counts = grid.targets(class, start);
+        let mut run = vec![NONE; grid.run(counts)];
+        for (d, h) in (0..counts[0]).flat_map(|d| (0..counts[1]).map(move |h| (d, h))) {
+            let cells = &mut run[(d * grid.cells[1] + h) * grid.cells[2]..][..counts[2]];
+            let line = class.axes[0].target(start[0] + d) * g.target[1] + class.axes[1].target(start[1] + h);
+            for (w, cell) in cells.iter_mut().enumerate() {
+                *cell = (line * g.target[2] + class.axes[2].target(start[2] + w)) * g.groups * g.cout;
+            }
+        }
+        run
     }
 }
 
-/// The next cell.
-fn advance(at: &mut [usize; 3], cells: [usize; 3]) {
-    at[2] += 1;
-    if at[2] == cells[2] {
-        at[2] = 0;
-        at[1] += 1;
-        if at[1] == cells[1] {
-            at[1] = 0;
-            at[0] += 1;
-        }
-    }
+/// In place of a target.
+const NONE: usize = usize::MAX;
+
+/// Some channels of an image.
+struct Columns<'a> {
+    /// The first channel of the first pixel.
+    y: *mut f32,
+    count: usize,
+    bias: Option<&'a [f32]>,
 }
 
 struct Store<'a> {
     sums: &'a Sums<f32>,
-    rows: &'a [*mut f32; SIDE],
-    bias: Option<&'a [f32]>,
-    cols: usize,
+    /// Where the rows of sums go, as far as there are any.
+    rows: &'a [usize],
+    to: &'a Columns<'a>,
 }
 
 impl WithSimd for Store<'_> {
@@ -316,14 +302,15 @@ impl WithSimd for Store<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        for first in (0..self.cols).step_by(S::LANES) {
-            let count = S::LANES.min(self.cols - first);
-            let bias = self.bias.map_or(s.zero(), |bias| s.load_slice_partial(&bias[first..first + count]));
-            for (sums, &row) in self.sums.0.as_chunks::<SIDE>().0.iter().zip(self.rows).filter(|(_, row)| !row.is_null()) {
-                // SAFETY: SIDE is a multiple of LANES; a row has `cols` values, which belong to one unit and block of channels.
+        let Columns { y, count, bias } = *self.to;
+        for first in (0..count).step_by(S::LANES) {
+            let lanes = S::LANES.min(count - first);
+            let bias = bias.map_or(s.zero(), |bias| s.load_slice_partial(&bias[first..first + lanes]));
+            for (sums, &row) in self.sums.0.as_chunks::<SIDE>().0.iter().zip(self.rows).filter(|&(_, &row)| row != NONE) {
+                // SAFETY: SIDE is a multiple of LANES; a target has `count` channels there, which belong to one unit and block of channels.
                 unsafe {
-                    let sum = s.load(sums.as_ptr().add(first)) + bias;
-                    if count == S::LANES { sum.store(row.add(first)) } else { sum.store_partial(row.add(first), count) }
+                    let (sum, row) = (s.load(sums.as_ptr().add(first)) + bias, y.add(row + first));
+                    if lanes == S::LANES { sum.store(row) } else { sum.store_partial(row, lanes) }
                 }
             }
         }
