@@ -2,7 +2,7 @@
 //! index. With `KILN_TEST_DEVICE=cuda` on a GPU, with `KILN_CUDA=emulate` beside it on the emulator of one.
 
 use kiln_tensor::ops::optim::{Adam, Sgd, Update, clamp_, clip_factor, global_norm, scale_, step, step_scaled};
-use kiln_tensor::{DType, Device, Generator, Result, Tensor, forbid_host};
+use kiln_tensor::{DType, Device, Dims, Generator, Result, Tensor, forbid_host, fuse};
 
 fn gpu() -> Option<Device> {
     std::env::var("KILN_TEST_DEVICE").is_ok_and(|device| device == "cuda").then(|| Device::cuda(0).unwrap())
@@ -135,4 +135,39 @@ fn a_step_takes_its_factor_from_the_gpu() {
     let nan = Tensor::full([3], f64::NAN, (DType::F32, device)).unwrap();
     let (norm, factor) = clip_factor(&[nan], 1.0).unwrap();
     assert!(norm.item::<f64>().unwrap().is_nan() && factor.number().unwrap().is_nan());
+}
+
+#[test]
+fn sums_that_end_a_chain_have_its_bits() {
+    let Some(device) = gpu() else { return };
+    let chain = fuse(|[x, b, y]| y + (&x + b).tanh() * x).unwrap();
+    let generator = Generator::new(5);
+    let shapes: [[&[usize]; 3]; 6] = [
+        [&[70_001], &[1], &[70_001]],
+        [&[3, 20_004], &[20_004], &[3, 20_004]],
+        [&[37, 130], &[37, 1], &[1, 130]],
+        [&[600, 64], &[64], &[600, 64]],
+        [&[3, 7, 6, 5], &[7, 1, 1], &[3, 7, 6, 5]],
+        [&[0, 3], &[3], &[0, 3]],
+    ];
+    for shapes in shapes {
+        for dtype in [DType::F32, DType::BF16] {
+            let [x, b, y] = shapes.map(|shape| generator.randn(shape, ()).unwrap().to_dtype(dtype).unwrap().to_device(device).unwrap());
+            for dims in [Dims::All, 0.into(), (-1).into()] {
+                forbid_host(|| -> Result<()> {
+                    let results = chain.call([&x, &b, &y])?;
+                    for (one, other) in [
+                        (chain.sum([&x, &b, &y], dims.clone())?, results.sum(dims.clone())?),
+                        (chain.mean([&x, &b, &y], dims.clone())?, results.mean(dims.clone())?),
+                    ] {
+                        assert_eq!((one.dims(), one.device()), (other.dims(), device));
+                        let bits = |x: &Tensor| values(x).into_iter().map(f64::to_bits).collect::<Vec<_>>();
+                        assert!(bits(&one) == bits(&other), "{dtype} {shapes:?} over {dims:?}");
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            }
+        }
+    }
 }
