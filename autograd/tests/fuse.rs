@@ -1,8 +1,9 @@
-//! Fused chains against the operations that they stand for: bit for bit, forward and gradients, and second derivatives.
+//! Fused chains, and the sums that end them, against the operations that they stand for: bit for bit, forward and gradients, and second derivatives.
 
 use kiln_autograd::{TensorExt, gradcheck, gradgradcheck};
 use kiln_tensor::graph::Source;
-use kiln_tensor::{Activation, DType, Expr, Fused, Generator, Result, Tensor, fuse};
+use kiln_tensor::ops::loss::Reduction;
+use kiln_tensor::{Activation, DType, Dims, Expr, Fused, Generator, Result, Tensor, autocast, fuse};
 
 type Composed = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 type Traced = fn([Expr; 3]) -> Expr;
@@ -86,6 +87,107 @@ fn results_and_gradients_are_those_of_the_operations() -> Result<()> {
     Ok(())
 }
 
+/// The dimensions of a matrix that sums go over.
+fn all_dims() -> [Dims; 5] {
+    [().into(), 0.into(), (-1).into(), [0, 1].into(), [1, 0].into()]
+}
+
+#[test]
+fn sums_and_means_are_those_of_the_results() -> Result<()> {
+    for (name, traced, composed) in cases() {
+        let fused = fuse(traced)?;
+        for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+            for dims in all_dims() {
+                let check = |total: &str, one: Vec<Vec<u64>>, other: Vec<Vec<u64>>| {
+                    for (i, what) in ["result", "gradient of x", "gradient of b", "gradient of y"].iter().enumerate() {
+                        assert!(one[i] == other[i], "{name}, {dtype}, {total} over {dims:?}: {what} differs");
+                    }
+                };
+                let sum = bits(|[x, b, y]| fused.sum([x, b, y], dims.clone()), dtype)?;
+                check("sum", sum, bits(|[x, b, y]| composed(x, b, y)?.sum(dims.clone()), dtype)?);
+                let mean = bits(|[x, b, y]| fused.mean([x, b, y], dims.clone()), dtype)?;
+                check("mean", mean, bits(|[x, b, y]| composed(x, b, y)?.mean(dims.clone()), dtype)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_of_any_size_and_layout_are_those_of_the_results() -> Result<()> {
+    let fused = fuse(|[x, b, y]| y + (&x + b).tanh() * x)?;
+    let composed = |x: &Tensor, b: &Tensor, y: &Tensor| y.add(&x.add(b)?.tanh()?.mul(x)?);
+    let generator = Generator::new(5);
+    let randn = |shape: &[usize]| generator.randn(shape, ());
+    // Several parts of one output, rows longer than a tile, wide columns, channels in the middle and last, and gaps.
+    let inputs = [
+        [randn(&[300_001])?, randn(&[1])?, randn(&[300_001])?],
+        [randn(&[3, 150_007])?, randn(&[150_007])?, randn(&[3, 150_007])?],
+        [randn(&[37, 5001])?, randn(&[37, 1])?, randn(&[5001, 37])?.t()?],
+        [randn(&[1300, 1500])?, randn(&[1500])?, randn(&[1300, 1500])?],
+        [randn(&[20_000, 17])?, randn(&[17])?, randn(&[20_000, 17])?],
+        [randn(&[6, 19, 12, 10])?, randn(&[19, 1, 1])?, randn(&[6, 19, 12, 10])?],
+        [randn(&[6, 12, 10, 19])?.permute(&[0, 3, 1, 2])?, randn(&[19, 1, 1])?, randn(&[6, 19, 12, 10])?],
+        [randn(&[50, 400])?.narrow(1, 3, 333)?, randn(&[333])?, randn(&[100, 333])?.slice(0, 0, 100, 2)?],
+    ];
+    for [x, b, y] in &inputs {
+        for dtype in [DType::F32, DType::F64, DType::BF16] {
+            let (x, b, y) = (x.to_dtype(dtype)?, b.to_dtype(dtype)?, y.to_dtype(dtype)?);
+            let results = composed(&x, &b, &y)?;
+            let rank = x.rank() as isize;
+            let dims: Vec<Dims> = vec![().into(), 0.into(), (-1).into(), (0..rank).filter(|&d| d != 1).collect::<Vec<_>>().into()];
+            for dims in dims {
+                let want = results.sum(dims.clone())?.to_dtype(DType::F64)?.to_vec::<f64>()?;
+                for threads in [1, 2, 7] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let got = pool.install(|| fused.sum([&x, &b, &y], dims.clone()))?;
+                    assert!(got.to_dtype(DType::F64)?.to_vec::<f64>()? == want, "{dtype} {} over {dims:?}, {threads} threads", x.shape());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_of_little_and_of_what_has_no_pass() -> Result<()> {
+    let fused = fuse(|[x, y]| (x - y).square())?;
+    let x = Tensor::zeros([0, 3], DType::F32)?;
+    assert_eq!(fused.sum([&x, &x], 0)?.to_vec::<f32>()?, [0.0; 3]);
+    assert!(fused.mean([&x, &x], ())?.item::<f32>()?.is_nan());
+    assert_eq!(fused.mean([&x, &x], 1)?.dims(), [0]);
+    let x = Tensor::arange(0.0, 12.0, 1.0, DType::I64)?.reshape([3, 4])?;
+    let y = Tensor::ones([4], DType::I64)?;
+    assert_eq!(fused.sum([&x, &y], 0)?.to_vec::<i64>()?, x.sub(&y)?.square()?.sum(0)?.to_vec::<i64>()?);
+    assert!(fused.mean([&x, &y], 0).is_err() && fused.sum([&x, &y], 2).is_err());
+    let half = Tensor::randn([5, 7], DType::F32)?.to_dtype(DType::BF16)?;
+    let sums = autocast(DType::BF16, || fused.sum([&half, &half.neg()?], -1))??;
+    let want = half.sub(&half.neg()?)?.square()?.to_dtype(DType::F32)?.sum(-1)?;
+    assert_eq!((sums.dtype(), sums.to_vec::<f32>()?), (DType::F32, want.to_vec::<f32>()?));
+    assert_eq!(fuse(|[x]| x)?.sum([&half], ())?.to_vec::<kiln_tensor::bf16>()?, half.sum(())?.to_vec::<kiln_tensor::bf16>()?);
+    Ok(())
+}
+
+#[test]
+fn a_loss_is_one_node() -> Result<()> {
+    let (x, t) = (Tensor::rand([6, 5], ())?.requires_grad_()?, Tensor::rand([6, 5], ())?);
+    let losses = [
+        x.mse_loss(&t)?,
+        x.l1_loss(&t)?,
+        x.huber_loss(&t)?,
+        x.smooth_l1_loss_with(&t, 0.5, Reduction::Sum)?,
+        x.bce_with_logits(&t)?,
+        x.bce(&t)?,
+        x.kl_div(&t)?,
+    ];
+    for (i, loss) in losses.iter().enumerate() {
+        let Some(Source::Node(node)) = loss.source() else { panic!("loss {i} is not tracked") };
+        assert_eq!((node.name(), node.inputs().iter().flatten().count()), ("fuse", 1), "loss {i}");
+        loss.backward()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_chain_is_one_node() -> Result<()> {
     for (name, traced, _) in cases() {
@@ -121,6 +223,9 @@ fn gradients_twice() -> Result<()> {
         let f = |t: &[Tensor]| fused.call([&t[0], &t[1], &t[2]]);
         gradcheck(f, &small).unwrap_or_else(|e| panic!("{name}: {e}"));
         gradgradcheck(f, &small).unwrap_or_else(|e| panic!("{name}, second order: {e}"));
+        let f = |t: &[Tensor]| fused.mean([&t[0], &t[1], &t[2]], 0);
+        gradcheck(f, &small).unwrap_or_else(|e| panic!("mean of {name}: {e}"));
+        gradgradcheck(f, &small).unwrap_or_else(|e| panic!("mean of {name}, second order: {e}"));
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::Bench;
 use kiln::nn::{Embedding, Init, LayerNorm, Linear};
-use kiln::optim::{AdamW, AdamWOptions, clip_grad_norm};
+use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
 use kiln::{AttentionOptions, Result, autocast};
 
@@ -92,8 +92,8 @@ fn step(bench: &Bench, name: &str, size: Size, half: bool) -> Result<()> {
         let loss = || model.forward(&input)?.cross_entropy(&target);
         let loss = if half { autocast(DType::BF16, loss)?? } else { loss()? };
         loss.backward()?;
-        clip_grad_norm(&params.params(), 1.0)?;
-        optimizer.step()
+        optimizer.step_clipped(1.0)?;
+        Ok(())
     })
 }
 

@@ -44,10 +44,20 @@ pub fn memory_bound(bench: &Bench) -> Result<()> {
         }
         let mut optimizer = AdamW::new(params.params(), AdamWOptions::default())?;
         bench.run("adamw_8M", || optimizer.step())?;
+        bench.run("adamw_8M_clipped", || optimizer.step_clipped(1.0))?;
     }
     let leaf = x.requires_grad_()?;
     bench.run("layernorm_fwdbwd_4096x1024", || {
         leaf.zero_grad();
         leaf.layer_norm([1024], Some(&w), Some(&b), 1e-5)?.sum(())?.backward()
+    })?;
+    bench.run("mse_fwdbwd_4M", || {
+        leaf.zero_grad();
+        leaf.mse_loss(&y)?.backward()
+    })?;
+    let target = y.sigmoid()?;
+    bench.run("bce_fwdbwd_4M", || {
+        leaf.zero_grad();
+        leaf.bce_with_logits(&target)?.backward()
     })
 }

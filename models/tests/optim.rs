@@ -87,6 +87,86 @@ fn f64_matches_pytorch() {
 }
 
 #[test]
+fn clipped_steps_match_pytorch() {
+    let fixture = fixture();
+    for (name, make) in CASES {
+        let params = params(DType::F64);
+        let mut optimizer = make(&params).unwrap();
+        for t in 1..=STEPS {
+            set_grads(&params, t);
+            optimizer.step_clipped(1.5).unwrap();
+        }
+        for (i, (got, expected)) in flat(&params).iter().zip(&fixture[format!("{name}+clip").as_str()]).enumerate() {
+            assert!((got - expected).abs() < 1e-12, "{name}, element {i}: {got} instead of {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_clipped_step_is_a_step_with_clipped_gradients() {
+    for (name, make) in CASES {
+        for dtype in [DType::F32, DType::F64] {
+            // Clipped, not clipped, and clipped to nothing.
+            for max_norm in [1.5, 100.0, 0.0] {
+                let (whole, split) = (params(dtype), params(dtype));
+                let (mut a, mut b) = (make(&whole).unwrap(), make(&split).unwrap());
+                for t in 1..=4 {
+                    set_grads(&whole, t);
+                    set_grads(&split, t);
+                    let before = whole[0].grad().unwrap().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap();
+                    let norm = a.step_clipped(max_norm).unwrap().item::<f64>().unwrap();
+                    assert_eq!(norm, clip_grad_norm(&split, max_norm).unwrap(), "{name}");
+                    assert_eq!(whole[0].grad().unwrap().to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap(), before, "{name}");
+                    b.step().unwrap();
+                }
+                assert_eq!(flat(&whole), flat(&split), "{name} {dtype} {max_norm}");
+                assert_eq!(bits(&a.state_dict().unwrap()), bits(&b.state_dict().unwrap()), "{name} {dtype} {max_norm}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_that_are_not_finite_change_nothing() {
+    for (name, make) in CASES {
+        let params = params(DType::F32);
+        let mut optimizer = make(&params).unwrap();
+        set_grads(&params, 1);
+        optimizer.step_clipped(1.0).unwrap();
+        let (before, states) = (flat(&params), bits(&optimizer.state_dict().unwrap()));
+        params[1].set_grad(Some(Tensor::full([5], f64::NAN, DType::F32).unwrap())).unwrap();
+        assert!(optimizer.step_clipped(1.0).unwrap().item::<f64>().unwrap().is_nan(), "{name}");
+        assert_eq!(flat(&params), before, "{name}");
+        let changed = bits(&optimizer.state_dict().unwrap()).into_iter().zip(states).filter(|(a, b)| a != b).map(|(a, _)| a.0);
+        assert!(changed.clone().all(|name| name.ends_with(".step")) && changed.count() == 2, "{name}");
+        assert!(optimizer.step_clipped(-1.0).is_err() && optimizer.step_clipped(f64::NAN).is_err());
+    }
+}
+
+#[test]
+fn a_scaler_clips_in_the_same_pass() {
+    for dtype in [DType::F32, DType::F64] {
+        let (whole, split) = (params(dtype), params(dtype));
+        let options = AdamWOptions { lr: 0.02, weight_decay: 0.1, ..Default::default() };
+        let (mut a, mut b) = (AdamW::new(whole.clone(), options).unwrap(), AdamW::new(split.clone(), options).unwrap());
+        let mut scalers = [(); 2].map(|_| GradScaler::new(GradScalerOptions { init_scale: 1024.0, ..Default::default() }).unwrap());
+        for t in 1..=4 {
+            for params in [&whole, &split] {
+                set_grads(params, t);
+                for p in params {
+                    p.set_grad(p.grad().map(|g| g.mul_scalar(1024.0).unwrap())).unwrap();
+                }
+            }
+            assert!(scalers[0].step_clipped(&mut a, &whole, 1.5).unwrap());
+            assert!(scalers[1].unscale(&split).unwrap());
+            clip_grad_norm(&split, 1.5).unwrap();
+            assert!(scalers[1].step(&mut b, &split).unwrap());
+        }
+        assert_eq!(flat(&whole), flat(&split));
+    }
+}
+
+#[test]
 fn other_dtypes_follow_f64() {
     let fixture = fixture();
     for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::F16, 2e-2), (DType::BF16, 0.1)] {

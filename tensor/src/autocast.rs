@@ -75,9 +75,14 @@ pub(crate) fn lowered_option(x: Option<&Tensor>) -> Result<Option<Cow<'_, Tensor
     x.map(lowered).transpose()
 }
 
+/// Whether what needs f32 takes another tensor for `x`.
+pub(crate) fn raises(x: &Tensor) -> bool {
+    TARGET.get().is_some() && is_half(x.dtype())
+}
+
 /// An operand of what needs f32.
 pub(crate) fn raised(x: &Tensor) -> Result<Cow<'_, Tensor>> {
-    if TARGET.get().is_some() && is_half(x.dtype()) { cast(x, DType::F32) } else { Ok(Cow::Borrowed(x)) }
+    if raises(x) { cast(x, DType::F32) } else { Ok(Cow::Borrowed(x)) }
 }
 
 /// [`raised`], of an operand that may be missing.

@@ -1,8 +1,8 @@
 //! What the harness of operations does not run, on a GPU against the processor: new tensors, random numbers, optimiser steps, and what is known of an
 //! index. With `KILN_TEST_DEVICE=cuda` on a GPU, with `KILN_CUDA=emulate` beside it on the emulator of one.
 
-use kiln_tensor::ops::optim::{Adam, Sgd, Update, clamp_, global_norm, scale_, step};
-use kiln_tensor::{DType, Device, Generator, Result, Tensor, forbid_host};
+use kiln_tensor::ops::optim::{Adam, Sgd, Update, clamp_, clip_factor, global_norm, scale_, step, step_scaled};
+use kiln_tensor::{DType, Device, Dims, Generator, Result, Tensor, forbid_host, fuse};
 
 fn gpu() -> Option<Device> {
     std::env::var("KILN_TEST_DEVICE").is_ok_and(|device| device == "cuda").then(|| Device::cuda(0).unwrap())
@@ -105,4 +105,69 @@ fn limits_of_an_index_follow_its_memory() {
     assert!(x.gather(0, &index).is_err());
     let sorted = x.argsort(0, true).unwrap();
     assert_eq!(forbid_host(|| x.index_select(0, &sorted)).unwrap().to_vec::<f32>().unwrap(), [3.0, 2.0, 1.0, 0.0]);
+}
+
+#[test]
+fn a_step_takes_its_factor_from_the_gpu() {
+    let Some(device) = gpu() else { return };
+    for dtype in [DType::F32, DType::F64, DType::BF16] {
+        for max_norm in [0.5, 1e9] {
+            check(&format!("{dtype}, {max_norm}"), device, |device| {
+                let make = |salt: usize, n: usize| {
+                    let numbers: Vec<f64> = (0..n).map(|i| ((i * 7919 + salt * 104_729) % 4001) as f64 / 1000.0 - 2.0).collect();
+                    Tensor::from_vec(numbers, [n])?.to_dtype(dtype)?.to_device(device)
+                };
+                let wide = kiln_tensor::ops::optim::state_dtype(dtype);
+                let (mut params, grads) = ([make(1, 5000)?, make(2, 7)?], [make(3, 5000)?, make(4, 7)?]);
+                let mut states = [[make(5, 5000)?, make(5, 5000)?.square()?], [make(6, 7)?, make(6, 7)?.square()?]];
+                for x in states.iter_mut().flatten() {
+                    *x = x.to_dtype(wide)?;
+                }
+                let rule = Adam { lr: 0.01, beta1: 0.9, beta2: 0.99, eps: 1e-3, weight_decay: 0.1, decoupled: true, step: 3 };
+                let (_, factor) = clip_factor(&grads, max_norm)?;
+                let updates = params.iter_mut().zip(grads).zip(&mut states);
+                let updates = updates.map(|((param, grad), states)| Update { param, grad, states: states.each_mut() });
+                step_scaled(&rule, updates.collect(), &factor)?;
+                Ok(params.into_iter().chain(states.into_iter().flatten()).collect())
+            });
+        }
+    }
+    let nan = Tensor::full([3], f64::NAN, (DType::F32, device)).unwrap();
+    let (norm, factor) = clip_factor(&[nan], 1.0).unwrap();
+    assert!(norm.item::<f64>().unwrap().is_nan() && factor.number().unwrap().is_nan());
+}
+
+#[test]
+fn sums_that_end_a_chain_have_its_bits() {
+    let Some(device) = gpu() else { return };
+    let chain = fuse(|[x, b, y]| y + (&x + b).tanh() * x).unwrap();
+    let generator = Generator::new(5);
+    let shapes: [[&[usize]; 3]; 6] = [
+        [&[70_001], &[1], &[70_001]],
+        [&[3, 20_004], &[20_004], &[3, 20_004]],
+        [&[37, 130], &[37, 1], &[1, 130]],
+        [&[600, 64], &[64], &[600, 64]],
+        [&[3, 7, 6, 5], &[7, 1, 1], &[3, 7, 6, 5]],
+        [&[0, 3], &[3], &[0, 3]],
+    ];
+    for shapes in shapes {
+        for dtype in [DType::F32, DType::BF16] {
+            let [x, b, y] = shapes.map(|shape| generator.randn(shape, ()).unwrap().to_dtype(dtype).unwrap().to_device(device).unwrap());
+            for dims in [Dims::All, 0.into(), (-1).into()] {
+                forbid_host(|| -> Result<()> {
+                    let results = chain.call([&x, &b, &y])?;
+                    for (one, other) in [
+                        (chain.sum([&x, &b, &y], dims.clone())?, results.sum(dims.clone())?),
+                        (chain.mean([&x, &b, &y], dims.clone())?, results.mean(dims.clone())?),
+                    ] {
+                        assert_eq!((one.dims(), one.device()), (other.dims(), device));
+                        let bits = |x: &Tensor| values(x).into_iter().map(f64::to_bits).collect::<Vec<_>>();
+                        assert!(bits(&one) == bits(&other), "{dtype} {shapes:?} over {dims:?}");
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            }
+        }
+    }
 }

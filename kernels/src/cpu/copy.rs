@@ -19,8 +19,8 @@ const TASK: usize = 32 * 1024;
 const TILE: usize = 16;
 
 /// Extent of a transposition's block along the destination's rows and along the source's rows: [`TASK`] elements together. The long side
-/// lies along the source's, where the hardware prefetches.
-const BLOCK_DST: usize = 64;
+/// lies along the destination's, which are written a kilobyte at a time: loads wait side by side, stores one after the other.
+const BLOCK_DST: usize = 256;
 const BLOCK_SRC: usize = TASK / BLOCK_DST;
 
 /// Writes `src` to `out` in row-major order.
@@ -216,15 +216,19 @@ impl<W: Word> WithSimd for Plane<W> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let whole = size_of::<W>() == 4 && self.along.src == 1 && self.across.dst == 1 && TILE.is_multiple_of(S::LANES) && S::LANES > 1;
-        for i in (0..self.across.n).step_by(TILE) {
-            let rows = TILE.min(self.across.n - i);
-            for j in (0..self.along.n).step_by(TILE) {
-                let cols = TILE.min(self.along.n - j);
+        for j in (0..self.along.n).step_by(TILE) {
+            let cols = TILE.min(self.along.n - j);
+            for i in (0..self.across.n).step_by(TILE) {
+                let rows = TILE.min(self.across.n - i);
                 // SAFETY: see the type: the tile stays inside the block.
                 unsafe {
                     let src = self.src.add(i * self.across.src + j * self.along.src);
                     let dst = self.dst.add(i * self.across.dst + j * self.along.dst);
                     if whole && rows == TILE && cols == TILE {
+                        // The lines after the next: the source's rows lie too far apart for the hardware to load ahead.
+                        for row in 0..TILE {
+                            simd.prefetch(src.cast::<f32>().wrapping_add(row * self.across.src + 2 * TILE));
+                        }
                         tile_f32(simd, src.cast(), self.across.src, dst.cast(), self.along.dst);
                     } else {
                         self.tile(src, dst, rows, cols);

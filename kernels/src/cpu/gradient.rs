@@ -18,14 +18,38 @@ fn estimated_ns(bytes: usize) -> usize {
     bytes / 25
 }
 
-/// Σ x², in f64 for every dtype: exact to rounding for f32 gradients of any size. f64 values beyond 1e154 overflow to ∞.
-pub fn sum_squares<T: Float>(x: &[T]) -> f64 {
-    let mut sums = vec![0.0; x.len().div_ceil(TASK)];
-    parallel::for_each_chunk(&mut sums, 1, estimated_ns(size_of_val(x)), |i, sum| {
-        let start = i * TASK;
-        sum[0] = dispatch(SumSquares(&x[start..x.len().min(start + TASK)]));
+/// A list of numbers whose squares are summed.
+pub struct Squares<'a> {
+    len: usize,
+    bytes: usize,
+    /// Σ x² over a range.
+    sum: Box<dyn Fn(usize, usize) -> f64 + Sync + 'a>,
+}
+
+impl<'a> Squares<'a> {
+    /// The squares of these numbers, in f64 for every dtype: exact to rounding for f32 of any size. Those of f64 beyond 1e154 overflow to ∞.
+    pub fn of<T: Float>(x: &'a [T]) -> Self {
+        Self { len: x.len(), bytes: size_of_val(x), sum: Box::new(|start, end| dispatch(SumSquares(&x[start..end]))) }
+    }
+}
+
+/// Σ x² over all lists, in one pass: each list's sum by itself, then theirs in their order.
+pub fn sum_squares(lists: &[Squares<'_>]) -> f64 {
+    let blocks = |(i, list): (usize, &Squares<'_>)| (0..list.len).step_by(TASK).map(move |start| (i, start));
+    let tasks: Vec<(usize, usize)> = lists.iter().enumerate().flat_map(blocks).collect();
+    let mut sums = vec![0.0; tasks.len()];
+    let bytes = lists.iter().map(|list| list.bytes).sum();
+    parallel::for_each_chunk(&mut sums, 1, estimated_ns(bytes), |task, sum| {
+        let (i, start) = tasks[task];
+        sum[0] = (lists[i].sum)(start, lists[i].len.min(start + TASK));
     });
-    sums.iter().sum()
+    let mut rest = sums.as_slice();
+    let of_list = |list: &Squares<'_>| {
+        let (own, others) = rest.split_at(list.len.div_ceil(TASK));
+        rest = others;
+        own.iter().sum::<f64>()
+    };
+    lists.iter().map(of_list).sum()
 }
 
 struct SumSquares<'a, T>(&'a [T]);
@@ -117,12 +141,17 @@ mod tests {
         for n in [0, 1, 15, 16, 17, TASK - 1, TASK, 3 * TASK + 5] {
             let x = values(n);
             let expected: f64 = x.iter().map(|x| x * x).sum();
-            assert!((sum_squares(&x) - expected).abs() <= 1e-11 * expected);
+            assert!((sum_squares(&[Squares::of(&x)]) - expected).abs() <= 1e-11 * expected);
             let single: Vec<f32> = x.iter().map(|&x| x as f32).collect();
-            assert!((sum_squares(&single) - expected).abs() <= 1e-6 * expected);
+            assert!((sum_squares(&[Squares::of(&single)]) - expected).abs() <= 1e-6 * expected);
         }
-        assert_eq!(sum_squares(&[3e38f32, 3e38]), 2.0 * (3e38f32 as f64).powi(2));
-        assert!(sum_squares(&[1.0, f64::NAN]).is_nan());
+        assert_eq!(sum_squares(&[]), 0.0);
+        let large = [3e38f32, 3e38];
+        assert_eq!(sum_squares(&[Squares::of(&large)]), 2.0 * (3e38f32 as f64).powi(2));
+        assert!(sum_squares(&[Squares::of(&large), Squares::of(&[1.0, f64::NAN])]).is_nan());
+        let (x, y) = (values(2 * TASK + 3), values(7));
+        let one_by_one = sum_squares(&[Squares::of(&x)]) + sum_squares(&[Squares::of(&y)]);
+        assert_eq!(sum_squares(&[Squares::of(&x), Squares::of::<f32>(&[]), Squares::of(&y)]), one_by_one);
     }
 
     #[test]
@@ -130,7 +159,7 @@ mod tests {
         let x: Vec<f32> = values(5 * TASK + 7).iter().map(|&x| x as f32).collect();
         let bits = [1, 2, 7].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| sum_squares(&x)).to_bits()
+            pool.install(|| sum_squares(&[Squares::of(&x), Squares::of(&x[..TASK + 9])])).to_bits()
         });
         assert!(bits[0] == bits[1] && bits[0] == bits[2]);
     }

@@ -65,8 +65,8 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
     let plan = Plan::new(&out, row.ns * cost_factor::<T>(), operands.map(|o| Source::new(o, &out)));
     plan.run([out.data], &|inputs, [out]: [*mut T; 1], len| {
         if T::CONVERTS {
-            let mut results = MaybeUninit::<[T::Compute; TILE]>::uninit();
-            let results = results.as_mut_ptr().cast::<T::Compute>();
+            let mut results = Tile::<T::Compute>::new();
+            let results = results.as_mut_ptr();
             // SAFETY: a converting plan gives at most TILE elements at a time, which `results` has room for; the plan vouches
             // for the inputs and the output.
             unsafe {
@@ -107,8 +107,8 @@ where
             // SAFETY: both are one type; the plan vouches for the input and the output.
             return unsafe { B::narrow(x.cast(), out, len) };
         }
-        let mut converted = MaybeUninit::<[B::Compute; TILE]>::uninit();
-        let converted = converted.as_mut_ptr().cast::<B::Compute>();
+        let mut converted = Tile::<B::Compute>::new();
+        let converted = converted.as_mut_ptr();
         // SAFETY: a tiled plan gives at most TILE elements at a time, which `converted` has room for; the plan vouches for the
         // input and the output.
         unsafe {
@@ -356,16 +356,32 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     }
 }
 
+/// A tile's room, of whole cache lines: a vector that crosses them costs twice.
+#[repr(C, align(64))]
+struct Tile<T>(MaybeUninit<[T; TILE]>);
+
+impl<T> Tile<T> {
+    #[inline(always)]
+    const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    #[inline(always)]
+    fn as_mut_ptr(&mut self) -> *mut T {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
 /// Where a source that is not read in place brings its tiles. Apart from the [`Reader`], which moves: this is never copied.
 struct Room<T: Stored> {
-    tile: MaybeUninit<[T; TILE]>,
-    converted: MaybeUninit<[T::Compute; TILE]>,
+    tile: Tile<T>,
+    converted: Tile<T::Compute>,
 }
 
 impl<T: Stored> Room<T> {
     #[inline(always)]
     const fn new() -> Self {
-        Self { tile: MaybeUninit::uninit(), converted: MaybeUninit::uninit() }
+        Self { tile: Tile::new(), converted: Tile::new() }
     }
 
     #[inline(always)]
@@ -406,7 +422,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
         if matches!(self.source, Source::Unused) {
             return std::ptr::null();
         }
-        let to = self.room.converted.as_mut_ptr().cast();
+        let to = self.room.converted.as_mut_ptr();
         if T::CONVERTS && self.filled >= len {
             return to;
         }
@@ -445,7 +461,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     fn brought(&mut self, len: usize) -> *const T {
         // A plan whose tiles are too long for a source would write beyond this one: better a panic.
         assert!(len <= TILE, "a tile of {len} elements");
-        let tile = self.room.tile.as_mut_ptr().cast::<T>();
+        let tile = self.room.tile.as_mut_ptr();
         if self.filled >= len {
             return tile;
         }

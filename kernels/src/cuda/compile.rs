@@ -36,6 +36,8 @@ const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("attention/attention.cuh")),
     ("kiln.cuh", include_str!("kiln.cuh")),
     ("math.cuh", include_str!("math.cuh")),
+    ("elements.cuh", include_str!("elements.cuh")),
+    ("operands.cuh", include_str!("operands.cuh")),
     ("philox.cuh", include_str!("philox.cuh")),
     ("ptx.cuh", include_str!("ptx.cuh")),
     ("softmax.cuh", include_str!("softmax.cuh")),

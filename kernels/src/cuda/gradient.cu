@@ -75,6 +75,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) total(const double* partia
 }
 KILN_KERNEL(total)
 
+// The root of a total of squares, and what brings it to `max_norm`: 1 if it is not larger, NaN if it is not finite.
+extern "C" __global__ void clip_factor(const double* total, double max_norm, double* norm, double* factor) {
+    const double root = __dsqrt_rn(total[0]);
+    const double clip = __ddiv_rn(max_norm, __dadd_rn(root, 1e-6));
+    const double nothing = root - root;
+    norm[0] = root;
+    factor[0] = nothing == 0 ? (clip < 1 ? clip : 1.0) : nothing;
+}
+KILN_KERNEL(clip_factor)
+
 template <class F> __device__ __forceinline__ void for_each(T* x, i64 n, F f) {
     const i64 whole = (u64)x % 16 == 0 ? n / VEC : 0;
     for (i64 i = global_thread(); i < whole; i += global_threads()) {

@@ -50,6 +50,24 @@ pub fn sum_squares(gpu: &'static Gpu, slices: &[Slice<'_>]) -> Result<DeviceBuff
     Ok(sum)
 }
 
+/// From a sum of squares: its root, and the factor that brings it to `max_norm` (1 if it is not larger, NaN if it is not finite), each one f64.
+/// Nothing waits for them.
+///
+/// # Panics
+/// If an output is not one f64.
+pub fn clip_factor(
+    gpu: &'static Gpu,
+    sum: &DeviceBuffer,
+    max_norm: f64,
+    norm: SliceMut<'_>,
+    factor: SliceMut<'_>,
+) -> Result<(), CudaError> {
+    assert!([&norm, &factor].iter().all(|x| x.ty() == Type::F64 && x.len() == 1) && sum.len() >= 8, "one f64 each");
+    let kernel = gpu.module(&SOURCE, &[("T", "float")])?.kernel("clip_factor")?;
+    // SAFETY: the kernel reads the sum and writes one f64 to each output (asserted above).
+    unsafe { kernel.launch(Launch::blocks(1, 1), &[&sum.ptr(), &max_norm, &norm.ptr(), &factor.ptr()]) }
+}
+
 /// A number as a kernel's `Compute<T>` takes it.
 enum Computed {
     Single(f32),

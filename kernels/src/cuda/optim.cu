@@ -73,7 +73,13 @@ template <class X> struct Pieces {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) optim_step(const __grid_constant__ Table table, i32 count, const __grid_constant__ Constants constants) {
+extern "C" __global__ void __launch_bounds__(THREADS) optim_step(const __grid_constant__ Table table, i32 count, const __grid_constant__ Constants constants, const double* factor,
+                                                               double number) {
+    // Of all gradients; NaN leaves out the step.
+    const A scale = (A)(factor ? *factor : number);
+    if (scale != scale) {
+        return;
+    }
     // The last tensor that begins at this block or before.
     i32 low = 0, high = count;
     while (high - low > 1) {
@@ -116,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) optim_step(const __grid_co
             for (int k = 0; k < STATES; ++k) {
                 states.s[k] = s[k][j];
             }
-            update(x, widen(g[j]), states, constants.c);
+            update(x, mul(widen(g[j]), scale), states, constants.c);
             p[j] = narrow<T>(x);
 #pragma unroll
             for (int k = 0; k < STATES; ++k) {
@@ -137,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) optim_step(const __grid_co
         for (int k = 0; k < STATES; ++k) {
             states.s[k] = state[k][i];
         }
-        update(x, load(grad + i), states, constants.c);
+        update(x, mul(load(grad + i), scale), states, constants.c);
         store(param + i, x);
 #pragma unroll
         for (int k = 0; k < STATES; ++k) {

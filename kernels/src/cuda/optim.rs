@@ -7,7 +7,7 @@ use super::Source;
 use super::error::CudaError;
 use super::gpu::Gpu;
 use super::launch::{Launch, impl_arg};
-use super::memory::{Slice, SliceMut, Type};
+use super::memory::{DevicePtr, Slice, SliceMut, Type};
 use crate::cpu::optim::{Rule, Value};
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -39,6 +39,15 @@ pub struct Slot<'a, const N: usize> {
     pub states: [SliceMut<'a>; N],
 }
 
+/// What every gradient is multiplied by, rounded to the type of the arithmetic first. NaN leaves everything as it is.
+#[derive(Clone, Copy, Debug)]
+pub enum Factor<'a> {
+    /// This number.
+    Number(f64),
+    /// One f64 in the GPU's memory, which the host need not know.
+    Device(Slice<'a>),
+}
+
 /// Updates every tensor of the list. f16 and bf16 parameters are updated in f32 and rounded once.
 ///
 /// # Errors
@@ -46,7 +55,7 @@ pub struct Slot<'a, const N: usize> {
 ///
 /// # Panics
 /// If the slices of a slot differ in length, or have other types than said.
-pub fn step<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, slots: &[Slot<'_, N>]) -> Result<(), CudaError> {
+pub fn step<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, factor: Factor<'_>, slots: &[Slot<'_, N>]) -> Result<(), CudaError> {
     for slot in slots {
         let (n, ty) = (slot.param.len(), slot.param.ty());
         let state = state_type(ty);
@@ -56,6 +65,7 @@ pub fn step<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, slots: &[Slo
         );
         assert!(slot.grad.len() == n && slot.states.iter().all(|s| s.len() == n), "parameter, gradient and states differ in length");
     }
+    assert!(!matches!(&factor, Factor::Device(x) if x.ty() != Type::F64 || x.len() != 1), "a factor is one f64");
     if slots.is_empty() {
         return Ok(());
     }
@@ -63,7 +73,7 @@ pub fn step<const N: usize>(gpu: &'static Gpu, rule: &impl Rule<N>, slots: &[Slo
     for ty in [Type::F32, Type::F64, Type::F16, Type::BF16] {
         let mut of_type = slots.iter().filter(|slot| slot.param.ty() == ty && !slot.param.is_empty()).peekable();
         while of_type.peek().is_some() {
-            launch(gpu, &formula, ty, &mut of_type)?;
+            launch(gpu, &formula, factor, ty, &mut of_type)?;
         }
     }
     Ok(())
@@ -77,6 +87,7 @@ fn state_type(param: Type) -> Type {
 fn launch<'a, 's: 'a, const N: usize>(
     gpu: &'static Gpu,
     formula: &Formula,
+    factor: Factor<'_>,
     ty: Type,
     slots: &mut impl Iterator<Item = &'a Slot<'s, N>>,
 ) -> Result<(), CudaError> {
@@ -92,12 +103,16 @@ fn launch<'a, 's: 'a, const N: usize>(
     let states = STATES.get(N).ok_or_else(|| CudaError::Unavailable(format!("a rule of {N} states: eight are the most")))?;
     let kernel = gpu.module(&SOURCE, &[("T", ty.name()), ("STATES", states), ("RULE", &formula.text)])?.kernel("optim_step")?;
     let grid = Launch::blocks(blocks, 256);
+    let (at, number) = match factor {
+        Factor::Number(number) => (DevicePtr::NULL, number),
+        Factor::Device(x) => (x.ptr(), 1.0),
+    };
     // SAFETY: the table holds `count` tensors whose blocks add up to the grid; every slice covers its length, which the kernel does not leave,
-    // and those that are written are borrowed mutably. The constants have the type that the kernel computes in.
+    // and those that are written are borrowed mutably. The constants have the type that the kernel computes in; a factor in memory is one f64.
     unsafe {
         match ty {
-            Type::F64 => kernel.launch(grid, &[&table, &count, &Constants(formula.constants)]),
-            _ => kernel.launch(grid, &[&table, &count, &Constants(formula.constants.map(|c| c as f32))]),
+            Type::F64 => kernel.launch(grid, &[&table, &count, &Constants(formula.constants), &at, &number]),
+            _ => kernel.launch(grid, &[&table, &count, &Constants(formula.constants.map(|c| c as f32)), &at, &number]),
         }
     }
 }
@@ -212,6 +227,9 @@ mod tests {
     use crate::element::Float;
     use half::{bf16, f16};
 
+    /// Of the gradients.
+    const FACTOR: f64 = 0.7;
+
     /// Values in (-2, 2), zero among them.
     fn values(n: usize, salt: usize) -> Vec<f64> {
         (0..n).map(|i| ((i * 7919 + salt * 104_729) % 4001) as f64 / 1000.0 - 2.0).collect()
@@ -241,7 +259,9 @@ mod tests {
                 let each = params.iter_mut().zip(&mut states).zip(&on_gpu);
                 let slots =
                     each.map(|((p, s), g)| Slot { param: p.slice_mut(), grad: g.slice(), states: s.each_mut().map(|s| s.slice_mut()) });
-                step(gpu, &rule(t as u64), &slots.collect::<Vec<_>>()).unwrap();
+                let factor = Values::new(gpu, Type::F64, &[FACTOR]);
+                let factor = if t == 1 { Factor::Number(FACTOR) } else { Factor::Device(factor.slice()) };
+                step(gpu, &rule(t as u64), factor, &slots.collect::<Vec<_>>()).unwrap();
                 for ((p, s), g) in expected.iter_mut().zip(&grads) {
                     step_on_host(&rule(t as u64), ty, p, g, s);
                     p.iter_mut().for_each(|x| *x = round(ty, *x));
@@ -257,11 +277,11 @@ mod tests {
     /// In f64, or in f32 for the other types.
     fn step_on_host<const N: usize>(rule: &impl Rule<N>, ty: Type, p: &mut [f64], g: &[f64], s: &mut [Vec<f64>; N]) {
         if ty == Type::F64 {
-            return optim::step(rule, vec![optim::Slot { param: p, grad: g, states: s.each_mut().map(|s| &mut s[..]) }]);
+            return optim::step_scaled(rule, FACTOR, vec![optim::Slot { param: p, grad: g, states: s.each_mut().map(|s| &mut s[..]) }]);
         }
         let single = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let (mut p32, g32, mut s32) = (single(p), single(g), s.each_ref().map(|s| single(s)));
-        optim::step(rule, vec![optim::Slot { param: &mut p32, grad: &g32, states: s32.each_mut().map(|s| &mut s[..]) }]);
+        optim::step_scaled(rule, FACTOR, vec![optim::Slot { param: &mut p32, grad: &g32, states: s32.each_mut().map(|s| &mut s[..]) }]);
         let widen = |to: &mut [f64], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, &f)| *t = f as f64);
         widen(p, &p32);
         s.iter_mut().zip(&s32).for_each(|(s, s32)| widen(s, s32));
@@ -297,7 +317,9 @@ mod tests {
         let grads: Vec<Values> = (0..200).map(|n| Values::new(gpu, Type::F32, &vec![n as f64; n % 9])).collect();
         let rule = Sgd { lr: 0.5, momentum: 0.0, dampening: 0.0, weight_decay: 0.0, nesterov: false, first_step: false };
         let slots = params.iter_mut().zip(&grads).map(|(p, g)| Slot { param: p.slice_mut(), grad: g.slice(), states: [] });
-        step::<0>(gpu, &rule, &slots.collect::<Vec<_>>()).unwrap();
+        step::<0>(gpu, &rule, Factor::Number(1.0), &slots.collect::<Vec<_>>()).unwrap();
+        let slots = params.iter_mut().zip(&grads).map(|(p, g)| Slot { param: p.slice_mut(), grad: g.slice(), states: [] });
+        step::<0>(gpu, &rule, Factor::Number(f64::NAN), &slots.collect::<Vec<_>>()).unwrap();
         assert!(params.iter().enumerate().all(|(n, p)| p.read().iter().all(|&x| x == 1.0 - n as f64 / 2.0)));
     }
 }

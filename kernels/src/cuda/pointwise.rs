@@ -78,30 +78,48 @@ unsafe impl<const M: usize> Arg for Results<M> {
 /// Numbers of a layout's dimensions, on the stack: launches are many.
 type Few = [usize; 8];
 
-/// The dimensions of more than one element in the order of the output's memory, slowest first, and how many they are.
-fn memory_order(out: &Output<'_>) -> (Few, usize) {
-    let (mut order, mut rank) = ([0; 8], 0);
-    for d in (0..out.shape.len()).filter(|&d| out.shape[d] != 1) {
-        order[rank] = d;
-        rank += 1;
+/// Dense results: where the first lies, if it does, their type and extents, and a permutation of a row-major layout without gaps.
+#[derive(Clone, Copy)]
+struct Dense<'a> {
+    ptr: DevicePtr,
+    /// All addresses, or-ed: what they are aligned to.
+    addresses: u64,
+    ty: Type,
+    shape: &'a [usize],
+    strides: &'a [usize],
+}
+
+impl<'a> Dense<'a> {
+    fn of<const M: usize>(outs: &[Output<'a>; M]) -> Self {
+        let out = &outs[0];
+        let addresses = outs.iter().fold(0, |all, out| all | out.data.ptr().address());
+        let dense = Self { ptr: out.data.ptr(), addresses, ty: out.data.ty(), shape: out.shape, strides: out.strides };
+        let fits = |o: &Output<'_>| o.data.len() == dense.numel() && o.shape == out.shape && o.strides == out.strides;
+        assert!(outs.iter().all(fits), "outputs have as many elements as their one shape, and one order of memory");
+        dense
     }
-    order[..rank].sort_by_key(|&d| std::cmp::Reverse(out.strides[d]));
-    (order, rank)
+
+    fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The dimensions of more than one element in the order of the memory, slowest first, and how many they are.
+    fn memory_order(&self) -> (Few, usize) {
+        let (mut order, mut rank) = ([0; 8], 0);
+        for d in (0..self.shape.len()).filter(|&d| self.shape[d] != 1) {
+            order[rank] = d;
+            rank += 1;
+        }
+        order[..rank].sort_by_key(|&d| std::cmp::Reverse(self.strides[d]));
+        (order, rank)
+    }
 }
 
 impl<const N: usize> Operands<N> {
-    /// What the kernel needs to know of the operands, all seen in the order of the outputs' memory. `sizes` are those of the operands' elements.
-    fn new<const M: usize>(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], outs: &[Output<'_>; M]) -> Self {
-        let out = &outs[0];
-        assert!(
-            outs.iter().all(|o| o.data.len() == out.data.len() && o.shape == out.shape && o.strides == out.strides),
-            "all outputs have one shape and order of memory"
-        );
-        assert!(
-            out.data.len() == out.shape.iter().product::<usize>() && out.shape.len() <= 8,
-            "the output has as many elements as its shape"
-        );
-        let (order, rank) = memory_order(out);
+    /// What the kernel needs to know of the operands, all seen in the order of the output's memory. `sizes` are those of the operands' elements.
+    fn new(params: Params, operands: [Operand<'_>; N], sizes: [usize; N], out: &Dense<'_>) -> Self {
+        assert!(out.shape.len() <= 8, "at most eight dimensions");
+        let (order, rank) = out.memory_order();
         let ordered = |of: &[usize]| {
             let mut few: Few = [0; 8];
             few.iter_mut().zip(&order[..rank]).for_each(|(to, &d)| *to = of[d]);
@@ -118,12 +136,12 @@ impl<const N: usize> Operands<N> {
             shape: [0; 8],
             rank: 0,
             width: 1,
-            numel: out.data.len() as i64,
+            numel: out.numel() as i64,
         };
         for (k, operand) in operands.iter().enumerate() {
             match operand {
                 Operand::Scalar(x) => this.number[k] = *x,
-                Operand::Output => this.data[k] = out.data.ptr(),
+                Operand::Output => this.data[k] = out.ptr,
                 Operand::View(view) => {
                     assert!(view.shape() == out.shape, "a view has the output's shape");
                     this.data[k] = view.ptr();
@@ -136,8 +154,7 @@ impl<const N: usize> Operands<N> {
             (this.rank, this.shape, this.strides[k]) = (merged.rank() as i32, merged.shape(), merged.strides());
         }
         let wide = 16 / out_size(&sizes);
-        let aligned = 16.min((wide * out.data.ty().size()) as u64);
-        if this.is_wide(wide, &sizes) && outs.iter().all(|out| out.data.ptr().is_aligned(aligned)) {
+        if this.is_wide(wide, &sizes) && out.addresses.is_multiple_of(16.min((wide * out.ty.size()) as u64)) {
             this.width = wide as i32;
         }
         this
@@ -177,7 +194,7 @@ fn run<const N: usize, const M: usize>(
     sizes: [usize; N],
     outs: [Output<'_>; M],
 ) -> Result<(), CudaError> {
-    Operands::new(params, operands, sizes, &outs).launch(kernel, outs)
+    Operands::new(params, operands, sizes, &Dense::of(&outs)).launch(kernel, outs)
 }
 
 /// The size of the type T that the kernel is compiled for: that of the last operand (the first may be a mask).
@@ -334,7 +351,7 @@ fn literal(x: f64) -> String {
 }
 
 /// The function `chained` that a chain stands for.
-fn chain_text(chain: &Chain, operands: usize) -> String {
+fn chain_text(chain: &Chain) -> String {
     let mut functions: Vec<&str> = Vec::new();
     let (mut text, mut body) = (String::new(), String::new());
     let mut slots = [0; 16];
@@ -367,12 +384,7 @@ fn chain_text(chain: &Chain, operands: usize) -> String {
         }
         slots[step.to] = i;
     }
-    let _ = write!(
-        text,
-        "__device__ __forceinline__ void chained(const A* v, const A* p, T* results) {{\n{body}}}\n\
-         KILN_POINTWISE_RESULTS(kernel_chain, {operands}, T, T, {}, chained)\n",
-        chain.results()
-    );
+    let _ = writeln!(text, "__device__ __forceinline__ void chained(const A* v, const A* p, T* results) {{\n{body}}}");
     text
 }
 
@@ -391,11 +403,64 @@ pub fn apply_chain<const M: usize>(
         return Ok(());
     }
     let ty = outs[0].data.ty();
-    let mut all = [Operand::Scalar(0.0); MAX_OPERANDS];
-    all[..operands.len()].copy_from_slice(operands);
-    let text = chain_text(chain, operands.len());
+    let all = padded(operands);
+    let kernel_text = format!("KILN_POINTWISE_RESULTS(kernel_chain, {}, T, T, {M}, chained)\n", operands.len());
+    let text = chain_text(chain) + &kernel_text;
     let kernel = kernel(gpu, &[ty.name(), " ", &text], ty, MAX_OPERANDS, "chain", || text.clone())?;
     run(kernel, [0.0; 2], all, [ty.size(); MAX_OPERANDS], outs)
+}
+
+fn padded<'a>(operands: &[Operand<'a>]) -> [Operand<'a>; MAX_OPERANDS] {
+    let mut all = [Operand::Scalar(0.0); MAX_OPERANDS];
+    all[..operands.len()].copy_from_slice(operands);
+    all
+}
+
+/// The results of a chain that are never in memory as a whole: a reduction makes them as it reads them. It takes them for elements of a dense tensor.
+#[derive(Debug)]
+pub struct ChainResults<'a> {
+    operands: Operands<MAX_OPERANDS>,
+    text: String,
+    ty: Type,
+    shape: &'a [usize],
+    strides: &'a [usize],
+}
+
+impl<'a> ChainResults<'a> {
+    /// The results of `chain` over these operands of type `ty`; `strides` are a permutation of a row-major layout without gaps.
+    ///
+    /// # Panics
+    /// If the chain has several results, a view has another shape, an operand is the output, of which there is none, or there are more than [`MAX_OPERANDS`] operands.
+    pub fn new(chain: &Chain, operands: &[Operand<'_>], ty: Type, shape: &'a [usize], strides: &'a [usize]) -> Self {
+        assert_eq!(chain.results(), 1, "one result is reduced");
+        assert!(!operands.iter().any(|o| matches!(o, Operand::Output)), "results that are not in memory cannot be read");
+        let text = format!("{}constexpr int CHAINED = {};\n", chain_text(chain), operands.len());
+        let nowhere = Dense { ptr: DevicePtr::NULL, addresses: 0, ty, shape, strides };
+        let operands = Operands::new([0.0; 2], padded(operands), [ty.size(); MAX_OPERANDS], &nowhere);
+        Self { operands, text, ty, shape, strides }
+    }
+
+    pub(super) fn ty(&self) -> Type {
+        self.ty
+    }
+    pub(super) fn shape(&self) -> &'a [usize] {
+        self.shape
+    }
+    pub(super) fn strides(&self) -> &'a [usize] {
+        self.strides
+    }
+    /// Whether operands are read by 16 bytes.
+    pub(super) fn is_wide(&self) -> bool {
+        self.operands.width > 1
+    }
+    /// The kernel's argument.
+    pub(super) fn arg(&self) -> &dyn Arg {
+        &self.operands
+    }
+    /// The function `chained`, and of how many operands it is.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 // Reductions, compiled for one element type and one fold: -DT=float -DFLOAT_FOLDS=1 (for floats) -DFOLD=Sum -DVECTOR=1 (packs of
-// elements may be loaded as one) -DPATTERN=0 (rows_by_lanes), 1 (rows_by_blocks) or 2 (columns).
+// elements may be loaded as one) -DPATTERN=0 (rows_by_lanes), 1 (rows_by_blocks) or 2 (columns). With -DCHAIN=1 (and what `operands.cuh` asks for) the
+// elements are the results of the function `chained` of CHAINED operands, which stands above this file then.
 //
 //   rows:     neighbours in memory belong to one output. A group of lanes, or a block, folds each.
 //   columns:  neighbours in memory belong to different outputs. A thread folds a few columns, the rows of a block's threads are merged.
@@ -8,6 +9,7 @@
 // A thread takes a batch of elements at a time: the batch is combined in the lane type (as a tree), and its result is merged into a wide
 // accumulator, so that rounding does not grow with the length. Which elements make a batch follows from the shape alone.
 #include "kiln.cuh"
+#include "elements.cuh"
 
 constexpr bool IS_FLOAT = is_float_type<T>;
 
@@ -518,7 +520,7 @@ template <class X> __device__ __forceinline__ Lane lane_of(X x) {
 }
 
 // Folds every `lanes`-th pack of units first .. end of the row at x.
-__device__ __forceinline__ Acc fold_row(const T* x, const Plan& p, i64 first, i64 end, i64 lane, i64 lanes, const Results& r) {
+__device__ __forceinline__ Acc fold_row(const Elements x, const Plan& p, i64 first, i64 end, i64 lane, i64 lanes, const Results& r) {
     Acc acc = F::empty();
     const i64 packs = (p.run + PACK - 1) / PACK;
     const bool single = p.reduced_rank <= 1;
@@ -536,16 +538,16 @@ __device__ __forceinline__ Acc fold_row(const T* x, const Plan& p, i64 first, i6
             at *= PACK;
             places[k] = at;
             const i64 left = unit < end ? p.run - at : 0;
-            const T* from = x + start + at * p.stride;
+            const Elements from = x.from(start + at * p.stride);
             T* to = raw + k * PACK;
             if (left >= PACK) {
                 valid |= (~0ull >> (64 - PACK)) << (k * PACK);
 #if VECTOR
-                *(Pack<T, PACK>*)to = *(const Pack<T, PACK>*)from;
+                from.pack<PACK>(0, to);
 #else
 #pragma unroll
                 for (int j = 0; j < PACK; ++j) {
-                    to[j] = from[j * p.stride];
+                    to[j] = from.at(j * p.stride);
                 }
 #endif
             } else {
@@ -553,7 +555,7 @@ __device__ __forceinline__ Acc fold_row(const T* x, const Plan& p, i64 first, i6
                 for (int j = 0; j < PACK; ++j) {
                     to[j] = T{};
                     if (j < left) {
-                        to[j] = from[j * p.stride];
+                        to[j] = from.at(j * p.stride);
                         valid |= 1ull << (k * PACK + j);
                     }
                 }
@@ -600,7 +602,7 @@ __device__ __forceinline__ Acc merge_block(Acc acc, Acc* scratch) {
 
 #if PATTERN == 0
 // A group of `lanes` threads (up to 32) for each output.
-extern "C" __global__ void __launch_bounds__(THREADS) rows_by_lanes(const T* x, const Plan p, const Results r) {
+extern "C" __global__ void __launch_bounds__(THREADS) rows_by_lanes(const __grid_constant__ Input x, const Plan p, const Results r) {
     const int lanes = p.lanes, lane = threadIdx.x % lanes, per_block = THREADS / lanes;
     for (i64 first = (i64)blockIdx.x * per_block; first < p.outputs; first += (i64)gridDim.x * per_block) {
         const i64 o = first + threadIdx.x / lanes;
@@ -608,7 +610,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows_by_lanes(const T* x, 
         Acc acc = F::empty();
         if (o < p.outputs) {
             kept_offsets(p, p.kept_rank, o, in, out);
-            acc = fold_row(x + in, p, 0, p.units, lane, lanes, r);
+            acc = fold_row(elements(x).from(in), p, 0, p.units, lane, lanes, r);
         }
         acc = merge_lanes(acc, lanes);
         if (lane == 0 && o < p.outputs) {
@@ -621,14 +623,14 @@ KILN_KERNEL(rows_by_lanes)
 
 #if PATTERN == 1
 // A block for each part of each output. With several parts, `parts` gets the accumulators.
-extern "C" __global__ void __launch_bounds__(THREADS) rows_by_blocks(const T* x, const Plan p, const Results r, Acc* parts) {
+extern "C" __global__ void __launch_bounds__(THREADS) rows_by_blocks(const __grid_constant__ Input x, const Plan p, const Results r, Acc* parts) {
     __shared__ Acc scratch[THREADS / 32];
     for (i64 task = blockIdx.x; task < p.outputs * p.parts; task += gridDim.x) {
         i64 part = 0, in, out;
         const i64 o = p.parts == 1 ? task : divide(task, p.parts, part);
         kept_offsets(p, p.kept_rank, o, in, out);
         const i64 first = part * p.part, end = first + p.part < p.units ? first + p.part : p.units;
-        const Acc acc = merge_block(fold_row(x + in, p, first, end, threadIdx.x, THREADS, r), scratch);
+        const Acc acc = merge_block(fold_row(elements(x).from(in), p, first, end, threadIdx.x, THREADS, r), scratch);
         if (threadIdx.x == 0) {
             if (p.parts == 1) {
                 F::finish(acc, r, out);
@@ -644,7 +646,7 @@ KILN_KERNEL(rows_by_blocks)
 
 #if PATTERN == 2
 // A block for each part of each tile of `lanes` packs of columns.
-extern "C" __global__ void __launch_bounds__(THREADS) columns(const T* x, const Plan p, const Results r, Acc* parts) {
+extern "C" __global__ void __launch_bounds__(THREADS) columns(const __grid_constant__ Input x, const Plan p, const Results r, Acc* parts) {
     __shared__ Acc scratch[THREADS * COLUMNS];
     const int across = p.lanes, down = THREADS / across, tx = threadIdx.x % across, ty = threadIdx.x / across;
     const i64 outer = p.outputs / p.run;
@@ -661,23 +663,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) columns(const T* x, const 
             acc[j] = F::empty();
         }
         if (left > 0) {
-            const T* base = x + in + column * p.stride;
+            const Elements base = elements(x).from(in + column * p.stride);
             for (i64 row = first + ty; row < end; row += (i64)down * ROWS) {
                 alignas(16) T raw[ROWS][COLUMNS];
 #pragma unroll
                 for (int k = 0; k < ROWS; ++k) {
                     const i64 at = row + (i64)k * down;
                     const bool exists = at < end;
-                    const T* from = base + (exists ? reduced_offset(p, p.reduced_rank, at) : 0);
+                    const Elements from = base.from(exists ? reduced_offset(p, p.reduced_rank, at) : 0);
 #if VECTOR
                     if (left >= COLUMNS) {
-                        *(Pack<T, COLUMNS>*)raw[k] = exists ? *(const Pack<T, COLUMNS>*)from : Pack<T, COLUMNS>{};
+                        *(Pack<T, COLUMNS>*)raw[k] = Pack<T, COLUMNS>{};
+                        if (exists) {
+                            from.pack<COLUMNS>(0, raw[k]);
+                        }
                         continue;
                     }
 #endif
 #pragma unroll
                     for (int j = 0; j < COLUMNS; ++j) {
-                        raw[k][j] = exists && j < left ? from[j * p.stride] : T{};
+                        raw[k][j] = exists && j < left ? from.at(j * p.stride) : T{};
                     }
                 }
                 const bool full = row + (i64)(ROWS - 1) * down < end;

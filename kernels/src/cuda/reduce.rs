@@ -4,9 +4,12 @@
 //! different ones. With few outputs the reduced elements are cut into parts that a second kernel merges. How, follows from shape and strides
 //! only, so that the bits are the same on every GPU.
 
-use super::launch::impl_arg;
+use super::compile::expand_text;
+use super::launch::{Arg, Module, impl_arg};
 use super::memory::{DevicePtr, SliceMut, Type, View};
+use super::pointwise::ChainResults;
 use super::{CudaError, Gpu, Launch, Source};
+use crate::cpu::pointwise::chain::MAX_OPERANDS;
 use crate::iter::Walk;
 
 const SOURCE: Source = Source { name: "reduce", text: include_str!("reduce.cu") };
@@ -79,9 +82,79 @@ enum Pattern {
     Nothing,
 }
 
+/// What a reduction reads: elements in memory, or the results of a chain of pointwise functions, made as they are read.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Elements in memory.
+    View(View<'a>),
+    /// Results of a chain.
+    Chain(&'a ChainResults<'a>),
+}
+
+impl<'a> From<View<'a>> for Input<'a> {
+    fn from(view: View<'a>) -> Self {
+        Input::View(view)
+    }
+}
+
+impl Input<'_> {
+    fn ty(&self) -> Type {
+        match self {
+            Input::View(x) => x.ty(),
+            Input::Chain(x) => x.ty(),
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        match self {
+            Input::View(x) => x.shape(),
+            Input::Chain(x) => x.shape(),
+        }
+    }
+
+    fn strides(&self) -> &[usize] {
+        match self {
+            Input::View(x) => x.strides(),
+            Input::Chain(x) => x.strides(),
+        }
+    }
+
+    /// Whether packs of `bytes` may be read as one, from multiples of their length on.
+    fn is_aligned(&self, bytes: usize) -> bool {
+        match self {
+            Input::View(x) => x.ptr().is_aligned(bytes as u64),
+            Input::Chain(x) => x.is_wide(),
+        }
+    }
+
+    /// The compiled kernels. A chain's steps are rounded one by one, so its product and sum are not contracted.
+    fn module(&self, gpu: &'static Gpu, defines: &[(&str, &str)]) -> Result<Module, CudaError> {
+        match self {
+            Input::View(_) => gpu.module(&SOURCE, defines),
+            Input::Chain(x) => {
+                let defined = defines.iter().flat_map(|(name, value)| [*name, "=", *value, " "]);
+                let key = std::iter::once("reduced chain ").chain(defined).chain([x.text()]);
+                gpu.module_of(key, SOURCE.name, false, || {
+                    let text = format!("#include \"operands.cuh\"\n{}{}", x.text(), SOURCE.text);
+                    let operands = MAX_OPERANDS.to_string();
+                    expand_text(&text, &[defines, &[("CHAIN", "1"), ("OPERANDS", &operands)]].concat())
+                })
+            }
+        }
+    }
+
+    /// Calls `f` with the kernels' first argument.
+    fn with_arg<R>(&self, f: impl FnOnce(&dyn Arg) -> R) -> R {
+        match self {
+            Input::View(x) => f(&x.ptr()),
+            Input::Chain(x) => f(x.arg()),
+        }
+    }
+}
+
 impl Plan {
     /// The plan, its pattern, the blocks to launch, and whether packs are aligned.
-    fn new(x: &View<'_>, axes: &[bool]) -> (Self, Pattern, usize, bool) {
+    fn new(x: &Input<'_>, axes: &[bool]) -> (Self, Pattern, usize, bool) {
         let (shape, strides) = (x.shape(), x.strides());
         assert_eq!(axes.len(), shape.len(), "one flag for each dimension");
         let part = |of: &[usize], reduced: bool| -> Vec<usize> { (0..of.len()).filter(|&d| axes[d] == reduced).map(|d| of[d]).collect() };
@@ -116,7 +189,7 @@ impl Plan {
             let units = reduced.numel() / reduced.run_len() * reduced.run_len().div_ceil(pack);
             (plan.run, plan.stride, plan.units) = (reduced.run_len() as i64, reduced.inner_strides()[0] as i64, units as i64);
             let mut others = kept_dims.iter().filter(|d| d.0 > 1).map(|d| d.1[0]).chain(reduced_dims.iter().rev().skip(1).map(|d| d.1[0]));
-            let vector = plan.stride == 1 && x.ptr().is_aligned(16) && others.all(|stride| stride.is_multiple_of(pack));
+            let vector = plan.stride == 1 && x.is_aligned(16) && others.all(|stride| stride.is_multiple_of(pack));
             if units <= LANE_PACKS || (outputs >= MANY_ROWS && units <= WARP_PACKS) {
                 plan.lanes = units.div_ceil(UNROLL).next_power_of_two().min(32) as i32;
                 return (plan, Pattern::Lanes, outputs.div_ceil(THREADS / plan.lanes as usize), vector);
@@ -133,7 +206,7 @@ impl Plan {
         let blocks = outputs / run * tiles;
         plan.cut(blocks, units, THREADS / across * ROWS);
         let mut others = reduced_dims.iter().filter(|d| d.0 > 1).map(|d| d.1[0]).chain(kept_dims.iter().rev().skip(1).map(|d| d.1[0]));
-        let vector = plan.stride == 1 && x.ptr().is_aligned((columns * size) as u64) && others.all(|stride| stride.is_multiple_of(columns));
+        let vector = plan.stride == 1 && x.is_aligned(columns * size) && others.all(|stride| stride.is_multiple_of(columns));
         (plan, Pattern::Columns, blocks * plan.parts as usize, vector)
     }
 
@@ -146,7 +219,7 @@ impl Plan {
 }
 
 /// Reduces `x` by the fold of this name.
-fn reduce(gpu: &'static Gpu, x: View<'_>, axes: &[bool], fold: &'static str, results: Results, outputs: usize) -> Result<(), CudaError> {
+fn reduce(gpu: &'static Gpu, x: Input<'_>, axes: &[bool], fold: &'static str, results: Results, outputs: usize) -> Result<(), CudaError> {
     let (mut plan, pattern, blocks, vector) = Plan::new(&x, axes);
     assert_eq!(plan.outputs as usize, outputs, "one output for each index of the kept dimensions");
     if outputs == 0 {
@@ -160,19 +233,20 @@ fn reduce(gpu: &'static Gpu, x: View<'_>, axes: &[bool], fold: &'static str, res
     };
     let ty = x.ty();
     let defines = [("T", ty.name()), ("FLOAT_FOLDS", flag(ty.is_float())), ("FOLD", fold), ("VECTOR", flag(vector)), ("PATTERN", number)];
-    let module = gpu.module(&SOURCE, &defines)?;
+    let module = x.module(gpu, &defines)?;
     let launch = Launch::blocks(blocks, THREADS as u32);
     if pattern == Pattern::Lanes {
         // SAFETY: the view's elements lie in its buffer; the plan's offsets are those of the view, and of outputs whose number was checked
         // here and by the caller, who made `results` of slices of as many.
-        return unsafe { module.kernel("rows_by_lanes")?.launch(launch, &[&x.ptr(), &plan, &results]) };
+        let kernel = module.kernel("rows_by_lanes")?;
+        return x.with_arg(|x| unsafe { kernel.launch(launch, &[x, &plan, &results]) });
     }
     let several = plan.parts > 1;
     let parts = gpu.alloc(if several { outputs * plan.parts as usize * ACCUMULATOR } else { 0 })?;
     if pattern != Pattern::Nothing {
         let kernel = module.kernel(if pattern == Pattern::Columns { "columns" } else { "rows_by_blocks" })?;
         // SAFETY: as above; with several parts, each output has as many accumulators in `parts`.
-        unsafe { kernel.launch(launch, &[&x.ptr(), &plan, &results, &parts.ptr()])? };
+        x.with_arg(|x| unsafe { kernel.launch(launch, &[x, &plan, &results, &parts.ptr()]) })?;
         if !several {
             return Ok(());
         }
@@ -192,7 +266,7 @@ pub fn total_type(ty: Type) -> Type {
 /// A reduction to one output of type `ty` each.
 fn to(
     gpu: &'static Gpu,
-    x: View<'_>,
+    x: Input<'_>,
     axes: &[bool],
     fold: &'static str,
     ty: Type,
@@ -210,29 +284,39 @@ fn expect_float(x: &View<'_>) {
 
 /// Σ x. Sums of integers and booleans are i64 and wrap.
 pub fn sum(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
+    sum_of(gpu, x.into(), axes, out)
+}
+
+/// [`sum`], of elements that need not be in memory.
+pub fn sum_of(gpu: &'static Gpu, x: Input<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
     to(gpu, x, axes, "Sum", total_type(x.ty()), out, (0.0, 0))
 }
 
 /// Σ x / n; NaN for no elements.
 pub fn mean(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    expect_float(&x);
+    mean_of(gpu, x.into(), axes, out)
+}
+
+/// [`mean`], of elements that need not be in memory.
+pub fn mean_of(gpu: &'static Gpu, x: Input<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
+    assert!(x.ty().is_float(), "floats only");
     let count: usize = x.shape().iter().zip(axes).filter(|(_, reduced)| **reduced).map(|(extent, _)| *extent).product();
     to(gpu, x, axes, "Sum", x.ty(), out, (count as f64, 1))
 }
 
 /// Π x. Products of integers and booleans are i64 and wrap.
 pub fn prod(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    to(gpu, x, axes, "Product", total_type(x.ty()), out, (0.0, 0))
+    to(gpu, x.into(), axes, "Product", total_type(x.ty()), out, (0.0, 0))
 }
 
 /// The largest element; NaN if any is. The caller refuses reductions over nothing.
 pub fn max(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    to(gpu, x, axes, "Max", x.ty(), out, (0.0, 0))
+    to(gpu, x.into(), axes, "Max", x.ty(), out, (0.0, 0))
 }
 
 /// The smallest element; NaN if any is. The caller refuses reductions over nothing.
 pub fn min(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    to(gpu, x, axes, "Min", x.ty(), out, (0.0, 0))
+    to(gpu, x.into(), axes, "Min", x.ty(), out, (0.0, 0))
 }
 
 /// The largest element along dimension `axis` and its first index there (i64); a NaN counts as the largest.
@@ -264,24 +348,24 @@ fn extreme_with_index(
     let mut axes = [false; 8];
     axes[axis] = true;
     let results = Results { second: index.ptr(), ..Results::new(&out) };
-    reduce(gpu, x, &axes[..x.shape().len()], fold, results, out.len())
+    reduce(gpu, x.into(), &axes[..x.shape().len()], fold, results, out.len())
 }
 
 /// Whether any element is not zero; false for none.
 pub fn any(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    to(gpu, x, axes, "Any", Type::Bool, out, (0.0, 0))
+    to(gpu, x.into(), axes, "Any", Type::Bool, out, (0.0, 0))
 }
 
 /// Whether all elements are not zero; true for none.
 pub fn all(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
-    to(gpu, x, axes, "All", Type::Bool, out, (0.0, 0))
+    to(gpu, x.into(), axes, "All", Type::Bool, out, (0.0, 0))
 }
 
 /// Number, mean and squared deviations: three f64 for each output.
 pub fn moments(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
     expect_float(&x);
     assert!(out.ty() == Type::F64 && out.len().is_multiple_of(3), "three numbers for each output");
-    reduce(gpu, x, axes, "Moments", Results::new(&out), out.len() / 3)
+    reduce(gpu, x.into(), axes, "Moments", Results::new(&out), out.len() / 3)
 }
 
 /// The type that statistics are kept in: f64 for f64, f32 for the others.
@@ -297,19 +381,19 @@ pub(super) fn statistics(gpu: &'static Gpu, x: View<'_>, axes: &[bool], eps: f64
         assert!(part.ty() == statistics_type(x.ty()) && part.len() == mean.len(), "three statistics for each output");
     }
     let results = Results { second: rstd.ptr(), third: var.ptr(), a: 1.0, b: eps, mode: 3, ..Results::new(mean) };
-    reduce(gpu, x, axes, "Moments", results, mean.len())
+    reduce(gpu, x.into(), axes, "Moments", results, mean.len())
 }
 
 /// Σ (x − mean)² / (n − correction); the divisor is 0 where the correction exceeds n.
 pub fn var(gpu: &'static Gpu, x: View<'_>, axes: &[bool], correction: f64, out: SliceMut<'_>) -> Result<(), CudaError> {
     expect_float(&x);
-    to(gpu, x, axes, "Moments", x.ty(), out, (correction, 1))
+    to(gpu, x.into(), axes, "Moments", x.ty(), out, (correction, 1))
 }
 
 /// The square root of the variance.
 pub fn std(gpu: &'static Gpu, x: View<'_>, axes: &[bool], correction: f64, out: SliceMut<'_>) -> Result<(), CudaError> {
     expect_float(&x);
-    to(gpu, x, axes, "Moments", x.ty(), out, (correction, 2))
+    to(gpu, x.into(), axes, "Moments", x.ty(), out, (correction, 2))
 }
 
 /// (Σ |x|^p)^(1/p); p = ∞ gives the largest |x|, −∞ the smallest, 0 the number of elements that are not zero.
@@ -323,13 +407,13 @@ pub fn norm(gpu: &'static Gpu, x: View<'_>, axes: &[bool], p: f64, out: SliceMut
         2.0 => "Euclidean",
         _ => "PowerNorm",
     };
-    to(gpu, x, axes, fold, x.ty(), out, (p, 0))
+    to(gpu, x.into(), axes, fold, x.ty(), out, (p, 0))
 }
 
 /// log Σ exp(x), which never overflows; −∞ for no elements.
 pub fn logsumexp(gpu: &'static Gpu, x: View<'_>, axes: &[bool], out: SliceMut<'_>) -> Result<(), CudaError> {
     expect_float(&x);
-    to(gpu, x, axes, "LogSumExp", x.ty(), out, (0.0, 0))
+    to(gpu, x.into(), axes, "LogSumExp", x.ty(), out, (0.0, 0))
 }
 
 #[cfg(test)]

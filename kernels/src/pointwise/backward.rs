@@ -68,6 +68,12 @@ rows! { BACKWARD, 2;
         let middle = g * (x / s.splat(3.0) + s.splat(0.5));
         s.zero().or_else(x.le(s.splat(-3.0)), g.or_else(x.ge(s.splat(3.0)), middle))
     }; f64: if x <= -3.0 { 0.0 } else if x >= 3.0 { g } else { g * (x / 3.0 + 0.5) },
+    /// g·min(max(x, −p₀), p₀).
+    Huber("huber_backward", 0.3) |s, [x, g], p| "g * math::clamp(x, -p[0], p[0])" => g * p[0].min((-p[0]).max(x));
+        f64: g * if x < -p[0] { -p[0] } else if x > p[0] { p[0] } else { x },
+    /// g/x, and 0 where x is 0.
+    LogOfNonzero("log_of_nonzero_backward", 0.4) |s, [x, g], p| "x == 0 ? A(0) : g / x" => s.zero().or_else(x.eq(s.zero()), g / x);
+        f64: if x == 0.0 { 0.0 } else { g / x },
     /// g where x lies within the bounds, both included.
     Clamp("clamp_backward", 0.25) |s, [x, g], p| "x >= p[0] && x <= p[1] ? g : A(0)" => g.or_else(x.ge(p[0]) & x.le(p[1]), s.zero());
         f64: if x >= p[0] && x <= p[1] { g } else { 0.0 },

@@ -1,7 +1,7 @@
 //! Functions of two and of three operands.
 
 use super::rows;
-use crate::cpu::math;
+use crate::cpu::math::{self, double};
 use crate::cpu::simd::{F32s, Simd};
 
 rows! { BINARY, 2;
@@ -23,6 +23,10 @@ rows! { BINARY, 2;
     /// The smaller; NaN if either is.
     Minimum("minimum", 0.25) |s, [a, b], p| "a != a ? a : (a < b ? a : b)" => math::minimum(s, a, b);
         f64: if a < b || a.is_nan() { a } else { b }; int: a.min(b),
+    /// max(x, 0) − x·t + ln(1 + e^−|x|).
+    BceWithLogits("bce_with_logits", 1.4) |s, [x, t], p| "(x <= 0 ? A(0) : x) - x * t + math::softplus(-math::abs(x))" =>
+        s.zero().or_else(x.le(s.zero()), x) - x * t + math::softplus(s, -x.abs());
+        f64: (if x <= 0.0 { 0.0 } else { x }) - x * t + double::softplus(-x.abs()),
     /// The angle of the point (b, a).
     Atan2("atan2", 1.5) |s, [a, b], p| "math::atan2(a, b)" => math::atan2(s, a, b); f64: a.atan2(b),
 }

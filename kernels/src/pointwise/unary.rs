@@ -65,6 +65,14 @@ rows! { UNARY, 1;
     Hardswish("hardswish", 0.3) |s, [x], p| "x * (math::clamp(x + A(3), A(0), A(6)) / A(6))" =>
         x * (math::clamp(s, x + s.splat(3.0), 0.0, 6.0) / s.splat(6.0));
         f64: x * ((x + 3.0).clamp(0.0, 6.0) / 6.0),
+    /// x²/2 where |x| is below p₀, p₀·(|x| − p₀/2) elsewhere.
+    Huber("huber", 0.3) |s, [x], p| "math::abs(x) < p[0] ? x * x * A(0.5) : (math::abs(x) - A(0.5) * p[0]) * p[0]" => {
+        let (half, distance) = (s.splat(0.5), x.abs());
+        (x * x * half).or_else(distance.lt(p[0]), (distance - half * p[0]) * p[0])
+    }; f64: if x.abs() < p[0] { x * x * 0.5 } else { (x.abs() - 0.5 * p[0]) * p[0] },
+    /// ln x, and 0 where x is 0.
+    LogOfNonzero("log_of_nonzero", 0.6) |s, [x], p| "x == 0 ? A(0) : math::log(x)" => s.zero().or_else(x.eq(s.zero()), math::log(s, x));
+        f64: if x == 0.0 { 0.0 } else { x.ln() },
     /// The largest integer not above x.
     Floor("floor", 0.2) |s, [x], p| "math::floor(x)" => x.floor(); f64: x.floor(); int: x,
     /// The smallest integer not below x.

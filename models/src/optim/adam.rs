@@ -88,6 +88,7 @@ impl AdamWOptions {
 
 impl Method for AdamOptions {
     const NAME: &'static str = "Adam";
+    const TAKES_FACTOR: bool = true;
 
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)> {
         vec![
@@ -120,6 +121,7 @@ impl Method for AdamOptions {
 
 impl Method for AdamWOptions {
     const NAME: &'static str = "AdamW";
+    const TAKES_FACTOR: bool = true;
 
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)> {
         vec![

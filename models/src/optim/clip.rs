@@ -16,16 +16,21 @@ pub fn grad_norm(params: &[Param]) -> Result<f64> {
 ///
 /// If the norm is infinite or NaN, the gradients are left as they are: whether to skip the step or to stop is the caller's choice,
 /// e.g. `if !clip_grad_norm(&params, 1.0)?.is_finite() { optimizer.zero_grad(); continue; }`.
+///
+/// [`Optimizer::step_clipped`](super::Optimizer::step_clipped) does this and the step without the pass that scales.
 pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<f64> {
-    if max_norm.is_nan() || max_norm < 0.0 {
-        return Err(Error::argument("clip_grad_norm", format!("max_norm = {max_norm}, expected a value ≥ 0")));
-    }
+    expect_norm("clip_grad_norm", max_norm)?;
     let norm = grad_norm(params)?;
     let factor = max_norm / (norm + 1e-6);
     if norm.is_finite() && factor < 1.0 {
         for_each_grad(params, |grad| scale_(grad, factor))?;
     }
     Ok(norm)
+}
+
+/// An error unless `max_norm` is a norm.
+pub(super) fn expect_norm(op: &str, max_norm: f64) -> Result<()> {
+    if max_norm >= 0.0 { Ok(()) } else { Err(Error::argument(op, format!("max_norm = {max_norm}, expected a value ≥ 0"))) }
 }
 
 /// [`clip_grad_norm`], but a norm that is infinite or NaN is an error.

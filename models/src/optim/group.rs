@@ -1,10 +1,11 @@
 //! What all optimisers share: parameter groups, the states of each parameter, and saving them. A method supplies the update.
 
 use super::Optimizer;
+use super::clip::expect_norm;
 use super::state::{Reader, put_count, put_number};
 use crate::nn::{Param, StateDict};
 use kiln_autograd::no_grad;
-use kiln_tensor::ops::optim::{self, FusedRule, Update, state_dtype};
+use kiln_tensor::ops::optim::{self, Factor, FusedRule, Update, state_dtype};
 use kiln_tensor::{DType, Error, Result, Shape, Tensor, profile};
 use std::collections::{BTreeMap, HashSet};
 
@@ -48,6 +49,8 @@ pub struct Work<'a> {
     pub states: Vec<&'a mut Tensor>,
     /// The number of this step of this parameter, from 1.
     pub step: u64,
+    /// What the gradient is to be multiplied by: 1 unless the method takes it ([`Method::TAKES_FACTOR`]).
+    pub factor: Factor,
 }
 
 impl Work<'_> {
@@ -77,6 +80,9 @@ pub trait Method: Clone + Send + Sync + 'static {
     /// The method's name, for errors.
     const NAME: &'static str;
 
+    /// Whether [`update`](Self::update) heeds [`Work::factor`]. Otherwise gradients are multiplied before it sees them.
+    const TAKES_FACTOR: bool = false;
+
     /// Every hyper-parameter by name, `lr` among them.
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)>;
 
@@ -105,14 +111,15 @@ pub(super) fn unless_decay(name: &str, value: f64) -> Option<String> {
     unless((0.0..1.0).contains(&value), name, value, "a value in [0, 1)")
 }
 
-/// One fused pass over all parameters, or one for each step number where these differ.
+/// One fused pass over all parameters, whose factor is one, or one for each step number where these differ.
 pub(super) fn fused<const N: usize, R: FusedRule<N>>(work: Vec<Work<'_>>, rule: impl Fn(u64) -> R) -> Result<()> {
     let mut by_step: BTreeMap<u64, Vec<Update<'_, N>>> = BTreeMap::new();
-    for Work { param, grad, states, step } in work {
+    let factor = work.first().map(|w| w.factor.clone()).unwrap_or_default();
+    for Work { param, grad, states, step, .. } in work {
         let states = states.try_into().map_err(|_| Error::argument("optimizer step", "the rule has another number of states"))?;
         by_step.entry(step).or_default().push(Update { param, grad, states });
     }
-    by_step.into_iter().try_for_each(|(step, updates)| optim::step(&rule(step), updates))
+    by_step.into_iter().try_for_each(|(step, updates)| optim::step_scaled(&rule(step), updates, &factor))
 }
 
 /// The states of a parameter that has taken steps.
@@ -245,9 +252,13 @@ fn set_lr<M: Method>(options: &mut M, lr: f64) {
 }
 
 impl<M: Method> Group<M> {
-    fn step(&mut self) -> Result<()> {
-        let active = |p: &Param| if p.is_frozen() { None } else { p.grad() };
-        let (indices, grads): (Vec<usize>, Vec<Tensor>) = self.params.iter().enumerate().filter_map(|(i, p)| Some((i, active(p)?))).unzip();
+    /// The parameters that take part in a step, by index, with their gradients.
+    fn active(&self) -> impl Iterator<Item = (usize, Tensor)> {
+        self.params.iter().enumerate().filter(|(_, p)| !p.is_frozen()).filter_map(|(i, p)| Some((i, p.grad()?)))
+    }
+
+    fn step(&mut self, factor: &Factor) -> Result<()> {
+        let (indices, mut grads): (Vec<usize>, Vec<Tensor>) = self.active().unzip();
         let params: Vec<&Param> = indices.iter().map(|&i| &self.params[i]).collect();
         for &i in &indices {
             let layout = self.options.states(&self.params[i].shape());
@@ -257,12 +268,24 @@ impl<M: Method> Group<M> {
         }
         let mut states: Vec<&mut State> =
             self.states.iter_mut().enumerate().filter(|(i, _)| indices.binary_search(i).is_ok()).filter_map(|(_, s)| s.as_mut()).collect();
+        let mut factor = factor.clone();
+        if !M::TAKES_FACTOR {
+            let number = std::mem::take(&mut factor).number()?;
+            if number.is_nan() {
+                states.iter_mut().for_each(|s| s.step += 1);
+                return Ok(());
+            }
+            if number != 1.0 {
+                no_grad(|| grads.iter_mut().try_for_each(|grad| grad.mul_scalar(number).map(|scaled| *grad = scaled)))?;
+            }
+        }
         Param::update_all(&params, |tensors| {
             let work = tensors.iter_mut().zip(grads).zip(&mut states).map(|((param, grad), state)| Work {
                 param,
                 grad,
                 step: state.step + 1,
                 states: state.tensors.iter_mut().map(|(_, t)| t).collect(),
+                factor: factor.clone(),
             });
             no_grad(|| self.options.update(work.collect()))
         })?;
@@ -272,9 +295,17 @@ impl<M: Method> Group<M> {
 }
 
 impl<M: Method> Optimizer for GroupOptimizer<M> {
-    fn step(&mut self) -> Result<()> {
+    fn step_scaled(&mut self, factor: &Factor) -> Result<()> {
         let _running = profile::composite(|| format!("{}.step", M::NAME).into());
-        self.groups.iter_mut().try_for_each(Group::step)
+        self.groups.iter_mut().try_for_each(|group| group.step(factor))
+    }
+
+    fn step_clipped(&mut self, max_norm: f64) -> Result<Tensor> {
+        expect_norm("step_clipped", max_norm)?;
+        let grads: Vec<Tensor> = self.groups.iter().flat_map(|group| group.active().map(|(_, grad)| grad)).collect();
+        let (norm, factor) = optim::clip_factor(&grads, max_norm)?;
+        self.step_scaled(&factor)?;
+        Ok(norm)
     }
 
     fn zero_grad(&self) {

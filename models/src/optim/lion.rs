@@ -36,6 +36,7 @@ impl Default for LionOptions {
 
 impl Method for LionOptions {
     const NAME: &'static str = "Lion";
+    const TAKES_FACTOR: bool = true;
 
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)> {
         vec![

@@ -5,7 +5,7 @@
 //!
 //! ```
 //! # use kiln_models::nn::Param;
-//! # use kiln_models::optim::{Adam, AdamOptions, Optimizer, clip_grad_norm};
+//! # use kiln_models::optim::{Adam, AdamOptions, Optimizer};
 //! # use kiln_autograd::TensorExt;
 //! # use kiln_tensor::{Result, Tensor};
 //! # fn main() -> Result<()> {
@@ -14,8 +14,7 @@
 //! for _ in 0..10 {
 //!     optimizer.zero_grad();
 //!     w.get().mul(&w.get())?.sum(())?.backward()?;
-//!     clip_grad_norm(&[w.clone()], 1.0)?;
-//!     optimizer.step()?;
+//!     optimizer.step_clipped(1.0)?;
 //! }
 //! assert!(w.get().to_vec::<f32>()?.iter().all(|x| x.abs() < 0.6));
 //! # Ok(()) }
@@ -46,15 +45,35 @@ pub use scaler::{GradScaler, GradScalerOptions};
 pub use schedule::{Schedule, Scheduler};
 pub use sgd::{Sgd, SgdOptions};
 
+pub use kiln_tensor::ops::optim::Factor;
+
 use crate::nn::StateDict;
-use kiln_tensor::Result;
+use kiln_tensor::{Result, Tensor};
 
 /// Changes parameters along their gradients.
 pub trait Optimizer {
     /// One step for every parameter that has a gradient; those without one and frozen ones stay as they are.
     ///
     /// The data is replaced in place if nobody else holds it, else by a copy: a live graph keeps the values it was recorded with.
-    fn step(&mut self) -> Result<()>;
+    fn step(&mut self) -> Result<()> {
+        self.step_scaled(&Factor::default())
+    }
+
+    /// [`step`](Self::step) with every gradient times `factor`, in the same pass over memory: the gradients themselves stay as they are. A factor of
+    /// NaN changes neither parameters nor their states, but counts as a step.
+    fn step_scaled(&mut self, factor: &Factor) -> Result<()>;
+
+    /// [`step`](Self::step) with the gradients clipped as by [`clip_grad_norm`], over all parameters that take part: one pass for the norm, and the
+    /// update with the factor in it, without a pass that scales. Returns the norm as a scalar in f64; on a GPU nothing waits for it.
+    ///
+    /// If the norm is infinite or NaN, neither parameters nor their states change (see [`step_scaled`](Self::step_scaled)).
+    ///
+    /// Parameters of f32 and f64 end with the bits of [`clip_grad_norm`] and [`step`](Self::step); clipped gradients of f16 and bf16 are not rounded
+    /// between the two.
+    ///
+    /// # Errors
+    /// If `max_norm` is negative or NaN.
+    fn step_clipped(&mut self, max_norm: f64) -> Result<Tensor>;
 
     /// Forgets the gradients of all parameters.
     fn zero_grad(&self);

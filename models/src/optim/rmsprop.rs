@@ -44,6 +44,7 @@ impl Default for RmsPropOptions {
 
 impl Method for RmsPropOptions {
     const NAME: &'static str = "RmsProp";
+    const TAKES_FACTOR: bool = true;
 
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)> {
         vec![

@@ -1,9 +1,9 @@
 //! Loss scaling, for gradients in f16.
 
-use super::Optimizer;
-use super::clip::{for_each_grad, grad_norm};
+use super::clip::{expect_norm, for_each_grad, grad_norm};
 use super::group::unless;
 use super::state::{Reader, put_count, put_number};
+use super::{Factor, Optimizer};
 use crate::nn::{Param, StateDict};
 use kiln_tensor::ops::optim::scale_;
 use kiln_tensor::{Error, Result, Tensor};
@@ -95,7 +95,7 @@ impl GradScaler {
         loss.to_dtype(wide)?.mul_scalar(self.scale)
     }
 
-    /// Divides the gradients by the factor, for clipping between the backward pass and [`step`](Self::step), which does it otherwise.
+    /// Divides the gradients by the factor in place, to look at them or change them between the backward pass and [`step`](Self::step).
     /// Returns whether all are finite.
     pub fn unscale(&mut self, params: &[Param]) -> Result<bool> {
         if let Some(finite) = self.unscaled {
@@ -109,15 +109,31 @@ impl GradScaler {
     }
 
     /// A step of the optimiser with unscaled gradients, unless some are not finite; then adapts the factor. Returns whether the step was taken.
+    ///
+    /// The update divides by the factor as it reads the gradients, which stay scaled themselves, unless [`unscale`](Self::unscale) was called.
     pub fn step(&mut self, optimizer: &mut dyn Optimizer, params: &[Param]) -> Result<bool> {
-        if !self.unscale(params)? {
+        self.step_clipped(optimizer, params, f64::INFINITY)
+    }
+
+    /// [`step`](Self::step) with the unscaled gradients clipped as by [`clip_grad_norm`](super::clip_grad_norm), in the same pass.
+    ///
+    /// # Errors
+    /// If `max_norm` is negative or NaN.
+    pub fn step_clipped(&mut self, optimizer: &mut dyn Optimizer, params: &[Param], max_norm: f64) -> Result<bool> {
+        expect_norm("step_clipped", max_norm)?;
+        let inverse = if self.unscaled.is_some() { 1.0 } else { 1.0 / self.scale };
+        let norm = match self.unscaled {
+            Some(false) => f64::NAN,
+            _ => inverse * grad_norm(params)?,
+        };
+        if !norm.is_finite() {
             self.unscaled = None;
             // Never zero, whose inverse would be infinite.
             self.scale = (self.scale * self.options.backoff_factor).max(f64::from(f32::MIN_POSITIVE));
             self.good_steps = 0;
             return Ok(false);
         }
-        optimizer.step()?;
+        optimizer.step_scaled(&Factor::Number(inverse * (max_norm / (norm + 1e-6)).min(1.0)))?;
         // Only now: after an error the gradients stay unscaled.
         self.unscaled = None;
         self.good_steps += 1;

@@ -40,6 +40,7 @@ impl Default for SgdOptions {
 
 impl Method for SgdOptions {
     const NAME: &'static str = "Sgd";
+    const TAKES_FACTOR: bool = true;
 
     fn fields(&mut self) -> Vec<(&'static str, Field<'_>)> {
         vec![

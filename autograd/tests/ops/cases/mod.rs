@@ -24,6 +24,7 @@ pub const EXCUSED: &[(&str, &str)] = &[
     ("randn_like", "random, as rand"),
     ("rand_bool", "random, as rand"),
     ("bernoulli", "random, as rand"),
+    ("number", "the factor of an optimiser's step: no operation"),
     ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),
 ];
 

@@ -117,6 +117,20 @@ fn two(name: &'static str, f: fn(&Tensor, &Tensor) -> Result<Tensor>, reference:
         .large(&[&[300, 1001], &[1001]])
 }
 
+/// Sums of a chain's results over some dimensions.
+fn fused_total(label: &str, dims: &'static [isize], axes: &'static [usize]) -> Case {
+    case(
+        "sum",
+        move |x| fuse(|[x, b, y]| y + (x * b).tanh())?.sum([&x[0], &x[1], &x[2]], dims),
+        move |x| x[0].zip(&x[1], |x, b| (x * b).tanh()).zip(&x[2], |t, y| y + t).fold(axes, |v| v.iter().sum()),
+    )
+    .label(&format!("{label} of a chain"))
+    .sample(&[&[2, 3], &[3], &[2, 3]])
+    .sample(&[&[5, 40], &[5, 1], &[1, 40]])
+    .sample(&[&[2, 0], &[1], &[2, 0]])
+    .large(&[&[300, 1001], &[1001], &[300, 1001]])
+}
+
 fn binary() -> Vec<Case> {
     vec![
         two("add", Tensor::add, |a, b| a + b),
@@ -161,6 +175,17 @@ fn binary() -> Vec<Case> {
         .sample(&[&[2, 3], &[3], &[2, 3]])
         .sample(&[&[2, 0], &[1], &[2, 0]])
         .large(&[&[300, 1001], &[1001], &[300, 1001]]),
+        fused_total("rows", &[-1], &[1]),
+        fused_total("columns", &[0], &[0]),
+        fused_total("all", &[0, 1], &[0, 1]),
+        case(
+            "mean",
+            |x| fuse(|[x, y]| (x - y).square())?.mean([&x[0], &x[1]], ()),
+            |x| x[0].zip(&x[1], |x, y| (x - y) * (x - y)).fold(&[0, 1], |v| v.iter().sum::<f64>() / v.len() as f64),
+        )
+        .label("of a chain")
+        .sample(&[&[2, 3], &[2, 3]])
+        .large(&[&[700, 1001], &[700, 1001]]),
         case("lerp", |x| x[0].lerp(&x[1], &x[2]), |x| x[0].zip(&x[1].zip(&x[0], |b, a| b - a).zip(&x[2], |d, w| d * w), |a, d| a + d))
             .sample(&[&[2, 3], &[2, 3], &[3]]),
         case(

@@ -2,11 +2,13 @@
 //! several results, as the gradients of a function of several operands are.
 //!
 //! A result is bit for bit that of the same functions one after the other: every step runs the same kernel, and is rounded to the dtype.
+//! A reduction that ends a chain takes its tiles as they are made ([`Results`]), cut as it would cut the chain's result in memory.
 
-use super::{Operand, Output, Plan, Source, TILE, cost_factor, fill};
+use super::{Operand, Output, Plan, Reader, Room, Source, TILE, Tile, cost_factor, fill};
 use crate::cpu::cast::Stored;
+use crate::cpu::lanes::Numeric;
+use crate::cpu::reduce::{self, Elements};
 use crate::pointwise::{Compute, Params, Row};
-use std::mem::MaybeUninit;
 
 /// The most operands of a chain.
 pub const MAX_OPERANDS: usize = 6;
@@ -166,21 +168,24 @@ impl Chain {
     /// as [`super::apply`] does.
     pub fn apply<T: Stored, const M: usize>(&self, operands: &[Operand<'_, T>], outs: [Output<'_, T>; M]) {
         assert!(M == self.results && outs.iter().all(|out| out.shape == outs[0].shape && out.strides == outs[0].strides), "outputs");
-        let mut all = [Operand::Unused; MAX_OPERANDS];
-        all[..operands.len()].copy_from_slice(operands);
-        let plan = Plan::new(&outs[0], self.ns.max(0.2) * cost_factor::<T>(), all.map(|o| Source::new(o, &outs[0]))).tiled();
+        let plan = Plan::new(&outs[0], self.ns::<T>(), sources(operands, &outs[0])).tiled();
         plan.run(outs.map(|out| out.data), &|inputs, outs: [*mut T; M], len| {
-            let mut slots = MaybeUninit::<[[T::Compute; TILE]; MAX_SLOTS]>::uninit();
+            let mut slots = [const { Tile::<T::Compute>::new() }; MAX_SLOTS];
             let slots = slots.as_mut_ptr().cast::<T::Compute>();
             // SAFETY: a tiled plan gives at most TILE elements at a time, and vouches for inputs and outputs.
-            unsafe { self.tile::<T>(&inputs, slots, &outs, len) }
+            unsafe { self.tile::<T>(&inputs, slots, Target::Stored(&outs), len) }
         });
     }
 
+    /// Nanoseconds an element.
+    fn ns<T: Stored>(&self) -> f32 {
+        self.ns.max(0.2) * cost_factor::<T>()
+    }
+
     /// # Safety
-    /// `inputs` and the results' `outs` must be valid for `len <= TILE` elements, `slots` for MAX_SLOTS tiles.
-    unsafe fn tile<T: Stored>(&self, inputs: &[*const T::Compute; MAX_OPERANDS], slots: *mut T::Compute, outs: &[*mut T], len: usize) {
-        let mut scalars = MaybeUninit::<[[T::Compute; TILE]; 2]>::uninit();
+    /// `inputs` and the results' `outs` must be valid for `len <= TILE` elements, `slots` for MAX_SLOTS tiles, side by side.
+    unsafe fn tile<T: Stored>(&self, inputs: &[*const T::Compute; MAX_OPERANDS], slots: *mut T::Compute, outs: Target<'_, T>, len: usize) {
+        let mut scalars = [const { Tile::<T::Compute>::new() }; 2];
         let scalars = scalars.as_mut_ptr().cast::<T::Compute>();
         for step in &self.steps {
             let place = |which: usize| match step.args[which] {
@@ -189,10 +194,14 @@ impl Chain {
                 // SAFETY: `scalars` has room for two tiles.
                 Place::Scalar(x) => unsafe { fill(scalars.add(which * TILE), scalar::<T>(x), len) },
             };
-            let out = step.result.map(|result| outs[result]);
+            let (out, computed) = match (step.result, outs) {
+                (Some(result), Target::Stored(outs)) => (Some(outs[result]), None),
+                (Some(_), Target::Computed(to)) => (None, Some(to)),
+                (None, _) => (None, None),
+            };
             let to = match out {
                 Some(out) if !T::CONVERTS && !step.is_read => out.cast(),
-                _ => slots.wrapping_add(step.to * TILE),
+                _ => computed.unwrap_or(slots.wrapping_add(step.to * TILE)),
             };
             // SAFETY: all pointers are valid for `len` elements by the caller's contract; slots are tiles of their own, and a kernel
             // may write over an operand.
@@ -205,7 +214,7 @@ impl Chain {
                     if let Some(out) = out {
                         T::narrow(to, out, len);
                     }
-                    if step.is_read {
+                    if step.is_read || computed.is_some() {
                         T::round(to, len);
                     }
                 } else if let (Some(out), true) = (out, step.is_read) {
@@ -213,6 +222,86 @@ impl Chain {
                 }
             }
         }
+    }
+}
+
+/// Where results go, rounded to the dtype either way.
+#[derive(Clone, Copy)]
+enum Target<'a, T: Stored> {
+    /// As they are stored.
+    Stored(&'a [*mut T]),
+    /// The only one, in the type of the arithmetic.
+    Computed(*mut T::Compute),
+}
+
+fn sources<'a, T: Stored>(operands: &[Operand<'a, T>], out: &Output<'_, T>) -> [Source<'a, T>; MAX_OPERANDS] {
+    let mut all = [Operand::Unused; MAX_OPERANDS];
+    all[..operands.len()].copy_from_slice(operands);
+    all.map(|o| Source::new(o, out))
+}
+
+/// The results of a chain that are never in memory as a whole: a reduction makes them a tile at a time. It takes them for elements of a dense tensor
+/// of this shape and these strides.
+pub struct Results<'a, T: Stored> {
+    chain: &'a Chain,
+    sources: [Source<'a, T>; MAX_OPERANDS],
+    shape: &'a [usize],
+    strides: &'a [usize],
+    numel: usize,
+    /// Elements that are made at a time.
+    tile: usize,
+}
+
+impl<'a, T: Stored> Results<'a, T> {
+    /// The results of `chain` over these operands; `strides` are a permutation of a row-major layout without gaps.
+    ///
+    /// # Panics
+    /// If the chain has several results, a view has another shape, or an operand is the output, of which there is none.
+    pub fn new(chain: &'a Chain, operands: &[Operand<'a, T>], shape: &'a [usize], strides: &'a [usize]) -> Self {
+        assert_eq!(chain.results(), 1, "one result is reduced");
+        assert!(!operands.iter().any(|o| matches!(o, Operand::Output)), "results that are not in memory cannot be read");
+        let sources = sources(operands, &Output { data: &mut [], shape, strides });
+        let tile = sources.iter().find_map(Source::period).map_or(TILE, |period| TILE / period * period);
+        Self { chain, sources, shape, strides, numel: shape.iter().product(), tile }
+    }
+
+    /// Writes the results from number `from` on, in the order of the memory that they are never in.
+    fn write(&self, from: usize, to: &mut [T::Compute]) {
+        assert!(from + to.len() <= self.numel, "results {from} to {} of {}", from + to.len(), self.numel);
+        let mut slots = [const { Tile::<T::Compute>::new() }; MAX_SLOTS];
+        let slots = slots.as_mut_ptr().cast::<T::Compute>();
+        let mut rooms = Room::array::<MAX_OPERANDS>();
+        let mut k = 0;
+        let mut readers = rooms.each_mut().map(|room| {
+            k += 1;
+            Reader::new(&self.sources[k - 1], from, self.tile, room)
+        });
+        for (i, to) in to.chunks_mut(self.tile).enumerate() {
+            // SAFETY: tiles are read in order from `from` on, of at most TILE elements, of which there are enough (asserted above); no source
+            // is the output.
+            let inputs = readers.each_mut().map(|r| unsafe { r.computed(from + i * self.tile, to.len(), std::ptr::null()) });
+            // SAFETY: inputs and `to` have as many elements, and `slots` has room for MAX_SLOTS tiles.
+            unsafe { self.chain.tile::<T>(&inputs, slots, Target::Computed(to.as_mut_ptr()), to.len()) }
+        }
+    }
+}
+
+impl<T: Stored<Compute = <T as Numeric>::Lane> + Numeric> Elements<T> for Results<'_, T> {
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+    fn strides(&self) -> &[usize] {
+        self.strides
+    }
+    fn offset(&self) -> usize {
+        0
+    }
+    fn with_source<R>(&self, f: impl FnOnce(reduce::Source<'_, T::Lane>) -> R) -> R {
+        let gather = |at: usize, stride: usize, to: &mut [T::Lane]| match stride {
+            1 => self.write(at, to),
+            _ => to.chunks_mut(1).enumerate().for_each(|(i, to)| self.write(at + i * stride, to)),
+        };
+        f(reduce::Source::made::<T>(self.chain.ns::<T>(), &gather))
     }
 }
 
@@ -303,6 +392,42 @@ mod tests {
         check::<f32>();
         check::<f64>();
         check::<bf16>();
+    }
+
+    /// Sums over results that are never in memory against those over the results in memory.
+    fn check_sums<T>(rows: usize, cols: usize)
+    where
+        T: Stored<Compute = <T as Numeric>::Lane> + Numeric,
+    {
+        let value = |i: usize| <T as crate::element::Element>::from_f64((i * 7919 % 1000) as f64 / 250.0 - 2.0);
+        let x: Vec<T> = (0..rows * cols).map(value).collect();
+        let b: Vec<T> = (0..rows.max(cols)).map(|i| value(i + 5)).collect();
+        let (shape, row_major) = ([rows, cols], [cols, 1]);
+        let chain = Chain::new(&steps(), &[4]).unwrap();
+        for strides in [row_major, [1, rows]] {
+            for bias in [[0, 1], [1, 0]] {
+                let x = Operand::View(StridedView::new(&x, 0, &shape, &row_major).unwrap());
+                let b = Operand::View(StridedView::new(&b, 0, &shape, &bias).unwrap());
+                let mut whole = vec![T::default(); rows * cols];
+                chain.apply(&[x, b], [Output { data: &mut whole, shape: &shape, strides: &strides }]);
+                for axes in [[true, true], [true, false], [false, true], [false, false]] {
+                    let outputs: usize = (0..2).filter(|&d| !axes[d]).map(|d| shape[d]).product();
+                    let (mut want, mut got) = (vec![T::Total::default(); outputs], vec![T::Total::default(); outputs]);
+                    reduce::sum(StridedView::new(&whole, 0, &shape, &strides).unwrap(), &axes, &mut want);
+                    reduce::sum_of::<T>(Results::new(&chain, &[x, b], &shape, &strides), &axes, &mut got);
+                    assert!(want == got, "{shape:?} {strides:?} {bias:?} {axes:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_results_equal_those_of_the_results_in_memory() {
+        for (rows, cols) in [(37, 129), (1, 1), (3, 0), (2, 140_003), (140_003, 2), (300, 1100), (5000, 31)] {
+            check_sums::<f32>(rows, cols);
+            check_sums::<f64>(rows, cols);
+            check_sums::<bf16>(rows, cols);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! `axes[d]` says whether dimension `d` is reduced; outputs are row-major over the other dimensions. Sums are taken in short
 //! blocks (pairwise within them), and the blocks' sums in f64 or i64. The order of the elements follows shape and strides only.
+//! Sums and means also take elements that are made as they are read ([`Elements`]): the results of a chain of pointwise functions.
 
 mod fold;
 mod plan;
@@ -17,10 +18,11 @@ use fold::{
 use plan::Plan;
 
 pub use fold::Spread;
+pub use plan::{Elements, Source};
 
 /// Reduces `x` by `fold` and writes what `finish` makes of each result and the number of elements.
 fn reduce<T: Numeric, F: Fold<T::Lane>, O: Copy + Send>(
-    x: StridedView<'_, T>,
+    x: impl Elements<T>,
     axes: &[bool],
     fold: F,
     out: &mut [O],
@@ -41,16 +43,26 @@ fn reduce<T: Numeric, F: Fold<T::Lane>, O: Copy + Send>(
             accs.iter().enumerate().for_each(|(i, &acc)| write(first + i * stride, acc));
         }
     };
-    plan::with_source(x.data(), |source| plan.run(source, fold, &emit));
+    x.with_source(|source| plan.run(source, fold, &emit));
 }
 
 /// Σ x. Sums of integers and booleans are i64 and wrap.
 pub fn sum<T: Numeric>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T::Total]) {
+    sum_of(x, axes, out);
+}
+
+/// [`sum`], of elements that need not be in memory.
+pub fn sum_of<T: Numeric>(x: impl Elements<T>, axes: &[bool], out: &mut [T::Total]) {
     reduce(x, axes, Each(Sum), out, |acc, _| T::total(acc));
 }
 
 /// Σ x / n; NaN for no elements.
 pub fn mean<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mut [T]) {
+    mean_of(x, axes, out);
+}
+
+/// [`mean`], of elements that need not be in memory.
+pub fn mean_of<T: FloatElement>(x: impl Elements<T>, axes: &[bool], out: &mut [T]) {
     reduce(x, axes, Each(Sum), out, |acc, n| T::total(acc / n as f64));
 }
 

@@ -17,6 +17,9 @@ const GATHER: usize = 1024;
 /// Columns of a gathered block; with [`MAX_ROWS`] rows it holds 64 KiB of f32, within L2.
 const GATHER_WIDTH: usize = 128;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Elements that one task should read, so that handing it over costs little.
 const TASK: usize = 1 << 16;
 
@@ -30,26 +33,74 @@ const EMITTED: usize = 32;
 /// With fewer tasks than this, one for each group of outputs, the reduced elements are cut too.
 const ENOUGH_TASKS: usize = 16;
 
+/// What a reduction reads: elements in memory, or results that are made as they are read.
+pub trait Elements<T: Numeric> {
+    /// Extents.
+    fn shape(&self) -> &[usize];
+    /// Distances between neighbours of each dimension.
+    fn strides(&self) -> &[usize];
+    /// Where the first element lies.
+    fn offset(&self) -> usize;
+    /// Calls `f` with the elements as lanes.
+    fn with_source<R>(&self, f: impl FnOnce(Source<'_, T::Lane>) -> R) -> R;
+}
+
 /// Elements of any type, read as lanes.
 #[derive(Clone, Copy)]
 pub struct Source<'a, L> {
-    /// The elements, if they are lanes.
-    lanes: Option<&'a [L]>,
+    place: Place<'a, L>,
+    /// Nanoseconds that it takes to make an element.
+    ns: f32,
     /// Reads a strided run of elements as lanes.
     gather: &'a (dyn Fn(usize, usize, &mut [L]) + Sync),
 }
 
-/// Calls `f` with the elements of a view as a [`Source`].
-pub fn with_source<T: Numeric, R>(data: &[T], f: impl FnOnce(Source<'_, T::Lane>) -> R) -> R {
-    let gather = |at: usize, stride: usize, dst: &mut [T::Lane]| {
-        if stride == 1 {
-            let src = &data[at..at + dst.len()];
-            dst.iter_mut().zip(src).for_each(|(d, x)| *d = x.to_lane());
-        } else {
-            dst.iter_mut().enumerate().for_each(|(i, d)| *d = data[at + i * stride].to_lane());
-        }
-    };
-    f(Source { lanes: T::lanes(data), gather: &gather })
+/// Where lanes are found. What is made as it is read is cut into the same tiles as what lies in memory, for the sake of the same bits.
+#[derive(Clone, Copy)]
+enum Place<'a, L> {
+    /// Elements that are lanes lie in memory.
+    Memory(&'a [L]),
+    /// Elements that are lanes are made on demand.
+    Made,
+    /// Elements are narrower than lanes.
+    Narrow,
+}
+
+impl<'a, L> Source<'a, L> {
+    /// Elements of type `T` that `gather` makes from an offset and a stride, in `ns` nanoseconds each.
+    pub fn made<T: Numeric<Lane = L>>(ns: f32, gather: &'a (dyn Fn(usize, usize, &mut [L]) + Sync)) -> Self {
+        let place = if T::lanes(&[]).is_some() { Place::Made } else { Place::Narrow };
+        Self { place, ns, gather }
+    }
+
+    fn is_narrow(&self) -> bool {
+        matches!(self.place, Place::Narrow)
+    }
+}
+
+impl<T: Numeric> Elements<T> for StridedView<'_, T> {
+    fn shape(&self) -> &[usize] {
+        StridedView::shape(self)
+    }
+    fn strides(&self) -> &[usize] {
+        StridedView::strides(self)
+    }
+    fn offset(&self) -> usize {
+        StridedView::offset(self)
+    }
+    fn with_source<R>(&self, f: impl FnOnce(Source<'_, T::Lane>) -> R) -> R {
+        let data = self.data();
+        let gather = |at: usize, stride: usize, dst: &mut [T::Lane]| {
+            if stride == 1 {
+                let src = &data[at..at + dst.len()];
+                dst.iter_mut().zip(src).for_each(|(d, x)| *d = x.to_lane());
+            } else {
+                dst.iter_mut().enumerate().for_each(|(i, d)| *d = data[at + i * stride].to_lane());
+            }
+        };
+        let place = T::lanes(data).map_or(Place::Narrow, Place::Memory);
+        f(Source { place, ns: 0.0, gather: &gather })
+    }
 }
 
 /// Takes results: the first's output, the distance between outputs, the results.
@@ -66,11 +117,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan to reduce the dimensions of a view that `axes` marks.
+    /// The plan to reduce the dimensions that `axes` marks.
     ///
     /// # Panics
     /// If `axes` has another length than the shape.
-    pub fn new<T>(x: &StridedView<'_, T>, axes: &[bool]) -> Self {
+    pub fn new<T: Numeric>(x: &impl Elements<T>, axes: &[bool]) -> Self {
         let (shape, strides) = (x.shape(), x.strides());
         assert_eq!(axes.len(), shape.len());
         let part = |of: &[usize], reduced: bool| -> Vec<usize> { (0..of.len()).filter(|&d| axes[d] == reduced).map(|d| of[d]).collect() };
@@ -113,9 +164,10 @@ impl Plan {
         }
     }
 
-    fn estimated_ns<L: Lane, F: Fold<L>>(&self) -> usize {
+    fn estimated_ns<L: Lane, F: Fold<L>>(&self, source: &Source<'_, L>) -> usize {
         // About 64 bytes a nanosecond from the caches, for one thread with AVX-512.
-        self.outputs.saturating_mul(self.reduced.numel() * F::COST / 16 + 4)
+        let each = self.reduced.numel() * F::COST / 16 + 4 + (self.reduced.numel() as f32 * source.ns) as usize;
+        self.outputs.saturating_mul(each)
     }
 
     fn run_rows<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
@@ -125,7 +177,7 @@ impl Plan {
             let part = reduced.div_ceil(64).max(TASK).next_multiple_of(SUM_TILE);
             let parts = reduced.div_ceil(part);
             let mut accs = vec![fold.empty(); outputs * parts];
-            parallel::for_each_chunk(&mut accs, 1, self.estimated_ns::<L, F>(), |i, acc| {
+            parallel::for_each_chunk(&mut accs, 1, self.estimated_ns::<L, F>(&source), |i, acc| {
                 let (output, start) = (i / parts, i % parts * part);
                 let acc = SharedMut::new(acc);
                 // SAFETY: a range of one output is emitted once, and `acc` has one element.
@@ -139,7 +191,7 @@ impl Plan {
             }
         } else {
             let group = ROWS_TASK.div_ceil(reduced + ROW_COST);
-            parallel::for_each(outputs.div_ceil(group), self.estimated_ns::<L, F>(), |task| {
+            parallel::for_each(outputs.div_ceil(group), self.estimated_ns::<L, F>(&source), |task| {
                 let outputs = task * group..outputs.min((task + 1) * group);
                 L::dispatch(Rows { plan: self, source, fold, outputs, elements: 0..reduced, emit });
             });
@@ -148,8 +200,8 @@ impl Plan {
 
     fn run_columns<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
         let reduced = self.reduced.numel();
-        let direct = source.lanes.is_some() && self.kept.inner_strides()[0] == 1;
-        let width = self.kept.run_len().min(if direct { MAX_WIDTH } else { GATHER_WIDTH });
+        let is_wide = !source.is_narrow() && self.kept.inner_strides()[0] == 1;
+        let width = self.kept.run_len().min(if is_wide { MAX_WIDTH } else { GATHER_WIDTH });
         let strips = self.kept.run_len().div_ceil(width);
         let columns = self.kept.runs() * strips;
         let group = TASK.div_ceil(reduced * width);
@@ -174,7 +226,7 @@ impl Plan {
         };
         let stride = self.kept.inner_strides()[1];
         if part >= reduced {
-            parallel::for_each(tasks, self.estimated_ns::<L, F>(), |task| {
+            parallel::for_each(tasks, self.estimated_ns::<L, F>(&source), |task| {
                 let mut accs = vec![fold.empty(); width];
                 for i in task * group..columns.min((task + 1) * group) {
                     let strip = strip(i, 0);
@@ -188,7 +240,7 @@ impl Plan {
         }
         let parts = reduced.div_ceil(part);
         let mut accs = vec![fold.empty(); columns * parts * width];
-        parallel::for_each_chunk(&mut accs, width, self.estimated_ns::<L, F>(), |i, accs| {
+        parallel::for_each_chunk(&mut accs, width, self.estimated_ns::<L, F>(&source), |i, accs| {
             let strip = strip(i / parts, i % parts * part);
             let count = strip.count;
             L::dispatch(strip.into(&mut accs[..count]));
@@ -214,17 +266,19 @@ struct Row<'a, L, F> {
 }
 
 impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
+    /// `room` takes the tiles of a source that makes its elements.
     #[inline(always)]
-    fn folded<S: Simd>(self, s: S) -> F::Acc {
+    fn folded<S: Simd>(self, s: S, room: &mut [L]) -> F::Acc {
         let fold = self.fold;
         let reduced = &self.plan.reduced;
         let stride = reduced.inner_strides()[0];
         let Range { start, end } = self.elements;
         let mut acc = fold.empty();
-        match self.source.lanes {
-            // Runs that are long enough to be tiles of their own.
-            Some(lanes) if stride == 1 && (reduced.run_len() >= GATHER / 4 || reduced.runs() == 1) => {
-                let mut at = start;
+        let mut at = start;
+        // Runs that are long enough to be tiles of their own.
+        let is_long = stride == 1 && (reduced.run_len() >= GATHER / 4 || reduced.runs() == 1);
+        match self.source.place {
+            Place::Memory(lanes) if is_long => {
                 for ([offset], len) in reduced.stretches_of(start..end) {
                     for tile in lanes[self.input + offset..][..len].chunks(SUM_TILE) {
                         acc = fold.merge(acc, fold.row(s, tile, at));
@@ -232,9 +286,18 @@ impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
                     }
                 }
             }
+            Place::Made if is_long => {
+                for ([offset], len) in reduced.stretches_of(start..end) {
+                    for from in (0..len).step_by(SUM_TILE) {
+                        let tile = &mut room[..SUM_TILE.min(len - from)];
+                        (self.source.gather)(self.input + offset + from, 1, tile);
+                        acc = fold.merge(acc, fold.row(s, tile, at));
+                        at += tile.len();
+                    }
+                }
+            }
             _ => {
                 let mut tile = [L::default(); GATHER];
-                let mut at = start;
                 while at < end {
                     let count = GATHER.min(end - at);
                     let mut filled = 0;
@@ -271,9 +334,13 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
     fn with_simd<S: Simd>(self, s: S) {
         let Self { plan, source, fold, outputs, elements, emit } = self;
         let [step, out_step] = plan.kept.inner_strides();
+        // From a cache line's begin on: a vector that crosses lines costs twice.
+        let mut room = if matches!(source.place, Place::Made) { vec![L::default(); SUM_TILE + LINE] } else { Vec::new() };
+        let line = room.as_ptr().align_offset(LINE).min(room.len().min(LINE));
+        let room = &mut room[line..];
         // Short rows that lie in one piece, as most do, are taken without a walk for each.
         let whole = plan.reduced.runs() == 1 && plan.reduced.inner_strides() == [1] && elements.len() <= SUM_TILE;
-        let whole = source.lanes.filter(|_| whole);
+        let whole = if let (Place::Memory(lanes), true) = (source.place, whole) { Some(lanes) } else { None };
         for ([input, output], len) in plan.kept.stretches_of(outputs) {
             for first in (0..len).step_by(EMITTED) {
                 let count = EMITTED.min(len - first);
@@ -282,7 +349,7 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
                     let input = input + (first + i) * step;
                     *acc = match whole {
                         Some(lanes) => fold.row(s, &lanes[input + elements.start..input + elements.end], elements.start),
-                        None => Row { plan, source, fold, input, elements: elements.clone() }.folded(s),
+                        None => Row { plan, source, fold, input, elements: elements.clone() }.folded(s, room),
                     };
                 }
                 emit(output + first * out_step, out_step, &accs[..count]);
@@ -323,35 +390,40 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
         let Strip { plan, source, fold, input, count, start, end, .. } = self.strip;
         let row_stride = plan.reduced.inner_strides()[0];
         let column_stride = plan.kept.inner_strides()[0];
-        let direct = source.lanes.filter(|_| column_stride == 1);
-        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS * count] };
-        for at in (start..end).step_by(MAX_ROWS) {
-            let number = MAX_ROWS.min(end - at);
-            let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
-            let mut n = 0;
-            match direct {
-                Some(lanes) => {
-                    for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
-                        for i in 0..len {
-                            rows[n] = &lanes[input + offset + i * row_stride..][..count];
-                            n += 1;
+        let direct = if let (Place::Memory(lanes), 1) = (source.place, column_stride) { Some(lanes) } else { None };
+        // Rows that are gathered go by narrower strips, so that their tiles stay in L2.
+        let width = if direct.is_some() { count } else { count.min(GATHER_WIDTH) };
+        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS * width] };
+        for (strip, accs) in self.accs.chunks_mut(width).enumerate() {
+            let (input, count) = (input + strip * width * column_stride, accs.len());
+            for at in (start..end).step_by(MAX_ROWS) {
+                let number = MAX_ROWS.min(end - at);
+                let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
+                let mut n = 0;
+                match direct {
+                    Some(lanes) => {
+                        for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
+                            for i in 0..len {
+                                rows[n] = &lanes[input + offset + i * row_stride..][..count];
+                                n += 1;
+                            }
+                        }
+                    }
+                    None => {
+                        for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
+                            for i in 0..len {
+                                let row = &mut gathered[n * count..(n + 1) * count];
+                                (source.gather)(input + offset + i * row_stride, column_stride, row);
+                                n += 1;
+                            }
+                        }
+                        for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
+                            *row = lanes;
                         }
                     }
                 }
-                None => {
-                    for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
-                        for i in 0..len {
-                            let row = &mut gathered[n * count..(n + 1) * count];
-                            (source.gather)(input + offset + i * row_stride, column_stride, row);
-                            n += 1;
-                        }
-                    }
-                    for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
-                        *row = lanes;
-                    }
-                }
+                fold.columns(s, &rows[..number], at, accs);
             }
-            fold.columns(s, &rows[..number], at, self.accs);
         }
     }
 }

@@ -1,12 +1,13 @@
 //! Cross-entropy of classes (dimension 1 is the classes) and of independent bits.
 
-use super::{Reduction, expect_alike};
+use super::{Lazy, PRODUCT, Reduction, expect_alike};
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::ops::pointwise::{Expr, fused};
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cuda::{Gpu, cross_entropy as gpu_classes};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// How [`cross_entropy`](Tensor::cross_entropy_with) and [`nll_loss`](Tensor::nll_loss_with) weigh their elements.
 #[derive(Clone, Debug)]
@@ -331,14 +332,17 @@ fn cross_entropy_of_probabilities(
     let c = log_p.dims()[dim];
     let smoothing = options.label_smoothing;
     let target = if smoothing > 0.0 { target.mul_scalar(1.0 - smoothing)?.add_scalar(smoothing / c as f64)? } else { target.clone() };
-    let mut terms = log_p.mul(&target)?;
-    if let Some(weight) = options.weight {
-        expect_class_weights(op, log_p, weight, c)?;
-        let mut along = vec![1; log_p.rank()];
-        along[dim] = c;
-        terms = terms.mul(&weight.detach().reshape(along)?)?;
-    }
-    options.reduction.of(&terms.sum(dim)?.neg()?)
+    let sum = match options.weight {
+        None => PRODUCT.sum([log_p, &target], dim)?,
+        Some(weight) => {
+            static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| x * t * w));
+            expect_class_weights(op, log_p, weight, c)?;
+            let mut along = vec![1; log_p.rank()];
+            along[dim] = c;
+            WEIGHTED.sum([log_p, &target, &weight.detach().reshape(along)?], dim)?
+        }
+    };
+    options.reduction.of(&sum.neg()?)
 }
 
 /// max(x, 0) − x·t + log(1 + e^−|x|), and with a factor p for the positive share (1 − t)·x + (1 + (p − 1)·t)·log(1 + e^−x):
@@ -378,7 +382,7 @@ impl Op for BceWithLogits {
 }
 
 /// The losses of logits, without the element weights.
-fn bce_of_logits(x: &Tensor, target: &Tensor, pos_weight: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn bce_of_logits(x: &Tensor, target: &Tensor, pos_weight: Option<&Tensor>) -> Result<Tensor> {
     let pos_weight = pos_weight.map(Tensor::detach);
     let (logits, t) = (x.detach(), target.detach());
     let out = match &pos_weight {
@@ -431,11 +435,14 @@ impl Tensor {
     pub fn bce_with_logits_with(&self, target: &Tensor, options: &BceOptions<'_>) -> Result<Tensor> {
         let (x, target) = (raised(self)?, raised(target)?);
         expect_alike("bce_with_logits", &x, &target)?;
-        let losses = bce_of_logits(&x, &target, options.pos_weight)?;
-        options.reduction.of(&match options.weight {
-            Some(weight) => losses.mul(weight)?,
-            None => losses,
-        })
+        static PLAIN: Lazy<2> = LazyLock::new(|| fused(|[x, t]| x.bce_with_logits(&t)));
+        static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| x.bce_with_logits(&t) * w));
+        match (options.pos_weight, options.weight) {
+            (None, None) => options.reduction.of_fused(&PLAIN, [&x, &target]),
+            (None, Some(weight)) => options.reduction.of_fused(&WEIGHTED, [&x, &target, weight]),
+            (pos_weight, None) => options.reduction.of(&bce_of_logits(&x, &target, pos_weight)?),
+            (pos_weight, Some(weight)) => options.reduction.of_fused(&PRODUCT, [&bce_of_logits(&x, &target, pos_weight)?, weight]),
+        }
     }
 
     /// The mean of [`bce_with`](Tensor::bce_with).
@@ -449,11 +456,15 @@ impl Tensor {
         if options.pos_weight.is_some() {
             return Err(Error::argument("bce", "pos_weight is for bce_with_logits"));
         }
-        let log = |x: &Tensor| x.log()?.clamp(-100.0, None);
-        let losses = target.mul(&log(self)?)?.add(&target.rsub_scalar(1.0)?.mul(&log(&self.rsub_scalar(1.0)?)?)?)?.neg()?;
-        options.reduction.of(&match options.weight {
-            Some(weight) => losses.mul(weight)?,
-            None => losses,
-        })
+        fn loss(x: &Expr, t: &Expr) -> Expr {
+            let log = |x: &Expr| x.log().clamp(-100.0, f64::INFINITY);
+            -(t * log(x) + (1.0 - t) * log(&(1.0 - x)))
+        }
+        static PLAIN: Lazy<2> = LazyLock::new(|| fused(|[x, t]| loss(&x, &t)));
+        static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| loss(&x, &t) * w));
+        match options.weight {
+            None => options.reduction.of_fused(&PLAIN, [self, target]),
+            Some(weight) => options.reduction.of_fused(&WEIGHTED, [self, target, weight]),
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! Losses of distributions and of distances between vectors.
 
-use super::{Reduction, expect_alike};
+use super::{Lazy, PRODUCT, Reduction, expect_alike};
+use crate::ops::pointwise::{Fused, fused};
 use crate::{Error, Result, Tensor};
+use std::sync::LazyLock;
 
 /// How [`kl_div`](Tensor::kl_div_with) reads its target.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,19 +51,15 @@ impl Tensor {
     /// The Kullback–Leibler divergence t·(log t − x), `self` holding log-probabilities x; 0 where t is 0.
     pub fn kl_div_with(&self, target: &Tensor, options: &KlDivOptions) -> Result<Tensor> {
         expect_alike("kl_div", self, target)?;
-        let losses = if options.log_target {
-            target.exp()?.mul(&target.sub(self)?)?
-        } else {
-            let zero = target.detach().eq_scalar(0.0)?;
-            // The logarithm of a zero is kept out, so that neither it nor its derivative meets the zero factor.
-            let log = target.masked_fill(&zero, 1.0)?.log()?;
-            target.mul(&log.sub(self)?)?
-        };
+        static OF_LOGARITHMS: Lazy<2> = LazyLock::new(|| fused(|[x, t]| t.exp() * (t - x)));
+        // The logarithm of a zero is kept out, so that neither it nor its derivative meets the zero factor.
+        static OF_PROBABILITIES: Lazy<2> = LazyLock::new(|| fused(|[x, t]| &t * (t.log_of_nonzero() - x)));
+        let losses: &Fused<2> = if options.log_target { &OF_LOGARITHMS } else { &OF_PROBABILITIES };
         if options.batch_mean {
             let batch = self.dims().first().copied().unwrap_or(1);
-            return losses.sum(())?.div_scalar(batch as f64);
+            return losses.sum([self, target], ())?.div_scalar(batch as f64);
         }
-        options.reduction.of(&losses)
+        options.reduction.of_fused(losses, [self, target])
     }
 
     /// The mean of [`hinge_embedding_loss_with`](Tensor::hinge_embedding_loss_with) with margin 1.
@@ -82,7 +80,7 @@ impl Tensor {
         let shape = crate::broadcast_shapes("cosine_similarity", self.shape(), other.shape())?;
         let (x, y) = (self.expand(shape)?, other.expand(shape)?);
         let unit = |v: &Tensor| v.div(&v.norm_keepdim(2.0, dim)?.clamp(eps, None)?);
-        unit(&x)?.mul(&unit(&y)?)?.sum(dim)
+        PRODUCT.sum([&unit(&x)?, &unit(&y)?], dim)
     }
 
     /// The mean of [`cosine_embedding_loss_with`](Tensor::cosine_embedding_loss_with) with margin 0.
@@ -101,7 +99,7 @@ impl Tensor {
             return Err(Error::shape(op, message));
         }
         // PyTorch's formula here: x·y / √((x·x + ε)(y·y + ε)).
-        let dot = |x: &Tensor, y: &Tensor| x.mul(y)?.sum(-1);
+        let dot = |x: &Tensor, y: &Tensor| PRODUCT.sum([x, y], -1);
         let lengths = dot(self, self)?.add_scalar(1e-12)?.mul(&dot(other, other)?.add_scalar(1e-12)?)?;
         let cosine = dot(self, other)?.div(&lengths.sqrt()?)?;
         let alike = target.detach().eq_scalar(1.0)?;

@@ -9,7 +9,9 @@ mod kernel;
 mod operators;
 mod scalar;
 mod select;
+mod terms;
 mod unary;
 
 pub use activation::Activation;
+pub(crate) use fuse::fused;
 pub use fuse::{Expr, Fused, fuse};

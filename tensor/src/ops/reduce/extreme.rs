@@ -67,7 +67,7 @@ impl Tensor {
 
     fn extreme(&self, op: &'static str, dims: Dims, max: bool) -> Result<Tensor> {
         let _running = operation(op, &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new(op, self, dims)?;
+        let axes = Axes::new(op, *self.shape(), dims)?;
         axes.refuse_empty(op)?;
         let on_gpu = axes.on_gpu(self, axes.keepdim, self.dtype(), if max { gpu_reduce::max } else { gpu_reduce::min })?;
         let out = match on_gpu {
@@ -95,7 +95,7 @@ impl Tensor {
     fn extreme_dim(&self, op: &'static str, dim: isize, max: bool) -> Result<(Tensor, Tensor)> {
         let _running = operation(op, &[self], || Cost::flops(self.numel() as u64));
         let dim = self.shape().dim(op, dim)?;
-        let axes = Axes::new(op, self, dim.into())?;
+        let axes = Axes::new(op, *self.shape(), dim.into())?;
         axes.refuse_empty(op)?;
         let kept = axes.kept();
         let (values, indices) = match self.gpu()? {

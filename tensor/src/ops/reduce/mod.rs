@@ -18,19 +18,18 @@ use kiln_kernels::cuda::reduce as gpu_reduce;
 use kiln_kernels::cuda::{CudaError, Gpu, SliceMut, View};
 
 /// What a reduction does to a shape.
-struct Axes {
+pub(super) struct Axes {
     from: Shape,
     /// Which dimensions are reduced.
-    reduced: Vec<bool>,
+    pub(super) reduced: Vec<bool>,
     /// The shape in which they have extent 1.
     keepdim: Shape,
     /// Elements of each output.
-    count: usize,
+    pub(super) count: usize,
 }
 
 impl Axes {
-    fn new(op: &str, x: &Tensor, dims: Dims) -> Result<Self> {
-        let from = *x.shape();
+    pub(super) fn new(op: &str, from: Shape, dims: Dims) -> Result<Self> {
         let dims = dims.resolve(op, &from)?;
         let mut keepdim = from;
         let mut count = 1;
@@ -47,7 +46,7 @@ impl Axes {
     }
 
     /// The shape without the reduced dimensions.
-    fn kept(&self) -> Shape {
+    pub(super) fn kept(&self) -> Shape {
         let dims: Vec<usize> = (0..self.from.rank()).filter(|&d| !self.reduced[d]).map(|d| self.from[d]).collect();
         Shape::from_checked(&dims)
     }
@@ -85,10 +84,17 @@ fn total_dtype(dtype: DType) -> DType {
 }
 
 /// The gradient of a sum is repeated along the summed dimensions; that of a mean is divided by their number.
-struct Sum {
-    name: &'static str,
-    axes: Axes,
-    divisor: f64,
+pub(super) struct Sum {
+    pub(super) name: &'static str,
+    pub(super) axes: Axes,
+    pub(super) divisor: f64,
+}
+
+impl Sum {
+    /// The gradient of each element from that of its output.
+    pub(super) fn gradient(&self, grad: &Tensor) -> Result<Tensor> {
+        if self.divisor == 1.0 { self.axes.spread(grad) } else { self.axes.spread(&grad.div_scalar(self.divisor)?) }
+    }
 }
 
 impl Op for Sum {
@@ -96,8 +102,7 @@ impl Op for Sum {
         self.name
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        let grad = if self.divisor == 1.0 { grad.clone() } else { grad.div_scalar(self.divisor)? };
-        Ok(vec![Some(self.axes.spread(&grad)?)])
+        Ok(vec![Some(self.gradient(grad)?)])
     }
 }
 
@@ -148,7 +153,7 @@ impl Tensor {
 
     fn sum_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("sum", &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new("sum", self, dims)?;
+        let axes = Axes::new("sum", *self.shape(), dims)?;
         let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::sum)? {
             Some(out) => out,
             None => for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
@@ -171,7 +176,7 @@ impl Tensor {
 
     fn mean_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("mean", &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new("mean", self, dims)?;
+        let axes = Axes::new("mean", *self.shape(), dims)?;
         let out = for_float!(self.dtype(), "mean", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::mean)? {
             Some(out) => Ok(out),
             None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {
@@ -195,7 +200,7 @@ impl Tensor {
 
     fn prod_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("prod", &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new("prod", self, dims)?;
+        let axes = Axes::new("prod", *self.shape(), dims)?;
         let out = match axes.on_gpu(self, axes.keepdim, total_dtype(self.dtype()), gpu_reduce::prod)? {
             Some(out) => out,
             None => for_any!(self.dtype(), T => Tensor::build::<<T as Numeric>::Total>(self.device(), &axes.keepdim, |out| {
@@ -220,7 +225,7 @@ impl Tensor {
 
     fn any_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("any", &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new("any", self, dims)?;
+        let axes = Axes::new("any", *self.shape(), dims)?;
         if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::any)? {
             return Ok(out);
         }
@@ -237,7 +242,7 @@ impl Tensor {
 
     fn all_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("all", &[self], || Cost::flops(self.numel() as u64));
-        let axes = Axes::new("all", self, dims)?;
+        let axes = Axes::new("all", *self.shape(), dims)?;
         if let Some(out) = axes.on_gpu(self, axes.kept(), DType::Bool, gpu_reduce::all)? {
             return Ok(out);
         }
@@ -249,7 +254,7 @@ impl Tensor {
 
     /// A reduction without the dimensions that its `keepdim` form leaves.
     fn without_dims(&self, op: &str, dims: Dims, keepdim: &dyn Fn(&Tensor, Dims) -> Result<Tensor>) -> Result<Tensor> {
-        let kept = Axes::new(op, self, dims.clone())?.kept();
+        let kept = Axes::new(op, *self.shape(), dims.clone())?.kept();
         keepdim(self, dims)?.reshape(kept)
     }
 }

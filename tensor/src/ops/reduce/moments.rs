@@ -117,7 +117,7 @@ impl Tensor {
 
     fn spread_keepdim(&self, op: &'static str, dims: Dims, correction: f64, root: bool) -> Result<Tensor> {
         let _running = operation(op, &[self], || Cost::flops(4 * self.numel() as u64));
-        let axes = Axes::new(op, self, dims)?;
+        let axes = Axes::new(op, *self.shape(), dims)?;
         let divisor = (axes.count as f64 - correction).max(0.0);
         let kernel = if root { gpu_reduce::std } else { gpu_reduce::var };
         let out = for_float!(self.dtype(), op, T => {
@@ -151,7 +151,7 @@ impl Tensor {
 
     fn norm_over(&self, p: f64, dims: Dims) -> Result<Tensor> {
         let _running = operation("norm", &[self], || Cost::flops(2 * self.numel() as u64));
-        let axes = Axes::new("norm", self, dims)?;
+        let axes = Axes::new("norm", *self.shape(), dims)?;
         if p == f64::NEG_INFINITY {
             axes.refuse_empty("norm")?;
         }
@@ -181,7 +181,7 @@ impl Tensor {
 
     fn logsumexp_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("logsumexp", &[self], || Cost::flops(4 * self.numel() as u64));
-        let axes = Axes::new("logsumexp", self, dims)?;
+        let axes = Axes::new("logsumexp", *self.shape(), dims)?;
         let out = for_float!(self.dtype(), "logsumexp", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::logsumexp)? {
             Some(out) => Ok(out),
             None => Tensor::build::<T>(self.device(), &axes.keepdim, |out| {

@@ -1,36 +1,19 @@
 //! Gated linear units: one half of the features, gated by a function of the other (Dauphin et al. 2017; Shazeer 2020, *GLU Variants Improve
 //! Transformer*). Each is a fused chain: one pass over memory forward, and one for both gradients.
 
-use super::{Chained, Expr, Fused, fuse_as, run};
+use super::run::{Chained, run};
+use super::{Expr, Fused, fused_as};
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::{Error, Result, Tensor};
-use std::sync::OnceLock;
+use std::sync::LazyLock;
 
 /// An operation that is traced when it is first called.
-struct Gate {
-    name: &'static str,
-    function: fn([Expr; 2]) -> Expr,
-    fused: OnceLock<Fused<2>>,
-}
+type Gate = LazyLock<Fused<2>>;
 
-impl Gate {
-    const fn new(name: &'static str, function: fn([Expr; 2]) -> Expr) -> Self {
-        Self { name, function, fused: OnceLock::new() }
-    }
-
-    fn get(&self) -> Result<&Fused<2>> {
-        if let Some(fused) = self.fused.get() {
-            return Ok(fused);
-        }
-        let fused = fuse_as(self.name, self.function)?;
-        Ok(self.fused.get_or_init(|| fused))
-    }
-}
-
-static SWIGLU: Gate = Gate::new("swiglu", |[gate, up]| gate.silu() * up);
-static GEGLU: Gate = Gate::new("geglu", |[gate, up]| gate.gelu() * up);
-static GEGLU_TANH: Gate = Gate::new("geglu_tanh", |[gate, up]| gate.gelu_tanh() * up);
-static GLU: Gate = Gate::new("glu", |[x, gate]| x * gate.sigmoid());
+static SWIGLU: Gate = LazyLock::new(|| fused_as("swiglu", |[gate, up]: [Expr; 2]| gate.silu() * up));
+static GEGLU: Gate = LazyLock::new(|| fused_as("geglu", |[gate, up]: [Expr; 2]| gate.gelu() * up));
+static GEGLU_TANH: Gate = LazyLock::new(|| fused_as("geglu_tanh", |[gate, up]: [Expr; 2]| gate.gelu_tanh() * up));
+static GLU: Gate = LazyLock::new(|| fused_as("glu", |[x, gate]: [Expr; 2]| x * gate.sigmoid()));
 
 /// The two halves of `x` along `dim`, as views.
 fn halves(x: &Tensor, dim: usize) -> Result<[Tensor; 2]> {
@@ -52,10 +35,10 @@ impl Op for OfHalves {
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
         let [a, b] = halves(&self.x, self.dim)?;
         let program = &self.fused.program;
-        let chained = Chained::new(program.clone(), &[&a, &b], *grad.shape(), |_| true);
-        let gradients = chained.gradients(&vec![true; program.uses.len()], grad)?;
+        let chained = Chained::new(program.clone(), &[&a, &b], *grad.shape(), None, |_| true);
+        let gradients = chained.gradients(&vec![true; chained.inputs.len()], grad)?;
         let of_operand = |operand: usize| {
-            let found = program.uses.iter().zip(&gradients).find(|(of, _)| of.operand == operand);
+            let found = chained.inputs.iter().zip(&gradients).find(|(input, _)| program.inputs[**input].operand == operand);
             found.and_then(|(_, gradient)| gradient.as_ref()).ok_or_else(|| Error::graph(program.name, "a half without a gradient"))
         };
         Ok(vec![Some(Tensor::cat(&[of_operand(0)?, of_operand(1)?], self.dim as isize)?)])
@@ -66,11 +49,11 @@ impl Fused<2> {
     /// The function, of which each operand is used once, of the halves of `x` along `dim`.
     fn call_halves(&self, x: &Tensor, dim: usize) -> Result<Tensor> {
         let program = &self.program;
-        let Some(chain) = program.chain.as_ref().filter(|_| x.dtype().is_float()) else {
+        let Some(pass) = program.pass.as_ref().filter(|_| x.dtype().is_float()) else {
             return program.result(&halves(x, dim)?.each_ref());
         };
         let [a, b] = halves(&x.detach(), dim)?;
-        let out = run(program.name, chain, &[Some(&a), Some(&b)], a.shape())?.swap_remove(0);
+        let out = run(program.name, pass, &[Some(&a), Some(&b)], a.shape())?;
         record(program.name, out, &[x], |_| OfHalves { fused: self.clone(), x: x.clone(), dim })
     }
 }
@@ -92,17 +75,17 @@ impl Tensor {
     /// # Errors
     /// If the shapes do not broadcast, or the dtypes differ or are no floats.
     pub fn swiglu(&self, up: &Tensor) -> Result<Tensor> {
-        SWIGLU.get()?.call([self, up])
+        SWIGLU.call([self, up])
     }
 
     /// GEGLU's product gelu(gate) · up, where `self` is the gate, with the exact GELU; otherwise as [`swiglu`](Tensor::swiglu).
     pub fn geglu(&self, up: &Tensor) -> Result<Tensor> {
-        GEGLU.get()?.call([self, up])
+        GEGLU.call([self, up])
     }
 
     /// [`geglu`](Tensor::geglu) with GELU's approximation by tanh, as Gemma has it.
     pub fn geglu_tanh(&self, up: &Tensor) -> Result<Tensor> {
-        GEGLU_TANH.get()?.call([self, up])
+        GEGLU_TANH.call([self, up])
     }
 
     /// The gated linear unit a · σ(b) of the two halves a and b of `dim`, which the result has half as long. Float dtypes.
@@ -116,6 +99,6 @@ impl Tensor {
         if !self.dims()[dim].is_multiple_of(2) {
             return Err(Error::shape("glu", format!("dimension {dim} of shape {} has no two halves", self.shape())));
         }
-        GLU.get()?.call_halves(self, dim)
+        GLU.call_halves(self, dim)
     }
 }
