@@ -23,6 +23,11 @@ pub trait Stored: Element {
     /// # Safety
     /// The pointers must be valid for `len` elements and not overlap.
     unsafe fn narrow(from: *const Self::Compute, to: *mut Self, len: usize);
+    /// Rounds `len` elements in place to values that this type has: what narrowing and widening them gives.
+    ///
+    /// # Safety
+    /// The pointer must be valid for `len` elements.
+    unsafe fn round(values: *mut Self::Compute, len: usize);
 }
 
 macro_rules! stored_as_computed {
@@ -40,6 +45,8 @@ macro_rules! stored_as_computed {
                 // SAFETY: the caller's.
                 unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
             }
+            #[inline(always)]
+            unsafe fn round(_: *mut $t, _: usize) {}
         }
     )* };
 }
@@ -55,6 +62,20 @@ impl<A: Copy, B, F: Fn(A) -> B> WithSimd for Each<A, B, F> {
         for i in 0..self.2 {
             // SAFETY: `i < len`; whoever made the struct vouches for both pointers.
             unsafe { *self.1.add(i) = (self.3)(*self.0.add(i)) }
+        }
+    }
+}
+
+/// [`Each`] in place: with two pointers to one array the compiler would have to take it for overlapping ones.
+struct EachInPlace<A, F>(*mut A, usize, F);
+
+impl<A: Copy, F: Fn(A) -> A> WithSimd for EachInPlace<A, F> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for i in 0..self.1 {
+            // SAFETY: `i < len`; whoever made the struct vouches for the pointer.
+            unsafe { *self.0.add(i) = (self.2)(*self.0.add(i)) }
         }
     }
 }
@@ -80,6 +101,14 @@ macro_rules! stored_as_half {
                     len,
                     #[inline(always)]
                     |x| $narrow(x),
+                ))
+            }
+            unsafe fn round(values: *mut f32, len: usize) {
+                dispatch(EachInPlace(
+                    values,
+                    len,
+                    #[inline(always)]
+                    |x| $widen($narrow(x)),
                 ))
             }
         }

@@ -202,11 +202,11 @@ impl Chain {
                     Function::Two(row) => defined::<T::Compute, 2>(row)([place(0), place(1)], to, len, step.params),
                 }
                 if T::CONVERTS {
-                    let mut rounded = MaybeUninit::<[T; TILE]>::uninit();
-                    let rounded = out.unwrap_or(rounded.as_mut_ptr().cast::<T>());
-                    T::narrow(to, rounded, len);
+                    if let Some(out) = out {
+                        T::narrow(to, out, len);
+                    }
                     if step.is_read {
-                        T::widen(rounded, to, len);
+                        T::round(to, len);
                     }
                 } else if let (Some(out), true) = (out, step.is_read) {
                     std::ptr::copy_nonoverlapping(to, out.cast(), len);
