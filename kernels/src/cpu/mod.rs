@@ -7,6 +7,7 @@ pub mod attention;
 pub mod cast;
 pub mod conv;
 pub mod copy;
+pub mod cross_entropy;
 pub mod cumulative;
 pub mod gemm;
 pub mod gradient;

@@ -236,9 +236,9 @@ fn reduce(gpu: &'static Gpu, x: Input<'_>, axes: &[bool], fold: &'static str, re
     let module = x.module(gpu, &defines)?;
     let launch = Launch::blocks(blocks, THREADS as u32);
     if pattern == Pattern::Lanes {
+        let kernel = module.kernel("rows_by_lanes")?;
         // SAFETY: the view's elements lie in its buffer; the plan's offsets are those of the view, and of outputs whose number was checked
         // here and by the caller, who made `results` of slices of as many.
-        let kernel = module.kernel("rows_by_lanes")?;
         return x.with_arg(|x| unsafe { kernel.launch(launch, &[x, &plan, &results]) });
     }
     let several = plan.parts > 1;

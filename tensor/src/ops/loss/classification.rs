@@ -6,6 +6,7 @@ use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
 use crate::ops::pointwise::{Expr, fused};
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, Layout, Result, Shape, Tensor};
+use kiln_kernels::cpu::cross_entropy as host_classes;
 use kiln_kernels::cuda::{Gpu, cross_entropy as gpu_classes};
 use std::sync::{Arc, LazyLock};
 
@@ -241,7 +242,7 @@ fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     record("place_classes", out, &[x], |_| Pick { classes: classes.clone(), place: true })
 }
 
-/// −log softmax(x) at the targets, in one pass over logits `[N, C]` of a GPU; its gradient is (softmax(x) − 1 at the target)·g.
+/// −log softmax(x) at the targets, in one pass over logits `[N, C]`; its gradient is (softmax(x) − 1 at the target)·g.
 struct RowLoss {
     x: Tensor,
     /// The largest logit of each row, and the logarithm of the sum of the exponentials relative to it.
@@ -254,14 +255,8 @@ impl Op for RowLoss {
         "cross_entropy"
     }
     fn vjp(&self, _: &Ctx, grad: &Tensor) -> Result<Grads> {
-        if let (Targets::Gpu(gpu, targets, ignored), false) = (&self.classes.targets, is_grad_enabled()) {
-            let _running = operation("cross_entropy_backward", &[&self.x, grad], || Cost::per_element(3));
-            let (x, grad) = (self.x.detach().contiguous()?, grad.detach().contiguous()?);
-            let dx = Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
-                let classes = self.classes.on_gpu(targets, *ignored)?;
-                Ok(gpu_classes::cross_entropy_backward(gpu, &classes, x.gpu_slice()?, self.kept.gpu_slice()?, grad.gpu_slice()?, dx)?)
-            })?;
-            return Ok(vec![Some(dx)]);
+        if !is_grad_enabled() {
+            return Ok(vec![Some(self.fused(grad)?)]);
         }
         let placed = place(grad, &self.classes)?.reshape(self.x.shape())?;
         let p = self.x.softmax(1)?;
@@ -269,17 +264,52 @@ impl Op for RowLoss {
     }
 }
 
-/// The losses `[N, 1]` of logits `[N, C, 1]` of a GPU.
-fn row_losses(x: &Tensor, classes: &Arc<Classes>, gpu: &'static Gpu, targets: &Tensor, ignored: i64) -> Result<Tensor> {
+impl RowLoss {
+    fn fused(&self, grad: &Tensor) -> Result<Tensor> {
+        let _running = operation("cross_entropy_backward", &[&self.x, grad], || Cost::per_element(3));
+        let (x, grad) = (self.x.detach().contiguous()?, grad.detach().contiguous()?);
+        match &self.classes.targets {
+            Targets::Gpu(gpu, targets, ignored) => Tensor::build_on_gpu(gpu, Layout::contiguous(*x.shape()), x.dtype(), |dx| {
+                let classes = self.classes.on_gpu(targets, *ignored)?;
+                Ok(gpu_classes::cross_entropy_backward(gpu, &classes, x.gpu_slice()?, self.kept.gpu_slice()?, grad.gpu_slice()?, dx)?)
+            }),
+            Targets::Host(targets) => for_float!(x.dtype(), "cross_entropy", T => Tensor::build::<T>(x.device(), x.shape(), |dx| {
+                let (max, log) = self.kept.as_slice()?.split_at(self.classes.n);
+                let rows = host_classes::Rows { classes: self.classes.c, x: x.as_slice()?, targets };
+                host_classes::cross_entropy_backward::<T>(rows, max, log, grad.as_slice()?, dx);
+                Ok(())
+            })),
+        }
+    }
+}
+
+/// The losses `[N, 1]` of logits `[N, C, 1]`.
+fn row_losses(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let _running = operation("cross_entropy", &[x], || Cost::flops(4 * x.numel() as u64));
     let logits = x.reshape([classes.n, classes.c])?;
     let data = logits.detach().contiguous()?;
     let wide = x.dtype().accumulator();
-    let mut kept = Tensor::stale_on_gpu(gpu, Shape::new(&[2, classes.n])?, wide)?;
-    let shape = Shape::new(&[classes.n, 1])?;
-    let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |loss| {
-        Ok(gpu_classes::cross_entropy(gpu, &classes.on_gpu(targets, ignored)?, data.gpu_slice()?, loss, kept.gpu_slice_mut()?)?)
-    })?;
+    let (room, shape) = (Shape::new(&[2, classes.n])?, Shape::new(&[classes.n, 1])?);
+    let (out, kept) = match &classes.targets {
+        Targets::Gpu(gpu, targets, ignored) => {
+            let mut kept = Tensor::stale_on_gpu(gpu, room, wide)?;
+            let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |loss| {
+                let classes = classes.on_gpu(targets, *ignored)?;
+                Ok(gpu_classes::cross_entropy(gpu, &classes, data.gpu_slice()?, loss, kept.gpu_slice_mut()?)?)
+            })?;
+            (out, kept)
+        }
+        Targets::Host(targets) => {
+            let mut kept = Tensor::zeros(room, (wide, x.device()))?;
+            let out = for_float!(x.dtype(), "cross_entropy", T => Tensor::build::<T>(x.device(), &shape, |loss| {
+                let (max, log) = kept.as_slice_mut()?.split_at_mut(classes.n);
+                let rows = host_classes::Rows { classes: classes.c, x: data.as_slice()?, targets };
+                host_classes::cross_entropy::<T>(rows, loss, max, log);
+                Ok(())
+            }))?;
+            (out, kept)
+        }
+    };
     record("cross_entropy", out, &[&logits], |_| RowLoss { x: logits.clone(), kept, classes: classes.clone() })
 }
 
@@ -292,15 +322,12 @@ fn nll(op: &str, x: &Tensor, logits: bool, target: &Tensor, options: &CrossEntro
     let classes = Arc::new(Classes::new(op, x, target, options.ignore_index)?);
     let Classes { n, c, s, .. } = *classes;
     let (weights, total) = classes.weights(op, x, options.weight)?;
-    let losses = match &classes.targets {
-        Targets::Gpu(gpu, targets, ignored) if logits && s == 1 && smoothing == 0.0 && x.dtype().is_float() => {
-            row_losses(x, &classes, gpu, targets, *ignored)?.mul(&weights)?
-        }
-        _ => {
-            let log_p = if logits { x.log_softmax(isize::from(x.rank() > 1))? } else { x.clone() }.reshape([n, c, s])?;
-            let losses = pick(&log_p, &classes)?.mul(&weights)?.neg()?;
-            if smoothing > 0.0 { smoothed(&losses, log_p, &classes, options)? } else { losses }
-        }
+    let losses = if logits && s == 1 && smoothing == 0.0 && x.dtype().is_float() {
+        row_losses(x, &classes)?.mul(&weights)?
+    } else {
+        let log_p = if logits { x.log_softmax(isize::from(x.rank() > 1))? } else { x.clone() }.reshape([n, c, s])?;
+        let losses = pick(&log_p, &classes)?.mul(&weights)?.neg()?;
+        if smoothing > 0.0 { smoothed(&losses, log_p, &classes, options)? } else { losses }
     };
     match options.reduction {
         Reduction::None => losses.reshape(target.shape()),
