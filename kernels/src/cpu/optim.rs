@@ -157,6 +157,8 @@ impl<R: Rule<N>, const N: usize> WithSimd for Apply<'_, '_, '_, R, N> {
         let n = param.len();
         assert!(grad.len() == n && states.iter().all(|s| s.len() == n));
         let factor = s.splat(self.factor);
+        // A copy that no store can change: what the formula computes of its scalars, powers above all, leaves the loop.
+        let rule = *self.rule;
         let param = param.as_mut_ptr();
         let states = states.each_mut().map(|s| s.as_mut_ptr());
         let whole = n / S::LANES * S::LANES;
@@ -168,7 +170,7 @@ impl<R: Rule<N>, const N: usize> WithSimd for Apply<'_, '_, '_, R, N> {
                 for (v, x) in old.iter_mut().zip(states) {
                     *v = s.load(x.add(i));
                 }
-                let (p, new) = self.rule.update(p, g * factor, old);
+                let (p, new) = rule.update(p, g * factor, old);
                 p.store(param.add(i));
                 for (x, v) in states.into_iter().zip(new) {
                     v.store(x.add(i));
@@ -184,7 +186,7 @@ impl<R: Rule<N>, const N: usize> WithSimd for Apply<'_, '_, '_, R, N> {
                 for (v, x) in old.iter_mut().zip(states) {
                     *v = s.load_partial(x.add(whole), rest);
                 }
-                let (p, new) = self.rule.update(p, g * factor, old);
+                let (p, new) = rule.update(p, g * factor, old);
                 p.store_partial(param.add(whole), rest);
                 for (x, v) in states.into_iter().zip(new) {
                     v.store_partial(x.add(whole), rest);
