@@ -122,6 +122,7 @@ impl Classes {
         weight: Option<&Tensor>,
     ) -> Result<(Tensor, Total)> {
         let weight = weight.map(|w| w.detach().contiguous()).transpose()?;
+        let _running = operation("class_weights", &[targets], || Cost::NONE);
         let room = |shape: &[usize], dtype| Tensor::stale_on_gpu(gpu, Shape::new(shape)?, dtype);
         let (mut weights, mut total, mut bad) = (room(&[self.n, self.s], dtype)?, room(&[], DType::F64)?, room(&[], DType::I64)?);
         let weight = weight.as_ref().map(Tensor::gpu_slice).transpose()?;
