@@ -34,25 +34,6 @@ macro_rules! load_a {
     };
 }
 
-/// Tiles 6 and 7: a part of B.
-macro_rules! load_b {
-    (0) => {
-        "tileloadd tmm6, [{b} + {b_row}*1]\n tileloadd tmm7, [{b} + {b_row}*1 + 64]"
-    };
-    (1) => {
-        "tileloadd tmm6, [{b} + {b_row}*1 + 2048]\n tileloadd tmm7, [{b} + {b_row}*1 + 2112]"
-    };
-    (2) => {
-        "tileloadd tmm6, [{b} + {b_row}*1 + 4096]\n tileloadd tmm7, [{b} + {b_row}*1 + 4160]"
-    };
-}
-
-macro_rules! multiply {
-    () => {
-        "tdpbf16ps tmm0, tmm4, tmm6\n tdpbf16ps tmm1, tmm4, tmm7\n tdpbf16ps tmm2, tmm5, tmm6\n tdpbf16ps tmm3, tmm5, tmm7"
-    };
-}
-
 /// A function that sums over all steps; `$body` is a step, whose rows begin at `t`.
 macro_rules! products {
     ($name:ident, $parts:literal, [$($body:expr),* $(,)?]) => {
@@ -110,25 +91,29 @@ macro_rules! products {
     };
 }
 
-products!(one_part, 1, [load_a!(0), load_b!(0), multiply!()]);
-products!(two_parts, 2, [load_a!(0), load_b!(1), multiply!(), load_b!(0), multiply!(), load_a!(1), multiply!()]);
+products!(one_part, 1, [load_a!(0), load_b!(0), multiply!("tdpbf16ps")]);
+products!(
+    two_parts,
+    2,
+    [load_a!(0), load_b!(1), multiply!("tdpbf16ps"), load_b!(0), multiply!("tdpbf16ps"), load_a!(1), multiply!("tdpbf16ps")]
+);
 products!(
     three_parts,
     3,
     [
         load_a!(0),
         load_b!(2),
-        multiply!(),
+        multiply!("tdpbf16ps"),
         load_b!(1),
-        multiply!(),
+        multiply!("tdpbf16ps"),
         load_b!(0),
-        multiply!(),
+        multiply!("tdpbf16ps"),
         load_a!(2),
-        multiply!(),
+        multiply!("tdpbf16ps"),
         load_a!(1),
-        multiply!(),
+        multiply!("tdpbf16ps"),
         load_b!(1),
-        multiply!(),
+        multiply!("tdpbf16ps"),
     ]
 );
 

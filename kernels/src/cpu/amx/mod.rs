@@ -14,7 +14,6 @@
 
 #[cfg(test)]
 mod emulator;
-pub mod gathered;
 
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
@@ -190,6 +189,9 @@ macro_rules! multiply {
         )
     };
 }
+
+// Below the macros that it shares.
+pub mod gathered;
 
 /// A function that sums over all steps of a panel; `$body` is a step.
 macro_rules! products {
