@@ -179,4 +179,17 @@ mod tests {
             check::<bf16>(rows, classes, 0.02);
         }
     }
+
+    #[test]
+    fn rows_without_classes_and_ignored_rows_have_no_loss() {
+        for (classes, x) in [(0, vec![]), (2, vec![f32::NAN; 4])] {
+            let rows = Rows { classes, x: &x, targets: &[None, None] };
+            let (mut loss, mut max, mut log) = ([9f32; 2], [9f32; 2], [9f32; 2]);
+            cross_entropy(rows, &mut loss, &mut max, &mut log);
+            assert_eq!(loss, [0.0; 2]);
+            let mut dx = vec![9f32; x.len()];
+            cross_entropy_backward(rows, &max, &log, &[1.0; 2], &mut dx);
+            assert!(dx.iter().all(|&dx| dx == 0.0), "{dx:?}");
+        }
+    }
 }
