@@ -7,3 +7,4 @@ pub mod metrics;
 pub mod nn;
 pub mod optim;
 pub mod report;
+pub mod transformer;

@@ -151,6 +151,53 @@ impl Tensor {
         self.part_of_dim("select", dim, at, 1, 1)?.reshape(self.shape().without(dim))
     }
 
+    /// Overwrites the elements `start..start + n` of dimension `dim` by `src`, whose extent there is n, in place if nobody else holds this
+    /// tensor's memory, in a copy otherwise: for buffers that are filled piece by piece, such as a cache of keys. Nothing is recorded.
+    ///
+    /// ```
+    /// # use kiln_tensor::{Tensor, Result};
+    /// # fn main() -> Result<()> {
+    /// let mut x = Tensor::zeros([2, 3], ())?;
+    /// x.write_slice(1, 1, &Tensor::ones([2, 1], ())?)?;
+    /// assert_eq!(x.to_vec::<f32>()?, [0., 1., 0., 0., 1., 0.]);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// If either tensor is tracked (a gradient would be lost), the extents do not fit, or dtypes or devices differ.
+    pub fn write_slice(&mut self, dim: isize, start: usize, src: &Tensor) -> Result<()> {
+        let op = "write_slice";
+        let _running = operation(op, &[src], || Cost::NONE);
+        let dim = self.shape().dim(op, dim)?;
+        if self.is_tracked() || src.is_tracked() {
+            return Err(Error::graph(op, "nothing is recorded here, and a gradient would be lost; use no_grad or .detach(), or cat"));
+        }
+        if src.dtype() != self.dtype() {
+            return Err(Error::dtype_mismatch(op, self.dtype(), src.dtype()));
+        }
+        if src.device() != self.device() {
+            return Err(Error::device_mismatch(op, self.device(), src.device()));
+        }
+        let len = src.dims().get(dim).copied().unwrap_or(0);
+        let fits = src.rank() == self.rank() && src.shape().without(dim) == self.shape().without(dim);
+        if !fits || start.checked_add(len).is_none_or(|end| end > self.shape()[dim]) {
+            let message = format!("{} from place {start} of dimension {dim} on does not fit {}", src.shape(), self.shape());
+            return Err(Error::shape(op, message));
+        }
+        if src.numel() == 0 {
+            return Ok(());
+        }
+        let region = Layout::contiguous(*self.shape()).slice(dim, start, len, 1);
+        match src.gpu()? {
+            Some(gpu) => cuda::copy::copy_into_strided(gpu, src.gpu_view()?, self.gpu_slice_mut()?, region.offset(), region.strides())?,
+            None => for_any!(src.dtype(), T => {
+                copy_into_strided(src.view_of::<T>()?, self.as_slice_mut::<T>()?, region.offset(), region.strides());
+                Ok::<(), Error>(())
+            })?,
+        }
+        Ok(())
+    }
+
     /// Consecutive parts of dimension `dim` with the given extents, which must add up to its own.
     pub fn split(&self, sizes: &[usize], dim: isize) -> Result<Vec<Tensor>> {
         let axis = self.shape().dim("split", dim)?;

@@ -1,0 +1,96 @@
+//! Keys and values of the tokens so far, in memory that is allocated once.
+
+use super::LmShape;
+use kiln_tensor::{Error, Result, Shape, Tensor, TensorOptions};
+
+/// The keys and values of each layer, (B, nkv, capacity, hs), of which the first `len` are filled.
+pub struct KvCache {
+    layers: Vec<[Tensor; 2]>,
+    batch: usize,
+    capacity: usize,
+    len: usize,
+}
+
+impl KvCache {
+    /// An empty cache for `batch` sequences of at most `capacity` tokens.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn new(shape: LmShape, batch: usize, capacity: usize, options: impl Into<TensorOptions>) -> Result<Self> {
+        let options = options.into();
+        let extents = [batch, shape.num_key_value_heads, capacity, shape.head_dim];
+        let layer = || Ok([Tensor::zeros(extents, options)?, Tensor::zeros(extents, options)?]);
+        Ok(Self { layers: (0..shape.num_layers).map(|_| layer()).collect::<Result<_>>()?, batch, capacity, len: 0 })
+    }
+
+    /// How many tokens of each sequence it holds.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// How many sequences it serves.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Writes the keys and values (B, nkv, T, hs) of new tokens behind those that `layer` holds, and returns all of the layer,
+    /// (B, nkv, len + T, hs) each. Every layer of a pass is written at the same place; [`advance`](KvCache::advance) ends the pass.
+    ///
+    /// # Errors
+    /// If there is no room, or the extents are not the cache's.
+    pub fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> Result<[Tensor; 2]> {
+        let [batch, _, added, _] = key.dims_n("kv_cache")?;
+        let end = self.len + added;
+        if end > self.capacity || batch != self.batch {
+            let message = format!(
+                "{added} tokens of {batch} sequences after {} do not fit a cache of {} sequences of {} tokens",
+                self.len, self.batch, self.capacity
+            );
+            return Err(Error::shape("kv_cache", message));
+        }
+        let held = self.layers.get_mut(layer).ok_or_else(|| Error::index("kv_cache", format!("there is no layer {layer}")))?;
+        let [keys, values] = held;
+        for (held, new) in [(&mut *keys, key), (&mut *values, value)] {
+            held.write_slice(2, self.len, new)?;
+        }
+        Ok([keys.narrow(2, 0, end)?, values.narrow(2, 0, end)?])
+    }
+
+    /// Counts `added` tokens as held, once all layers have written them.
+    pub fn advance(&mut self, added: usize) {
+        self.len = (self.len + added).min(self.capacity);
+    }
+
+    /// Forgets all tokens after the first `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Makes row i what row `rows[i]` is, as a beam search needs it.
+    ///
+    /// # Errors
+    /// If a row is out of range.
+    pub fn reorder(&mut self, rows: &[usize]) -> Result<()> {
+        let index = Tensor::from_vec(rows.iter().map(|&row| row as i64).collect(), [rows.len()])?;
+        for held in self.layers.iter_mut().flatten() {
+            *held = held.index_select(0, &index.to_device(held.device())?)?;
+        }
+        self.batch = rows.len();
+        Ok(())
+    }
+
+    /// Shape of a layer's keys, as allocated.
+    pub fn layer_shape(&self) -> Option<Shape> {
+        self.layers.first().map(|[keys, _]| *keys.shape())
+    }
+}
