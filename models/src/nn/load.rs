@@ -51,7 +51,12 @@ impl LoadReport {
         if mode == LoadMode::Partial || self.is_complete() {
             return Ok(self);
         }
-        Err(Error::new(ErrorKind::Argument, "load_state_dict", format!("the state dictionary does not fit the model: {self}")))
+        Err(self.refusal())
+    }
+
+    /// The error that lists all that does not fit.
+    pub(super) fn refusal(self) -> Error {
+        Error::new(ErrorKind::Argument, "load_state_dict", format!("the state dictionary does not fit the model: {self}"))
     }
 
     /// Takes `found` as the content of `name` if it fits `expected`: converted to its dtype if both are floats.

@@ -54,7 +54,12 @@ pub struct Param(Arc<Cell>);
 impl Param {
     /// A parameter called `name` that starts with the data of `tensor`. An error if its dtype is not a float.
     pub fn new(name: impl Into<String>, tensor: &Tensor) -> Result<Self> {
-        let leaf = tensor.detach().contiguous()?.requires_grad_()?;
+        Self::of_content(name, tensor.detach().contiguous()?)
+    }
+
+    /// A parameter that holds `content` as it lies: contiguous, or of a model that is not going to be.
+    pub(super) fn of_content(name: impl Into<String>, content: Tensor) -> Result<Self> {
+        let leaf = content.detach().requires_grad_()?;
         Ok(Self(Arc::new(Cell { name: name.into(), tensor: Mutex::new(leaf), frozen: AtomicBool::new(false) })))
     }
 
@@ -212,8 +217,12 @@ pub struct Buffer(Arc<Cell>);
 impl Buffer {
     /// A buffer called `name` that starts with the data of `tensor`.
     pub fn new(name: impl Into<String>, tensor: &Tensor) -> Result<Self> {
-        let content = tensor.detach().contiguous()?;
-        Ok(Self(Arc::new(Cell { name: name.into(), tensor: Mutex::new(content), frozen: AtomicBool::new(true) })))
+        Ok(Self::of_content(name, tensor.detach().contiguous()?))
+    }
+
+    /// A buffer that holds `content` as it lies.
+    pub(super) fn of_content(name: impl Into<String>, content: Tensor) -> Self {
+        Self(Arc::new(Cell { name: name.into(), tensor: Mutex::new(content), frozen: AtomicBool::new(true) }))
     }
 
     /// The full dotted name.

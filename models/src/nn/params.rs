@@ -73,6 +73,9 @@ struct Loading {
     report: LoadReport,
 }
 
+/// Tensors that do not fit a strict loading before it gives up: a file may claim any number of layers.
+const MAX_LISTED: usize = 4096;
+
 #[derive(Default)]
 struct Registry {
     entries: Vec<Entry>,
@@ -203,14 +206,14 @@ impl Params {
 
     fn param_with(&self, name: &str, kind: (DType, Shape), first: impl FnOnce() -> Result<Tensor>) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let param = Param::new(name.as_str(), &self.first_content(&name, kind, first)?)?;
+        let param = Param::of_content(name.as_str(), self.first_content(&name, kind, first)?)?;
         self.register(name, Entry::Param(param.clone()))?;
         Ok(param)
     }
 
     fn buffer_with(&self, name: &str, kind: (DType, Shape), first: impl FnOnce() -> Result<Tensor>) -> Result<Buffer> {
         let name = format!("{}{name}", self.prefix);
-        let buffer = Buffer::new(name.as_str(), &self.first_content(&name, kind, first)?)?;
+        let buffer = Buffer::of_content(name.as_str(), self.first_content(&name, kind, first)?);
         self.register(name, Entry::Buffer(buffer.clone()))?;
         Ok(buffer)
     }
@@ -219,14 +222,18 @@ impl Params {
         if let Some(loading) = &mut self.registry().loading {
             let found = loading.state.remove(name);
             if let Some(tensor) = loading.report.fit(name, kind, found.as_ref())? {
-                return Ok(tensor);
+                return tensor.detach().contiguous();
             }
             if loading.mode == LoadMode::Strict {
-                // The building will end in an error; until then the shape is all that matters.
-                return Tensor::zeros(kind.1, kind.0);
+                // The building will end in an error; until then the shape is all that matters, and takes no memory.
+                let report = &loading.report;
+                if report.missing.len() + report.mismatched.len() > MAX_LISTED {
+                    return Err(std::mem::take(&mut loading.report).refusal());
+                }
+                return Tensor::zeros((), kind.0)?.expand(kind.1);
             }
         }
-        first()
+        first()?.detach().contiguous()
     }
 
     fn register(&self, name: String, entry: Entry) -> Result<()> {

@@ -2,8 +2,23 @@
 //!
 //! A decoder-only model of any family is a [`CausalLm`]: generation, training and alignment know no more of it.
 
+mod attention;
+mod block;
 mod cache;
+mod checkpoint;
+mod context;
+mod decoder;
+mod gpt2;
+mod llama;
 mod model;
+mod opt;
+mod rope;
 
 pub use cache::KvCache;
+pub use checkpoint::{CausalConfig, Layout, Pretrained, load, load_pretrained, save_pretrained};
+pub use decoder::Decoder;
+pub use gpt2::Gpt2Config;
+pub use llama::{LlamaConfig, LlamaKind, RopeParameters};
 pub use model::{CausalLm, LmShape, Pass};
+pub use opt::OptConfig;
+pub use rope::{RopeConfig, RopeScaling};

@@ -1,0 +1,162 @@
+//! The decoder-only language model that every family is a case of.
+
+use super::block::{Block, Norm};
+use super::context::{Context, Extent, positions};
+use super::rope::{Positions, Rope};
+use super::{CausalLm, LmShape, Pass};
+use crate::nn::{Dropout, Embedding, Linear, Module, Params};
+use kiln_autograd::checkpoint;
+use kiln_tensor::{DType, Error, Result, Tensor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+/// Learned positions: row `place + offset` of a table.
+pub(super) struct LearnedPositions {
+    pub table: Embedding,
+    /// Rows that belong to no place.
+    pub offset: usize,
+}
+
+impl LearnedPositions {
+    /// (T, C) or (B, T, C) for `added` tokens.
+    fn forward(&self, positions: &Positions, added: usize) -> Result<Tensor> {
+        match positions {
+            Positions::From(start) => self.table.weight().get().narrow(0, start + self.offset, added),
+            Positions::Given(places) => self.table.forward(&places.add_scalar(self.offset as f64)?),
+        }
+    }
+}
+
+/// What a decoder is made of.
+pub(super) struct DecoderParts {
+    pub shape: LmShape,
+    pub tokens: Embedding,
+    /// Learned positions; `None` if they are rotary.
+    pub positions: Option<LearnedPositions>,
+    pub rope: Option<Rope>,
+    /// From the width of the embedding to that of the blocks and back, where they differ.
+    pub projections: Option<[Linear; 2]>,
+    pub dropout: Dropout,
+    pub blocks: Vec<Block>,
+    pub norm: Option<Norm>,
+    /// The output's matrix; the embedding's if `None` ("tied").
+    pub head: Option<Linear>,
+}
+
+/// A decoder-only transformer of any family: build one through a configuration ([`Gpt2Config`](super::Gpt2Config),
+/// [`LlamaConfig`](super::LlamaConfig), [`OptConfig`](super::OptConfig)), or [`load`](super::load) it.
+pub struct Decoder {
+    params: Params,
+    parts: Parts,
+    recomputes: AtomicBool,
+}
+
+/// The parts, with blocks that a recomputed segment can hold.
+struct Parts {
+    shape: LmShape,
+    tokens: Embedding,
+    positions: Option<LearnedPositions>,
+    rope: Option<Rope>,
+    projections: Option<[Linear; 2]>,
+    dropout: Dropout,
+    blocks: Vec<Arc<Block>>,
+    norm: Option<Norm>,
+    head: Option<Linear>,
+}
+
+impl Decoder {
+    pub(super) fn new(params: &Params, parts: DecoderParts) -> Self {
+        let DecoderParts { shape, tokens, positions, rope, projections, dropout, blocks, norm, head } = parts;
+        let blocks = blocks.into_iter().map(Arc::new).collect();
+        let parts = Parts { shape, tokens, positions, rope, projections, dropout, blocks, norm, head };
+        Self { params: params.clone(), parts, recomputes: AtomicBool::new(false) }
+    }
+
+    /// Whether the backward pass computes each block again instead of keeping what is inside: less memory, a third more time.
+    pub fn set_activation_checkpointing(&self, on: bool) {
+        self.recomputes.store(on, Relaxed);
+    }
+
+    /// The table of the tokens, (V, C).
+    pub fn token_embedding(&self) -> &Embedding {
+        &self.parts.tokens
+    }
+
+    fn extent(&self, tokens: &Tensor, pass: &Pass<'_>) -> Result<Extent> {
+        let [batch, added] = tokens.dims_n("transformer")?;
+        if tokens.dtype() != DType::I64 {
+            return Err(Error::unsupported_dtype("transformer", tokens.dtype(), "tokens of i64"));
+        }
+        if added == 0 || batch == 0 {
+            return Err(Error::shape(
+                "transformer",
+                format!("tokens {} hold nothing; start with a token, such as the BOS", tokens.shape()),
+            ));
+        }
+        let past = pass.cache.as_ref().map_or(0, |cache| cache.len());
+        let context = self.parts.shape.context_length;
+        if pass.positions.is_none() && pass.segments.is_none() && past + added > context {
+            let message = format!("{added} tokens after {past} are more than the context of {context}; shorten the prompt");
+            return Err(Error::argument("transformer", message));
+        }
+        Ok(Extent { batch, added, past, device: tokens.device() })
+    }
+
+    /// Tokens and positions as vectors, (B, T, C).
+    fn embed(&self, tokens: &Tensor, places: &Positions, added: usize) -> Result<Tensor> {
+        let parts = &self.parts;
+        let mut x = parts.tokens.forward(tokens)?;
+        if let Some([enter, _]) = &parts.projections {
+            x = enter.forward(&x)?;
+        }
+        if let Some(positions) = &parts.positions {
+            x = x.add(&positions.forward(places, added)?)?;
+        }
+        parts.dropout.forward(&x)
+    }
+}
+
+impl CausalLm for Decoder {
+    fn shape(&self) -> LmShape {
+        self.parts.shape
+    }
+
+    fn params(&self) -> &Params {
+        &self.params
+    }
+
+    fn hidden_states(&self, tokens: &Tensor, mut pass: Pass<'_>) -> Result<Tensor> {
+        let parts = &self.parts;
+        let extent = self.extent(tokens, &pass)?;
+        let places = positions(extent, &pass)?;
+        let context = Context::causal(extent, &pass, &places, parts.rope.as_ref(), parts.shape.sliding_window)?;
+        let mut x = self.embed(tokens, &places, extent.added)?;
+        for (layer, block) in parts.blocks.iter().enumerate() {
+            x = match pass.cache.as_deref_mut() {
+                Some(cache) => block.forward(&x, &context, Some((cache, layer)))?,
+                None if self.recomputes.load(Relaxed) && self.params.mode().is_training() => {
+                    let (block, context) = (block.clone(), context.clone());
+                    checkpoint(move |x| block.forward(&x[0], &context, None), &[&x])?
+                }
+                None => block.forward(&x, &context, None)?,
+            };
+        }
+        if let Some(cache) = pass.cache {
+            cache.advance(extent.added);
+        }
+        if let Some(norm) = &parts.norm {
+            x = norm.forward(&x)?;
+        }
+        match &parts.projections {
+            Some([_, leave]) => leave.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        match &self.parts.head {
+            Some(head) => head.forward(hidden),
+            None => hidden.linear(&self.parts.tokens.weight().get(), None),
+        }
+    }
+}
