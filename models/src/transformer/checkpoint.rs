@@ -61,7 +61,7 @@ pub enum CausalConfig {
     /// GPT-2.
     Gpt2(Gpt2Config),
     /// Llama, Mistral, Qwen2, Qwen3.
-    Llama(LlamaConfig),
+    Llama(Box<LlamaConfig>),
     /// OPT.
     Opt(OptConfig),
 }
@@ -74,7 +74,7 @@ impl<'de> Deserialize<'de> for CausalConfig {
         let wrong = |e: serde_json::Error| D::Error::custom(e);
         match kind.as_str() {
             "gpt2" => serde_json::from_value(value).map(CausalConfig::Gpt2).map_err(wrong),
-            "llama" | "mistral" | "qwen2" | "qwen3" => serde_json::from_value(value).map(CausalConfig::Llama).map_err(wrong),
+            "llama" | "mistral" | "qwen2" | "qwen3" => serde_json::from_value(value).map(Box::new).map(CausalConfig::Llama).map_err(wrong),
             "opt" => serde_json::from_value(value).map(CausalConfig::Opt).map_err(wrong),
             "" => Err(D::Error::custom("`model_type` is missing")),
             other => Err(D::Error::custom(format!(
@@ -92,7 +92,7 @@ impl From<Gpt2Config> for CausalConfig {
 
 impl From<LlamaConfig> for CausalConfig {
     fn from(config: LlamaConfig) -> Self {
-        CausalConfig::Llama(config)
+        CausalConfig::Llama(Box::new(config))
     }
 }
 
