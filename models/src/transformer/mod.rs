@@ -13,6 +13,7 @@ mod llama;
 mod model;
 mod opt;
 mod rope;
+mod trainer;
 
 pub use cache::KvCache;
 pub use checkpoint::{CausalConfig, Layout, Pretrained, load, load_pretrained, save_pretrained};
@@ -22,3 +23,4 @@ pub use llama::{LlamaConfig, LlamaKind, RopeParameters};
 pub use model::{CausalLm, LmShape, Pass};
 pub use opt::OptConfig;
 pub use rope::{RopeConfig, RopeScaling};
+pub use trainer::{IGNORE_INDEX, LmBatch, LmStep, LmTrainer, LmTrainerOptions, lm_loss_sum, training_flops_per_token};
