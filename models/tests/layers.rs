@@ -2,7 +2,9 @@
 
 use kiln_autograd::{TensorExt, checkpoint};
 use kiln_models::nn::*;
-use kiln_tensor::{DType, Result, Tensor};
+use kiln_tensor::{Activation, DType, Result, Tensor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Names and shapes of all parameters and buffers.
 fn inventory(params: &Params) -> Vec<String> {
@@ -59,7 +61,7 @@ fn linear_is_the_formula() {
     let layer = Linear::with_init(&params, 2, 1, Init::Constant(3.0), Some(Init::Constant(0.5))).unwrap();
     let x = Tensor::from_vec(vec![1f32, 2.], [1, 2]).unwrap();
     assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), [9.5]);
-    layer.weight().set(&Tensor::ones([1, 2], ()).unwrap()).unwrap();
+    layer.weight().unwrap().set(&Tensor::ones([1, 2], ()).unwrap()).unwrap();
     assert_eq!(layer.forward(&x).unwrap().to_vec::<f32>().unwrap(), [3.5]);
 }
 
@@ -274,4 +276,45 @@ fn a_checkpointed_segment_leaves_the_same_bits_behind() {
     // Running statistics count each batch once, though the segment runs twice.
     let norm = |p: &Params| Sequential::new(p).push(|p| BatchNorm1d::new(p, 6))?.push(|p| Linear::new(p, 6, 2, true));
     assert_eq!(two_steps(norm, true), two_steps(norm, false));
+}
+
+/// Twice the layer's own output, while it is on.
+struct Doubled(AtomicBool);
+
+impl LinearAdapter for Doubled {
+    fn is_active(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+
+    fn forward(&self, layer: &Linear, x: &Tensor) -> Result<Tensor> {
+        layer.base(x)?.mul_scalar(2.0)
+    }
+}
+
+#[test]
+fn an_adapter_changes_every_holders_layer() {
+    let params = Params::seeded(2);
+    let layer = Linear::new(&params.scope("net").index(0), 3, 4, true).unwrap();
+    Linear::new(&params.scope("network"), 4, 2, false).unwrap();
+    let names = |params: &Params| params.linears().iter().map(|l| l.name().to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(&params), ["net.0", "network"]);
+    assert_eq!(names(&params.scope("net")), ["net.0"]);
+    assert_eq!(names(&params.scope("net").index(0)), ["net.0"]);
+    assert_eq!(params.linears_matching("net*").unwrap().len(), 2);
+    assert!(params.linears_matching("head").unwrap_err().to_string().contains("net.0, network"));
+
+    let x = ramp(&[2, 3]);
+    let values = |y: Result<Tensor>| y.unwrap().to_vec::<f32>().unwrap();
+    let plain = values(layer.forward(&x));
+    let activated = values(layer.forward_activated(&x, Activation::Gelu));
+    let adapter = Arc::new(Doubled(AtomicBool::new(true)));
+    assert!(params.linear_named("net.0").unwrap().set_adapter(Some(adapter.clone())).is_none());
+    let doubled: Vec<f32> = plain.iter().map(|v| 2.0 * v).collect();
+    assert_eq!(values(layer.forward(&x)), doubled);
+    assert_eq!(values(layer.forward_activated(&x, Activation::Gelu)), values(layer.forward(&x).unwrap().gelu()));
+    adapter.0.store(false, Relaxed);
+    assert_eq!(values(layer.forward_activated(&x, Activation::Gelu)), activated);
+    adapter.0.store(true, Relaxed);
+    assert!(layer.adapter().is_some() && layer.set_adapter(None).is_some());
+    assert_eq!(values(layer.forward(&x)), plain);
 }

@@ -21,7 +21,7 @@ pub use activation::{Elu, Flatten, Gelu, GeluTanh, Hardswish, Identity, LeakyRel
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvOptions, ConvTranspose, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, IntoKernel};
 pub use dropout::{ChannelDropout, Dropout};
 pub use init::{Fan, Init, Nonlinearity};
-pub use linear::{Embedding, Linear};
+pub use linear::{Embedding, Linear, LinearAdapter};
 pub use load::{LoadMode, LoadReport, Mismatch, StateDict};
 pub use module::Module;
 pub use norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};

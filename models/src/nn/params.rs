@@ -1,7 +1,7 @@
 //! The scope that layers take their parameters from, and everything that concerns all of them: names, modes, freezing, groups, saving.
 
 use super::load::{LoadMode, LoadReport, StateDict};
-use super::{Buffer, Init, Param};
+use super::{Buffer, Init, Linear, Param};
 use kiln_tensor::{DType, Device, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions, default_device};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -80,6 +80,7 @@ const MAX_LISTED: usize = 4096;
 struct Registry {
     entries: Vec<Entry>,
     names: HashSet<String>,
+    linears: Vec<Linear>,
     loading: Option<Loading>,
 }
 
@@ -150,6 +151,11 @@ impl Params {
     /// The child scope of item `i` of a list.
     pub fn index(&self, i: usize) -> Params {
         self.scope(i)
+    }
+
+    /// The scope's full name; nothing for the root.
+    pub fn name(&self) -> &str {
+        self.prefix.strip_suffix('.').unwrap_or(&self.prefix)
     }
 
     /// The dtype and device of what this scope hands out.
@@ -245,6 +251,10 @@ impl Params {
         Ok(())
     }
 
+    pub(super) fn register_linear(&self, layer: &Linear) {
+        self.registry().linears.push(layer.clone());
+    }
+
     /// Builds a model whose parameters and buffers come from `state` (full names, as [`state_dict`](Params::state_dict) of the
     /// root gives them) instead of their initialisers. Floats are converted to the scope's dtype.
     ///
@@ -280,6 +290,28 @@ impl Params {
     /// The parameter of that full name.
     pub fn named(&self, name: &str) -> Option<Param> {
         self.params().into_iter().find(|p| p.name() == name)
+    }
+
+    /// The [`Linear`] layers of this scope and below it, in the order in which they were made.
+    pub fn linears(&self) -> Vec<Linear> {
+        let inside = |layer: &&Linear| layer.name() == self.name() || layer.name().starts_with(&self.prefix);
+        self.registry().linears.iter().filter(inside).cloned().collect()
+    }
+
+    /// The [`Linear`] layer of that full name.
+    pub fn linear_named(&self, name: &str) -> Option<Linear> {
+        self.linears().into_iter().find(|layer| layer.name() == name)
+    }
+
+    /// The [`Linear`] layers that `pattern` matches, as [`freeze`](Params::freeze) reads it. An error if there is none.
+    pub fn linears_matching(&self, pattern: &str) -> Result<Vec<Linear>> {
+        let layers = self.linears();
+        let found: Vec<Linear> = layers.iter().filter(|layer| matches(pattern, layer.name())).cloned().collect();
+        if found.is_empty() {
+            let some: Vec<&str> = layers.iter().take(8).map(Linear::name).collect();
+            return Err(Error::argument("linears", format!("no layer matches `{pattern}`; there are {}, …", some.join(", "))));
+        }
+        Ok(found)
     }
 
     /// Number of elements of all parameters.
