@@ -69,15 +69,21 @@ impl Lora {
         let contents: Vec<Tensor> = companions.iter().map(|companion| file.tensor(&companion.saved_as)).collect::<Result<_>>()?;
         let own = |name: &String| !companions.iter().any(|companion| companion.saved_as == *name);
         let state: StateDict =
-            file.names().into_iter().filter(own).map(|name| file.tensor(&name).map(|tensor| (name, tensor))).collect::<Result<_>>()?;
+            own_names(&file).into_iter().filter(own).map(|name| file.tensor(&name).map(|tensor| (name, tensor))).collect::<Result<_>>()?;
         Self::build(params, &config, targets, companions, Source::File(state, contents))
     }
+}
+
+/// The names in `file` but those that `peft` repeats: with `bias: all`, the biases of modules to save as they are called in its memory.
+fn own_names(file: &SafetensorsFile) -> Vec<String> {
+    let repeated = |name: &String| name.contains(".original_module.") || name.contains(".modules_to_save.");
+    file.names().into_iter().filter(|name| !repeated(name)).collect()
 }
 
 /// How the tensors of `file` fit.
 fn fit(file: &SafetensorsFile, config: &LoraConfig, targets: &[Target], companions: &[Companion]) -> Result<LoadReport> {
     let mut found: BTreeMap<String, (DType, Shape)> = BTreeMap::new();
-    for name in file.names() {
+    for name in own_names(file) {
         let (shape, dtype) = file.info(&name)?;
         found.insert(name, (dtype, shape));
     }
