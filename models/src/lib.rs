@@ -3,6 +3,8 @@
 pub mod classifier;
 pub mod data;
 pub mod gan;
+pub mod gguf;
+pub mod lora;
 pub mod metrics;
 pub mod nn;
 pub mod optim;

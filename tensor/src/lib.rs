@@ -35,6 +35,7 @@ pub use ops::movement::{Ellipsis, IndexItem, IntoIndex, NewAxis, PadMode};
 pub use ops::norm::BatchNorm;
 pub use ops::pointwise::{Activation, Expr, Fused, fuse};
 pub use ops::pool::PoolOptions;
+pub use ops::quantized::{Quantization, QuantizedMatrix};
 pub use ops::upsample::Interpolation;
 pub use profile::{Profiler, profile, profile_scope};
 pub use shape::{Dims, IntoShape, MAX_RANK, ReshapeDims, Shape, broadcast_shapes};

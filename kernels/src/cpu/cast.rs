@@ -131,7 +131,7 @@ fn f32_to_bf16(x: f32) -> u16 {
 }
 
 #[inline(always)]
-fn f16_to_f32(x: u16) -> f32 {
+pub(in crate::cpu) fn f16_to_f32(x: u16) -> f32 {
     let magnitude = (x & 0x7fff) as u32;
     // The exponents' biases differ by 112; the product also normalises denormals.
     let scaled = (f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23)).to_bits();

@@ -21,6 +21,7 @@ pub mod parallel;
 pub mod peak;
 pub mod pointwise;
 pub mod pool;
+pub mod quantized;
 pub mod random;
 pub mod reduce;
 pub mod resample;

@@ -26,6 +26,7 @@ pub use load::{LoadMode, LoadReport, Mismatch, StateDict};
 pub use module::Module;
 pub use norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};
 pub use param::{Buffer, Param};
+pub(crate) use params::matches_whole;
 pub use params::{Mode, Params, ParamsOptions};
 pub use pool::{
     AdaptiveAvgPool, AdaptiveAvgPool1d, AdaptiveAvgPool2d, AdaptiveAvgPool3d, AvgPool, AvgPool1d, AvgPool2d, AvgPool3d, MaxPool, MaxPool1d,

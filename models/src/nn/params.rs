@@ -408,7 +408,8 @@ fn matches(pattern: &str, name: &str) -> bool {
     ends.into_iter().any(|end| matches_whole(pattern, &name[..end]))
 }
 
-fn matches_whole(pattern: &str, text: &str) -> bool {
+/// Whether `pattern` (`*` for any text) matches all of `text`.
+pub(crate) fn matches_whole(pattern: &str, text: &str) -> bool {
     let Some((head, rest)) = pattern.split_once('*') else { return pattern == text };
     let Some(text) = text.strip_prefix(head) else { return false };
     let starts = text.char_indices().map(|(i, _)| i).chain([text.len()]);

@@ -125,7 +125,7 @@ impl Pretrained for CausalConfig {
             CausalConfig::Gpt2(_) => Layout {
                 prefix: "transformer.",
                 transposed: &["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"],
-                ignored: &["attn.bias", "attn.masked_bias"],
+                ignored: &[".attn.bias", ".attn.masked_bias"],
                 ..layout
             },
             _ => layout,

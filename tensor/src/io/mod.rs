@@ -9,13 +9,51 @@ pub mod safetensors;
 pub use atomic::write_atomic;
 
 use crate::device::default_device;
-use crate::storage::Storage;
-use crate::{DType, Layout, Result, Shape, Tensor};
+use crate::storage::{Storage, map_file};
+use crate::{DType, Error, Layout, Result, Shape, Tensor};
+use memmap2::Mmap;
+use std::ops::Deref;
+use std::path::Path;
+
+/// A file's bytes, which the system reads as they are touched.
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps the file at `path`, to be read. Should it be cut short meanwhile, the system ends the process at the first read beyond its end.
+    ///
+    /// # Errors
+    /// If it cannot be opened or mapped.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        map_file(path.as_ref()).map(Self)
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// A row-major tensor, on the default device, of elements in little-endian bytes.
+///
+/// # Errors
+/// If the bytes are not as many as the elements take.
+pub fn tensor_from_le_bytes(dtype: DType, shape: Shape, bytes: &[u8]) -> Result<Tensor> {
+    if shape.numel().checked_mul(dtype.size()) != Some(bytes.len()) {
+        return Err(Error::format("tensor_from_le_bytes", format!("{} bytes are no {shape} of {dtype}", bytes.len())));
+    }
+    tensor_from_bytes(dtype, shape, |out| {
+        out.copy_from_slice(bytes);
+        Ok(())
+    })
+}
 
 /// A new row-major tensor whose bytes (little-endian elements) `fill` writes, all of them.
 fn tensor_from_bytes(dtype: DType, shape: Shape, fill: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Tensor> {
     let bytes = shape.numel().checked_mul(dtype.size());
-    let bytes = bytes.ok_or_else(|| crate::Error::shape("load", format!("{dtype} elements of shape {shape} overflow")))?;
+    let bytes = bytes.ok_or_else(|| Error::shape("load", format!("{dtype} elements of shape {shape} overflow")))?;
     let mut buffer = Storage::buffer(bytes)?;
     fill(buffer.as_bytes_mut())?;
     swap_to_native(buffer.as_bytes_mut(), dtype.size(), true);

@@ -19,6 +19,7 @@ pub mod optim;
 pub mod pointwise;
 pub mod pool;
 pub mod product;
+pub mod quantized;
 pub mod random;
 pub mod reduce;
 pub mod rotary;

@@ -9,6 +9,7 @@ mod norm;
 mod pointwise;
 mod pool;
 mod product;
+mod quantized;
 mod reduce;
 mod rotary;
 
@@ -24,6 +25,16 @@ pub const EXCUSED: &[(&str, &str)] = &[
     ("randn_like", "random, as rand"),
     ("rand_bool", "random, as rand"),
     ("bernoulli", "random, as rand"),
+    ("quantize", "makes a constant: tensor/tests/quantized.rs, as for the rest of a quantised matrix"),
+    ("from_blocks", "as quantize"),
+    ("shape", "as quantize"),
+    ("kind", "as quantize"),
+    ("nbytes", "as quantize"),
+    ("as_bytes", "as quantize"),
+    ("to_tensor", "as quantize"),
+    ("from_tensor", "as quantize"),
+    ("dequantize", "as quantize"),
+    ("rows", "as quantize"),
     ("number", "the factor of an optimiser's step: no operation"),
     ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),
 ];
@@ -40,6 +51,7 @@ pub fn all() -> Vec<Case> {
         pointwise::cases(),
         pool::cases(),
         product::cases(),
+        quantized::cases(),
         reduce::cases(),
         rotary::cases(),
     ]
@@ -57,4 +69,4 @@ macro_rules! rooms {
         }
     )* };
 }
-rooms!(attention, conv, index, loss, movement, norm, pointwise, pool, product, reduce, rotary);
+rooms!(attention, conv, index, loss, movement, norm, pointwise, pool, product, quantized, reduce, rotary);

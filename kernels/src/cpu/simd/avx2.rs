@@ -92,6 +92,16 @@ impl Simd for Avx2 {
         F32x8(unsafe { _mm256_cvtph_ps(src.cast::<Unaligned<__m128i>>().read().0) })
     }
     #[inline(always)]
+    unsafe fn load_i8(self, src: *const i8) -> I32x8 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        I32x8(unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(src.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, src: *const u8) -> I32x8 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        I32x8(unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(src.cast())) })
+    }
+    #[inline(always)]
     fn prefetch(self, address: *const f32) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }

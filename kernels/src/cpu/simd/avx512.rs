@@ -170,6 +170,26 @@ impl Simd for Avx512 {
         F32x16(unsafe { _mm512_cvtph_ps(src.cast::<Unaligned<__m256i>>().read().0) })
     }
     #[inline(always)]
+    unsafe fn load_i8(self, src: *const i8) -> I32x16 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        I32x16(unsafe { _mm512_cvtepi8_epi32(src.cast::<Unaligned<__m128i>>().read().0) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, src: *const u8) -> I32x16 {
+        // SAFETY: the token proves the feature, the caller the memory.
+        I32x16(unsafe { _mm512_cvtepu8_epi32(src.cast::<Unaligned<__m128i>>().read().0) })
+    }
+    #[inline(always)]
+    fn nibble_values(self, scale: f32, min: f32) -> [F32x16; 2] {
+        // All sixteen values fit a vector, of which a permutation takes one for each lane.
+        let all = op!(_mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.));
+        [F32x16(all).mul_add(self.splat(scale), self.splat(min)); 2]
+    }
+    #[inline(always)]
+    fn nibbles(self, codes: I32x16, values: [F32x16; 2]) -> F32x16 {
+        F32x16(op!(_mm512_permutexvar_ps(codes.0, values[0].0)))
+    }
+    #[inline(always)]
     fn prefetch(self, address: *const f32) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }

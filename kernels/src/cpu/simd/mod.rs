@@ -87,6 +87,39 @@ pub trait Simd: Copy + Send + Sync + 'static {
         }
         self.load_slice(&lanes)
     }
+    /// Loads `LANES` signed bytes.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` bytes.
+    #[inline(always)]
+    unsafe fn load_i8(self, src: *const i8) -> Self::I32 {
+        let mut lanes = [0i32; MAX_LANES];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's contract.
+            *lane = i32::from(unsafe { src.add(i).read() });
+        }
+        // SAFETY: the array holds a vector, of values as long as f32.
+        unsafe { self.load(lanes.as_ptr().cast()) }.to_bits()
+    }
+    /// Loads `LANES` unsigned bytes.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` bytes.
+    #[inline(always)]
+    unsafe fn load_u8(self, src: *const u8) -> Self::I32 {
+        // SAFETY: the caller's contract.
+        unsafe { self.load_i8(src.cast()) & self.splat_i32(0xFF) }
+    }
+    /// What [`nibbles`](Self::nibbles) takes for codes n that mean `n * scale + min`.
+    #[inline(always)]
+    fn nibble_values(self, scale: f32, min: f32) -> [Self::F32; 2] {
+        [self.splat(scale), self.splat(min)]
+    }
+    /// What the lowest four bits of each lane mean by [`nibble_values`](Self::nibble_values), rounded once; the other bits count for nothing.
+    #[inline(always)]
+    fn nibbles(self, codes: Self::I32, values: [Self::F32; 2]) -> Self::F32 {
+        (codes & self.splat_i32(15)).to_f32().mul_add(values[0], values[1])
+    }
     /// Asks for the cache line of an address, which need not be valid, so that a later access finds it in L1.
     #[inline(always)]
     fn prefetch(self, _address: *const f32) {}

@@ -68,6 +68,14 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
+    unsafe fn load_i8(self, src: *const i8) -> I32x4 {
+        // SAFETY: the caller guarantees four readable bytes; an unaligned read takes any address.
+        I32x4(unsafe {
+            let bytes = vcreate_s8(u64::from(src.cast::<u32>().read_unaligned()));
+            vmovl_s16(vget_low_s16(vmovl_s8(bytes)))
+        })
+    }
+    #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // Pairs of rows interleaved by element, then by half.
         // SAFETY: the caller guarantees the memory of four rows and four columns.

@@ -37,6 +37,15 @@ impl WithSimd for LanesAgree {
         check(x.to_i32().to_f32(), |a, _| a.round_ties_even());
         check(x.to_bits().shr_logical::<9>().shl::<9>().from_bits(), |a, _| f32::from_bits(a.to_bits() >> 9 << 9));
         check((x.to_bits() & s.splat_i32(i32::MAX)).from_bits(), |a, _| a.abs());
+        let bytes: Vec<u8> = (0..S::LANES).map(|i| (i * 77 + 120) as u8).collect();
+        // SAFETY: there are LANES bytes.
+        let (signed, unsigned) = unsafe { (s.load_i8(bytes.as_ptr().cast()), s.load_u8(bytes.as_ptr())) };
+        let meant = s.nibbles(unsigned, s.nibble_values(0.5, -3.0));
+        for (v, of) in [(signed.to_f32(), (|b| f32::from(b as i8)) as fn(u8) -> f32), (unsigned.to_f32(), f32::from), (meant, |b| f32::from(b & 15) * 0.5 - 3.0)] {
+            let mut out = vec![0f32; S::LANES];
+            v.store_slice(&mut out, S::LANES);
+            assert_eq!(out, bytes.iter().map(|&b| of(b)).collect::<Vec<_>>());
+        }
         assert_eq!(x.reduce_max(), a.iter().copied().fold(f32::MIN, f32::max));
         assert_eq!(x.reduce_min(), a.iter().copied().fold(f32::MAX, f32::min));
         assert_eq!(x.reduce_sum(), a.iter().sum::<f32>());

@@ -1,0 +1,12 @@
+//! Low-rank adaptation: a few small matrices learn what a frozen model lacks, and are exchanged in the format of the `peft` library.
+//!
+//! [`LoraConfig`] says which layers and how, [`Lora`] puts the matrices into a built model, trains, merges, saves and loads them.
+
+mod adapter;
+mod config;
+mod files;
+mod layer;
+mod select;
+
+pub use adapter::{Disabled, Lora};
+pub use config::{Bias, LoraConfig, LoraInit, Modules};
