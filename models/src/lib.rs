@@ -9,4 +9,5 @@ pub mod metrics;
 pub mod nn;
 pub mod optim;
 pub mod report;
+pub mod text;
 pub mod transformer;

@@ -1,0 +1,386 @@
+//! Chats as text: messages, and the Jinja templates that models bring along for them.
+
+use super::folder::{read_object, read_text};
+use super::python::{strftime, tojson};
+use super::special::{content, token_text};
+use super::tokenizer::Tokenizer;
+use kiln_tensor::{Error, Result};
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as TemplateValue, syntax::SyntaxConfig};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+use std::ops::Range;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const OP: &str = "chat_template";
+
+/// Named values that a template sees besides the messages.
+pub type Variables = Map<String, Value>;
+
+/// What somebody says in a chat.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who says it: `system`, `user`, `assistant`, `tool` …
+    pub role: String,
+    /// What is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Content>,
+    /// Whatever else a template reads: `tool_calls`, `name`, `reasoning_content` …
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The content of a [`Message`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Content {
+    /// A text.
+    Text(String),
+    /// A list of objects, such as `{"type": "text", "text": "…"}`.
+    Parts(Vec<Value>),
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(parts) => Ok(Self::Parts(parts)),
+            _ => Err(serde::de::Error::custom("expected `content` to be a string or a list")),
+        }
+    }
+}
+
+impl Message {
+    /// A message of text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: Some(Content::Text(content.into())), extra: Map::new() }
+    }
+
+    /// The text, if the content is one.
+    pub fn text(&self) -> Option<&str> {
+        match &self.content {
+            Some(Content::Text(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// What a template sees: keys without a value are left out, as templates test for their presence.
+    fn to_value(&self) -> Result<Value> {
+        let mut value = serde_json::to_value(self).map_err(|e| Error::format(OP, e.to_string()))?;
+        if let Value::Object(object) = &mut value {
+            object.retain(|_, value| !value.is_null());
+        }
+        Ok(value)
+    }
+}
+
+/// ChatML: `<|im_start|>role\ncontent<|im_end|>\n`, the answers in generation blocks.
+const CHATML: &str = "{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message.content + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+";
+
+/// A Jinja template that writes a chat as the text that a model was trained on.
+///
+/// It renders as `transformers` does: blocks take the line break after them and the spaces before them along, `tojson`, `raise_exception` and
+/// `strftime_now` (in UTC) are Hugging Face's, strings and dictionaries have Python's methods. A template that runs without end, or
+/// asks for ever more memory, is stopped.
+///
+/// ```
+/// use kiln_models::text::{ChatTemplate, Message, Variables};
+/// let chat = [Message::new("user", "Hi"), Message::new("assistant", "Hello!"), Message::new("user", "Bye")];
+/// let text = ChatTemplate::chatml().render(&chat[..1], true, &Variables::new())?;
+/// assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+/// # Ok::<(), kiln_tensor::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ChatTemplate {
+    source: String,
+    environment: Environment<'static>,
+    variables: Variables,
+    now: Option<i64>,
+}
+
+impl ChatTemplate {
+    /// A template from its source.
+    ///
+    /// # Errors
+    /// If it is not Jinja; the error names the line.
+    pub fn new(source: impl Into<String>) -> Result<Self> {
+        let source = source.into();
+        let environment = environment(&source, &mark(0), None)?;
+        Ok(Self { source, environment, variables: Variables::new(), now: None })
+    }
+
+    /// The template for models of one's own: ChatML, each message between the tokens `<|im_start|>` and `<|im_end|>`.
+    pub fn chatml() -> Self {
+        let environment = environment(CHATML, &mark(0), None);
+        // The source is a constant that the tests compile; without it every rendering would say what is wrong.
+        Self { source: CHATML.to_owned(), environment: environment.unwrap_or_default(), variables: Variables::new(), now: None }
+    }
+
+    /// The template of a model's folder: `chat_template.jinja`, else `chat_template` in `tokenizer_config.json` (a string, or a list of named ones, of
+    /// which `default` is taken). The special tokens that the folder names are variables: `bos_token`, `eos_token` …
+    ///
+    /// # Errors
+    /// If there is none, a file cannot be read, or the template is not Jinja.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        Self::from_folder_named(folder, "default")
+    }
+
+    /// As [`from_folder`](ChatTemplate::from_folder), the template `name` of several: `tool_use`, `rag` …
+    ///
+    /// # Errors
+    /// As [`from_folder`](ChatTemplate::from_folder), or if there is none of that name.
+    pub fn from_folder_named(folder: impl AsRef<Path>, name: &str) -> Result<Self> {
+        let folder = folder.as_ref();
+        let (path, source) = find(folder, name)?;
+        let template = Self::new(source).map_err(|e| named(&path, e))?;
+        Ok(Self { variables: special_variables(folder)?, ..template })
+    }
+
+    /// The same template with the variable `name` set for all renderings.
+    pub fn with_variable(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.variables.insert(name.into(), value.into());
+        self
+    }
+
+    /// The same template, for which the time is always `seconds` after 1970: what it writes no longer depends on the day.
+    ///
+    /// # Errors
+    /// As [`new`](ChatTemplate::new).
+    pub fn at_time(mut self, seconds: i64) -> Result<Self> {
+        self.now = Some(seconds);
+        self.environment = environment(&self.source, &mark(0), self.now)?;
+        Ok(self)
+    }
+
+    /// The source.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The chat as text; `add_generation_prompt` asks for the beginning of an answer at the end. `variables` (`tools`, `documents`,
+    /// `enable_thinking` …) come before the template's own.
+    ///
+    /// # Errors
+    /// If the template fails, refuses the chat (`raise_exception`), or runs too long; the error names the line.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool, variables: &Variables) -> Result<String> {
+        self.render_marked(messages, add_generation_prompt, variables).map(|(text, _)| text)
+    }
+
+    /// The token ids of the chat as text. Special tokens are those that the template writes; none is added.
+    ///
+    /// # Errors
+    /// As [`render`](ChatTemplate::render), and if the tokenizer cannot encode the text.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        variables: &Variables,
+    ) -> Result<Vec<u32>> {
+        tokenizer.encode(&self.render(messages, add_generation_prompt, variables)?)
+    }
+
+    /// The chat as text, and the bytes of it that come out of generation blocks.
+    pub(super) fn render_marked(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        variables: &Variables,
+    ) -> Result<(String, Vec<Range<usize>>)> {
+        let context = self.context(messages, add_generation_prompt, variables)?;
+        let input = context.to_string();
+        let mark = (0..).map(mark).find(|mark| !input.contains(mark.as_str())).unwrap_or_default();
+        let fuel = BASE_FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input.len() as u64));
+        let mut environment = if mark == self::mark(0) { self.environment.clone() } else { environment(&self.source, &mark, self.now)? };
+        environment.set_fuel(Some(fuel));
+        let rendered = environment.get_template(NAME).and_then(|template| template.render(TemplateValue::from(Serde(&context))));
+        split_marks(&rendered.map_err(wrap)?, &mark)
+    }
+
+    fn context(&self, messages: &[Message], add_generation_prompt: bool, variables: &Variables) -> Result<Value> {
+        let mut context = self.variables.clone();
+        // Templates tell a chat without tools by `tools is none`.
+        context.extend([("tools".to_owned(), Value::Null), ("documents".to_owned(), Value::Null)]);
+        context.extend(variables.clone());
+        context.insert("messages".to_owned(), Value::Array(messages.iter().map(Message::to_value).collect::<Result<_>>()?));
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
+        Ok(Value::Object(context))
+    }
+
+    /// Whether the template marks the assistant's answers by generation blocks.
+    pub fn has_generation_blocks(&self) -> bool {
+        translate(&self.source).1
+    }
+}
+
+/// The template's name in its environment.
+const NAME: &str = "template";
+/// Instructions that any rendering may take, about 64 bytes each; real templates take some hundreds a message.
+const BASE_FUEL: u64 = 4_000_000;
+/// More of them for each byte of the chat.
+const FUEL_PER_BYTE: u64 = 32;
+/// What `{% generation %}` calls.
+const GENERATION: &str = "generation__";
+
+/// The text that stands around generation blocks in the raw output, made of characters that no text should have (Unicode's
+/// noncharacters); the number makes another one if a chat has them.
+fn mark(number: u32) -> String {
+    format!("\u{fdd0}{number}\u{fdd1}")
+}
+
+fn environment(source: &str, mark: &str, now: Option<i64>) -> Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(wrap)?);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", move |format: String| strftime(&format, now.unwrap_or_else(seconds_now)));
+    let mark = mark.to_owned();
+    environment.add_function(GENERATION, move |state: &mut State, options: Kwargs| -> std::result::Result<String, minijinja::Error> {
+        let caller: TemplateValue = options.get("caller")?;
+        Ok(format!("{mark}({}{mark})", caller.call(state, &[])?))
+    });
+    environment.add_template_owned(NAME, translate(source).0).map_err(wrap)?;
+    Ok(environment)
+}
+
+fn seconds_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |past| past.as_secs() as i64)
+}
+
+/// The source with generation blocks, which Jinja does not know, written as call blocks; whether there are any.
+fn translate(source: &str) -> (String, bool) {
+    let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
+    while let Some(start) = rest.find('{') {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        let taken = if tag.starts_with("{#") {
+            tag.find("#}").map_or(1, |end| end + 2)
+        } else if let Some((word, replacement)) = generation_tag(tag) {
+            found = true;
+            out.push_str(&tag[..word.start]);
+            out.push_str(&replacement);
+            rest = &tag[word.end..];
+            continue;
+        } else {
+            1
+        };
+        out.push_str(&tag[..taken]);
+        rest = &tag[taken..];
+    }
+    out.push_str(rest);
+    (out, found)
+}
+
+/// The place of the word in a tag `{% generation %}` or `{% endgeneration %}` at the start of `tag`, and what replaces it.
+fn generation_tag(tag: &str) -> Option<(Range<usize>, String)> {
+    let inner = tag.strip_prefix("{%")?;
+    let word = inner.strip_prefix(['-', '+']).unwrap_or(inner).trim_start();
+    let (after, replacement) = match word.strip_prefix("generation") {
+        Some(after) => (after, format!("call {GENERATION}()")),
+        None => (word.strip_prefix("endgeneration")?, "endcall".to_owned()),
+    };
+    let end = after.trim_start();
+    let ends = end.strip_prefix(['-', '+']).unwrap_or(end).starts_with("%}");
+    ends.then(|| (tag.len() - word.len()..tag.len() - after.len(), replacement))
+}
+
+/// The text without its marks, and the bytes between them.
+fn split_marks(raw: &str, mark: &str) -> Result<(String, Vec<Range<usize>>)> {
+    let mut parts = raw.split(mark);
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    let (mut spans, mut open) = (Vec::new(), Vec::new());
+    for part in parts {
+        if let Some(after) = part.strip_prefix('(') {
+            open.push(text.len());
+            text.push_str(after);
+        } else if let (Some(after), Some(start)) = (part.strip_prefix(')'), open.pop()) {
+            spans.push(start..text.len());
+            text.push_str(after);
+        } else {
+            return Err(Error::format(OP, "the template cuts the output of a generation block"));
+        }
+    }
+    if open.is_empty() { Ok((text, spans)) } else { Err(Error::format(OP, "the template cuts the output of a generation block")) }
+}
+
+/// The file and the source of the template `name` in `folder`.
+fn find(folder: &Path, name: &str) -> Result<(std::path::PathBuf, String)> {
+    let file = match name {
+        "default" => folder.join("chat_template.jinja"),
+        name => folder.join("additional_chat_templates").join(format!("{name}.jinja")),
+    };
+    if !name.contains(['/', '\\']) && file.is_file() {
+        return Ok((file.clone(), read_text(&file).map_err(|e| e.at(OP))?));
+    }
+    let path = folder.join("tokenizer_config.json");
+    let config = read_object(&path).map_err(|e| e.at(OP))?.unwrap_or_default();
+    let wrong = |problem: &str| Error::format(OP, format!("{}: chat_template: {problem}", path.display()));
+    match config.get("chat_template") {
+        None | Some(Value::Null) => {
+            Err(wrong("missing, and there is no chat_template.jinja; ChatTemplate::chatml() is one for models of your own"))
+        }
+        Some(Value::String(source)) if name == "default" => Ok((path, source.clone())),
+        Some(Value::String(_)) => Err(wrong(&format!("there is only one, and none that is named {name:?}"))),
+        Some(Value::Array(several)) => {
+            let found = several.iter().find(|entry| entry.get("name").and_then(Value::as_str) == Some(name));
+            let source = found.and_then(|entry| entry.get("template")).and_then(Value::as_str);
+            let source = source.ok_or_else(|| wrong(&format!("among {} there is none that is named {name:?}", several.len())))?;
+            Ok((path.clone(), source.to_owned()))
+        }
+        Some(_) => Err(wrong("expected a string or a list of objects with `name` and `template`")),
+    }
+}
+
+/// The special tokens that the folder names, as variables.
+fn special_variables(folder: &Path) -> Result<Variables> {
+    let mut variables = Variables::new();
+    for role in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
+        if let Some((text, _)) = token_text(folder, role).map_err(|e| e.at(OP))? {
+            variables.insert(role.to_owned(), text.into());
+        }
+    }
+    let config = read_object(&folder.join("tokenizer_config.json")).map_err(|e| e.at(OP))?.unwrap_or_default();
+    if let Some(more) = config.get("additional_special_tokens").and_then(Value::as_array) {
+        let texts: Vec<&str> = more.iter().filter_map(content).collect();
+        variables.insert("additional_special_tokens".to_owned(), texts.into());
+    }
+    Ok(variables)
+}
+
+/// The same error, with the file that the template is from.
+fn named(path: &Path, error: Error) -> Error {
+    let text = error.to_string();
+    Error::format(OP, format!("{}: {}", path.display(), text.strip_prefix(&format!("{OP}: ")).unwrap_or(&text)))
+}
+
+/// A template's error with its line.
+fn wrap(error: minijinja::Error) -> Error {
+    let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
+    let detail = error.detail().map_or_else(String::new, |detail| format!(": {detail}"));
+    let mut message = format!("{line}{}{detail}", error.kind());
+    let mut cause = std::error::Error::source(&error);
+    while let Some(inner) = cause {
+        message = format!("{message}; {inner}");
+        cause = inner.source();
+    }
+    Error::format(OP, message)
+}

@@ -1,0 +1,395 @@
+//! Tokenizers and chat templates against `tokenizers` and `transformers` (tests/fixtures/text/text.py), data sets of text, and bad input.
+
+use kiln_models::text::json::{Map, Value, from_str, from_value};
+use kiln_models::text::{CharTokenizer, ChatTemplate, Message, SpecialTokens, Tokenizer, Variables, train_bpe};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text")
+}
+
+fn fixture(name: &str) -> Value {
+    from_str(&fs::read_to_string(fixtures().join(name)).unwrap()).unwrap()
+}
+
+/// A fresh folder that is removed at the end.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kiln-text-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What a stream gives for `ids`, whole.
+fn streamed(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
+    let mut stream = tokenizer.stream(skip_special);
+    let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    text.push_str(&stream.finish().unwrap());
+    text
+}
+
+#[test]
+fn folders_tokenize_as_the_reference() {
+    let expected = fixture("ids.json");
+    for name in ["gpt2", "metaspace", "bert"] {
+        let tokenizer = Tokenizer::from_folder(fixtures().join(name)).unwrap();
+        let case = &expected[name];
+        assert_eq!(tokenizer.vocab_size() as u64, case["size"].as_u64().unwrap());
+        for (i, text) in case["texts"].as_array().unwrap().iter().enumerate() {
+            let text = text.as_str().unwrap();
+            let ids: Vec<u32> = from_value(case["ids"][i].clone()).unwrap();
+            let special: Vec<u32> = from_value(case["with_specials"][i].clone()).unwrap();
+            assert_eq!(tokenizer.encode(text).unwrap(), ids, "{name}: {text:?}");
+            assert_eq!(tokenizer.encode_with_specials(text).unwrap(), special, "{name}: {text:?}");
+            let offsets = tokenizer.encode_with_offsets(text).unwrap();
+            assert_eq!(offsets.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ids);
+            assert!(offsets.iter().all(|(_, place)| place.start <= place.end && place.end <= text.chars().count()));
+            for (skip, key) in [(false, "decoded"), (true, "decoded_plain")] {
+                let decoded = case[key][i].as_str().unwrap();
+                assert_eq!(tokenizer.decode(&special, skip).unwrap(), decoded, "{name}: {text:?}");
+                assert_eq!(streamed(&tokenizer, &special, skip), decoded, "{name} as a stream: {text:?}");
+            }
+        }
+    }
+    let bert = Tokenizer::from_folder(fixtures().join("bert")).unwrap();
+    let (ids, types) = bert.encode_pair("the dog", "a fox").unwrap();
+    assert_eq!(
+        (ids, types),
+        (from_value(expected["pair"]["ids"].clone()).unwrap(), from_value(expected["pair"]["types"].clone()).unwrap())
+    );
+}
+
+#[test]
+fn special_tokens_come_from_the_folder() {
+    let gpt2 = Tokenizer::from_folder(fixtures().join("gpt2")).unwrap();
+    let id = |token: &str| gpt2.token_to_id(token);
+    assert_eq!((gpt2.bos(), gpt2.eos(), gpt2.pad()), (id("<|endoftext|>"), id("<|im_end|>"), None));
+    // The generation configuration adds a second end; 50256 is beyond this vocabulary.
+    assert_eq!(gpt2.special_tokens().eos, [id("<|im_end|>").unwrap(), id("<|endoftext|>").unwrap()]);
+    assert_eq!(gpt2.id_to_token(gpt2.bos().unwrap()).as_deref(), Some("<|endoftext|>"));
+    let llama = Tokenizer::from_folder(fixtures().join("metaspace")).unwrap();
+    assert_eq!((llama.bos(), llama.eos(), llama.special_tokens().unk), (Some(1), Some(2), Some(0)));
+    let changed = llama.clone().with_special_tokens(SpecialTokens { pad: Some(0), ..llama.special_tokens().clone() }).unwrap();
+    assert_eq!(changed.pad(), Some(0));
+    assert!(llama.with_special_tokens(SpecialTokens { pad: Some(1 << 30), ..SpecialTokens::default() }).is_err());
+}
+
+const ODD: [&str; 8] = [
+    "",
+    " \t\r\n  \n",
+    "naïve e\u{301} \u{200b}\u{feff}",
+    "👩‍👩‍👧 😀\u{fe0f}",
+    "\0\u{1}\u{7f}\u{85}\u{2028}",
+    "العربية עברית 東京 한국어",
+    "\u{fffd}\u{10ffff}\u{e000}\u{fdd0}",
+    "x<|endoftext|>y <|pad|>",
+];
+
+#[test]
+fn a_trained_vocabulary_expresses_any_text_and_is_saved() {
+    let corpus = ["low lower lowest, new newer newest", "the cat sat on the mat; the cat sat", "naïve café 東京"];
+    let train = || train_bpe(corpus, 300, &["<|endoftext|>", "<|pad|>"]).unwrap();
+    let (tokenizer, folder) = (train(), Temporary::new("bpe"));
+    assert_eq!((tokenizer.vocab_size(), tokenizer.eos(), tokenizer.token_to_id("<|pad|>")), (300, Some(0), Some(1)));
+    let path = folder.0.join("tokenizer.json");
+    tokenizer.save(&path).unwrap();
+    let saved = fs::read(&path).unwrap();
+    for _ in 0..3 {
+        train().save(&path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), saved, "training is not deterministic");
+    }
+    let loaded = Tokenizer::from_folder(&folder.0).unwrap();
+    for text in ODD.into_iter().chain(corpus) {
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(loaded.encode(text).unwrap(), ids);
+        assert_eq!(loaded.decode(&ids, false).unwrap(), text);
+        assert_eq!(streamed(&loaded, &ids, false), text);
+    }
+    assert!(tokenizer.encode("the cat sat").unwrap().len() < 11);
+    // No pair is left to merge: the vocabulary stays small, however large it was to be.
+    assert_eq!(train_bpe(["ab"], u32::MAX as usize, &[]).unwrap().vocab_size(), 257);
+    assert!(train_bpe(["ab"], 255, &[]).is_err());
+    assert!(train_bpe(["ab"], 300, &["<a>", "<a>"]).unwrap_err().to_string().contains("<a>"));
+    assert!(train_bpe(["ab"], 300, &[""]).is_err());
+    assert_eq!(train_bpe([""; 0], 300, &[]).unwrap().vocab_size(), 256);
+}
+
+#[test]
+fn a_stream_never_shows_a_character_in_parts() {
+    let tokenizer = train_bpe(["a"], 256, &[]).unwrap();
+    let ids = tokenizer.encode("é😀z").unwrap();
+    assert_eq!(ids.len(), 7);
+    let mut stream = tokenizer.stream(false);
+    let parts: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert_eq!(parts, ["", "é", "", "", "", "😀", "z"]);
+    // Cut in the middle of a character, and bytes that are none.
+    let cut = &ids[..4];
+    assert_eq!(streamed(&tokenizer, cut, false), "é\u{fffd}");
+    assert_eq!(streamed(&tokenizer, cut, false), tokenizer.decode(cut, false).unwrap());
+    let byte = |c: &str| tokenizer.token_to_id(c).unwrap();
+    let broken = [byte("ÿ"), byte("a"), byte("â"), byte("a"), byte("ÿ")];
+    assert_eq!(streamed(&tokenizer, &broken, false), "\u{fffd}a\u{fffd}a\u{fffd}");
+    assert!(tokenizer.stream(false).push(256).unwrap_err().to_string().contains("id 256"));
+
+    // Byte fallback: the bytes of a character are tokens of their own, and spaces belong to the token after them.
+    let llama = Tokenizer::from_folder(fixtures().join("metaspace")).unwrap();
+    let byte = |value: u8| llama.token_to_id(&format!("<0x{value:02X}>")).unwrap();
+    let ids: Vec<u32> = "😀".bytes().map(byte).collect();
+    let mut stream = llama.stream(false);
+    let parts: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert_eq!((parts.concat().as_str(), parts[3].as_str()), ("😀", "😀"));
+    assert_eq!(streamed(&llama, &ids[..2], false), llama.decode(&ids[..2], false).unwrap());
+    let words = llama.encode("the fox runs on").unwrap();
+    let mut stream = llama.stream(false);
+    let before_last: String = words[..words.len() - 1].iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert!("the fox runs on".starts_with(&before_last) && before_last.len() >= "the fox runs".len(), "{before_last:?}");
+}
+
+#[test]
+fn characters_are_tokens_and_an_unknown_one_is_named() {
+    let (characters, folder) = (CharTokenizer::new("hello wörld\n").unwrap(), Temporary::new("char"));
+    assert_eq!(characters.vocab_size(), 9 + 1);
+    assert_eq!(characters.decode(&characters.encode("wörd hello\n").unwrap()).unwrap(), "wörd hello\n");
+    let error = characters.encode("hé").unwrap_err().to_string();
+    assert_eq!(error, "char_tokenizer: character 'é' at place 1 is not among the 10 of the vocabulary");
+    assert!(characters.decode(&[10]).unwrap_err().to_string().contains("id 10"));
+    assert_eq!((characters.token_to_id("lo"), characters.token_to_id("é"), characters.id_to_token(0)), (None, None, Some('\n')));
+    let path = folder.0.join("characters.json");
+    characters.save(&path).unwrap();
+    assert_eq!(CharTokenizer::from_file(&path).unwrap(), characters);
+    let tokenizer = Tokenizer::from(characters);
+    let ids = tokenizer.encode("wörd").unwrap();
+    assert_eq!(streamed(&tokenizer, &ids, true), "wörd");
+    assert_eq!(tokenizer.encode_with_offsets("wö").unwrap()[1].1, 1..2);
+    assert!(CharTokenizer::new("").is_err());
+    for (content, problem) in [
+        (&b"{\"type\":\"characters\",\"vocabulary\":\"ba\"}"[..], "vocabulary"),
+        (b"{\"type\":\"characters\",\"vocabulary\":\"\"}", "vocabulary"),
+        (b"{\"type\":\"bytes\",\"vocabulary\":\"ab\"}", "type"),
+        (b"{\"type\":\"characters\"}", "vocabulary"),
+        (b"\xff", "bad.json"),
+        (b"", "bad.json"),
+    ] {
+        let error = CharTokenizer::from_file(folder.write("bad.json", content)).unwrap_err().to_string();
+        assert!(error.contains("bad.json") && error.contains(problem), "{error}");
+    }
+}
+
+#[test]
+fn broken_folders_name_the_file_and_the_key() {
+    let vocabulary = r#"{"a": 0, "b": 1, "ab": 2}"#;
+    let good = [("vocab.json", vocabulary), ("merges.txt", "#version: 0.2\na b\n")];
+    let cases: [(&[(&str, &str)], &[&str]); 20] = [
+        (&[], &["neither tokenizer.json nor vocab.json"]),
+        (&[("vocab.json", vocabulary)], &["merges.txt"]),
+        (&[("merges.txt", "")], &["vocab.json"]),
+        (&[("vocab.json", "")], &["vocab.json"]),
+        (&[("vocab.json", "{}")], &["vocab.json", "empty"]),
+        (&[("vocab.json", r#"{"a": -1}"#)], &["vocab.json", "\"a\""]),
+        (&[("vocab.json", r#"{"a": 99999999999}"#)], &["vocab.json", "\"a\""]),
+        (&[("vocab.json", "[1]")], &["vocab.json"]),
+        (&[("merges.txt", "a b\nab\n")], &["merges.txt", "line 2"]),
+        (&[("merges.txt", "a b\nb a\n")], &["merges.txt", "line 2", "\"ba\""]),
+        (&[("merges.txt", "a c\n")], &["merges.txt", "line 1", "\"c\""]),
+        (&[("tokenizer_config.json", "{")], &["tokenizer_config.json"]),
+        (&[("tokenizer_config.json", r#"{"tokenizer_class": "CLIPTokenizer"}"#)], &["tokenizer_class", "CLIPTokenizer"]),
+        (&[("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)], &["tokenizer_config.json", "eos_token", "</s>"]),
+        (&[("tokenizer_config.json", r#"{"eos_token": 3}"#)], &["tokenizer_config.json", "eos_token"]),
+        (&[("special_tokens_map.json", r#"{"pad_token": {"content": "<p>"}}"#)], &["special_tokens_map.json", "pad_token", "<p>"]),
+        (&[("generation_config.json", r#"{"eos_token_id": "x"}"#)], &["generation_config.json", "eos_token_id"]),
+        (&[("added_tokens.json", r#"{"<x>": 7}"#)], &["<x>", "7"]),
+        (&[("tokenizer_config.json", r#"{"add_bos_token": true}"#)], &["bos_token"]),
+        (&[("tokenizer.json", r#"{"version": "1.0"}"#)], &["tokenizer.json"]),
+    ];
+    for (i, (files, words)) in cases.into_iter().enumerate() {
+        let folder = Temporary::new(&format!("broken-{i}"));
+        // The first three are about files that are missing.
+        for (name, content) in good.iter().filter(|_| i >= 3).chain(files) {
+            folder.write(name, content);
+        }
+        let error = Tokenizer::from_folder(&folder.0).err().unwrap_or_else(|| panic!("case {i} loads")).to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "case {i}: {error}");
+    }
+    let folder = Temporary::new("broken-bytes");
+    for content in [&b"\xff\xfe"[..], b"", b"null", b"{\"model\": {\"type\": \"BPE\"}}"] {
+        folder.write("tokenizer.json", content);
+        let error = Tokenizer::from_folder(&folder.0).err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+    // A merge longer than any entry makes the crate's own reader panic.
+    let model = r#"{"type":"BPE","vocab":{"a":0,"b":1},"merges":["a b"]}"#;
+    folder.write("tokenizer.json", format!(r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"model":{model}}}"#));
+    assert!(Tokenizer::from_folder(&folder.0).err().unwrap().to_string().contains("tokenizer.json"));
+    assert!(Tokenizer::from_file(folder.0.join("none.json")).err().unwrap().to_string().contains("none.json"));
+}
+
+#[test]
+fn gpt2_folders_put_a_token_before_each_text_if_asked() {
+    let folder = Temporary::new("bos");
+    folder.write("vocab.json", r#"{"a": 0, "b": 1, "ab": 2, "</s>": 3}"#);
+    folder.write("merges.txt", "#version: 0.2\na b\n");
+    folder.write("tokenizer_config.json", r#"{"tokenizer_class": "GPT2Tokenizer", "add_bos_token": true, "bos_token": "</s>"}"#);
+    let tokenizer = Tokenizer::from_folder(&folder.0).unwrap();
+    assert_eq!(tokenizer.encode("ab</s>a").unwrap(), [2, 3, 0]);
+    assert_eq!(tokenizer.encode_with_specials("ab</s>a").unwrap(), [3, 2, 3, 0]);
+    assert_eq!(tokenizer.decode(&[3, 2, 3, 0], true).unwrap(), "aba");
+}
+
+fn chat(fixture: &Value, name: &str) -> Vec<Message> {
+    from_value(fixture["chats"][name].clone()).unwrap()
+}
+
+#[test]
+fn templates_render_and_mask_as_transformers() {
+    let fixture = fixture("templates.json");
+    let tokenizer = Tokenizer::from_folder(fixtures().join("gpt2")).unwrap();
+    let (mut texts, mut errors, mut masks) = (0, 0, 0);
+    for case in fixture["cases"].as_array().unwrap() {
+        let source = fixture["templates"][case["template"].as_str().unwrap()].as_str().unwrap();
+        let template = ChatTemplate::new(source).unwrap().at_time(fixture["now"].as_i64().unwrap()).unwrap();
+        let template = template.with_variable("bos_token", "<|endoftext|>").with_variable("eos_token", "<|im_end|>");
+        let messages = chat(&fixture, case["chat"].as_str().unwrap());
+        let variables: Variables = case["variables"].as_object().unwrap().clone();
+        let rendered = template.render(&messages, case["prompt"].as_bool().unwrap(), &variables);
+        let place = format!("{} of {}", case["template"], case["chat"]);
+        if let Some(error) = case.get("error") {
+            let found = rendered.err().unwrap_or_else(|| panic!("{place} renders")).to_string();
+            assert!(found.contains(error.as_str().unwrap()) && found.contains("line "), "{place}: {found}");
+            errors += 1;
+            continue;
+        }
+        assert_eq!(rendered.unwrap_or_else(|e| panic!("{place}: {e}")), case["text"].as_str().unwrap(), "{place}");
+        texts += 1;
+        if let Some(mask) = case.get("mask").filter(|_| case["prompt"] == false) {
+            let (ids, found) = template.encode_with_mask(&tokenizer, &messages, &variables).unwrap();
+            assert_eq!(ids, from_value::<Vec<u32>>(case["ids"].clone()).unwrap(), "{place}");
+            let expected: Vec<bool> = mask.as_array().unwrap().iter().map(|m| m == 1).collect();
+            assert_eq!(found, expected, "{place}");
+            masks += 1;
+        }
+    }
+    assert!(texts > 60 && errors > 5 && masks > 8, "{texts} texts, {errors} errors, {masks} masks");
+}
+
+#[test]
+fn without_generation_blocks_answers_are_found_by_their_prefixes() {
+    let fixture = fixture("templates.json");
+    let tokenizer = Tokenizer::from_folder(fixtures().join("gpt2")).unwrap();
+    let template = |name: &str| {
+        let template = ChatTemplate::new(fixture["templates"][name].as_str().unwrap()).unwrap();
+        template.with_variable("bos_token", "<|endoftext|>").with_variable("eos_token", "<|im_end|>")
+    };
+    let none = Variables::new();
+    let turns = chat(&fixture, "turns");
+    let masked = |template: &ChatTemplate, messages: &[Message]| {
+        let (ids, mask) = template.encode_with_mask(&tokenizer, messages, &none).unwrap();
+        assert_eq!(ids, template.encode(&tokenizer, messages, false, &none).unwrap());
+        let answers: Vec<Vec<u32>> = ids
+            .iter()
+            .zip(&mask)
+            .collect::<Vec<_>>()
+            .chunk_by(|a, b| a.1 == b.1)
+            .filter(|run| *run[0].1)
+            .map(|run| run.iter().map(|(id, _)| **id).collect())
+            .collect();
+        answers.iter().map(|answer| tokenizer.decode(answer, false).unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(masked(&template("chatml"), &turns), ["Hello 😀, how are you?<|im_end|>\n", "  Ça va.\n<|im_end|>\n"]);
+    assert_eq!(masked(&template("llama2"), &turns), [" Hello 😀, how are you? <|im_end|>", " Ça va. <|im_end|>"]);
+    assert_eq!(masked(&template("gemma"), &turns), ["Hello 😀, how are you?<end_of_turn>\n", "Ça va.<end_of_turn>\n"]);
+    assert!(masked(&template("chatml"), &turns[..1]).is_empty());
+    // The own template marks the same answers by its blocks, without the line break after them.
+    assert_eq!(masked(&ChatTemplate::chatml(), &turns), ["Hello 😀, how are you?<|im_end|>", "  Ça va.\n<|im_end|>"]);
+    assert_eq!(ChatTemplate::chatml().render(&turns, true, &none).unwrap(), template("chatml").render(&turns, true, &none).unwrap());
+    // Reasoning that later turns leave out.
+    let error = template("qwen3").encode_with_mask(&tokenizer, &chat(&fixture, "thinking"), &none).unwrap_err().to_string();
+    assert!(error.contains("message 1") && error.contains("generation"), "{error}");
+    // Characters that mark generation blocks inside are text like any other.
+    let odd = [Message::new("user", "\u{fdd0}0\u{fdd1}("), Message::new("assistant", "\u{fdd0}1\u{fdd1})")];
+    assert_eq!(masked(&ChatTemplate::chatml(), &odd), ["\u{fdd0}1\u{fdd1})<|im_end|>"]);
+}
+
+#[test]
+fn templates_come_from_folders() {
+    let folder = Temporary::new("chat");
+    let none = Variables::new();
+    let hi = [Message::new("user", "hi")];
+    let render = |name: &str| ChatTemplate::from_folder_named(&folder.0, name).and_then(|template| template.render(&hi, false, &none));
+    assert!(render("default").unwrap_err().to_string().contains("chat_template"));
+    folder.write(
+        "tokenizer_config.json",
+        r#"{"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}}"#,
+    );
+    assert_eq!(render("default").unwrap(), "<s>hi");
+    assert!(render("tool_use").unwrap_err().to_string().contains("tool_use"));
+    let list = r#"{"chat_template": [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T{{ eos_token }}"}], "eos_token": "</s>"}"#;
+    folder.write("tokenizer_config.json", list);
+    assert_eq!((render("default").unwrap(), render("tool_use").unwrap()), ("D".to_owned(), "T</s>".to_owned()));
+    assert!(render("rag").unwrap_err().to_string().contains("rag"));
+    folder.write("chat_template.jinja", "file {{ eos_token }}");
+    folder.write("additional_chat_templates/rag.jinja", "rag");
+    assert_eq!((render("default").unwrap(), render("rag").unwrap()), ("file </s>".to_owned(), "rag".to_owned()));
+    assert!(render("../chat_template").is_err());
+    folder.write("chat_template.jinja", "line one\n{% for m in messages %}\n{{ m. }}\n{% endfor %}");
+    let error = render("default").unwrap_err().to_string();
+    assert!(error.contains("chat_template.jinja") && error.contains("line 3"), "{error}");
+    folder.write("chat_template.jinja", b"\xff");
+    assert!(render("default").unwrap_err().to_string().contains("UTF-8"));
+    fs::remove_file(folder.0.join("chat_template.jinja")).unwrap();
+    folder.write("tokenizer_config.json", r#"{"chat_template": 3}"#);
+    assert!(render("default").unwrap_err().to_string().contains("chat_template"));
+}
+
+#[test]
+fn hostile_templates_end() {
+    let none = Variables::new();
+    let hi = [Message::new("user", "hi")];
+    for source in [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for a in range(99999) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{{ 'x' * 9999999999 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for a in range(99999) %}{{ 'xxxxxxxxxxxxxxxx' * 100000 }}{% endfor %}",
+        "{{ [1]|tojson(indent=99999999999) }}",
+        "{{ missing.name }}",
+        "{{ missing | tojson }}",
+        "{{ strftime_now('%Q') }}",
+        "{{ raise_exception('no') }}",
+        "{% include 'other' %}",
+        "{{ unknown_function() }}",
+    ] {
+        let rendered = ChatTemplate::new(source).and_then(|template| template.render(&hi, false, &none));
+        assert!(rendered.is_err(), "{source} gives {} bytes", rendered.unwrap().len());
+    }
+    for source in ["{% if %}", "{{ 'open", "{% generation %}", "{% for %}", "{{ ( }}", "{% endgeneration %}", &"{{ (".repeat(100_000), "{%"]
+    {
+        let error =
+            ChatTemplate::new(source).err().unwrap_or_else(|| panic!("{} is a template", &source[..source.len().min(40)])).to_string();
+        assert!(error.contains("line 1"), "{error}");
+    }
+    let cut = "{% set a %}{% generation %}abc{% endgeneration %}{% endset %}{{ a[:2] }}";
+    assert!(ChatTemplate::new(cut).unwrap().render(&hi, false, &none).unwrap_err().to_string().contains("generation block"));
+    assert_eq!(Message::new("user", "x").text(), Some("x"));
+    let parts: Message = from_str(r#"{"role": "user", "content": [{"type": "text", "text": "a"}], "name": null}"#).unwrap();
+    let template = ChatTemplate::new("{{ messages[0].content[0].text }}{{ 'name' in messages[0] }}").unwrap();
+    assert_eq!((template.render(&[parts], false, &none).unwrap().as_str(), Map::new().len()), ("aFalse", 0));
+    assert!(from_str::<Message>(r#"{"role": "user", "content": 3}"#).unwrap_err().to_string().contains("content"));
+}
