@@ -1,5 +1,6 @@
 //! Kiln's models: layers, optimisers, data and the model families.
 
+pub mod align;
 pub mod classifier;
 pub mod data;
 pub mod gan;

@@ -1,0 +1,23 @@
+//! How a language model is aligned: supervised fine-tuning, reward models, PPO, DPO and its kin, GRPO.
+//!
+//! The losses are functions of tensors, each file a paper: they know no model, and are differentiable like any operation. The numbers are those of
+//! TRL, Hugging Face's reference implementation.
+
+mod check;
+mod dpo;
+mod grpo;
+mod kto;
+mod logprobs;
+mod orpo;
+mod ppo;
+mod reward;
+mod sft;
+
+pub use dpo::{Completions, DpoLoss, DpoLossOptions, dpo_loss};
+pub use grpo::{GrpoLoss, GrpoLossOptions, GrpoOutput, GrpoTokens, ImportanceSampling, RewardScale, group_advantages, grpo_loss};
+pub use kto::{KtoLossOptions, kto_kl, kto_loss};
+pub use logprobs::{IGNORE_INDEX, KlEstimator, entropy, masked_mean, masked_sum, token_log_probs, whiten};
+pub use orpo::{OrpoLogProbs, orpo_loss};
+pub use ppo::{Clipped, gae, policy_loss, token_rewards, value_loss};
+pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
+pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};

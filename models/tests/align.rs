@@ -1,0 +1,5 @@
+//! Alignment: the losses against TRL's.
+
+mod align {
+    mod losses;
+}
