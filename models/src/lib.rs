@@ -3,6 +3,7 @@
 pub mod classifier;
 pub mod data;
 pub mod gan;
+pub mod generate;
 pub mod metrics;
 pub mod nn;
 pub mod optim;
