@@ -4,6 +4,7 @@ pub mod align;
 pub mod classifier;
 pub mod data;
 pub mod gan;
+pub mod generate;
 pub mod gguf;
 pub mod lora;
 pub mod metrics;
