@@ -126,10 +126,7 @@ impl KvCache {
     /// # Errors
     /// If a row is out of range.
     pub fn reorder(&mut self, rows: &[usize]) -> Result<()> {
-        let index = Tensor::from_vec(rows.iter().map(|&row| row as i64).collect(), [rows.len()])?;
-        for held in self.layers.iter_mut().flatten() {
-            *held = held.index_select(0, &index.to_device(held.device())?)?;
-        }
+        self.layers.iter_mut().try_for_each(|layer| select_rows(layer, rows))?;
         self.batch = rows.len();
         Ok(())
     }
@@ -137,5 +134,80 @@ impl KvCache {
     /// Shape of a layer's keys, as allocated.
     pub fn layer_shape(&self) -> Option<Shape> {
         self.layers.first().map(|[keys, _]| *keys.shape())
+    }
+}
+
+/// Makes row i of both what row `rows[i]` is.
+fn select_rows(pair: &mut [Tensor; 2], rows: &[usize]) -> Result<()> {
+    let index = Tensor::from_vec(rows.iter().map(|&row| row as i64).collect(), [rows.len()])?;
+    for held in pair {
+        *held = held.index_select(0, &index.to_device(held.device())?)?;
+    }
+    Ok(())
+}
+
+/// What a decoder with an encoder keeps between passes: its own keys and values, and those of the source.
+pub struct Seq2SeqCache {
+    own: KvCache,
+    /// Of each layer that has read the source, (B, nkv, S, hs).
+    source: Vec<[Tensor; 2]>,
+}
+
+impl Seq2SeqCache {
+    /// An empty cache for `batch` sequences of at most `capacity` tokens; `shape` is the decoder's.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn new(shape: LmShape, batch: usize, capacity: usize, options: impl Into<TensorOptions>) -> Result<Self> {
+        Ok(Self { own: KvCache::new(shape, batch, capacity, options)?, source: Vec::new() })
+    }
+
+    /// How many tokens of each sequence it holds.
+    pub fn len(&self) -> usize {
+        self.own.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.own.is_empty()
+    }
+
+    /// How many it has room for.
+    pub fn capacity(&self) -> usize {
+        self.own.capacity()
+    }
+
+    /// How many sequences it serves.
+    pub fn batch(&self) -> usize {
+        self.own.batch()
+    }
+
+    /// Forgets all tokens after the first `len`; the source stays.
+    pub fn truncate(&mut self, len: usize) {
+        self.own.truncate(len);
+    }
+
+    /// Makes row i what row `rows[i]` is, of the source as well.
+    ///
+    /// # Errors
+    /// If a row is out of range.
+    pub fn reorder(&mut self, rows: &[usize]) -> Result<()> {
+        self.own.reorder(rows)?;
+        self.source.iter_mut().try_for_each(|layer| select_rows(layer, rows))
+    }
+
+    /// The decoder's own keys and values.
+    pub(super) fn own(&mut self) -> &mut KvCache {
+        &mut self.own
+    }
+
+    /// The source's keys and values in `layer`, which `project` makes the first time.
+    pub(super) fn source(&mut self, layer: usize, project: impl FnOnce() -> Result<[Tensor; 2]>) -> Result<[Tensor; 2]> {
+        if let Some(held) = self.source.get(layer) {
+            return Ok(held.clone());
+        }
+        let made = project()?;
+        self.source.push(made.clone());
+        Ok(made)
     }
 }

@@ -286,6 +286,11 @@ fn into_shards(state: &StateDict, max_bytes: u64) -> Vec<Vec<&str>> {
     shards
 }
 
+/// Whether one of `ends` ends `name`, in whole components: `attn.bias` ends `h.0.attn.bias`, but not `h.0.attn.c_attn.bias`.
+fn ends_with(name: &str, ends: &[&str]) -> bool {
+    ends.iter().any(|end| name.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+}
+
 /// A file's tensors as the model names and lays them.
 fn from_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
     let is_bare = !state.keys().any(|name| name.starts_with(layout.prefix));
@@ -299,10 +304,10 @@ fn from_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
                 name = format!("{stem}{new}");
             }
         }
-        if layout.ignored.iter().any(|end| name.ends_with(end)) || layout.tied.contains(&name.as_str()) {
+        if ends_with(&name, layout.ignored) || layout.tied.contains(&name.as_str()) {
             continue;
         }
-        let is_transposed = tensor.rank() == 2 && layout.transposed.iter().any(|end| name.ends_with(end));
+        let is_transposed = tensor.rank() == 2 && ends_with(&name, layout.transposed);
         out.insert(name, if is_transposed { tensor.t()? } else { tensor });
     }
     Ok(out)
@@ -311,7 +316,7 @@ fn from_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
 /// The inverse of [`from_file`].
 fn to_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
     let lay = |(name, tensor): (String, kiln_tensor::Tensor)| {
-        let is_transposed = tensor.rank() == 2 && layout.transposed.iter().any(|end| name.ends_with(end));
+        let is_transposed = tensor.rank() == 2 && ends_with(&name, layout.transposed);
         let tensor = if is_transposed { tensor.t()?.contiguous()? } else { tensor };
         Ok((name, tensor))
     };

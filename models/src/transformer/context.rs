@@ -143,7 +143,7 @@ pub(super) fn visible(extent: Extent, pass: &Pass<'_>, window: Option<usize>) ->
 impl Context {
     /// The context of a causal pass.
     pub fn causal(extent: Extent, pass: &Pass<'_>, positions: &Positions, rope: Option<&Rope>, window: Option<usize>) -> Result<Self> {
-        let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.start + extent.added, extent.device)).transpose()?;
+        let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.device)).transpose()?;
         let windowed = window.map(|window| visible(extent, pass, Some(window))).transpose()?;
         Ok(Self { full: visible(extent, pass, None)?, windowed, rotary })
     }

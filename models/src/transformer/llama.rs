@@ -45,6 +45,7 @@ pub struct LlamaConfig {
     /// Heads of keys and values; those of the queries if absent.
     pub num_key_value_heads: Option<usize>,
     /// Width of a head; `hidden_size / num_attention_heads` if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
     /// Activation of the gate.
     pub hidden_act: String,

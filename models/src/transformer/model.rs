@@ -1,6 +1,6 @@
-//! What a decoder-only language model is to those who train it and generate with it.
+//! What a language model, decoder-only or of two halves, is to those who train it and generate with it.
 
-use super::KvCache;
+use super::{KvCache, Seq2SeqCache};
 use crate::nn::Params;
 use kiln_tensor::{Result, Tensor};
 
@@ -76,5 +76,64 @@ pub trait CausalLm: Send + Sync {
     /// As [`hidden_states`](CausalLm::hidden_states).
     fn forward(&self, tokens: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
         self.logits(&self.hidden_states(tokens, pass)?)
+    }
+}
+
+/// What an encoder made of its sequences.
+#[derive(Clone)]
+pub struct Encoded {
+    /// The last hidden states, (B, S, C).
+    pub hidden: Tensor,
+    /// Bool (B, S): true for tokens, false for padding. `None` if there is no padding.
+    pub mask: Option<Tensor>,
+}
+
+impl Encoded {
+    /// Row i of the result is row `rows[i]` of this: a source for each beam, say.
+    ///
+    /// # Errors
+    /// If a row is out of range.
+    pub fn select(&self, rows: &[usize]) -> Result<Encoded> {
+        let index = Tensor::from_vec(rows.iter().map(|&row| row as i64).collect(), [rows.len()])?.to_device(self.hidden.device())?;
+        let mask = self.mask.as_ref().map(|mask| mask.index_select(0, &index)).transpose()?;
+        Ok(Encoded { hidden: self.hidden.index_select(0, &index)?, mask })
+    }
+}
+
+/// A model of two halves: an encoder reads the source, a decoder writes a sequence and looks at it.
+///
+/// Source: Vaswani et al., *Attention Is All You Need*, 2017.
+pub trait Seq2SeqLm: Send + Sync {
+    /// The extents of the decoder.
+    fn shape(&self) -> LmShape;
+
+    /// The scope that holds the weights, under the names of the reference implementation; its switch between training and evaluation.
+    fn params(&self) -> &Params;
+
+    /// The token that the decoder starts with.
+    fn start_token(&self) -> i64;
+
+    /// Reads the source: tokens (B, S) of i64, and a bool mask (B, S), true for tokens, false for padding (`None`: all are tokens).
+    ///
+    /// # Errors
+    /// If a token is not in the vocabulary, or the sequence is longer than the model has positions for.
+    fn encode(&self, tokens: &Tensor, mask: Option<&Tensor>) -> Result<Encoded>;
+
+    /// The last hidden states of the decoder: tokens (B, T) of i64 → (B, T, C). With a cache, the tokens follow those that it holds; the keys
+    /// and values of the source are computed in its first pass and kept.
+    ///
+    /// # Errors
+    /// As [`encode`](Seq2SeqLm::encode), if the batch is not that of `encoded`, or the cache is full.
+    fn decode(&self, tokens: &Tensor, encoded: &Encoded, cache: Option<&mut Seq2SeqCache>) -> Result<Tensor>;
+
+    /// The logits of the decoder's hidden states: (…, C) → (…, V).
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// The logits at every place of the decoder's tokens: sources (B, S) and tokens (B, T) → (B, T, V).
+    ///
+    /// # Errors
+    /// As [`encode`](Seq2SeqLm::encode) and [`decode`](Seq2SeqLm::decode).
+    fn forward(&self, source: &Tensor, mask: Option<&Tensor>, tokens: &Tensor) -> Result<Tensor> {
+        self.logits(&self.decode(tokens, &self.encode(source, mask)?, None)?)
     }
 }

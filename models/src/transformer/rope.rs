@@ -4,6 +4,9 @@ use kiln_tensor::{Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
 
+/// Tables of angles reach no further than this: a place beyond it is a mistake.
+const MAX_PLACES: usize = 1 << 24;
+
 /// How the frequencies θ⁻²ⁱᐟᵈ of a rotary embedding are changed to reach further than the model was trained for. The names are
 /// those of `rope_type` in a Hugging Face `config.json`.
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
@@ -93,12 +96,6 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
-/// Frequencies and the factor of the tables, for sequences of some length.
-struct Angles {
-    frequencies: Tensor,
-    factor: f64,
-}
-
 impl RopeConfig {
     fn plain(&self, theta: f64) -> Result<Vec<f64>> {
         Tensor::rotary_frequencies(self.width, theta)?.to_vec()
@@ -109,8 +106,11 @@ impl RopeConfig {
         matches!(self.scaling, RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. })
     }
 
-    /// The angles for sequences of `len` tokens.
-    fn angles(&self, len: usize) -> Result<Angles> {
+    /// Frequencies of the pairs, f64 in radians a token, and the factor of cosines and sines, for sequences of `len` tokens.
+    ///
+    /// # Errors
+    /// If the width is odd, the lists of factors do not fit it, or a frequency is not finite.
+    pub fn frequencies(&self, len: usize) -> Result<(Tensor, f64)> {
         let plain = self.plain(self.theta)?;
         let (frequencies, factor) = match &self.scaling {
             RopeScaling::Default => (plain, 1.0),
@@ -137,7 +137,7 @@ impl RopeConfig {
             return Err(Error::argument("rope", format!("a frequency is {wrong}: check rope_theta and the factors of {:?}", self.scaling)));
         }
         let count = frequencies.len();
-        Ok(Angles { frequencies: Tensor::from_vec(frequencies, [count])?, factor })
+        Ok((Tensor::from_vec(frequencies, [count])?, factor))
     }
 
     fn yarn(&self, plain: &[f64]) -> Result<(Vec<f64>, f64)> {
@@ -210,34 +210,32 @@ pub(super) struct Rope {
 
 impl Rope {
     pub fn new(config: RopeConfig) -> Result<Self> {
-        config.angles(1)?;
+        config.frequencies(1)?;
         Ok(Self { config, tables: Mutex::new(None) })
     }
 
-    /// Cosines and sines (T, pairs) or (B, 1, T, pairs) for tokens at `positions`, of which there are `added` in a sequence of `len`.
-    pub fn tables(&self, positions: &Positions, added: usize, len: usize, device: kiln_tensor::Device) -> Result<[Tensor; 2]> {
-        if self.config.is_dynamic() {
-            let positions = match positions {
-                Positions::From(start) => consecutive(*start, added)?,
-                Positions::Given(positions) => positions.clone(),
-            };
-            return both(&self.make(&positions, len)?, |table| with_heads(table)?.to_device(device));
-        }
+    /// Cosines and sines (T, pairs) or (B, 1, T, pairs) for `added` tokens of each sequence at `positions`.
+    pub fn tables(&self, positions: &Positions, added: usize, device: kiln_tensor::Device) -> Result<[Tensor; 2]> {
+        let len = match positions {
+            Positions::From(start) => start + added,
+            Positions::Given(positions) => places_of(positions)?,
+        };
         match positions {
-            Positions::From(start) => {
-                let tables = self.upto(start + added, device)?;
-                both(&tables, |table| table.narrow(0, *start, added))
+            _ if self.config.is_dynamic() => {
+                // The reference counts the places in use, not the padding.
+                let places = match positions {
+                    Positions::From(start) => consecutive(*start, added)?,
+                    Positions::Given(positions) => positions.clone(),
+                };
+                both(&self.make(&places, len)?, |table| with_heads(table)?.to_device(device))
             }
-            Positions::Given(positions) => {
-                let furthest = positions.max(())?.item_f64()? as usize;
-                let tables = self.upto(furthest + 1, device)?;
-                both(&tables, |table| with_heads(&positions.embedding(table)?))
-            }
+            Positions::From(start) => both(&self.upto(len, device)?, |table| table.narrow(0, *start, added)),
+            Positions::Given(positions) => both(&self.upto(len, device)?, |table| with_heads(&positions.embedding(table)?)),
         }
     }
 
     fn make(&self, positions: &Tensor, len: usize) -> Result<[Tensor; 2]> {
-        let Angles { frequencies, factor } = self.config.angles(len)?;
+        let (frequencies, factor) = self.config.frequencies(len)?;
         let (cos, sin) = positions.rotary_tables(&frequencies)?;
         if factor == 1.0 { Ok([cos, sin]) } else { Ok([cos.mul_scalar(factor)?, sin.mul_scalar(factor)?]) }
     }
@@ -256,6 +254,15 @@ impl Rope {
             }
         }
     }
+}
+
+/// One more than the furthest of `positions`.
+fn places_of(positions: &Tensor) -> Result<usize> {
+    let furthest = positions.max(())?.item_f64()?;
+    if (0.0..MAX_PLACES as f64).contains(&furthest) {
+        return Ok(furthest as usize + 1);
+    }
+    Err(Error::index("rope", format!("position {furthest} is not in 0 to {MAX_PLACES}")))
 }
 
 /// The places `start`, `start + 1`, …
