@@ -4,7 +4,7 @@ use kiln_autograd::TensorExt;
 use kiln_models::lora::*;
 use kiln_models::nn::*;
 use kiln_models::optim::{AdamWOptions, GroupOptimizer, Optimizer};
-use kiln_models::transformer::{self, CausalLm, Pass};
+use kiln_models::transformer::{self, CausalLm, Decoder, Gpt2Config, LmBatch, LmTrainer, LmTrainerOptions, Pass};
 use kiln_tensor::io::safetensors;
 use kiln_tensor::{DType, Generator, Quantization, Result, Tensor, autocast};
 use std::collections::BTreeMap;
@@ -499,4 +499,45 @@ fn a_wrong_folder_is_an_error_that_names_what_is_wrong() {
     std::fs::remove_file(bad.join("adapter_model.safetensors")).unwrap();
     assert!(Lora::load(&Net::load(DType::F32).params, &bad).is_err());
     assert!(Lora::load(&Net::load(DType::F32).params, bad.join("none")).err().unwrap().to_string().contains("adapter_config.json"));
+}
+
+/// A trainer of adapters over an int8 GPT-2, which counts.
+fn counting_trainer() -> LmTrainer<Decoder> {
+    let config = Gpt2Config { vocab_size: 13, n_positions: 16, n_embd: 64, n_layer: 2, n_head: 4, ..Gpt2Config::default() };
+    let params = Params::seeded(3);
+    let model = config.build(&params).unwrap();
+    params.quantize_linears("transformer.h", Quantization::Int8 { group: 64 }).unwrap();
+    let config =
+        LoraConfig { r: 4, lora_alpha: 16.0, lora_dropout: 0.1, target_modules: "all-linear".into(), use_dora: true, ..Default::default() };
+    let lora = Lora::attach(&params, &config, params.generator()).unwrap();
+    model.set_activation_checkpointing(true);
+    let trainer = LmTrainer::new(model, LmTrainerOptions { lr: 0.02, steps: 40, warmup_steps: 2, ..LmTrainerOptions::default() }).unwrap();
+    assert_eq!(params.trainable().len(), lora.trainable().len());
+    trainer
+}
+
+#[test]
+fn a_trainer_trains_adapters_and_resumes_to_the_bit() {
+    let batch = |seed: i64| {
+        let count = |shift: i64| (0..4 * 12).map(|i| (i / 12 * 5 + i % 12 + seed + shift) % 13).collect::<Vec<i64>>();
+        let [tokens, targets] = [0, 1].map(|shift| Tensor::from_vec(count(shift), [4, 12]).unwrap());
+        vec![LmBatch { tokens, targets, segments: None }]
+    };
+    let mut trainer = counting_trainer();
+    let before = trainer.model().params().state_dict();
+    let losses: Vec<f64> = (0..12).map(|i| trainer.step(&batch(i)).unwrap().loss).collect();
+    assert!(losses[11] < 0.8 * losses[0], "{losses:?}");
+    let state = trainer.state_dict().unwrap();
+    let mut resumed = counting_trainer();
+    resumed.load_state_dict(&state).unwrap();
+    for i in 12..15 {
+        assert_eq!(trainer.step(&batch(i)).unwrap().loss, resumed.step(&batch(i)).unwrap().loss);
+    }
+    let [a, b] = [&trainer, &resumed].map(|trainer| trainer.model().params().adapter_state_dict());
+    assert!(a.len() == 24 && a.iter().all(|(name, x)| values(x) == values(&b[name])));
+    for (name, tensor) in trainer.model().params().state_dict() {
+        assert_eq!(values(&tensor), values(&before[&name]), "{name}");
+    }
+    let without = state.into_iter().filter(|(name, _)| !name.ends_with("lora_magnitude_vector")).collect();
+    assert!(resumed.load_state_dict(&without).unwrap_err().to_string().contains("8 missing"));
 }

@@ -12,6 +12,11 @@ pub trait LinearAdapter: Send + Sync {
 
     /// The layer's output for `x`. What the layer gives on its own is [`Linear::base`].
     fn forward(&self, layer: &Linear, x: &Tensor) -> Result<Tensor>;
+
+    /// The adapter's own parameters.
+    fn params(&self) -> Vec<Param> {
+        Vec::new()
+    }
 }
 
 /// y = x Wᵀ + b, along the last dimension: (…, inputs) → (…, outputs).

@@ -337,6 +337,16 @@ impl Params {
         self.entries().into_iter().filter_map(params).collect()
     }
 
+    /// The parameters that are not frozen, and those of the adapters in the [`Linear`] layers: what an optimiser takes.
+    pub fn trainable(&self) -> Vec<Param> {
+        self.params().into_iter().chain(self.adapter_params()).filter(|param| !param.is_frozen()).collect()
+    }
+
+    /// The parameters of the adapters in the [`Linear`] layers. They have names of their own and are in no other list.
+    pub fn adapter_params(&self) -> Vec<Param> {
+        self.linears().iter().filter_map(Linear::adapter).flat_map(|adapter| adapter.params()).collect()
+    }
+
     /// The buffers in the order in which they were made.
     pub fn buffers(&self) -> Vec<Buffer> {
         let buffers = |entry| if let Entry::Buffer(b) = entry { Some(b) } else { None };
@@ -403,23 +413,18 @@ impl Params {
     /// Replaces the contents of parameters and buffers by those of `state`, by full name; floats are converted to the dtype of the cell.
     /// In strict mode anything that does not fit is an error, and nothing is changed.
     pub fn load_state_dict(&self, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
-        let entries = self.entries();
-        let mut report = LoadReport::default();
-        let mut contents = Vec::new();
-        for entry in &entries {
-            let now = entry.get()?;
-            let fitting = report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?;
-            contents.push(fitting.map(|tensor| entry.content(tensor)).transpose()?);
-        }
-        let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
-        report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
-        let report = report.accept(mode)?;
-        for (entry, content) in entries.iter().zip(contents) {
-            if let Some(content) = content {
-                entry.set(&content)?;
-            }
-        }
-        Ok(report)
+        load_entries(self.entries(), state, mode)
+    }
+
+    /// The contents of the [`adapter_params`](Params::adapter_params), by name.
+    pub fn adapter_state_dict(&self) -> StateDict {
+        self.adapter_params().iter().map(|param| (param.name().to_owned(), param.get().detach())).collect()
+    }
+
+    /// Replaces the contents of the [`adapter_params`](Params::adapter_params), as [`load_state_dict`](Params::load_state_dict) does those of
+    /// the model.
+    pub fn load_adapter_state_dict(&self, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
+        load_entries(self.adapter_params().into_iter().map(Entry::Param).collect(), state, mode)
     }
 
     fn matching(&self, op: &str, pattern: &str) -> Result<Vec<Param>> {
@@ -460,6 +465,25 @@ impl fmt::Debug for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.params()).entries(self.buffers()).finish()
     }
+}
+
+fn load_entries(entries: Vec<Entry>, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
+    let mut report = LoadReport::default();
+    let mut contents = Vec::new();
+    for entry in &entries {
+        let now = entry.get()?;
+        let fitting = report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?;
+        contents.push(fitting.map(|tensor| entry.content(tensor)).transpose()?);
+    }
+    let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
+    report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
+    let report = report.accept(mode)?;
+    for (entry, content) in entries.iter().zip(contents) {
+        if let Some(content) = content {
+            entry.set(&content)?;
+        }
+    }
+    Ok(report)
 }
 
 fn taken(name: &str) -> Error {
