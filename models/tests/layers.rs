@@ -2,7 +2,7 @@
 
 use kiln_autograd::{TensorExt, checkpoint};
 use kiln_models::nn::*;
-use kiln_tensor::{Activation, DType, Result, Tensor};
+use kiln_tensor::{Activation, DType, Quantization, QuantizedMatrix, Result, Tensor};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -317,4 +317,62 @@ fn an_adapter_changes_every_holders_layer() {
     adapter.0.store(true, Relaxed);
     assert!(layer.adapter().is_some() && layer.set_adapter(None).is_some());
     assert_eq!(values(layer.forward(&x)), plain);
+}
+
+/// Three layers.
+fn three(params: &Params) -> Result<[Linear; 3]> {
+    let at = |name| params.scope(name);
+    Ok([Linear::new(&at("a"), 64, 128, true)?, Linear::new(&at("b"), 128, 64, false)?, Linear::new(&at("c"), 3, 2, true)?])
+}
+
+#[test]
+fn quantised_weights_leave_the_parameters_and_are_saved_as_they_are() {
+    let params = Params::seeded(4);
+    let [a, b, c] = three(&params).unwrap();
+    let x = ramp(&[3, 64]);
+    let run = |[a, b, _]: &[Linear; 3]| b.forward(&a.forward_activated(&x, Activation::Gelu).unwrap()).unwrap().to_vec::<f32>().unwrap();
+    let exact = run(&[a.clone(), b.clone(), b.clone()]);
+    let int4 = Quantization::Int4 { group: 64 };
+    // All or nothing: what is not finite has no code.
+    c.weight().unwrap().set(&Tensor::full([2, 3], f64::NAN, ()).unwrap()).unwrap();
+    assert!(params.quantize_linears("*", int4).unwrap_err().to_string().contains("`c.weight`"));
+    assert!(a.weight().is_some());
+    assert_eq!(params.quantize_linears_if(|layer| layer.name() != "c", int4).unwrap(), 2);
+    assert_eq!(params.quantize_linears("a", int4).unwrap(), 0);
+    assert_eq!(inventory(&params), ["a.bias [128]", "c.weight [2, 3]", "c.bias [2]"]);
+    let quantised = run(&[a.clone(), b.clone(), b.clone()]);
+    let largest = exact.iter().fold(0f32, |l, x| l.max(x.abs()));
+    assert!(exact.iter().zip(&quantised).all(|(e, q)| (e - q).abs() < 0.1 * largest) && exact != quantised);
+
+    let state = params.state_dict();
+    assert_eq!(state["a.weight"].dtype(), DType::U8);
+    let fresh = Params::seeded(5);
+    let (layers, _) = fresh.build_from(state.clone(), LoadMode::Strict, three).unwrap();
+    assert_eq!((run(&layers), inventory(&fresh)), (quantised.clone(), inventory(&params)));
+    let other = Params::seeded(6);
+    let layers = three(&other).unwrap();
+    let error = other.load_state_dict(&state, LoadMode::Strict).unwrap_err().to_string();
+    assert!(error.contains("a.weight (expected f32 [128, 64], found u8"), "{error}");
+    other.quantize_linears_if(|layer| layer.name() != "c", int4).unwrap();
+    other.load_state_dict(&state, LoadMode::Strict).unwrap();
+    assert_eq!(run(&layers), quantised);
+
+    // A matrix of other extents may have as many bytes, and junk has none that mean anything.
+    let narrow = QuantizedMatrix::quantize(&Tensor::ones([128, 63], ()).unwrap(), int4).unwrap();
+    for (wrong, message) in
+        [(narrow.to_tensor().unwrap(), "is [128, 64], not [128, 63]"), (state["a.weight"].zeros_like().unwrap(), "`a.weight`")]
+    {
+        let state = StateDict::from_iter(state.clone().into_iter().chain([("a.weight".to_owned(), wrong)]));
+        let error = other.load_state_dict(&state, LoadMode::Strict).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+        assert!(Params::seeded(5).build_from(state, LoadMode::Strict, three).is_err());
+        assert_eq!(run(&layers), quantised);
+    }
+
+    assert_eq!(other.dequantize_linears("*", DType::F32).unwrap(), 2);
+    let dense = layers[0].weight().unwrap();
+    assert!(dense.is_frozen() && other.named("a.weight").unwrap().is_same(&dense));
+    assert_eq!(dense.get().to_vec::<f32>().unwrap(), a.weight_values().unwrap().to_vec::<f32>().unwrap());
+    let matrix = QuantizedMatrix::quantize(&Tensor::ones([4, 64], ()).unwrap(), int4).unwrap();
+    assert!(other.set_quantized(&layers[0], matrix).unwrap_err().to_string().contains("`a.weight` is [128, 64], not [4, 64]"));
 }

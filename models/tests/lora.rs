@@ -4,9 +4,9 @@ use kiln_autograd::TensorExt;
 use kiln_models::lora::*;
 use kiln_models::nn::*;
 use kiln_models::optim::{AdamWOptions, GroupOptimizer, Optimizer};
-use kiln_models::transformer::{self, CausalLm, Pass};
+use kiln_models::transformer::{self, CausalLm, Decoder, Gpt2Config, LmBatch, LmTrainer, LmTrainerOptions, Pass};
 use kiln_tensor::io::safetensors;
-use kiln_tensor::{DType, Generator, Result, Tensor, autocast};
+use kiln_tensor::{DType, Generator, Quantization, Result, Tensor, autocast};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -319,6 +319,79 @@ fn half_weights_and_autocast_keep_adapters_in_f32() {
     }
 }
 
+/// 64 → 64 → 3, and the loss on some data.
+fn wide(params: &Params, dtype: DType) -> (impl Fn() -> Tensor, [Linear; 2]) {
+    let layers = [Linear::new(&params.scope("up"), 64, 64, true).unwrap(), Linear::new(&params.scope("down"), 64, 3, false).unwrap()];
+    let generator = Generator::new(9);
+    let [x, y] = [64, 3].map(|n| generator.randn([8, n], dtype).unwrap());
+    let [up, down] = layers.clone();
+    let loss = move || {
+        let out = down.forward(&up.forward_activated(&x, kiln_tensor::Activation::Gelu).unwrap()).unwrap();
+        out.sub(&y).unwrap().square().unwrap().mean(()).unwrap()
+    };
+    (loss, layers)
+}
+
+#[test]
+fn adapters_train_over_quantised_weights() {
+    for kind in [Quantization::Int4 { group: 64 }, Quantization::Int8 { group: 64 }] {
+        for use_dora in [false, true] {
+            let config = LoraConfig {
+                r: 4,
+                use_dora,
+                target_modules: "all-linear".into(),
+                init_lora_weights: LoraInit::Random,
+                ..LoraConfig::default()
+            };
+            let (params, dense) = (Params::seeded(7), Params::seeded(7));
+            let ((loss, layers), (dense_loss, _)) = (wide(&params, DType::F32), wide(&dense, DType::F32));
+            for params in [&params, &dense] {
+                params.quantize_linears("*", kind).unwrap();
+            }
+            dense.dequantize_linears("*", DType::F32).unwrap();
+            let mut lora = Lora::attach(&params, &config, &Generator::new(1)).unwrap();
+            let over_dense = Lora::attach(&dense, &config, &Generator::new(1)).unwrap();
+            assert!(params.quantize_linears("*", kind).is_ok_and(|changed| changed == 0));
+            loss().backward().unwrap();
+            dense_loss().backward().unwrap();
+            assert_near("loss", &values(&loss()), &values(&dense_loss()));
+            for (param, exact) in lora.trainable().iter().zip(over_dense.trainable()) {
+                assert_near(param.name(), &values(&param.grad().unwrap()), &values(&exact.grad().unwrap()));
+            }
+            assert!(params.params().iter().all(|p| p.grad().is_none()));
+
+            let first = loss().item::<f32>().unwrap();
+            let mut optimizer = GroupOptimizer::new(lora.trainable(), AdamWOptions { lr: 0.01, ..Default::default() }).unwrap();
+            for _ in 0..30 {
+                lora.trainable().iter().for_each(Param::zero_grad);
+                loss().backward().unwrap();
+                optimizer.step().unwrap();
+            }
+            let last = loss().item::<f32>().unwrap();
+            assert!(last < 0.5 * first, "{kind} {first} {last}");
+
+            let error = lora.merge().unwrap_err().to_string();
+            assert!(error.contains("`up` is quantised") && !lora.is_merged(), "{error}");
+            assert_eq!(params.dequantize_linears("*", DType::F32).unwrap(), 2);
+            lora.merge().unwrap();
+            assert!((loss().item::<f32>().unwrap() - last).abs() < 1e-5 * first);
+            assert!(params.quantize_linears("*", kind).unwrap_err().to_string().contains("has an adapter"));
+            lora.merge_and_unload().unwrap();
+            assert!(layers.iter().all(|layer| layer.adapter().is_none()));
+        }
+    }
+    // Half-precision activations over 4 bits: the adapter stays in f32.
+    let params = Params::with(ParamsOptions { dtype: DType::BF16, generator: Generator::new(7), ..ParamsOptions::default() });
+    let (loss, _) = wide(&params, DType::BF16);
+    params.quantize_linears("*", Quantization::Int4 { group: 64 }).unwrap();
+    let lora =
+        Lora::attach(&params, &LoraConfig { target_modules: "all-linear".into(), ..LoraConfig::default() }, &Generator::new(1)).unwrap();
+    let value = loss();
+    value.backward().unwrap();
+    assert_eq!(value.dtype(), DType::BF16);
+    assert!(lora.trainable().iter().all(|p| p.dtype() == DType::F32 && p.grad().is_some_and(|g| g.dtype() == DType::F32)));
+}
+
 fn save_case(name: &str, config: &LoraConfig) -> (PathBuf, Vec<f32>) {
     let net = Net::load(DType::F32);
     let lora = attach(&net, config);
@@ -426,4 +499,45 @@ fn a_wrong_folder_is_an_error_that_names_what_is_wrong() {
     std::fs::remove_file(bad.join("adapter_model.safetensors")).unwrap();
     assert!(Lora::load(&Net::load(DType::F32).params, &bad).is_err());
     assert!(Lora::load(&Net::load(DType::F32).params, bad.join("none")).err().unwrap().to_string().contains("adapter_config.json"));
+}
+
+/// A trainer of adapters over an int8 GPT-2, which counts.
+fn counting_trainer() -> LmTrainer<Decoder> {
+    let config = Gpt2Config { vocab_size: 13, n_positions: 16, n_embd: 64, n_layer: 2, n_head: 4, ..Gpt2Config::default() };
+    let params = Params::seeded(3);
+    let model = config.build(&params).unwrap();
+    params.quantize_linears("transformer.h", Quantization::Int8 { group: 64 }).unwrap();
+    let config =
+        LoraConfig { r: 4, lora_alpha: 16.0, lora_dropout: 0.1, target_modules: "all-linear".into(), use_dora: true, ..Default::default() };
+    let lora = Lora::attach(&params, &config, params.generator()).unwrap();
+    model.set_activation_checkpointing(true);
+    let trainer = LmTrainer::new(model, LmTrainerOptions { lr: 0.02, steps: 40, warmup_steps: 2, ..LmTrainerOptions::default() }).unwrap();
+    assert_eq!(params.trainable().len(), lora.trainable().len());
+    trainer
+}
+
+#[test]
+fn a_trainer_trains_adapters_and_resumes_to_the_bit() {
+    let batch = |seed: i64| {
+        let count = |shift: i64| (0..4 * 12).map(|i| (i / 12 * 5 + i % 12 + seed + shift) % 13).collect::<Vec<i64>>();
+        let [tokens, targets] = [0, 1].map(|shift| Tensor::from_vec(count(shift), [4, 12]).unwrap());
+        vec![LmBatch { tokens, targets, segments: None }]
+    };
+    let mut trainer = counting_trainer();
+    let before = trainer.model().params().state_dict();
+    let losses: Vec<f64> = (0..12).map(|i| trainer.step(&batch(i)).unwrap().loss).collect();
+    assert!(losses[11] < 0.8 * losses[0], "{losses:?}");
+    let state = trainer.state_dict().unwrap();
+    let mut resumed = counting_trainer();
+    resumed.load_state_dict(&state).unwrap();
+    for i in 12..15 {
+        assert_eq!(trainer.step(&batch(i)).unwrap().loss, resumed.step(&batch(i)).unwrap().loss);
+    }
+    let [a, b] = [&trainer, &resumed].map(|trainer| trainer.model().params().adapter_state_dict());
+    assert!(a.len() == 24 && a.iter().all(|(name, x)| values(x) == values(&b[name])));
+    for (name, tensor) in trainer.model().params().state_dict() {
+        assert_eq!(values(&tensor), values(&before[&name]), "{name}");
+    }
+    let without = state.into_iter().filter(|(name, _)| !name.ends_with("lora_magnitude_vector")).collect();
+    assert!(resumed.load_state_dict(&without).unwrap_err().to_string().contains("8 missing"));
 }

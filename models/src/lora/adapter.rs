@@ -90,7 +90,7 @@ pub(super) enum Source<'a> {
 
 impl Lora {
     /// Puts a new adapter into the layers of `config` below `params`, and freezes everything else there. Initial values and dropout
-    /// draw from `generator`.
+    /// draw from `generator`: give it `params.generator()`, and a trainer that saves the model's generator resumes exactly.
     ///
     /// # Errors
     /// If the configuration is wrong or matches no layer, or one of the layers has an adapter. The model then stays as it was.
@@ -159,7 +159,8 @@ impl Lora {
         &self.params
     }
 
-    /// Everything that is trained: the matrices, and the biases and modules of the base model that the configuration names.
+    /// Everything that is trained: the matrices, and the biases and modules of the base model that the configuration names. The model's
+    /// [`trainable`](Params::trainable) lists the same.
     pub fn trainable(&self) -> Vec<Param> {
         self.params.params().into_iter().chain(self.companions.iter().map(|companion| companion.param.clone())).collect()
     }

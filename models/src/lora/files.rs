@@ -32,7 +32,7 @@ impl Lora {
         let mut tensors = self.params().state_dict();
         tensors.extend(self.companions().iter().map(|companion| (companion.saved_as.clone(), companion.param.get().detach())));
         let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::save(folder.join(TENSORS), tensors.iter().map(|(name, tensor)| (name, tensor)), &metadata)?;
+        safetensors::save(folder.join(TENSORS), &tensors, &metadata)?;
         let text = LoraConfig { target_modules: self.explicit_targets(), ..self.config().clone() }.to_json()?;
         let path = folder.join(CONFIG);
         write_atomic(&path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io("save", path.display(), e)))

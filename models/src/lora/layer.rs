@@ -123,4 +123,8 @@ impl LinearAdapter for LoraLinear {
         let update = self.update(self.dropped(x)?.as_ref().unwrap_or(x))?;
         y.add(&update.to_dtype(y.dtype())?)
     }
+
+    fn params(&self) -> Vec<Param> {
+        [Some(&self.a), Some(&self.b), self.magnitude.as_ref()].into_iter().flatten().cloned().collect()
+    }
 }

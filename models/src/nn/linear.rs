@@ -1,7 +1,7 @@
 //! Layers of one matrix: [`Linear`] multiplies by it, [`Embedding`] looks rows up in it.
 
 use super::{Init, Module, Param, Params};
-use kiln_tensor::{Activation, Result, Tensor};
+use kiln_tensor::{Activation, DType, QuantizedMatrix, Result, Tensor};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -12,6 +12,11 @@ pub trait LinearAdapter: Send + Sync {
 
     /// The layer's output for `x`. What the layer gives on its own is [`Linear::base`].
     fn forward(&self, layer: &Linear, x: &Tensor) -> Result<Tensor>;
+
+    /// The adapter's own parameters.
+    fn params(&self) -> Vec<Param> {
+        Vec::new()
+    }
 }
 
 /// y = x Wᵀ + b, along the last dimension: (…, inputs) → (…, outputs).
@@ -19,7 +24,7 @@ pub trait LinearAdapter: Send + Sync {
 /// Parameters: `weight` (outputs, inputs) and `bias` (outputs), both uniform in ±1/√inputs at first.
 ///
 /// Clones are one layer, and [`Params::linears`] lists those of a model, so that a model can be adapted after it was built:
-/// [`set_adapter`](Linear::set_adapter) changes every holder's layer.
+/// [`set_adapter`](Linear::set_adapter) changes every holder's layer, and [`Params::quantize_linears`] its weights' form.
 ///
 /// ```
 /// # use kiln_models::nn::{Linear, Module, Params};
@@ -47,13 +52,15 @@ struct State {
 }
 
 /// How the matrix is kept.
-enum Weight {
+pub(super) enum Weight {
     Dense(Param),
+    Quantized(QuantizedMatrix),
 }
 
 /// The matrix as a pass multiplies by it.
 enum Matrix {
     Dense(Tensor),
+    Quantized(QuantizedMatrix),
 }
 
 impl Linear {
@@ -62,9 +69,13 @@ impl Linear {
         Self::with_init(params, inputs, outputs, Init::default_weight(), bias.then(|| Init::default_bias(&[outputs, inputs])))
     }
 
-    /// A layer whose weight and bias (`None` for no bias) start in another way.
+    /// A layer whose weight and bias (`None` for no bias) start in another way. While a state dictionary with a quantised weight for it is
+    /// built from, it is made quantised.
     pub fn with_init(params: &Params, inputs: usize, outputs: usize, weight: Init, bias: Option<Init>) -> Result<Self> {
-        let weight = Weight::Dense(params.param("weight", [outputs, inputs], weight)?);
+        let weight = match params.loaded_quantized("weight", [outputs, inputs])? {
+            Some(matrix) => Weight::Quantized(matrix),
+            None => Weight::Dense(params.param("weight", [outputs, inputs], weight)?),
+        };
         let bias = bias.map(|init| params.param("bias", [outputs], init)).transpose()?;
         let state = RwLock::new(State { weight, adapter: None });
         let layer = Self(Arc::new(Layer { name: params.name().to_owned(), inputs, outputs, bias, state }));
@@ -87,18 +98,33 @@ impl Linear {
         self.0.outputs
     }
 
-    /// The weight, (outputs, inputs), if it is a parameter.
+    /// The weight, (outputs, inputs), if it is a parameter: not if it is [`quantized`](Linear::quantized).
     pub fn weight(&self) -> Option<Param> {
         match &self.state().weight {
             Weight::Dense(param) => Some(param.clone()),
+            Weight::Quantized(_) => None,
         }
     }
 
-    /// The values of the weight, (outputs, inputs): the parameter's content, tracked unless it is frozen.
+    /// The weight, (outputs, inputs), if it is kept in few bits.
+    pub fn quantized(&self) -> Option<QuantizedMatrix> {
+        match &self.state().weight {
+            Weight::Dense(_) => None,
+            Weight::Quantized(matrix) => Some(matrix.clone()),
+        }
+    }
+
+    /// The values of the weight, (outputs, inputs): the parameter's content, tracked unless it is frozen, or what the quantised weight
+    /// stands for, in f32.
     pub fn weight_values(&self) -> Result<Tensor> {
         match self.read().0 {
             Matrix::Dense(weight) => Ok(weight),
+            Matrix::Quantized(matrix) => matrix.dequantize(DType::F32),
         }
+    }
+
+    pub(super) fn set_weight(&self, weight: Weight) {
+        self.0.state.write().unwrap_or_else(PoisonError::into_inner).weight = weight;
     }
 
     /// The bias, (outputs).
@@ -136,6 +162,7 @@ impl Linear {
         let state = self.state();
         let matrix = match &state.weight {
             Weight::Dense(param) => Matrix::Dense(param.get()),
+            Weight::Quantized(matrix) => Matrix::Quantized(matrix.clone()),
         };
         (matrix, state.adapter.as_ref().filter(|adapter| adapter.is_active()).cloned())
     }
@@ -163,6 +190,8 @@ impl Matrix {
         match (self, activation) {
             (Matrix::Dense(weight), None) => x.linear(weight, bias),
             (Matrix::Dense(weight), Some(activation)) => x.linear_activation(weight, bias, activation),
+            (Matrix::Quantized(matrix), None) => matrix.linear(x, bias),
+            (Matrix::Quantized(matrix), Some(activation)) => matrix.linear(x, bias)?.activate(activation),
         }
     }
 }

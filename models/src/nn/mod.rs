@@ -15,6 +15,7 @@ mod norm;
 mod param;
 mod params;
 mod pool;
+mod quantize;
 mod sequential;
 
 pub use activation::{Elu, Flatten, Gelu, GeluTanh, Hardswish, Identity, LeakyRelu, Mish, Relu, Sigmoid, Silu, Softmax, Softplus, Tanh};

@@ -1,8 +1,10 @@
 //! The scope that layers take their parameters from, and everything that concerns all of them: names, modes, freezing, groups, saving.
 
+use super::linear::Weight;
 use super::load::{LoadMode, LoadReport, StateDict};
+use super::quantize::{QuantizedWeight, restore};
 use super::{Buffer, Init, Linear, Param};
-use kiln_tensor::{DType, Device, Error, Generator, IntoShape, Result, Shape, Tensor, TensorOptions, default_device};
+use kiln_tensor::{DType, Device, Error, Generator, IntoShape, QuantizedMatrix, Result, Shape, Tensor, TensorOptions, default_device};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -41,6 +43,7 @@ impl Mode {
 enum Entry {
     Param(Param),
     Buffer(Buffer),
+    Quantized(QuantizedWeight),
 }
 
 impl Entry {
@@ -48,22 +51,44 @@ impl Entry {
         match self {
             Entry::Param(p) => p.name(),
             Entry::Buffer(b) => b.name(),
+            Entry::Quantized(w) => &w.name,
         }
     }
 
-    fn get(&self) -> Tensor {
+    fn get(&self) -> Result<Tensor> {
         match self {
-            Entry::Param(p) => p.get().detach(),
-            Entry::Buffer(b) => b.get(),
+            Entry::Param(p) => Ok(p.get().detach()),
+            Entry::Buffer(b) => Ok(b.get()),
+            Entry::Quantized(w) => w.saved(),
         }
     }
 
-    fn set(&self, tensor: &Tensor) -> Result<()> {
+    /// What [`set`](Entry::set) takes, made of a tensor that has the dtype and shape of [`get`](Entry::get)'s. All that can be wrong is
+    /// found here.
+    fn content(&self, tensor: Tensor) -> Result<Content> {
         match self {
-            Entry::Param(p) => p.set(tensor),
-            Entry::Buffer(b) => b.set(tensor),
+            Entry::Param(_) | Entry::Buffer(_) => Ok(Content::Tensor(tensor)),
+            Entry::Quantized(w) => w.restored(&tensor).map(Content::Quantized),
         }
     }
+
+    fn set(&self, content: &Content) -> Result<()> {
+        match (self, content) {
+            (Entry::Param(p), Content::Tensor(tensor)) => p.set(tensor),
+            (Entry::Buffer(b), Content::Tensor(tensor)) => b.set(tensor),
+            (Entry::Quantized(w), Content::Quantized(matrix)) => {
+                w.layer.set_weight(Weight::Quantized(matrix.clone()));
+                Ok(())
+            }
+            _ => Err(Error::argument("load_state_dict", format!("`{}` changed its form meanwhile", self.name()))),
+        }
+    }
+}
+
+/// A new content of an entry.
+enum Content {
+    Tensor(Tensor),
+    Quantized(QuantizedMatrix),
 }
 
 /// A state dictionary that is being built from.
@@ -245,7 +270,7 @@ impl Params {
     fn register(&self, name: String, entry: Entry) -> Result<()> {
         let mut registry = self.registry();
         if !registry.names.insert(name.clone()) {
-            return Err(Error::argument("params", format!("the name `{name}` is taken; give each layer a scope of its own")));
+            return Err(taken(&name));
         }
         registry.entries.push(entry);
         Ok(())
@@ -272,13 +297,54 @@ impl Params {
     }
 
     fn entries(&self) -> Vec<Entry> {
-        self.registry().entries.iter().filter(|e| e.name().starts_with(&self.prefix)).cloned().collect()
+        let registry = self.registry();
+        let quantized = registry.linears.iter().filter_map(|layer| QuantizedWeight::of(layer).map(Entry::Quantized));
+        registry.entries.iter().cloned().chain(quantized).filter(|e| e.name().starts_with(&self.prefix)).collect()
+    }
+
+    /// Takes the weight of `layer` off the list of parameters; its name stays taken.
+    pub(super) fn withdraw(&self, param: &Param) {
+        self.registry().entries.retain(|entry| !matches!(entry, Entry::Param(p) if p.is_same(param)));
+    }
+
+    /// Puts a parameter on the list whose name is taken already.
+    pub(super) fn reinstate(&self, param: Param) {
+        self.registry().entries.push(Entry::Param(param));
+    }
+
+    /// The quantised matrix that the state dictionary that is being built from has for a parameter of this scope, if it has one of these
+    /// extents.
+    pub(super) fn loaded_quantized(&self, name: &str, shape: [usize; 2]) -> Result<Option<QuantizedMatrix>> {
+        let name = format!("{}{name}", self.prefix);
+        let mut registry = self.registry();
+        let Some(loading) = &mut registry.loading else { return Ok(None) };
+        let Some(saved) = loading.state.get(&name).filter(|saved| saved.dtype() == DType::U8) else { return Ok(None) };
+        let matrix = restore(&name, saved)?;
+        if matrix.shape().dims() != shape {
+            return Ok(None);
+        }
+        loading.state.remove(&name);
+        loading.report.loaded += 1;
+        if !registry.names.insert(name.clone()) {
+            return Err(taken(&name));
+        }
+        Ok(Some(matrix))
     }
 
     /// The parameters in the order in which they were made.
     pub fn params(&self) -> Vec<Param> {
         let params = |entry| if let Entry::Param(p) = entry { Some(p) } else { None };
         self.entries().into_iter().filter_map(params).collect()
+    }
+
+    /// The parameters that are not frozen, and those of the adapters in the [`Linear`] layers: what an optimiser takes.
+    pub fn trainable(&self) -> Vec<Param> {
+        self.params().into_iter().chain(self.adapter_params()).filter(|param| !param.is_frozen()).collect()
+    }
+
+    /// The parameters of the adapters in the [`Linear`] layers. They have names of their own and are in no other list.
+    pub fn adapter_params(&self) -> Vec<Param> {
+        self.linears().iter().filter_map(Linear::adapter).flat_map(|adapter| adapter.params()).collect()
     }
 
     /// The buffers in the order in which they were made.
@@ -324,42 +390,41 @@ impl Params {
         self.params().iter().for_each(Param::zero_grad);
     }
 
-    /// Converts all parameters and floating-point buffers to another float dtype, e.g. to bf16 for inference.
+    /// Converts all parameters and floating-point buffers to another float dtype, e.g. to bf16 for inference. Quantised weights stay.
     pub fn to_dtype(&self, dtype: DType) -> Result<()> {
         for entry in self.entries() {
             match entry {
                 Entry::Param(p) => p.to_dtype(dtype)?,
                 Entry::Buffer(b) if b.dtype().is_float() => b.to_dtype(dtype)?,
-                Entry::Buffer(_) => {}
+                Entry::Buffer(_) | Entry::Quantized(_) => {}
             }
         }
         Ok(())
     }
 
     /// The contents of all parameters and buffers by full name. They share the memory of the cells until the next update.
+    ///
+    /// A quantised weight is a copy in the form of [`QuantizedMatrix::to_tensor`]: it loads into a layer that is quantised likewise, and
+    /// a model that is [built from](Params::build_from) it is made quantised. Without memory for the copy, it is missing.
     pub fn state_dict(&self) -> StateDict {
-        self.entries().iter().map(|e| (e.name().to_owned(), e.get())).collect()
+        self.entries().iter().filter_map(|e| Some((e.name().to_owned(), e.get().ok()?))).collect()
     }
 
     /// Replaces the contents of parameters and buffers by those of `state`, by full name; floats are converted to the dtype of the cell.
     /// In strict mode anything that does not fit is an error, and nothing is changed.
     pub fn load_state_dict(&self, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
-        let entries = self.entries();
-        let mut report = LoadReport::default();
-        let mut contents = Vec::new();
-        for entry in &entries {
-            let now = entry.get();
-            contents.push(report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?);
-        }
-        let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
-        report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
-        let report = report.accept(mode)?;
-        for (entry, content) in entries.iter().zip(contents) {
-            if let Some(content) = content {
-                entry.set(&content)?;
-            }
-        }
-        Ok(report)
+        load_entries(self.entries(), state, mode)
+    }
+
+    /// The contents of the [`adapter_params`](Params::adapter_params), by name.
+    pub fn adapter_state_dict(&self) -> StateDict {
+        self.adapter_params().iter().map(|param| (param.name().to_owned(), param.get().detach())).collect()
+    }
+
+    /// Replaces the contents of the [`adapter_params`](Params::adapter_params), as [`load_state_dict`](Params::load_state_dict) does those of
+    /// the model.
+    pub fn load_adapter_state_dict(&self, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
+        load_entries(self.adapter_params().into_iter().map(Entry::Param).collect(), state, mode)
     }
 
     fn matching(&self, op: &str, pattern: &str) -> Result<Vec<Param>> {
@@ -400,6 +465,29 @@ impl fmt::Debug for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.params()).entries(self.buffers()).finish()
     }
+}
+
+fn load_entries(entries: Vec<Entry>, state: &StateDict, mode: LoadMode) -> Result<LoadReport> {
+    let mut report = LoadReport::default();
+    let mut contents = Vec::new();
+    for entry in &entries {
+        let now = entry.get()?;
+        let fitting = report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?;
+        contents.push(fitting.map(|tensor| entry.content(tensor)).transpose()?);
+    }
+    let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
+    report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
+    let report = report.accept(mode)?;
+    for (entry, content) in entries.iter().zip(contents) {
+        if let Some(content) = content {
+            entry.set(&content)?;
+        }
+    }
+    Ok(report)
+}
+
+fn taken(name: &str) -> Error {
+    Error::argument("params", format!("the name `{name}` is taken; give each layer a scope of its own"))
 }
 
 /// Whether `pattern` (`*` for any text) matches `name` or a scope that it is in.

@@ -179,6 +179,10 @@ pub fn load_pretrained<C: Pretrained>(folder: impl AsRef<Path>, params: &Params)
 /// # Errors
 /// If a file cannot be written.
 pub fn save_pretrained<C: Pretrained>(folder: impl AsRef<Path>, config: &C, params: &Params, max_shard_bytes: u64) -> Result<()> {
+    if let Some(layer) = params.linears().iter().find(|layer| layer.quantized().is_some()) {
+        let hint = "which this layout has no place for; `dequantize_linears` first";
+        return Err(Error::argument("save", format!("the weight of `{}` is quantised, {hint}", layer.name())));
+    }
     let folder = folder.as_ref();
     std::fs::create_dir_all(folder).map_err(|e| Error::io("save", folder.display(), e))?;
     let layout = config.layout();

@@ -115,7 +115,7 @@ pub struct LmTrainer<M> {
 }
 
 impl<M: CausalLm> LmTrainer<M> {
-    /// A trainer of the model's parameters that are not frozen.
+    /// A trainer of the model's parameters that are not frozen, and of its adapters.
     ///
     /// # Errors
     /// If an option is out of its domain.
@@ -123,8 +123,7 @@ impl<M: CausalLm> LmTrainer<M> {
         let AdamWOptions { amsgrad, .. } = AdamWOptions::default();
         let adam = AdamWOptions { lr: options.lr, betas: options.betas, eps: options.eps, weight_decay: options.weight_decay, amsgrad };
         let is_matrix = |param: &Param| param.shape().rank() >= 2;
-        let trained = model.params().params().into_iter().filter(|param| !param.is_frozen());
-        let (matrices, vectors): (Vec<_>, Vec<_>) = trained.partition(is_matrix);
+        let (matrices, vectors): (Vec<_>, Vec<_>) = model.params().trainable().into_iter().partition(is_matrix);
         let mut optimizer = AdamW::new(matrices, adam)?;
         optimizer.add_group(vectors, AdamWOptions { weight_decay: 0.0, ..adam })?;
         let falling = Schedule::cosine(options.steps.saturating_sub(options.warmup_steps), options.min_lr);
@@ -195,7 +194,7 @@ impl<M: CausalLm> LmTrainer<M> {
     fn update(&mut self) -> Result<f64> {
         let _scope = profile_scope("optimizer");
         if let Some(scaler) = &mut self.scaler {
-            let params = self.model.params().params();
+            let params = self.model.params().trainable();
             scaler.step_clipped(&mut self.optimizer, &params, self.options.max_norm)?;
             return crate::optim::grad_norm(&params);
         }
@@ -237,6 +236,7 @@ impl<M: CausalLm> LmTrainer<M> {
         let mut state = StateDict::new();
         let mut put = |prefix: &str, part: StateDict| state.extend(part.into_iter().map(|(name, x)| (format!("{prefix}.{name}"), x)));
         put("model", self.model.params().state_dict());
+        put("adapter", self.model.params().adapter_state_dict());
         put("optimizer", self.optimizer.state_dict()?);
         if let Some(scaler) = &self.scaler {
             put("scaler", scaler.state_dict()?);
@@ -259,6 +259,7 @@ impl<M: CausalLm> LmTrainer<M> {
         let counters = state.get("trainer.counters").ok_or_else(missing)?.to_vec::<i64>()?;
         let [steps, seed, offset] = counters[..] else { return Err(missing()) };
         self.model.params().load_state_dict(&part("model"), LoadMode::Strict)?;
+        self.model.params().load_adapter_state_dict(&part("adapter"), LoadMode::Strict)?;
         self.optimizer.load_state_dict(&part("optimizer"))?;
         if let Some(scaler) = &mut self.scaler {
             scaler.load_state_dict(&part("scaler"))?;
