@@ -1,5 +1,9 @@
 //! Tokenizers and chat templates against `tokenizers` and `transformers` (tests/fixtures/text/text.py), data sets of text, and bad input.
 
+use kiln_models::data::{
+    Corpus, CorpusSource, Dataset, IGNORE, Loader, LoaderOptions, Overlong, PackOptions, PackedSequences, Packing, PaddedSequences,
+    PaddingSide, Rng, TokenBlocks, TokenSequence, pad_sequences,
+};
 use kiln_models::text::json::{Map, Value, from_str, from_value};
 use kiln_models::text::{CharTokenizer, ChatTemplate, Message, SpecialTokens, Tokenizer, Variables, train_bpe};
 use std::fs;
@@ -106,9 +110,9 @@ const ODD: [&str; 8] = [
 #[test]
 fn a_trained_vocabulary_expresses_any_text_and_is_saved() {
     let corpus = ["low lower lowest, new newer newest", "the cat sat on the mat; the cat sat", "naïve café 東京"];
-    let train = || train_bpe(corpus, 300, &["<|endoftext|>", "<|pad|>"]).unwrap();
+    let train = || train_bpe(corpus, 290, &["<|endoftext|>", "<|pad|>"]).unwrap();
     let (tokenizer, folder) = (train(), Temporary::new("bpe"));
-    assert_eq!((tokenizer.vocab_size(), tokenizer.eos(), tokenizer.token_to_id("<|pad|>")), (300, Some(0), Some(1)));
+    assert_eq!((tokenizer.vocab_size(), tokenizer.eos(), tokenizer.token_to_id("<|pad|>")), (290, Some(0), Some(1)));
     let path = folder.0.join("tokenizer.json");
     tokenizer.save(&path).unwrap();
     let saved = fs::read(&path).unwrap();
@@ -323,8 +327,8 @@ fn without_generation_blocks_answers_are_found_by_their_prefixes() {
     let error = template("qwen3").encode_with_mask(&tokenizer, &chat(&fixture, "thinking"), &none).unwrap_err().to_string();
     assert!(error.contains("message 1") && error.contains("generation"), "{error}");
     // Characters that mark generation blocks inside are text like any other.
-    let odd = [Message::new("user", "\u{fdd0}0\u{fdd1}("), Message::new("assistant", "\u{fdd0}1\u{fdd1})")];
-    assert_eq!(masked(&ChatTemplate::chatml(), &odd), ["\u{fdd0}1\u{fdd1})<|im_end|>"]);
+    let odd = [Message::new("user", "\u{fdd1}\u{fdd0}"), Message::new("assistant", "\u{fdd0}a\u{fdd3}")];
+    assert_eq!(masked(&ChatTemplate::chatml(), &odd), ["\u{fdd0}a\u{fdd3}<|im_end|>"]);
 }
 
 #[test]
@@ -392,4 +396,159 @@ fn hostile_templates_end() {
     let template = ChatTemplate::new("{{ messages[0].content[0].text }}{{ 'name' in messages[0] }}").unwrap();
     assert_eq!((template.render(&[parts], false, &none).unwrap().as_str(), Map::new().len()), ("aFalse", 0));
     assert!(from_str::<Message>(r#"{"role": "user", "content": 3}"#).unwrap_err().to_string().contains("content"));
+}
+
+#[test]
+fn windows_cover_the_text_and_resume_exactly() {
+    let tokens: Vec<u32> = (0..103).collect();
+    let all = TokenBlocks::consecutive(tokens.clone(), 10).unwrap();
+    assert_eq!(all.len(), 10);
+    let batch = all.batch(&(0..10).collect::<Vec<_>>(), &mut Rng::new(0)).unwrap();
+    assert_eq!(batch.inputs.to_vec::<i64>().unwrap(), (0..100).collect::<Vec<i64>>());
+    assert_eq!(batch.targets.to_vec::<i64>().unwrap(), (1..101).collect::<Vec<i64>>());
+    assert_eq!(TokenBlocks::consecutive(tokens[..101].to_vec(), 10).unwrap().len(), 10);
+    assert_eq!(TokenBlocks::consecutive(tokens[..100].to_vec(), 10).unwrap().len(), 9);
+    for (count, block) in [(0, 1), (10, 10), (10, 0), (3, usize::MAX)] {
+        assert!(TokenBlocks::consecutive(tokens[..count].to_vec(), block).is_err());
+    }
+    assert!(all.batch(&[10], &mut Rng::new(0)).is_err());
+
+    let random = || TokenBlocks::random(tokens.clone(), 10, 50).unwrap();
+    let options = LoaderOptions { batch_size: 4, seed: 3, ..LoaderOptions::default() };
+    let mut loader = Loader::new(random(), options.clone()).unwrap();
+    let mut batches = Vec::new();
+    let mut state = loader.state();
+    for (i, batch) in (&mut loader).enumerate() {
+        let batch = batch.unwrap();
+        let (inputs, targets) = (batch.inputs.to_vec::<i64>().unwrap(), batch.targets.to_vec::<i64>().unwrap());
+        for (row, next) in inputs.chunks(10).zip(targets.chunks(10)) {
+            assert!(row.windows(2).all(|pair| pair[1] == pair[0] + 1) && row[1..] == next[..9] && next[9] == row[9] + 1 && next[9] < 103);
+        }
+        batches.push(inputs);
+        if i == 5 {
+            state.batch = 6;
+        }
+    }
+    assert_eq!((batches.len(), batches[0] == batches[1]), (13, false));
+    let starts: Vec<i64> = batches.iter().flat_map(|batch| batch.chunks(10).map(|row| row[0])).collect();
+    assert!(starts.iter().any(|&start| start < 20) && starts.iter().any(|&start| start > 70));
+    let mut resumed = Loader::new(random(), options).unwrap();
+    resumed.resume(state).unwrap();
+    let rest: Vec<Vec<i64>> = resumed.map(|batch| batch.unwrap().inputs.to_vec().unwrap()).collect();
+    assert_eq!(rest, batches[6..]);
+}
+
+/// Sequences of `lengths`, every token another number, every third masked.
+fn sequences(lengths: &[usize]) -> Vec<TokenSequence> {
+    let mut next = 0;
+    let sequence = |&length: &usize| {
+        let tokens: Vec<u32> = (next..next + length as u32).collect();
+        next += length as u32;
+        TokenSequence::masked(tokens.clone(), tokens.iter().map(|token| token % 3 != 0).collect()).unwrap()
+    };
+    lengths.iter().map(sequence).collect()
+}
+
+#[test]
+fn packed_rows_hold_every_sequence_once_and_mix_none() {
+    let mut rng = Rng::new(4);
+    let lengths: Vec<usize> = (0..200).map(|_| rng.below(17)).collect();
+    for packing in [Packing::InOrder, Packing::FirstFit] {
+        let options = PackOptions { length: 16, packing, overlong: Overlong::Refuse, pad: 9999 };
+        let packed = PackedSequences::new(sequences(&lengths), options).unwrap();
+        // The rows that a plain search gives.
+        let mut rooms: Vec<usize> = Vec::new();
+        for &length in lengths.iter().filter(|&&length| length > 0) {
+            let first = if packing == Packing::InOrder { rooms.len().saturating_sub(1) } else { 0 };
+            match (first..rooms.len()).find(|&row| rooms[row] >= length) {
+                Some(row) => rooms[row] -= length,
+                None => rooms.push(16 - length),
+            }
+        }
+        assert_eq!(packed.len(), rooms.len());
+        let places: usize = lengths.iter().sum();
+        assert!((packed.density() - places as f64 / (16.0 * rooms.len() as f64)).abs() < 1e-12);
+        let batch = packed.batch(&(0..packed.len()).collect::<Vec<_>>(), &mut Rng::new(0)).unwrap();
+        let [inputs, targets, positions, segments] =
+            [&batch.inputs, &batch.targets, &batch.positions, &batch.segments].map(|tensor| tensor.to_vec::<i64>().unwrap());
+        let mut seen: Vec<i64> = inputs.iter().copied().filter(|&token| token != 9999).collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..places as i64).collect::<Vec<_>>());
+        let starts: Vec<i64> = lengths
+            .iter()
+            .scan(0, |sum, &length| {
+                *sum += length as i64;
+                Some(*sum - length as i64)
+            })
+            .collect();
+        for place in 0..inputs.len() {
+            let (row, column) = (place / 16, place % 16);
+            if segments[place] < 0 {
+                assert_eq!((inputs[place], targets[place]), (9999, IGNORE));
+                assert!(16 - column <= rooms[row] && positions[place] == (column + rooms[row] - 16) as i64);
+                continue;
+            }
+            let start = *starts.iter().rev().find(|&&start| start <= inputs[place]).unwrap();
+            assert_eq!(positions[place], inputs[place] - start);
+            let follows = column < 15 && segments[place + 1] == segments[place];
+            assert_eq!(follows, column < 15 && inputs[place + 1] == inputs[place] + 1 && positions[place + 1] > 0);
+            let expected = if follows && inputs[place + 1] % 3 != 0 { inputs[place] + 1 } else { IGNORE };
+            assert_eq!(targets[place], expected, "place {place}");
+        }
+    }
+}
+
+#[test]
+fn overlong_sequences_are_refused_cut_or_split() {
+    let pack = |overlong| {
+        let options = PackOptions { length: 4, packing: Packing::InOrder, overlong, pad: 0 };
+        PackedSequences::new(vec![TokenSequence::new((1..=10).collect()), TokenSequence::default()], options)
+    };
+    assert!(pack(Overlong::Refuse).unwrap_err().to_string().contains("sequence 0 has 10 tokens"));
+    let rows = |packed: PackedSequences| {
+        let batch = packed.batch(&(0..packed.len()).collect::<Vec<_>>(), &mut Rng::new(0)).unwrap();
+        (batch.inputs.to_vec::<i64>().unwrap(), batch.targets.to_vec::<i64>().unwrap())
+    };
+    assert_eq!(rows(pack(Overlong::Truncate).unwrap()), (vec![1, 2, 3, 4], vec![2, 3, 4, IGNORE]));
+    let (inputs, targets) = rows(pack(Overlong::Split).unwrap());
+    assert_eq!(inputs, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0]);
+    assert_eq!(targets, [2, 3, 4, IGNORE, 6, 7, 8, IGNORE, 10, IGNORE, IGNORE, IGNORE]);
+    let empty = PackOptions { length: 0, packing: Packing::InOrder, overlong: Overlong::Split, pad: 0 };
+    assert!(PackedSequences::new(vec![], empty).is_err());
+    assert_eq!(PackedSequences::new(vec![], PackOptions { length: 4, ..empty }).unwrap().len(), 0);
+    assert!(TokenSequence::masked(vec![1, 2], vec![true]).is_err());
+}
+
+#[test]
+fn padded_batches_have_their_padding_on_the_side_that_was_asked_for() {
+    let three = sequences(&[2, 4, 1]);
+    let batch = pad_sequences(&three, 77, PaddingSide::Right).unwrap();
+    assert_eq!(batch.inputs.to_vec::<i64>().unwrap(), [0, 1, 77, 77, 2, 3, 4, 5, 6, 77, 77, 77]);
+    assert_eq!(batch.targets.to_vec::<i64>().unwrap(), [1, IGNORE, IGNORE, IGNORE, IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE]);
+    let mask = batch.key_mask.to_vec::<bool>().unwrap();
+    assert_eq!(mask, [true, true, false, false, true, true, true, true, true, false, false, false]);
+    assert_eq!(batch.lengths, [2, 4, 1]);
+    let data = PaddedSequences::new(three, 77, PaddingSide::Left).unwrap();
+    let batch = data.batch(&[2, 0], &mut Rng::new(0)).unwrap();
+    assert_eq!(batch.inputs.to_vec::<i64>().unwrap(), [77, 6, 0, 1]);
+    assert_eq!(batch.key_mask.to_vec::<bool>().unwrap(), [false, true, true, true]);
+    assert!(data.batch(&[3], &mut Rng::new(0)).is_err());
+    assert!(pad_sequences(&[], 0, PaddingSide::Left).is_err());
+    assert!(pad_sequences(&[TokenSequence::default()], 0, PaddingSide::Left).is_err());
+    assert!(PaddedSequences::new(vec![TokenSequence::default()], 0, PaddingSide::Left).is_err());
+}
+
+#[test]
+fn a_corpus_becomes_tokens() {
+    let corpus = Corpus::open(CorpusSource::Generated { seed: 5, bytes: 40_000 }).unwrap();
+    assert!(corpus.to_string().contains("generated dialogue, seed 5"), "{corpus}");
+    let (train, validation) = corpus.split();
+    assert!(validation.len() * 9 <= train.len() && validation.len() * 10 + 20 > corpus.text.len());
+    let characters = CharTokenizer::new(&corpus.text).unwrap();
+    assert!((40..70).contains(&characters.vocab_size()), "{}", characters.vocab_size());
+    let blocks = TokenBlocks::consecutive(characters.encode(train).unwrap(), 64).unwrap();
+    assert_eq!(blocks.len(), (train.len() - 1) / 64);
+    let bpe = train_bpe([train], 512, &["<|endoftext|>"]).unwrap();
+    let ids = bpe.encode(validation).unwrap();
+    assert!(ids.len() * 5 < validation.len() * 2 && bpe.decode(&ids, false).unwrap() == validation);
 }

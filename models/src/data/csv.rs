@@ -129,7 +129,7 @@ fn shorten(field: &str) -> String {
 }
 
 /// The distinct labels in their order, and each row's index into them.
-fn classes(texts: &[String]) -> (Vec<String>, Vec<i64>) {
+pub(super) fn classes(texts: &[String]) -> (Vec<String>, Vec<i64>) {
     let distinct: BTreeSet<&str> = texts.iter().map(String::as_str).collect();
     let mut classes: Vec<&str> = distinct.into_iter().collect();
     if let Ok(numbers) = classes.iter().map(|c| c.parse::<f64>()).collect::<std::result::Result<Vec<_>, _>>() {
@@ -143,7 +143,7 @@ fn classes(texts: &[String]) -> (Vec<String>, Vec<i64>) {
 }
 
 /// A CSV error with the line it speaks of.
-fn wrap(path: &Path, error: csv::Error) -> Error {
+pub(super) fn wrap(path: &Path, error: csv::Error) -> Error {
     let line = error.position().map_or(0, csv::Position::line);
     match error.into_kind() {
         csv::ErrorKind::Io(source) => error::io("read", path, source),

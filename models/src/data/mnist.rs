@@ -201,7 +201,7 @@ const SIDE: usize = 28;
 const STAND_IN: (u64, usize, usize) = (0, 20_000, 4_000);
 
 /// Kiln's cache folder: `$XDG_CACHE_HOME/kiln`, else `~/.cache/kiln` (`%LOCALAPPDATA%\kiln` on Windows).
-fn cache_folder() -> Option<PathBuf> {
+pub(super) fn cache_folder() -> Option<PathBuf> {
     let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = of("XDG_CACHE_HOME").or_else(|| of("LOCALAPPDATA")).or_else(|| of("HOME").map(|home| home.join(".cache")));
     base.map(|base| base.join("kiln"))

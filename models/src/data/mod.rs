@@ -1,5 +1,5 @@
-//! Data: readers of files (IDX, image folders, CSV), the MNIST family with a built-in generator of
-//! handwritten digits, and the loader that shuffles, batches and prefetches. No layer or model lives here.
+//! Data: readers of files (IDX, image folders, CSV, JSONL), the MNIST family with a built-in generator of
+//! handwritten digits, corpora of text and batches of tokens, and the loader that shuffles, batches and prefetches. No layer or model lives here.
 //!
 //! Every reader treats its file as hostile: it checks what a header claims against what the file can
 //! hold before memory is allocated for it, and says which file and which field are wrong.
@@ -15,6 +15,7 @@ mod images;
 mod loader;
 mod mnist;
 mod rng;
+mod text;
 
 pub use csv::{CsvOptions, CsvTable, Label, read_csv};
 pub use dataset::{Dataset, Subset};
@@ -23,3 +24,8 @@ pub use images::{ImageBatch, ImageSet, Scale};
 pub use loader::{Loader, LoaderOptions, LoaderState};
 pub use mnist::{FashionMnist, Mnist, Origin, Source, Split};
 pub use rng::Rng;
+pub use text::{
+    Class, Conversation, Corpus, CorpusOrigin, CorpusSource, IGNORE, JsonRecord, LabelledText, Overlong, PackOptions, PackedBatch,
+    PackedSequences, Packing, PaddedBatch, PaddedSequences, PaddingSide, PlainText, Preference, PromptCompletion, TextClassification,
+    TokenBatch, TokenBlocks, TokenSequence, Turns, pad_sequences, read_jsonl, read_text_csv,
+};

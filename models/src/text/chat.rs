@@ -119,13 +119,13 @@ impl ChatTemplate {
     /// If it is not Jinja; the error names the line.
     pub fn new(source: impl Into<String>) -> Result<Self> {
         let source = source.into();
-        let environment = environment(&source, &mark(0), None)?;
+        let environment = environment(&source, MARKS[0], None)?;
         Ok(Self { source, environment, variables: Variables::new(), now: None })
     }
 
     /// The template for models of one's own: ChatML, each message between the tokens `<|im_start|>` and `<|im_end|>`.
     pub fn chatml() -> Self {
-        let environment = environment(CHATML, &mark(0), None);
+        let environment = environment(CHATML, MARKS[0], None);
         // The source is a constant that the tests compile; without it every rendering would say what is wrong.
         Self { source: CHATML.to_owned(), environment: environment.unwrap_or_default(), variables: Variables::new(), now: None }
     }
@@ -162,7 +162,7 @@ impl ChatTemplate {
     /// As [`new`](ChatTemplate::new).
     pub fn at_time(mut self, seconds: i64) -> Result<Self> {
         self.now = Some(seconds);
-        self.environment = environment(&self.source, &mark(0), self.now)?;
+        self.environment = environment(&self.source, MARKS[0], self.now)?;
         Ok(self)
     }
 
@@ -203,12 +203,13 @@ impl ChatTemplate {
     ) -> Result<(String, Vec<Range<usize>>)> {
         let context = self.context(messages, add_generation_prompt, variables)?;
         let input = context.to_string();
-        let mark = (0..).map(mark).find(|mark| !input.contains(mark.as_str())).unwrap_or_default();
+        let unused = |marks: &&[char; 2]| !input.contains(*marks) && !self.source.contains(*marks);
+        let marks = MARKS.iter().find(unused).ok_or_else(|| Error::argument(OP, "the chat has all of Unicode's noncharacters"))?;
         let fuel = BASE_FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input.len() as u64));
-        let mut environment = if mark == self::mark(0) { self.environment.clone() } else { environment(&self.source, &mark, self.now)? };
+        let mut environment = if *marks == MARKS[0] { self.environment.clone() } else { environment(&self.source, *marks, self.now)? };
         environment.set_fuel(Some(fuel));
         let rendered = environment.get_template(NAME).and_then(|template| template.render(TemplateValue::from(Serde(&context))));
-        split_marks(&rendered.map_err(wrap)?, &mark)
+        split_marks(&rendered.map_err(wrap)?, *marks)
     }
 
     fn context(&self, messages: &[Message], add_generation_prompt: bool, variables: &Variables) -> Result<Value> {
@@ -236,13 +237,11 @@ const FUEL_PER_BYTE: u64 = 32;
 /// What `{% generation %}` calls.
 const GENERATION: &str = "generation__";
 
-/// The text that stands around generation blocks in the raw output, made of characters that no text should have (Unicode's
-/// noncharacters); the number makes another one if a chat has them.
-fn mark(number: u32) -> String {
-    format!("\u{fdd0}{number}\u{fdd1}")
-}
+/// What stands before and behind generation blocks in the raw output: characters that no text should have (Unicode's
+/// noncharacters), the first pair that a chat does not have.
+const MARKS: [[char; 2]; 3] = [['\u{fdd0}', '\u{fdd1}'], ['\u{fdd2}', '\u{fdd3}'], ['\u{fdd4}', '\u{fdd5}']];
 
-fn environment(source: &str, mark: &str, now: Option<i64>) -> Result<Environment<'static>> {
+fn environment(source: &str, [open, close]: [char; 2], now: Option<i64>) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(wrap)?);
@@ -253,10 +252,9 @@ fn environment(source: &str, mark: &str, now: Option<i64>) -> Result<Environment
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
     environment.add_function("strftime_now", move |format: String| strftime(&format, now.unwrap_or_else(seconds_now)));
-    let mark = mark.to_owned();
     environment.add_function(GENERATION, move |state: &mut State, options: Kwargs| -> std::result::Result<String, minijinja::Error> {
         let caller: TemplateValue = options.get("caller")?;
-        Ok(format!("{mark}({}{mark})", caller.call(state, &[])?))
+        Ok(format!("{open}{}{close}", caller.call(state, &[])?))
     });
     environment.add_template_owned(NAME, translate(source).0).map_err(wrap)?;
     Ok(environment)
@@ -304,22 +302,19 @@ fn generation_tag(tag: &str) -> Option<(Range<usize>, String)> {
 }
 
 /// The text without its marks, and the bytes between them.
-fn split_marks(raw: &str, mark: &str) -> Result<(String, Vec<Range<usize>>)> {
-    let mut parts = raw.split(mark);
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    let (mut spans, mut open) = (Vec::new(), Vec::new());
-    for part in parts {
-        if let Some(after) = part.strip_prefix('(') {
-            open.push(text.len());
-            text.push_str(after);
-        } else if let (Some(after), Some(start)) = (part.strip_prefix(')'), open.pop()) {
-            spans.push(start..text.len());
-            text.push_str(after);
+fn split_marks(raw: &str, [open, close]: [char; 2]) -> Result<(String, Vec<Range<usize>>)> {
+    let cut = || Error::format(OP, "the template cuts the output of a generation block");
+    let (mut text, mut spans, mut begun) = (String::with_capacity(raw.len()), Vec::new(), Vec::new());
+    for c in raw.chars() {
+        if c == open {
+            begun.push(text.len());
+        } else if c == close {
+            spans.push(begun.pop().ok_or_else(cut)?..text.len());
         } else {
-            return Err(Error::format(OP, "the template cuts the output of a generation block"));
+            text.push(c);
         }
     }
-    if open.is_empty() { Ok((text, spans)) } else { Err(Error::format(OP, "the template cuts the output of a generation block")) }
+    if begun.is_empty() { Ok((text, spans)) } else { Err(cut()) }
 }
 
 /// The file and the source of the template `name` in `folder`.

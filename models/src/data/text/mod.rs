@@ -1,0 +1,17 @@
+//! Text as data: corpora, windows of long token vectors, packed and padded batches, and readers of JSONL and CSV files.
+//! Tokenizers and chat templates live in [`crate::text`].
+
+mod blocks;
+mod classify;
+mod corpus;
+mod grammar;
+mod jsonl;
+mod packed;
+mod padded;
+
+pub use blocks::{TokenBatch, TokenBlocks};
+pub use classify::{TextClassification, read_text_csv};
+pub use corpus::{Corpus, CorpusOrigin, CorpusSource};
+pub use jsonl::{Class, Conversation, JsonRecord, LabelledText, PlainText, Preference, PromptCompletion, Turns, read_jsonl};
+pub use packed::{Overlong, PackOptions, PackedBatch, PackedSequences, Packing};
+pub use padded::{IGNORE, PaddedBatch, PaddedSequences, PaddingSide, TokenSequence, pad_sequences};
