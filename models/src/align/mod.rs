@@ -1,7 +1,7 @@
 //! How a language model is aligned: supervised fine-tuning, reward models, PPO, DPO and its kin, GRPO.
 //!
 //! The losses are functions of tensors, each file a paper: they know no model, and are differentiable like any operation. The numbers are those of
-//! TRL, Hugging Face's reference implementation.
+//! TRL, Hugging Face's reference implementation. The trainers step a [`CausalLm`](crate::transformer::CausalLm) by them.
 
 mod check;
 mod dpo;
@@ -12,6 +12,7 @@ mod orpo;
 mod ppo;
 mod reward;
 mod sft;
+mod trainer;
 
 pub use dpo::{Completions, DpoLoss, DpoLossOptions, dpo_loss};
 pub use grpo::{GrpoLoss, GrpoLossOptions, GrpoOutput, GrpoTokens, ImportanceSampling, RewardScale, group_advantages, grpo_loss};
@@ -21,3 +22,8 @@ pub use orpo::{OrpoLogProbs, orpo_loss};
 pub use ppo::{Clipped, gae, policy_loss, token_rewards, value_loss};
 pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
+pub use trainer::{
+    Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
+    Preference, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, Sample, SftMetrics, SftOptions, SftTrainer,
+    TrainOptions, ValueModel, linear_decay,
+};

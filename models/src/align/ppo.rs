@@ -16,10 +16,10 @@ pub struct Clipped {
     pub clip_fraction: Tensor,
 }
 
-/// The reward of each token: −`kl_coef` · kl, and the answer's score besides at its last token; 0 behind that.
+/// The reward of each token: −`kl_coef` · kl, and the answer's score besides at its last token; 0 elsewhere.
 ///
-/// `kl` is (B, T), as a [`KlEstimator`](super::KlEstimator) gives it, `scores` (B), `mask` (B, T) true on the answer's tokens, which come first. An
-/// answer without tokens keeps no score. (TRL gives the score one step later where there is room for that.)
+/// `kl` is (B, T), as a [`KlEstimator`](super::KlEstimator) gives it, `scores` (B), `mask` (B, T) true on the answer's tokens. An answer without
+/// tokens keeps no score. (TRL gives the score one step behind the last token where there is room for that.)
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -27,44 +27,40 @@ pub fn token_rewards(kl: &Tensor, scores: &Tensor, mask: &Tensor, kl_coef: f64) 
     let [batch, length] = kl.dims_n("token_rewards")?;
     expect_alike("token_rewards", &[("kl", kl), ("mask", mask)])?;
     expect_shape("token_rewards", "scores", scores, &Shape::new(&[batch])?)?;
-    let hidden = mask.logical_not()?;
-    let price = kl.mul_scalar(-kl_coef)?.masked_fill(&hidden, 0.0)?;
+    let price = kl.mul_scalar(-kl_coef)?.masked_fill(&mask.logical_not()?, 0.0)?;
     if length == 0 {
         return Ok(price);
     }
-    // The last token is one that has none behind it.
-    let behind = Tensor::cat(&[&mask.narrow(1, 1, length - 1)?, &mask.narrow(1, 0, 1)?.zeros_like()?], 1)?;
-    let last = mask.logical_and(&behind.logical_not()?)?;
+    // The last token is the one by which all have come.
+    let count = mask.to_dtype(DType::I64)?.cumsum(1)?;
+    let last = mask.logical_and(&count.eq(&count.narrow(1, length - 1, 1)?)?)?;
     price.add(&scores.unsqueeze(1)?.to_dtype(kl.dtype())?.masked_fill(&last.logical_not()?, 0.0)?)
 }
 
 /// Generalised advantage estimation: A_t = Σ_{s ≥ t} (γλ)^{s−t} δ_s with δ_t = r_t + γ V_{t+1} − V_t, and the returns A_t + V_t.
 ///
-/// `rewards`, `values` and `mask` are (B, T); the value behind the last token is 0, and what the mask hides is taken as 0. Neither
-/// result has a gradient.
+/// `rewards`, `values` and `mask` are (B, T). Time runs over the tokens that the mask shows; behind the last, the value is 0, and hidden
+/// places become 0. Neither result has a gradient.
 ///
 /// # Errors
 /// If the shapes differ.
 pub fn gae(rewards: &Tensor, values: &Tensor, mask: &Tensor, gamma: f64, lambda: f64) -> Result<(Tensor, Tensor)> {
     let [_, length] = rewards.dims_n("gae")?;
     expect_alike("gae", &[("rewards", rewards), ("values", values), ("mask", mask)])?;
-    let hidden = mask.logical_not()?;
-    let numbers = |x: &Tensor| x.detach().masked_fill(&hidden, 0.0)?.to_dtype(DType::F64)?.to_vec::<f64>();
-    let (reward, value) = (numbers(rewards)?, numbers(values)?);
-    let mut advantages = vec![0.0; reward.len()];
-    let rows = advantages.chunks_mut(length.max(1)).zip(reward.chunks(length.max(1))).zip(value.chunks(length.max(1)));
-    for ((advantages, rewards), values) in rows {
+    let numbers = |x: &Tensor| x.detach().to_dtype(DType::F64)?.to_vec::<f64>();
+    let (reward, value, shown) = (numbers(rewards)?, numbers(values)?, mask.to_vec::<bool>()?);
+    let (mut advantages, mut returns) = (vec![0.0; shown.len()], vec![0.0; shown.len()]);
+    for start in (0..shown.len()).step_by(length.max(1)) {
         let (mut next_value, mut next_advantage) = (0.0, 0.0);
-        for ((advantage, reward), value) in advantages.iter_mut().zip(rewards).zip(values).rev() {
-            let delta = reward + gamma * next_value - value;
+        for t in (start..start + length).rev().filter(|&t| shown[t]) {
+            let delta = reward[t] + gamma * next_value - value[t];
             next_advantage = delta + gamma * lambda * next_advantage;
-            next_value = *value;
-            *advantage = next_advantage;
+            next_value = value[t];
+            (advantages[t], returns[t]) = (next_advantage, next_advantage + value[t]);
         }
     }
-    let advantages = Tensor::from_vec(advantages, *rewards.shape())?.to_device(rewards.device())?.masked_fill(&hidden, 0.0)?;
-    let returns = advantages.add(&values.detach().masked_fill(&hidden, 0.0)?.to_dtype(DType::F64)?)?;
-    Ok((advantages.to_dtype(rewards.dtype())?, returns.to_dtype(rewards.dtype())?))
+    let like = |x: Vec<f64>| Tensor::from_vec(x, *rewards.shape())?.to_dtype(rewards.dtype())?.to_device(rewards.device());
+    Ok((like(advantages)?, like(returns)?))
 }
 
 /// mean max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) over the tokens of `mask`, with ρ = exp(log π − log π_old); all (B, T).
