@@ -53,7 +53,7 @@
 //! ```
 
 pub use kiln_autograd as autograd;
-pub use kiln_models::{classifier, data, gan, gguf, lora, metrics, nn, optim, report, transformer};
+pub use kiln_models::{classifier, data, gan, generate, gguf, lora, metrics, nn, optim, report, transformer};
 pub use kiln_tensor::*;
 
 /// What a program usually needs: `use kiln::prelude::*;`.

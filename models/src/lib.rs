@@ -3,6 +3,7 @@
 pub mod classifier;
 pub mod data;
 pub mod gan;
+pub mod generate;
 pub mod gguf;
 pub mod lora;
 pub mod metrics;

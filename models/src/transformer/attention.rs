@@ -49,6 +49,11 @@ impl Attention {
         Ok(Self { parts, mode: params.mode(), generator: params.generator().clone() })
     }
 
+    /// Whether it looks through the model's sliding window.
+    pub fn is_windowed(&self) -> bool {
+        self.parts.windowed
+    }
+
     /// (B, T, heads · hs) → (B, heads, T, hs)
     fn split(&self, x: &Tensor, heads: usize) -> Result<Tensor> {
         let [b, t, _] = x.dims_n("attention")?;

@@ -1,4 +1,4 @@
-//! Keys and values of the tokens so far, in memory that is allocated once.
+//! Keys and values of the tokens so far, in memory that is allocated once; through a sliding window, of the last tokens.
 
 use super::LmShape;
 use kiln_tensor::{Error, Result, Shape, Tensor, TensorOptions};
@@ -9,6 +9,10 @@ pub struct KvCache {
     batch: usize,
     capacity: usize,
     len: usize,
+    /// Tokens that a new one may still see, if the model looks through a window.
+    span: Option<usize>,
+    /// Tokens that were here once.
+    dropped: usize,
 }
 
 impl KvCache {
@@ -20,12 +24,53 @@ impl KvCache {
         let options = options.into();
         let extents = [batch, shape.num_key_value_heads, capacity, shape.head_dim];
         let layer = || Ok([Tensor::zeros(extents, options)?, Tensor::zeros(extents, options)?]);
-        Ok(Self { layers: (0..shape.num_layers).map(|_| layer()).collect::<Result<_>>()?, batch, capacity, len: 0 })
+        Ok(Self { layers: (0..shape.num_layers).map(|_| layer()).collect::<Result<_>>()?, batch, capacity, len: 0, span: None, dropped: 0 })
+    }
+
+    /// An empty cache for a model all of whose layers see no further than `window` keys, the query's own included
+    /// ([`attention_span`](super::CausalLm::attention_span)). It takes any number of tokens: when it is full, the last `window` − 1 move to
+    /// its front and those before them are forgotten. With a capacity of 2 · `window` or more each token is moved at most once on average.
+    ///
+    /// # Errors
+    /// If the capacity is less than the window, or there is no memory for it.
+    pub fn windowed(shape: LmShape, batch: usize, window: usize, capacity: usize, options: impl Into<TensorOptions>) -> Result<Self> {
+        if window == 0 || capacity < window {
+            let message = format!("a window of {window} tokens needs a capacity of as many at least, and one or more; got {capacity}");
+            return Err(Error::argument("kv_cache", message));
+        }
+        Ok(Self { span: Some(window - 1), ..Self::new(shape, batch, capacity, options)? })
     }
 
     /// How many tokens of each sequence it holds.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// How many it has been given: those it holds and, behind a window, those it has dropped. The place of the next token.
+    pub fn seen(&self) -> usize {
+        self.dropped + self.len
+    }
+
+    /// How many tokens of a sequence one pass can add, once [`make_room`](KvCache::make_room) has made what room there can be.
+    pub fn room(&self) -> usize {
+        self.capacity - self.span.map_or(self.len, |span| self.len.min(span))
+    }
+
+    /// Drops tokens that no new one sees, if that is needed to add `added`. A model does this at the start of a pass; who gives it a mask
+    /// of the keys does it before, to know how many they are.
+    ///
+    /// # Errors
+    /// If there is no memory for the move.
+    pub fn make_room(&mut self, added: usize) -> Result<()> {
+        let Some(span) = self.span.filter(|&span| self.len > span && self.capacity - self.len < added) else { return Ok(()) };
+        let first = self.len - span;
+        for held in self.layers.iter_mut().flatten().filter(|_| span > 0) {
+            let last = held.narrow(2, first, span)?.copy()?;
+            held.write_slice(2, 0, &last)?;
+        }
+        self.dropped += first;
+        self.len = span;
+        Ok(())
     }
 
     /// Whether it holds none.
@@ -71,7 +116,7 @@ impl KvCache {
         self.len = (self.len + added).min(self.capacity);
     }
 
-    /// Forgets all tokens after the first `len`.
+    /// Forgets all tokens after the first `len` of those that it holds.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }

@@ -24,12 +24,14 @@ pub(super) struct Context {
     pub rotary: Option<[Tensor; 2]>,
 }
 
-/// Tokens of this pass, and how many are in the cache before them.
+/// Tokens of this pass, and how many the cache holds before them.
 #[derive(Clone, Copy)]
 pub(super) struct Extent {
     pub batch: usize,
     pub added: usize,
     pub past: usize,
+    /// The place of the first: what the cache holds and what it has dropped.
+    pub start: usize,
     pub device: Device,
 }
 
@@ -41,7 +43,7 @@ impl Extent {
 
 /// Where the tokens of `pass` stand.
 pub(super) fn positions(extent: Extent, pass: &Pass<'_>) -> Result<Positions> {
-    let Extent { batch, added, past, device } = extent;
+    let Extent { batch, added, past, start, device } = extent;
     let of_rows = |values: Vec<i64>| Ok(Positions::Given(Tensor::from_vec(values, [batch, added])?.to_device(device)?));
     if let Some(given) = pass.positions {
         let fits = given.dims() == [added] || given.dims() == [batch, added];
@@ -75,7 +77,7 @@ pub(super) fn positions(extent: Extent, pass: &Pass<'_>) -> Result<Positions> {
         });
         return of_rows(places.collect());
     }
-    Ok(Positions::From(past))
+    Ok(Positions::From(start))
 }
 
 /// The mask of padding in row-major order, (B, S).
@@ -109,7 +111,7 @@ fn segments(extent: Extent, pass: &Pass<'_>) -> Result<Option<Vec<i64>>> {
 
 /// What a causal model's queries see; with a window, only the last `window` keys.
 pub(super) fn visible(extent: Extent, pass: &Pass<'_>, window: Option<usize>) -> Result<Visible> {
-    let Extent { batch, added, past, device } = extent;
+    let Extent { batch, added, past, device, .. } = extent;
     let keys = extent.keys();
     let window = window.filter(|&window| window < keys);
     let (padding, segments) = (key_mask(extent, pass)?, segments(extent, pass)?);
@@ -141,7 +143,7 @@ pub(super) fn visible(extent: Extent, pass: &Pass<'_>, window: Option<usize>) ->
 impl Context {
     /// The context of a causal pass.
     pub fn causal(extent: Extent, pass: &Pass<'_>, positions: &Positions, rope: Option<&Rope>, window: Option<usize>) -> Result<Self> {
-        let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.keys(), extent.device)).transpose()?;
+        let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.start + extent.added, extent.device)).transpose()?;
         let windowed = window.map(|window| visible(extent, pass, Some(window))).transpose()?;
         Ok(Self { full: visible(extent, pass, None)?, windowed, rotary })
     }

@@ -93,13 +93,13 @@ impl Decoder {
                 format!("tokens {} hold nothing; start with a token, such as the BOS", tokens.shape()),
             ));
         }
-        let past = pass.cache.as_ref().map_or(0, |cache| cache.len());
+        let (past, start) = pass.cache.as_ref().map_or((0, 0), |cache| (cache.len(), cache.seen()));
         let context = self.parts.shape.context_length;
-        if pass.positions.is_none() && pass.segments.is_none() && past + added > context {
-            let message = format!("{added} tokens after {past} are more than the context of {context}; shorten the prompt");
+        if pass.positions.is_none() && pass.segments.is_none() && start + added > context {
+            let message = format!("{added} tokens after {start} are more than the context of {context}; shorten the prompt");
             return Err(Error::argument("transformer", message));
         }
-        Ok(Extent { batch, added, past, device: tokens.device() })
+        Ok(Extent { batch, added, past, start, device: tokens.device() })
     }
 
     /// Tokens and positions as vectors, (B, T, C).
@@ -125,8 +125,15 @@ impl CausalLm for Decoder {
         &self.params
     }
 
+    fn attention_span(&self) -> Option<usize> {
+        self.parts.shape.sliding_window.filter(|_| self.parts.blocks.iter().all(|block| block.attention.is_windowed()))
+    }
+
     fn hidden_states(&self, tokens: &Tensor, mut pass: Pass<'_>) -> Result<Tensor> {
         let parts = &self.parts;
+        if let Some(cache) = pass.cache.as_deref_mut() {
+            cache.make_room(tokens.dims_n::<2>("transformer")?[1])?;
+        }
         let extent = self.extent(tokens, &pass)?;
         let places = positions(extent, &pass)?;
         let context = Context::causal(extent, &pass, &places, parts.rope.as_ref(), parts.shape.sliding_window)?;

@@ -56,6 +56,11 @@ pub trait CausalLm: Send + Sync {
     /// The scope that holds the weights, under the names of the reference implementation; its switch between training and evaluation.
     fn params(&self) -> &Params;
 
+    /// The window through which *all* layers look: a cache need not hold more keys than that. `None` if any layer looks at everything.
+    fn attention_span(&self) -> Option<usize> {
+        None
+    }
+
     /// The last hidden states, after the final norm: tokens (B, T) of i64 → (B, T, C).
     ///
     /// # Errors

@@ -1,0 +1,288 @@
+//! Generation against transformers' on tiny random models, and what holds for any model: batches, caches, seeds, bad input.
+
+use kiln_models::generate::{EarlyStopping, FinishReason, Generate, GenerationConfig, LogitsProcessor, Place, Processors, generate};
+use kiln_models::nn::Params;
+use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass, load};
+use kiln_tensor::{DType, Result, Tensor};
+use serde_json::Value;
+use std::path::PathBuf;
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/generate").join(name)
+}
+
+fn json(name: &str) -> Value {
+    let text = std::fs::read_to_string(fixture(name)).expect("the fixture is there");
+    serde_json::from_str(&text).expect("the fixture is JSON")
+}
+
+/// The model of a fixture; training mode is left on, for generation to see to it.
+fn model(kind: &str) -> Result<Decoder> {
+    Ok(load(fixture(kind), &Params::new())?.1)
+}
+
+/// A fresh GPT-2 with wide weights, so that distributions are sharp.
+fn gpt2(seed: u64, vocab_size: usize, n_positions: usize) -> Result<Decoder> {
+    let config = Gpt2Config { vocab_size, n_positions, n_embd: 16, n_layer: 2, n_head: 2, initializer_range: 0.3, ..Gpt2Config::default() };
+    config.build(&Params::seeded(seed))
+}
+
+fn tokens(value: &Value) -> Vec<Vec<u32>> {
+    serde_json::from_value(value.clone()).expect("lists of tokens")
+}
+
+/// Compares with transformers' answers in the cases of `kind` for which `wanted` holds.
+fn compare(kind: &str, wanted: impl Fn(&GenerationConfig) -> bool) -> Result<usize> {
+    let model = model(kind)?;
+    let mut compared = 0;
+    for case in json(&format!("{kind}/answers.json")).as_array().expect("cases") {
+        let config = GenerationConfig::from_json(&case["config"].to_string())?;
+        if !wanted(&config) {
+            continue;
+        }
+        let answers = generate(&model, &tokens(&case["prompts"]), &config)?;
+        let ours: Vec<_> = answers.iter().map(|answer| answer.tokens.clone()).collect();
+        assert_eq!(ours, tokens(&case["answers"]), "{kind}: {}", case["config"]);
+        for (answer, score) in answers.iter().zip(case["scores"].as_array().into_iter().flatten()) {
+            let (ours, theirs) = (f64::from(answer.score.unwrap_or(f32::NAN)), score.as_f64().unwrap_or(0.0));
+            assert!((ours - theirs).abs() < 1e-4 * theirs.abs().max(1.0), "{kind}: {}: {ours} {theirs}", case["config"]);
+        }
+        compared += 1;
+    }
+    Ok(compared)
+}
+
+#[test]
+fn greedy_answers_are_those_of_transformers() -> Result<()> {
+    for (kind, count) in [("gpt2", 11), ("llama", 11), ("mistral", 3)] {
+        assert_eq!(compare(kind, |config| config.num_beams == 1)?, count);
+    }
+    Ok(())
+}
+
+#[test]
+fn processors_are_those_of_transformers() -> Result<()> {
+    let file = json("processors.json");
+    let rows = |value: &Value| -> Vec<Vec<f32>> {
+        let rows: Vec<Vec<Option<f32>>> = serde_json::from_value(value.clone()).expect("rows");
+        rows.into_iter().map(|row| row.into_iter().map(|v| v.unwrap_or(f32::NEG_INFINITY)).collect()).collect()
+    };
+    let check = |fields: Value, after: &Value, what: &str| -> Result<()> {
+        let mut config = GenerationConfig::from_json(&fields.to_string())?;
+        config.do_sample = true;
+        config.eos_token_id = if what == "min_new_tokens" { vec![1, 2] } else { vec![1] };
+        let processors = Processors::new(&config);
+        for ((context, mut row), after) in tokens(&file["tokens"]).iter().zip(rows(&file["before"])).zip(rows(after)) {
+            let prompt_len = if what == "begin_suppress_tokens" { 9 } else { 4 };
+            processors.process(Place { tokens: context, prompt_len, limit: 20 }, &mut row)?;
+            assert!(row.iter().any(|logit| logit.is_finite()));
+            for (ours, theirs) in row.iter().zip(&after) {
+                assert!(ours == theirs || (ours - theirs).abs() < 1e-6 * theirs.abs().max(1.0), "{what}: {ours} for {theirs}");
+            }
+        }
+        Ok(())
+    };
+    for single in file["single"].as_array().expect("cases") {
+        let field = single["field"].as_str().expect("a name");
+        check(serde_json::json!({field: single["value"]}), &single["after"], field)?;
+    }
+    check(file["chain"].clone(), &file["chain_after"], "the chain")
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_uncached_model() -> Result<()> {
+    let model = model("gpt2")?;
+    let prompts = [vec![3u32, 8, 1], vec![7; 9], vec![20]];
+    let config = GenerationConfig { max_new_tokens: Some(8), do_sample: true, temperature: 0.7, seed: 3, ..GenerationConfig::default() };
+    let answers = generate(&model, &prompts, &config)?;
+    model.params().eval();
+    for (prompt, answer) in prompts.iter().zip(&answers) {
+        let all: Vec<i64> = prompt.iter().chain(&answer.tokens).map(|&token| i64::from(token)).collect();
+        let logits = model.forward(&Tensor::from_vec(all.clone(), [1, all.len()])?, Pass::default())?;
+        for (temperature, ours) in [(1.0, &answer.logprobs), (0.7, &answer.scaled_logprobs)] {
+            let table = logits.div_scalar(temperature)?.log_softmax(-1)?.to_vec::<f32>()?;
+            for (i, ours) in ours.iter().enumerate() {
+                let at = prompt.len() + i;
+                let theirs = table[(at - 1) * 40 + all[at] as usize];
+                assert!((ours - theirs).abs() < 1e-4, "{temperature} {i}: {ours} {theirs}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prompt_is_answered_in_a_batch_as_alone() -> Result<()> {
+    let model = model("llama")?;
+    let prompts = [vec![3u32, 8, 1, 4, 4], vec![7], vec![20, 21], vec![9, 9, 2]];
+    let config = GenerationConfig {
+        max_new_tokens: Some(20),
+        do_sample: true,
+        temperature: 1.3,
+        top_k: Some(20),
+        eos_token_id: vec![4, 5, 6],
+        num_return_sequences: 2,
+        seed: 11,
+        ..GenerationConfig::default()
+    };
+    let together = generate(&model, &prompts, &config)?;
+    assert!(together.iter().any(|answer| answer.finish == FinishReason::Eos && answer.tokens.len() < 10));
+    for (i, prompt) in prompts.iter().enumerate() {
+        let config = GenerationConfig { first_row: 2 * i as u64, ..config.clone() };
+        let alone = generate(&model, std::slice::from_ref(prompt), &config)?;
+        for (alone, together) in alone.iter().zip(&together[2 * i..]) {
+            assert_eq!(alone.tokens, together.tokens, "prompt {i}");
+            assert_eq!(alone.finish, together.finish);
+        }
+        assert_ne!(alone[0].tokens, alone[1].tokens, "draws of one prompt differ");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_seed_gives_the_same_tokens_for_any_number_of_threads() -> Result<()> {
+    let model = gpt2(1, 40, 64)?;
+    let config = GenerationConfig { max_new_tokens: Some(12), do_sample: true, seed: 5, ..GenerationConfig::default() };
+    let run = |threads: usize, seed: u64| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| generate(&model, &[vec![1, 2, 3], vec![4]], &GenerationConfig { seed, ..config.clone() }))
+    };
+    let once = run(1, 5)?;
+    assert_eq!(once, run(2, 5)?);
+    assert_eq!(once, run(3, 5)?);
+    assert_ne!(once, run(1, 6)?);
+    Ok(())
+}
+
+#[test]
+fn training_mode_and_recording_come_back() -> Result<()> {
+    let model = gpt2(2, 20, 16)?;
+    let config = GenerationConfig { max_new_tokens: Some(3), ..GenerationConfig::default() };
+    assert!(model.params().mode().is_training());
+    let first = generate(&model, &[vec![1, 2]], &config)?;
+    assert!(model.params().mode().is_training());
+    // Dropout of 0.1 would change the log-probabilities.
+    assert_eq!(first, generate(&model, &[vec![1, 2]], &config)?);
+    model.params().eval();
+    generate(&model, &[vec![1, 2]], &config)?;
+    assert!(!model.params().mode().is_training());
+    let logits = model.forward(&Tensor::from_vec(vec![1i64, 2], [1, 2])?, Pass::default())?;
+    assert!(logits.is_tracked());
+    Ok(())
+}
+
+#[test]
+fn stop_sequences_and_rules_end_an_answer() -> Result<()> {
+    let model = model("gpt2")?;
+    let prompt = [vec![5u32, 9, 2]];
+    let base = GenerationConfig { max_new_tokens: Some(14), ..GenerationConfig::default() };
+    let whole = generate(&model, &prompt, &base)?.remove(0);
+    assert_eq!((whole.finish, whole.tokens.len()), (FinishReason::Length, 14));
+    let end = whole.tokens[4..7].to_vec();
+    let at = whole.tokens.windows(3).position(|run| run == end).map(|start| start + 3).expect("it is there");
+    let stopped = generate(&model, &prompt, &GenerationConfig { stop_sequences: vec![end], ..base.clone() })?.remove(0);
+    assert_eq!((stopped.finish, &stopped.tokens[..]), (FinishReason::Stop, &whole.tokens[..at]));
+    let ruled = Generate::new(&model, &prompt, &base)?.stop_when(|row, new| row == 0 && new.len() == 6).collect_all()?.remove(0);
+    assert_eq!((ruled.finish, &ruled.tokens[..]), (FinishReason::Stop, &whole.tokens[..6]));
+    Ok(())
+}
+
+#[test]
+fn the_context_bounds_an_answer() -> Result<()> {
+    let model = gpt2(3, 20, 16)?;
+    let config = GenerationConfig { max_new_tokens: Some(usize::MAX), ..GenerationConfig::default() };
+    let answers = generate(&model, &[vec![1; 10], vec![2; 3], vec![3; 15]], &config)?;
+    assert_eq!(answers.iter().map(|answer| answer.tokens.len()).collect::<Vec<_>>(), [6, 13, 1]);
+    assert!(answers.iter().all(|answer| answer.finish == FinishReason::Length));
+    Ok(())
+}
+
+#[test]
+fn a_processor_of_ones_own_takes_part() -> Result<()> {
+    let model = gpt2(4, 20, 16)?;
+    let config = GenerationConfig { max_new_tokens: Some(4), ..GenerationConfig::default() };
+    let only_even = |_: Place<'_>, logits: &mut [f32]| {
+        logits.iter_mut().skip(1).step_by(2).for_each(|logit| *logit = f32::NEG_INFINITY);
+        Ok(())
+    };
+    let answers = Generate::new(&model, &[vec![1], vec![3]], &config)?.with_processor(only_even).collect_all()?;
+    assert!(answers.iter().flat_map(|answer| &answer.tokens).all(|token| token % 2 == 0));
+    Ok(())
+}
+
+#[test]
+fn half_precision_generates_too() -> Result<()> {
+    let model = gpt2(5, 20, 32)?;
+    let config = GenerationConfig { max_new_tokens: Some(6), ..GenerationConfig::default() };
+    let prompts = [vec![1u32, 2, 3], vec![4]];
+    let full = generate(&model, &prompts, &config)?;
+    let cast = kiln_tensor::autocast(DType::BF16, || generate(&model, &prompts, &config))??;
+    model.params().to_dtype(DType::BF16)?;
+    let half = generate(&model, &prompts, &config)?;
+    for ((full, half), cast) in full.iter().zip(&half).zip(&cast) {
+        assert!((full.logprobs[0] - half.logprobs[0]).abs() < 0.1 && (full.logprobs[0] - cast.logprobs[0]).abs() < 0.1);
+        assert_eq!((half.tokens.len(), cast.tokens.len()), (6, 6));
+    }
+    Ok(())
+}
+
+#[test]
+fn configurations_are_read_and_written() -> Result<()> {
+    let text = r#"{"eos_token_id": [1, 2], "pad_token_id": null, "top_p": 0.9, "early_stopping": "never", "transformers_version": "5.0",
+        "typical_p": 1.0, "logit_bias": {"7": -1.5}, "sequence_bias": [[[3, 4], 2.0]], "do_sample": true}"#;
+    let config = GenerationConfig::from_json(text)?;
+    assert_eq!((config.early_stopping, &config.eos_token_id[..]), (EarlyStopping::Never, &[1, 2][..]));
+    assert_eq!((config.logit_bias.get(&7), config.sequence_bias.len(), config.num_beams), (Some(&-1.5), 1, 1));
+    let again = serde_json::to_string(&config).expect("it can be written");
+    assert_eq!(GenerationConfig::from_json(&again)?, config);
+    assert_eq!(GenerationConfig::from_json(r#"{"eos_token_id": 50256}"#)?.eos_token_id, [50256]);
+    for (text, named) in [
+        (r#"{"typical_p": 0.5}"#, "typical_p"),
+        (r#"{"early_stopping": "soon"}"#, "early_stopping"),
+        (r#"{"top_k": -3}"#, "generation_config"),
+        ("[]", "object"),
+        ("{", "generation_config"),
+    ] {
+        let error = GenerationConfig::from_json(text).expect_err(text).to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_input_is_named() -> Result<()> {
+    let model = gpt2(6, 20, 16)?;
+    let base = GenerationConfig { max_new_tokens: Some(2), ..GenerationConfig::default() };
+    let refused = |prompts: &[Vec<u32>], config: GenerationConfig, named: &str| {
+        let error = generate(&model, prompts, &config).expect_err(named).to_string();
+        assert!(error.contains(named), "{named}: {error}");
+    };
+    refused(&[], base.clone(), "no prompt");
+    refused(&[vec![1], vec![]], base.clone(), "prompt 1 is empty");
+    refused(&[vec![1, 20]], base.clone(), "token 20 at place 1");
+    refused(&[vec![1; 16]], base.clone(), "context of 16");
+    let prompt = [vec![1u32]];
+    let sampling = GenerationConfig { do_sample: true, ..base.clone() };
+    refused(&prompt, GenerationConfig { num_beams: 0, ..base.clone() }, "num_beams");
+    refused(&prompt, GenerationConfig { num_return_sequences: 2, ..base.clone() }, "num_return_sequences");
+    refused(&prompt, GenerationConfig { num_return_sequences: usize::MAX, ..sampling.clone() }, "num_return_sequences");
+    refused(&prompt, GenerationConfig { max_new_tokens: Some(0), ..base.clone() }, "max_new_tokens");
+    refused(&prompt, GenerationConfig { max_new_tokens: None, max_length: Some(1), ..base.clone() }, "max_length");
+    refused(&prompt, GenerationConfig { min_new_tokens: 3, ..base.clone() }, "min_new_tokens");
+    refused(&prompt, GenerationConfig { repetition_penalty: 0.0, ..base.clone() }, "repetition_penalty");
+    refused(&prompt, GenerationConfig { eos_token_id: vec![20], ..base.clone() }, "eos_token_id");
+    refused(&prompt, GenerationConfig { logit_bias: [(3, f32::NAN)].into(), ..base.clone() }, "logit_bias");
+    refused(&prompt, GenerationConfig { bad_words_ids: vec![vec![]], ..base.clone() }, "bad_words_ids");
+    refused(&prompt, GenerationConfig { suppress_tokens: (0..20).collect(), ..base.clone() }, "every token is excluded");
+    for temperature in [0.0, -1.0, f32::NAN] {
+        refused(&prompt, GenerationConfig { temperature, ..sampling.clone() }, "temperature");
+    }
+    for top_p in [0.0, 1.5, f32::NAN] {
+        refused(&prompt, GenerationConfig { top_p: Some(top_p), ..sampling.clone() }, "top_p");
+    }
+    refused(&prompt, GenerationConfig { min_p: Some(1.5), ..sampling }, "min_p");
+    let weight = model.params().named("transformer.wte.weight").expect("the embedding");
+    weight.set(&weight.get().mul_scalar(f64::NAN)?)?;
+    refused(&prompt, base, "NaN");
+    Ok(())
+}
