@@ -237,6 +237,30 @@ impl QuantizedMatrix {
         Blocks::new(kind, rows, cols, self.as_bytes()?).ok_or_else(|| Error::format("quantized", format!("{self:?} has another size")))
     }
 
+    /// The matrix of the rows that `order` names, in its order, with the same codes.
+    ///
+    /// # Errors
+    /// If a row is out of range, or there is no memory for the result.
+    pub fn select_rows(&self, order: &[usize]) -> Result<Self> {
+        let op = "select_rows";
+        let _running = operation(op, &[&self.0.bytes], || Cost::NONE);
+        if let Some(row) = order.iter().find(|row| **row >= self.0.rows) {
+            return Err(Error::index(op, format!("row {row} is out of range for {} rows", self.0.rows)));
+        }
+        let lost = || Error::format(op, format!("{self:?} has another size"));
+        let parts = self.kind().row_bytes(self.0.cols).ok_or_else(lost)?;
+        let (codes, scales) = self.as_bytes()?.split_at_checked(self.0.rows * parts[0]).ok_or_else(lost)?;
+        Self::build(op, self.kind(), order.len(), self.0.cols, |out| {
+            let (out_codes, out_scales) = out.split_at_mut_checked(order.len() * parts[0]).ok_or_else(lost)?;
+            for ((from, out), size) in [(codes, out_codes), (scales, out_scales)].into_iter().zip(parts) {
+                if size > 0 {
+                    out.chunks_exact_mut(size).zip(order).for_each(|(out, &row)| out.copy_from_slice(&from[row * size..][..size]));
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// The values, rounded once to `dtype` (exact in f32 and f64), on the default device.
     ///
     /// # Errors
