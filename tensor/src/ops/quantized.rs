@@ -126,6 +126,7 @@ impl QuantizedMatrix {
         if kind.refuses(cols).is_none() && kind.nbytes(rows, cols) != Some(bytes.len()) {
             return Err(Error::format(op, format!("[{rows}, {cols}] weights in {kind} are not {} bytes", bytes.len())));
         }
+        let _running = operation(op, &[], || Cost::NONE);
         Self::build(op, kind, rows, cols, |out| {
             out.copy_from_slice(bytes);
             Ok(())
