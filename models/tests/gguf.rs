@@ -103,6 +103,17 @@ fn models_give_the_logits_of_transformers() -> Result<()> {
             CausalConfig::Gpt2(config) => assert_eq!((config.n_positions, config.n_inner, config.tie_word_embeddings), (64, Some(128), true)),
             other => panic!("{other:?}"),
         }
+        // Quantised weights of layers stay so; others and tables are plain.
+        let quantized = |name: &str| params.linear_named(name).expect(name).quantized().map(|matrix| matrix.kind());
+        let (kinds, plain) = match &config {
+            CausalConfig::Llama(_) => (
+                vec![("model.layers.1.self_attn.q_proj", Quantization::Q8_0), ("model.layers.0.self_attn.k_proj", Quantization::Q4_0)],
+                "model.layers.1.self_attn.v_proj",
+            ),
+            _ => (vec![("transformer.h.0.attn.c_attn", Quantization::Q8_0)], "transformer.h.1.mlp.c_fc"),
+        };
+        kinds.into_iter().for_each(|(name, kind)| assert_eq!(quantized(name), Some(kind), "{name}"));
+        assert_eq!(quantized(plain), None);
         let tokens = Tensor::from_vec(tokens.iter().map(|&t| t as i64).collect(), [1, tokens.len()])?;
         let logits = no_grad(|| model.forward(&tokens, Pass::default()))?.to_vec::<f32>()?;
         let size = expected.iter().fold(0f64, |most, x| most.max(x.abs()));

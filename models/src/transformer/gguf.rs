@@ -3,14 +3,18 @@
 use super::{CausalConfig, Decoder, Gpt2Config, LlamaConfig, Pretrained, RopeParameters};
 use crate::gguf::{Gguf, RowOrder, counterpart};
 use crate::nn::{LoadMode, Params, StateDict};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_tensor::{DType, Error, QuantizedMatrix, Result, Tensor};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
 /// Divisors of the rotary frequencies, which are no weights.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Loads the Llama or GPT-2 in the GGUF file at `path` into `params`, converted to its dtype.
+/// Tables that rows are looked up in, which are no layers' weights.
+const TABLES: [&str; 2] = ["token_embd.weight", "position_embd.weight"];
+
+/// Loads the Llama or GPT-2 in the GGUF file at `path` into `params`. Quantised weights of [`Linear`](crate::nn::Linear) layers stay as they
+/// are stored; all else is converted to the dtype of `params`.
 ///
 /// # Errors
 /// If the file is malformed, its architecture is not known here, a tensor is of a type that is not read, or tensors are missing, unexpected
@@ -125,7 +129,7 @@ impl Keys<'_> {
         let factor = || self.number("rope.scaling.factor");
         let fields = if self.has(ROPE_FACTORS) {
             // llama.cpp keeps what Llama 3.1's formula gives, a divisor for each frequency.
-            let factors = self.file.tensor(ROPE_FACTORS)?.to_dtype(kiln_tensor::DType::F64)?.to_vec::<f64>()?;
+            let factors = self.file.tensor(ROPE_FACTORS)?.to_dtype(DType::F64)?.to_vec::<f64>()?;
             json!({"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0})
         } else {
             match kind {
@@ -161,22 +165,38 @@ fn weights(file: &Gguf, config: &CausalConfig) -> Result<StateDict> {
     for name in file.tensor_names().iter().filter(|name| *name != ROPE_FACTORS) {
         let unknown = || Error::format("gguf", format!("the tensor {name:?} belongs to no {architecture} model that is known here"));
         let counterpart = counterpart(architecture, name).ok_or_else(unknown)?;
-        let tensor = file.tensor(name)?;
-        let tensor = match counterpart.rows {
-            RowOrder::Same => tensor,
-            RowOrder::QueryPairs => restored(name, &tensor, heads)?,
-            RowOrder::KeyPairs => restored(name, &tensor, key_heads)?,
+        let heads = match counterpart.rows {
+            RowOrder::Same => None,
+            RowOrder::QueryPairs => Some(heads),
+            RowOrder::KeyPairs => Some(key_heads),
+        };
+        let of_layer = !TABLES.contains(&name.as_str()) && file.info(name)?.shape.rank() == 2;
+        let tensor = match file.quantized(name)?.filter(|_| of_layer) {
+            Some(matrix) => restored_matrix(name, matrix, heads)?.to_tensor()?,
+            None => restored(name, file.tensor(name)?, heads)?,
         };
         state.insert(counterpart.name, tensor);
     }
     Ok(state)
 }
 
-/// The rows in the order of Hugging Face.
-fn restored(name: &str, tensor: &Tensor, heads: usize) -> Result<Tensor> {
-    let rows = tensor.dims().first().copied().unwrap_or(0);
-    let misfit = || Error::format("gguf", format!("the tensor {name:?} of shape {} has no {heads} heads of pairs", tensor.shape()));
-    let order = RowOrder::undo(rows, heads).ok_or_else(misfit)?;
-    let order = Tensor::from_vec(order.into_iter().map(|row| row as i64).collect(), [rows])?;
-    tensor.index_select(0, &order)
+/// Which row of the file is row i of Hugging Face's matrix.
+fn order(name: &str, rows: usize, heads: usize) -> Result<Vec<usize>> {
+    let misfit = || Error::format("gguf", format!("the {rows} rows of the tensor {name:?} are no {heads} heads of pairs"));
+    RowOrder::undo(rows, heads).ok_or_else(misfit)
+}
+
+/// The rows in the order of Hugging Face, if they are in that of `heads` heads.
+fn restored(name: &str, tensor: Tensor, heads: Option<usize>) -> Result<Tensor> {
+    let (Some(heads), Some(&rows)) = (heads, tensor.dims().first()) else { return Ok(tensor) };
+    let order = order(name, rows, heads)?.into_iter().map(|row| row as i64).collect();
+    tensor.index_select(0, &Tensor::from_vec(order, [rows])?.to_device(tensor.device())?)
+}
+
+/// As [`restored`], of a quantised matrix.
+fn restored_matrix(name: &str, matrix: QuantizedMatrix, heads: Option<usize>) -> Result<QuantizedMatrix> {
+    match heads {
+        Some(heads) => matrix.select_rows(&order(name, matrix.shape()[0], heads)?),
+        None => Ok(matrix),
+    }
 }
