@@ -100,7 +100,9 @@ fn models_give_the_logits_of_transformers() -> Result<()> {
             CausalConfig::Llama(config) => {
                 assert_eq!((config.num_key_value_heads, config.rope_theta, config.tie_word_embeddings), (Some(2), 5000.0, false));
             }
-            CausalConfig::Gpt2(config) => assert_eq!((config.n_positions, config.n_inner, config.tie_word_embeddings), (64, Some(128), true)),
+            CausalConfig::Gpt2(config) => {
+                assert_eq!((config.n_positions, config.n_inner, config.tie_word_embeddings), (64, Some(128), true))
+            }
             other => panic!("{other:?}"),
         }
         // Quantised weights of layers stay so; others and tables are plain.
@@ -257,7 +259,9 @@ fn lies_are_errors_that_name_the_culprit() {
 #[test]
 fn a_model_that_is_not_known_is_an_error() {
     let text = |s: &str| value(8, &[&(s.len() as u64).to_le_bytes(), s.as_bytes()]);
-    for (architecture, expected) in [("mamba", "\"mamba\" is not known"), ("llama", "llama.embedding_length"), ("gpt2", "token_embd.weight")] {
+    for (architecture, expected) in
+        [("mamba", "\"mamba\" is not known"), ("llama", "llama.embedding_length"), ("gpt2", "token_embd.weight")]
+    {
         let path = Scratch::new("unknown", &made(&[("general.architecture", text(architecture))], &[], 0));
         let error = load_gguf(&path.0, &Params::new()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(expected), "{architecture}: {error}");

@@ -100,7 +100,8 @@ impl Keys<'_> {
         let turned = self.find_extent("rope.dimension_count")?;
         let full = head_dim.or(width.checked_div(heads));
         if turned.is_some() && turned != full {
-            let message = format!("the key {:?} turns {turned:?} elements of heads of {full:?}; only all are", self.name("rope.dimension_count"));
+            let message =
+                format!("the key {:?} turns {turned:?} elements of heads of {full:?}; only all are", self.name("rope.dimension_count"));
             return Err(Error::format("gguf", message));
         }
         Ok(LlamaConfig {
