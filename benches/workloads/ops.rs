@@ -3,7 +3,7 @@
 use crate::Bench;
 use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
-use kiln::{Result, fuse};
+use kiln::{Quantization, QuantizedMatrix, Result, fuse};
 
 pub fn products(bench: &Bench) -> Result<()> {
     for (dtype, tag) in [(DType::F32, "f32"), (DType::BF16, "bf16")] {
@@ -17,6 +17,19 @@ pub fn products(bench: &Bench) -> Result<()> {
         }
         let (x, y) = (Tensor::randn([96, 256, 64], dtype)?, Tensor::randn([96, 64, 256], dtype)?);
         bench.run(&format!("bmm_{tag}_96x256x64x256"), || x.matmul(&y))?;
+    }
+    quantized(bench)
+}
+
+/// One row times weights in few bits, as in decoding: beside `linear_f32_1x4096x4096`, which streams four and eight times as much.
+fn quantized(bench: &Bench) -> Result<()> {
+    for (kind, tag) in [(Quantization::Int8 { group: 128 }, "int8"), (Quantization::Int4 { group: 128 }, "int4")] {
+        let name = format!("quant_{tag}_1x4096x4096");
+        if bench.wants(&name) {
+            let weight = QuantizedMatrix::quantize(&Tensor::randn([4096, 4096], DType::F32)?, kind)?;
+            let x = Tensor::randn([1, 4096], DType::F32)?;
+            bench.run(&name, || weight.linear(&x, None))?;
+        }
     }
     Ok(())
 }

@@ -71,6 +71,22 @@ fn rows_are_those_of_the_whole() {
 }
 
 #[test]
+fn rows_can_be_reordered() {
+    let blocks: Vec<u8> = (0..3 * 34).map(|i| (i * 41 % 251) as u8).collect();
+    for matrix in [
+        QuantizedMatrix::quantize(&normal([3, 150]), INT4).unwrap(),
+        QuantizedMatrix::quantize(&normal([3, 150]), INT8).unwrap(),
+        QuantizedMatrix::from_blocks(Quantization::Q8_0, 3, 32, &blocks).unwrap(),
+    ] {
+        let selected = matrix.select_rows(&[2, 0, 2, 1]).unwrap();
+        let expected = matrix.rows(&Tensor::from_vec(vec![2i64, 0, 2, 1], [4]).unwrap(), DType::F32).unwrap();
+        assert_eq!(values(&selected.dequantize(DType::F32).unwrap()), values(&expected));
+        assert_eq!(matrix.select_rows(&[]).unwrap().shape().dims()[0], 0);
+        assert!(matrix.select_rows(&[3]).is_err());
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_an_error() {
     let weight = normal([3, 8]);
     let message = |e: kiln_tensor::Error| e.to_string();

@@ -126,6 +126,7 @@ impl QuantizedMatrix {
         if kind.refuses(cols).is_none() && kind.nbytes(rows, cols) != Some(bytes.len()) {
             return Err(Error::format(op, format!("[{rows}, {cols}] weights in {kind} are not {} bytes", bytes.len())));
         }
+        let _running = operation(op, &[], || Cost::NONE);
         Self::build(op, kind, rows, cols, |out| {
             out.copy_from_slice(bytes);
             Ok(())
@@ -235,6 +236,30 @@ impl QuantizedMatrix {
     fn blocks(&self) -> Result<Blocks<'_>> {
         let Inner { kind, rows, cols, .. } = *self.0;
         Blocks::new(kind, rows, cols, self.as_bytes()?).ok_or_else(|| Error::format("quantized", format!("{self:?} has another size")))
+    }
+
+    /// The matrix of the rows that `order` names, in its order, with the same codes.
+    ///
+    /// # Errors
+    /// If a row is out of range, or there is no memory for the result.
+    pub fn select_rows(&self, order: &[usize]) -> Result<Self> {
+        let op = "select_rows";
+        let _running = operation(op, &[&self.0.bytes], || Cost::NONE);
+        if let Some(row) = order.iter().find(|row| **row >= self.0.rows) {
+            return Err(Error::index(op, format!("row {row} is out of range for {} rows", self.0.rows)));
+        }
+        let lost = || Error::format(op, format!("{self:?} has another size"));
+        let parts = self.kind().row_bytes(self.0.cols).ok_or_else(lost)?;
+        let (codes, scales) = self.as_bytes()?.split_at_checked(self.0.rows * parts[0]).ok_or_else(lost)?;
+        Self::build(op, self.kind(), order.len(), self.0.cols, |out| {
+            let (out_codes, out_scales) = out.split_at_mut_checked(order.len() * parts[0]).ok_or_else(lost)?;
+            for ((from, out), size) in [(codes, out_codes), (scales, out_scales)].into_iter().zip(parts) {
+                if size > 0 {
+                    out.chunks_exact_mut(size).zip(order).for_each(|(out, &row)| out.copy_from_slice(&from[row * size..][..size]));
+                }
+            }
+            Ok(())
+        })
     }
 
     /// The values, rounded once to `dtype` (exact in f32 and f64), on the default device.

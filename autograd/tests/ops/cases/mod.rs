@@ -34,6 +34,7 @@ pub const EXCUSED: &[(&str, &str)] = &[
     ("to_tensor", "as quantize"),
     ("from_tensor", "as quantize"),
     ("dequantize", "as quantize"),
+    ("select_rows", "as quantize"),
     ("rows", "as quantize"),
     ("number", "the factor of an optimiser's step: no operation"),
     ("to_dtype", "the harness itself converts every sample with it; cast.rs has its own test"),

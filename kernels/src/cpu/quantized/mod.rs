@@ -156,6 +156,12 @@ impl Quantization {
         self.places(rows, cols).map(|places| places.total)
     }
 
+    /// Bytes that a row of `cols` columns has among the codes, and among the scales behind all codes (none in ggml's blocks); `None` as of
+    /// [`nbytes`](Self::nbytes).
+    pub fn row_bytes(self, cols: usize) -> Option<[usize; 2]> {
+        self.places(1, cols).map(|places| [places.codes, places.scales])
+    }
+
     /// Columns after which a panel may begin.
     fn unit(self) -> usize {
         for_format!(self, format => unit_of(format))
