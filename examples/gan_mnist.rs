@@ -9,12 +9,11 @@ use kiln::data::{Dataset, ImageSet, Loader, LoaderOptions, LoaderState, Mnist, S
 use kiln::gan::{GanLoss, GanTrainer, GanTrainerOptions};
 use kiln::metrics::DigitJudge;
 use kiln::prelude::*;
-use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid};
+use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid, stop_on_ctrl_c};
 use kiln::{Error, Profiler, Result, io, set_default_device};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Rows and columns of a sample grid; a column is a class in a conditional model.
 const GRID: (usize, usize) = (8, 10);
@@ -168,7 +167,7 @@ impl Run {
     /// Trains to the end; `false` if Ctrl-C stopped it.
     fn train(&mut self, args: &Args) -> Result<bool> {
         let total = args.steps.unwrap_or(args.epochs * self.loader.batches());
-        let stop = stop_flag()?;
+        let stop = stop_on_ctrl_c()?;
         let progress = Progress::new(total, "training");
         let mut profile = args.profile.map(|steps| ProfiledSteps::new(self.trainer.steps() + PROFILE_AFTER, steps));
         while self.trainer.steps() < total {
@@ -218,9 +217,7 @@ impl Run {
 
     fn save(&mut self) -> Result<()> {
         let mut state = self.trainer.state_dict()?;
-        let at = self.loader.state();
-        let position = [at.seed, at.epoch, at.batch, at.samples, at.batch_size].map(|v| v as i64);
-        state.insert("loader.position".into(), Tensor::from_vec(position.to_vec(), 5)?);
+        state.insert("loader.position".into(), self.loader.state().to_tensor()?);
         self.metrics.flush()?;
         io::safetensors::save(self.checkpoint(), &state, &BTreeMap::new())
     }
@@ -228,12 +225,10 @@ impl Run {
     fn restore(&mut self) -> Result<()> {
         let path = self.checkpoint();
         let mut state = io::safetensors::load(&path)?;
-        let damaged = || Error::format("gan_mnist", format!("{} holds no loader.position of five numbers", path.display()));
-        let position = state.remove("loader.position").ok_or_else(damaged)?.to_vec::<i64>()?;
-        let [seed, epoch, batch, samples, batch_size] = position[..] else { return Err(damaged()) };
-        let [seed, epoch, batch, samples, batch_size] = [seed, epoch, batch, samples, batch_size].map(|v| v as u64);
+        let missing = || Error::format("resume", format!("{} holds no loader.position", path.display()));
+        let position = state.remove("loader.position").ok_or_else(missing)?;
         self.trainer.load_state_dict(&state)?;
-        self.loader.resume(LoaderState { seed, epoch, batch, samples, batch_size })?;
+        self.loader.resume(LoaderState::from_tensor(&position)?)?;
         // What was written after the checkpoint will be written again.
         let steps = self.trainer.steps() as f64;
         self.metrics.restore(|row| row[0] <= steps)
@@ -278,17 +273,4 @@ impl ProfiledSteps {
 /// 0, 1, …, 9, 0, 1, …
 fn class_labels(count: usize) -> Result<Tensor> {
     Tensor::from_vec((0..count as i64).map(|i| i % 10).collect::<Vec<i64>>(), count)
-}
-
-/// A flag that Ctrl-C raises; a second Ctrl-C ends the program at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let raised = flag.clone();
-    ctrlc::set_handler(move || {
-        if raised.swap(true, Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .map_err(|e| Error::argument("ctrl-c", e.to_string()))?;
-    Ok(flag)
 }

@@ -1,9 +1,11 @@
 //! Element types at run time, and the macros that turn one into a type parameter.
 
+use crate::{Error, Result};
 use half::{bf16, f16};
 use kiln_kernels::cuda::Type;
 use kiln_kernels::element::{Bool, Element};
 use std::fmt;
+use std::str::FromStr;
 
 /// The type of a tensor's elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -80,6 +82,18 @@ impl DType {
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl FromStr for DType {
+    type Err = Error;
+
+    /// From a name such as `bf16`.
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name() == text).ok_or_else(|| {
+            let names = Self::ALL.map(DType::name);
+            Error::argument("dtype", format!("{text:?} is not a dtype; expected one of {}", names.join(", ")))
+        })
     }
 }
 

@@ -5,7 +5,7 @@
 
 use super::dataset::Dataset;
 use super::rng::Rng;
-use kiln_tensor::{Error, Result, profile};
+use kiln_tensor::{Error, Result, Tensor, profile};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -46,6 +46,29 @@ pub struct LoaderState {
     pub samples: u64,
     /// Samples in a batch; a state fits only a loader with the same.
     pub batch_size: u64,
+}
+
+impl LoaderState {
+    /// The five numbers as a tensor of i64, to save among others.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub fn to_tensor(self) -> Result<Tensor> {
+        let Self { seed, epoch, batch, samples, batch_size } = self;
+        Tensor::from_vec([seed, epoch, batch, samples, batch_size].map(|v| v as i64).to_vec(), 5)
+    }
+
+    /// What [`to_tensor`](LoaderState::to_tensor) gave.
+    ///
+    /// # Errors
+    /// If it is no tensor of five numbers of i64.
+    pub fn from_tensor(tensor: &Tensor) -> Result<Self> {
+        let [seed, epoch, batch, samples, batch_size] = tensor.to_vec::<i64>()?[..] else {
+            return Err(Error::format("loader", format!("a position is five numbers, found {}", tensor.shape())));
+        };
+        let [seed, epoch, batch, samples, batch_size] = [seed, epoch, batch, samples, batch_size].map(|v| v as u64);
+        Ok(Self { seed, epoch, batch, samples, batch_size })
+    }
 }
 
 /// An iterator over the batches of a data set, epoch after epoch.

@@ -2,11 +2,13 @@
 //! system libraries or fonts.
 
 mod grid;
+mod interrupt;
 mod metrics;
 mod plot;
 mod progress;
 
 pub use grid::save_grid;
+pub use interrupt::stop_on_ctrl_c;
 pub use metrics::MetricsCsv;
 pub use plot::{Curve, plot_curves};
 pub use progress::Progress;

@@ -1,6 +1,7 @@
 //! Tokenizers from a Hugging Face model's folder: which file is read, and how the older pair of files becomes a tokenizer.
 
 use super::bpe::byte_level;
+use super::character::CharTokenizer;
 use super::special::{SpecialTokens, content, token_text};
 use super::tokenizer::{Tokenizer, guard};
 use kiln_tensor::{Error, Result};
@@ -12,6 +13,9 @@ use tokenizers::{AddedToken, PostProcessorWrapper};
 
 const OP: &str = "tokenizer";
 
+/// The vocabulary of a character tokenizer.
+pub(super) const CHARACTERS: &str = "characters.json";
+
 /// Classes of `tokenizer_config.json` whose `vocab.json` and `merges.txt` mean what GPT-2's do.
 const GPT2_CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
@@ -19,6 +23,10 @@ const GPT2_CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 pub(super) fn load(folder: &Path) -> Result<Tokenizer> {
     let json = folder.join("tokenizer.json");
     let (vocabulary, merges) = (folder.join("vocab.json"), folder.join("merges.txt"));
+    let characters = folder.join(CHARACTERS);
+    if !json.is_file() && characters.is_file() {
+        return CharTokenizer::from_file(characters).map(Tokenizer::from);
+    }
     let inner = match (json.is_file(), vocabulary.is_file(), merges.is_file()) {
         (true, ..) => load_json(&json)?,
         (_, true, true) => load_gpt2(folder, &vocabulary, &merges)?,

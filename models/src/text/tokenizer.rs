@@ -35,7 +35,8 @@ enum Kind {
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer of a Hugging Face model's folder: `tokenizer.json`, else `vocab.json` + `merges.txt` (byte-level BPE as GPT-2's).
+    /// Loads the tokenizer of a Hugging Face model's folder: `tokenizer.json`, else `characters.json` (of a
+    /// [`CharTokenizer`]), else `vocab.json` + `merges.txt` (byte-level BPE as GPT-2's).
     /// Special tokens come from `tokenizer_config.json`, `special_tokens_map.json` and `generation_config.json`, as far as they are there.
     ///
     /// Padding and truncation that the file asks for are left out: batches are made elsewhere.
@@ -72,6 +73,30 @@ impl Tokenizer {
             }
             Kind::Characters(inner) => inner.save(path),
         }
+    }
+
+    /// Writes what [`from_folder`](Tokenizer::from_folder) loads: `tokenizer.json` and, with the special tokens, `tokenizer_config.json`;
+    /// `characters.json` for a character tokenizer.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn save_to_folder(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        if let Kind::Characters(inner) = &self.kind {
+            return inner.save(folder.join(folder::CHARACTERS));
+        }
+        self.save(folder.join("tokenizer.json"))?;
+        let special = &self.special;
+        let mut roles = serde_json::Map::from_iter([("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into())]);
+        let eos = special.eos.first().copied();
+        for (role, id) in [("bos_token", special.bos), ("eos_token", eos), ("pad_token", special.pad), ("unk_token", special.unk)] {
+            if let Some(token) = id.and_then(|id| self.id_to_token(id)) {
+                roles.insert(role.to_owned(), token.into());
+            }
+        }
+        let path = folder.join("tokenizer_config.json");
+        let text = serde_json::to_string_pretty(&roles).map_err(|e| Error::format("tokenizer", e.to_string()))?;
+        write_atomic(&path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io("tokenizer", path.display(), e)))
     }
 
     /// The same tokenizer with other special tokens.

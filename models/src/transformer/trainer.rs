@@ -1,6 +1,7 @@
 //! Training of a language model: one optimiser step from one or several batches, and all the state that continues it bit for bit.
 
 use super::{CausalLm, LmShape, Pass};
+use crate::data::{PackedBatch, TokenBatch};
 use crate::nn::{LoadMode, Param, StateDict};
 use crate::optim::{AdamW, AdamWOptions, GradScaler, GradScalerOptions, Optimizer, Schedule};
 use kiln_autograd::{TensorExt, no_grad};
@@ -59,6 +60,18 @@ pub struct LmBatch {
     pub targets: Tensor,
     /// Of packed sequences: the number of each token's (see [`Pass::segments`]).
     pub segments: Option<Tensor>,
+}
+
+impl From<TokenBatch> for LmBatch {
+    fn from(batch: TokenBatch) -> Self {
+        Self { tokens: batch.inputs, targets: batch.targets, segments: None }
+    }
+}
+
+impl From<PackedBatch> for LmBatch {
+    fn from(batch: PackedBatch) -> Self {
+        Self { tokens: batch.inputs, targets: batch.targets, segments: Some(batch.segments) }
+    }
 }
 
 impl LmBatch {

@@ -9,6 +9,8 @@ mod report;
 mod session;
 mod trace;
 
+pub use kiln_kernels::cpu::peak::{Peaks, peaks};
+
 pub use cost::{Cost, attention, convolution, product};
 pub use report::{Grouping, Report, Row};
 pub use session::{Profiler, profile};
