@@ -201,7 +201,7 @@ fn characters_are_tokens_and_an_unknown_one_is_named() {
 fn broken_folders_name_the_file_and_the_key() {
     let vocabulary = r#"{"a": 0, "b": 1, "ab": 2}"#;
     let good = [("vocab.json", vocabulary), ("merges.txt", "#version: 0.2\na b\n")];
-    type Files = &'static [(&'static str, &'static str)];
+    type Files<'a> = &'a [(&'a str, &'a str)];
     let cases: [(Files, &[&str]); 20] = [
         (&[], &["neither tokenizer.json nor vocab.json"]),
         (&[("vocab.json", vocabulary)], &["merges.txt"]),
