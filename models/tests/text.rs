@@ -201,7 +201,8 @@ fn characters_are_tokens_and_an_unknown_one_is_named() {
 fn broken_folders_name_the_file_and_the_key() {
     let vocabulary = r#"{"a": 0, "b": 1, "ab": 2}"#;
     let good = [("vocab.json", vocabulary), ("merges.txt", "#version: 0.2\na b\n")];
-    let cases: [(&[(&str, &str)], &[&str]); 20] = [
+    type Files<'a> = &'a [(&'a str, &'a str)];
+    let cases: [(Files, &[&str]); 20] = [
         (&[], &["neither tokenizer.json nor vocab.json"]),
         (&[("vocab.json", vocabulary)], &["merges.txt"]),
         (&[("merges.txt", "")], &["vocab.json"]),
@@ -329,6 +330,13 @@ fn without_generation_blocks_answers_are_found_by_their_prefixes() {
     // Characters that mark generation blocks inside are text like any other.
     let odd = [Message::new("user", "\u{fdd1}\u{fdd0}"), Message::new("assistant", "\u{fdd0}a\u{fdd3}")];
     assert_eq!(masked(&ChatTemplate::chatml(), &odd), ["\u{fdd0}a\u{fdd3}<|im_end|>"]);
+}
+
+#[test]
+fn threads_share_tokenizers_and_templates() {
+    fn shared<T: Send + Sync + Clone>() {}
+    shared::<Tokenizer>();
+    shared::<ChatTemplate>();
 }
 
 #[test]

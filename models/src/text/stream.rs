@@ -7,7 +7,8 @@ use kiln_tensor::Result;
 ///
 /// Byte-level vocabularies split a character across tokens; its parts are held back until the last has come, so that no U+FFFD is
 /// ever shown for a character that is on its way. What [`push`](StreamDecoder::push) and [`finish`](StreamDecoder::finish) give is,
-/// put together, what [`Tokenizer::decode`] gives for all ids.
+/// put together, what [`Tokenizer::decode`] gives for all ids, where a token's text depends on no token after it (as in all vocabularies of
+/// language models; WordPiece's decoder, for one, draws `do`, `n't` together afterwards).
 pub struct StreamDecoder<'a> {
     tokenizer: &'a Tokenizer,
     skip_special: bool,
@@ -54,7 +55,7 @@ impl<'a> StreamDecoder<'a> {
                 }
                 ids.drain(..*given);
                 *given = ids.len();
-                Ok(after.get(before.len()..).unwrap_or_default().to_owned())
+                Ok(beyond(&before, &after).to_owned())
             }
         }
     }
@@ -70,10 +71,16 @@ impl<'a> StreamDecoder<'a> {
                 let before = self.tokenizer.decode(&ids[..*given], self.skip_special)?;
                 let after = self.tokenizer.decode(&std::mem::take(ids), self.skip_special)?;
                 *given = 0;
-                Ok(after.get(before.len()..).unwrap_or_default().to_owned())
+                Ok(beyond(&before, &after).to_owned())
             }
         }
     }
+}
+
+/// What `after` has beyond its common beginning with `before`, which is all of that unless a decoder changes what came earlier.
+fn beyond<'t>(before: &str, after: &'t str) -> &'t str {
+    let common = before.chars().zip(after.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum();
+    after.get(common..).unwrap_or_default()
 }
 
 /// Takes from `bytes` all that is a character or can become none (given as U+FFFD); the start of a character stays.
