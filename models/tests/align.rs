@@ -1,5 +1,6 @@
-//! Alignment: the losses against TRL's.
+//! Alignment: the losses against TRL's, and the trainers.
 
 mod align {
     mod losses;
+    mod trainers;
 }

@@ -1,0 +1,445 @@
+//! Trainers on tiny models: each improves what it optimises, resumes bit for bit, and steps as the losses say.
+
+use kiln_autograd::no_grad;
+use kiln_models::align::*;
+use kiln_models::nn::{LoadMode, Params, ParamsOptions, StateDict};
+use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
+use kiln_tensor::{DType, Error, Generator, Result, Tensor};
+use std::sync::Arc;
+
+const VOCAB: usize = 9;
+const EOS: u32 = 8;
+
+fn model(seed: u64, dropout: f64) -> Result<Arc<Decoder>> {
+    let config = Gpt2Config {
+        vocab_size: VOCAB,
+        n_positions: 12,
+        n_embd: 32,
+        n_layer: 1,
+        n_head: 2,
+        resid_pdrop: dropout,
+        embd_pdrop: dropout,
+        attn_pdrop: dropout,
+        initializer_range: 0.1,
+        ..Gpt2Config::default()
+    };
+    let generator = Generator::new(seed);
+    Ok(Arc::new(config.build(&Params::with(ParamsOptions { generator, ..ParamsOptions::default() }))?))
+}
+
+/// A model of its own with the same weights.
+fn copy(of: &Decoder) -> Result<Arc<Decoder>> {
+    let copy = model(99, 0.0)?;
+    copy.params().load_state_dict(&of.params().state_dict(), LoadMode::Partial)?;
+    Ok(copy)
+}
+
+fn train(lr: f64) -> TrainOptions {
+    TrainOptions::new(lr)
+}
+
+/// Prompts of one to three tokens.
+fn prompts(seed: u64, count: usize) -> Vec<Vec<u32>> {
+    let numbers = Generator::new(seed).randint(0, 8, [count, 4]).unwrap().to_vec::<i64>().unwrap();
+    numbers.chunks(4).map(|row| row[1..2 + row[0] as usize % 3].iter().map(|&x| x as u32).collect()).collect()
+}
+
+/// What is to be said after a prompt: its last token plus 1, then the end.
+fn right(prompt: &[u32]) -> Vec<u32> {
+    vec![(prompt[prompt.len() - 1] + 1) % 8, EOS]
+}
+
+fn wrong(prompt: &[u32]) -> Vec<u32> {
+    vec![(prompt[prompt.len() - 1] + 5) % 8, prompt[0], EOS]
+}
+
+fn texts(seed: u64, count: usize) -> Vec<Sample> {
+    prompts(seed, count).iter().map(|prompt| Sample::of(prompt, &right(prompt))).collect()
+}
+
+fn pairs(seed: u64, count: usize) -> Vec<Preference> {
+    let pair = |prompt: &Vec<u32>| Preference {
+        chosen: Sample::of(prompt, &right(prompt)),
+        rejected: Sample::of(prompt, &wrong(prompt)),
+        ..Preference::default()
+    };
+    prompts(seed, count).iter().map(pair).collect()
+}
+
+/// Draws token by token, without a cache.
+fn sample(model: &dyn CausalLm, request: &RolloutRequest<'_>) -> Result<Vec<Completion>> {
+    let draws = Generator::new(request.seed).rand([request.prompts.len(), request.max_new_tokens], DType::F64)?.to_vec::<f64>()?;
+    let answer = |(prompt, draws): (&Vec<u32>, &[f64])| -> Result<Completion> {
+        let mut text = prompt.clone();
+        for draw in draws {
+            let tokens = Tensor::from_vec(text.iter().map(|&t| i64::from(t)).collect(), [1, text.len()])?;
+            let logits = model.forward(&tokens, Pass::default())?.select(1, -1)?.div_scalar(request.temperature)?;
+            let shares = logits.to_dtype(DType::F64)?.softmax(-1)?.to_vec::<f64>()?;
+            let mut left = *draw;
+            let token = shares.iter().position(|share| {
+                left -= share;
+                left < 0.0
+            });
+            text.push(token.unwrap_or(0) as u32);
+            if text.ends_with(&[EOS]) {
+                break;
+            }
+        }
+        Ok(Completion { finished: text.ends_with(&[EOS]), tokens: text.split_off(prompt.len()) })
+    };
+    request.prompts.iter().zip(draws.chunks(request.max_new_tokens)).map(answer).collect()
+}
+
+/// 1 for a first token that is odd or even as the prompt's last, and half as much again if the answer comes to an end.
+fn judge(prompts: &[Vec<u32>], answers: &[Completion]) -> Result<Vec<f64>> {
+    let score = |(prompt, answer): (&Vec<u32>, &Completion)| match (prompt.last(), &answer.tokens[..]) {
+        (Some(last), &[first, ..]) if first != EOS && first % 2 == last % 2 => {
+            if answer.finished {
+                1.5
+            } else {
+                1.0
+            }
+        }
+        _ => 0.0,
+    };
+    Ok(prompts.iter().zip(answers).map(score).collect())
+}
+
+fn equal(a: &StateDict, b: &StateDict) {
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, x) in a {
+        let bits = |x: &Tensor| match x.dtype() {
+            DType::I64 => x.to_vec::<i64>().unwrap(),
+            _ => x.to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap().iter().map(|x| x.to_bits() as i64).collect(),
+        };
+        assert!(bits(x) == bits(&b[name]), "{name} differs");
+    }
+}
+
+/// Two steps, a checkpoint, two more; and the last two again by another trainer of other weights that loads the checkpoint.
+fn resumes<T>(
+    make: impl Fn(u64) -> Result<T>,
+    step: impl Fn(&mut T, u64) -> Result<()>,
+    save: impl Fn(&T) -> Result<StateDict>,
+    load: impl Fn(&mut T, &StateDict) -> Result<()>,
+) -> Result<()> {
+    let mut first = make(1)?;
+    (0..2).try_for_each(|i| step(&mut first, i))?;
+    let checkpoint = save(&first)?;
+    // A copy, since the weights go on in place.
+    let checkpoint: StateDict = checkpoint.iter().map(|(name, x)| Ok((name.clone(), x.copy()?))).collect::<Result<_>>()?;
+    (2..4).try_for_each(|i| step(&mut first, i))?;
+    let mut second = make(2)?;
+    step(&mut second, 7)?;
+    load(&mut second, &checkpoint)?;
+    equal(&checkpoint, &save(&second)?);
+    (2..4).try_for_each(|i| step(&mut second, i))?;
+    equal(&save(&first)?, &save(&second)?);
+    let mut cut = checkpoint.clone();
+    cut.pop_last();
+    assert!(load(&mut second, &cut).is_err());
+    Ok(())
+}
+
+#[test]
+fn sft_learns_answers_and_nothing_else() -> Result<()> {
+    for bf16 in [false, true] {
+        let model = model(0, 0.0)?;
+        let mut trainer = SftTrainer::new(model, SftOptions { train: TrainOptions { bf16, ..train(1e-2) }, ..Default::default() })?;
+        let first = trainer.evaluate(&texts(50, 32))?;
+        let mut last = trainer.step(&texts(0, 16))?;
+        for i in 1..100 {
+            last = trainer.step(&texts(i, 16))?;
+        }
+        let after = trainer.evaluate(&texts(50, 32))?;
+        assert!(first > 1.5 && after < 0.3 && last.accuracy > 0.8, "bf16 {bf16}: {first} to {after}, {last:?}");
+        assert_eq!((trainer.steps(), last.tokens), (100, 32));
+    }
+    Ok(())
+}
+
+/// The trainer computes logits at some places only; the loss on all of them is the same.
+#[test]
+fn sft_steps_by_the_loss_of_the_whole_batch() -> Result<()> {
+    let (samples, model) = (texts(3, 5), model(4, 0.0)?);
+    let width = samples.iter().map(|s| s.tokens.len()).max().unwrap();
+    let (mut tokens, mut mask) = (Vec::new(), Vec::new());
+    for sample in &samples {
+        let padding = width - sample.tokens.len();
+        tokens.extend(sample.tokens.iter().map(|&t| i64::from(t)).chain(vec![0; padding]));
+        mask.extend(sample.mask.iter().copied().chain(vec![false; padding]));
+    }
+    let tokens = Tensor::from_vec(tokens, [5, width])?;
+    let labels = mask_labels(&tokens, &Tensor::from_vec(mask, [5, width])?)?;
+    let logits = no_grad(|| model.forward(&tokens, Pass::default()))?;
+    let expected = sft_loss(&logits, &labels, None)?.item_f64()?;
+    let accuracy = token_accuracy(&logits, &labels)?;
+    let other = copy(&model)?;
+    let mut whole = SftTrainer::new(model, SftOptions { train: train(1e-3), ..Default::default() })?;
+    let accumulated = TrainOptions { gradient_accumulation_steps: 3, ..train(1e-3) };
+    let mut parts = SftTrainer::new(other, SftOptions { train: accumulated, ..Default::default() })?;
+    assert!((whole.evaluate(&samples)? - expected).abs() < 1e-6);
+    let (a, b) = (whole.step(&samples)?, parts.step(&samples)?);
+    assert!((a.loss - expected).abs() < 1e-6 && (b.loss - expected).abs() < 1e-6 && (a.accuracy - accuracy).abs() < 1e-12);
+    assert!((a.grad_norm - b.grad_norm).abs() < 1e-5 * a.grad_norm);
+    Ok(())
+}
+
+#[test]
+fn reward_model_learns_preferences() -> Result<()> {
+    let reward = RewardModel::new(model(0, 0.0)?)?;
+    assert!(reward.params().named("score.weight").is_some_and(|w| w.shape().dims() == [1, 32]));
+    assert!(RewardModel::new(reward.backbone().clone()).is_err());
+    let options = RewardOptions { train: train(1e-2), center_rewards_coefficient: Some(0.01) };
+    let mut trainer = RewardTrainer::new(reward, options)?;
+    let before = trainer.step(&pairs(0, 16))?.loss;
+    for i in 1..80 {
+        trainer.step(&pairs(i, 16))?;
+    }
+    let after = trainer.step(&pairs(100, 32))?;
+    assert!(after.loss < 0.35 * before && after.margin > 1.0 && trainer.evaluate(&pairs(60, 64))? > 0.95, "{before}, {after:?}");
+    // Neither what stands beside a text nor its padding has a part in its score.
+    let (short, long) = (vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6]);
+    let (alone, beside) = (trainer.model().score(&[short.clone()])?, trainer.model().score(&[short, long])?);
+    assert!((alone[0] - beside[0]).abs() < 1e-5);
+    let with = |margin| Preference { margin, ..pairs(0, 1).remove(0) };
+    assert!(trainer.step(&[with(Some(0.5)), with(None)]).unwrap_err().to_string().contains("1 of 2 pairs have a margin"));
+    assert!(trainer.step(&[with(Some(0.5)), with(Some(1.0))])?.loss.is_finite());
+    Ok(())
+}
+
+#[test]
+fn dpo_learns_preferences() -> Result<()> {
+    for loss in [DpoLoss::Sigmoid, DpoLoss::Ipo, DpoLoss::Hinge] {
+        let policy = model(0, 0.0)?;
+        let reference = copy(&policy)?;
+        let options = DpoOptions { train: train(3e-3), loss: DpoLossOptions { loss, beta: 0.5, ..Default::default() } };
+        let mut trainer = DpoTrainer::new(policy, Some(reference), options)?;
+        let before = trainer.step(&pairs(0, 16))?;
+        assert!(before.margin.abs() < 1e-5, "the policy starts as the reference: {before:?}");
+        for i in 1..60 {
+            trainer.step(&pairs(i, 16))?;
+        }
+        let after = trainer.step(&pairs(99, 32))?;
+        assert!(after.loss < 0.5 * before.loss && after.accuracy > 0.95 && after.margin > 0.5, "{loss}: {before:?} to {after:?}");
+        assert!(trainer.evaluate(&pairs(77, 64))? > 0.95);
+    }
+    Ok(())
+}
+
+#[test]
+fn dpo_with_precomputed_references_is_the_same() -> Result<()> {
+    let reference = model(5, 0.0)?;
+    let make = |online: bool| {
+        let online = online.then(|| reference.clone() as Arc<dyn CausalLm>);
+        DpoTrainer::new(model(6, 0.0)?, online, DpoOptions { train: train(1e-3), ..Default::default() })
+    };
+    let plain = pairs(0, 6);
+    let known: Vec<Preference> = plain
+        .iter()
+        .zip(DpoTrainer::reference_log_probs(&*reference, &plain)?)
+        .map(|(pair, reference)| Preference { reference: Some(reference), ..pair.clone() })
+        .collect();
+    let (mut online, mut offline) = (make(true)?, make(false)?);
+    let (a, b) = (online.step(&plain)?, offline.step(&known)?);
+    assert_eq!((a.loss, a.margin), (b.loss, b.margin));
+    assert!(offline.step(&plain).unwrap_err().to_string().contains("no reference log-probabilities"));
+    Ok(())
+}
+
+fn grpo_options(lr: f64) -> GrpoOptions {
+    let loss = GrpoLossOptions { max_completion_length: 4, ..Default::default() };
+    GrpoOptions { train: train(lr), loss, ..Default::default() }
+}
+
+#[test]
+fn grpo_raises_the_reward() -> Result<()> {
+    let cases = [
+        grpo_options(1e-2),
+        GrpoOptions {
+            loss: GrpoLossOptions {
+                loss: GrpoLoss::DrGrpo,
+                beta: 0.01,
+                importance_sampling: ImportanceSampling::Sequence,
+                ..grpo_options(0.0).loss
+            },
+            scale_rewards: RewardScale::None,
+            num_iterations: 2,
+            num_mini_batches: 2,
+            ..grpo_options(1e-2)
+        },
+    ];
+    for options in cases {
+        let policy = model(0, 0.0)?;
+        let reference = copy(&policy)?;
+        let mut trainer = GrpoTrainer::new(policy, Some(reference), options)?;
+        let first = trainer.step(&prompts(0, 8), sample, judge)?;
+        let mut last = first;
+        for i in 1..40 {
+            last = trainer.step(&prompts(i, 8), sample, judge)?;
+        }
+        assert!(first.reward < 0.8 && last.reward > 1.2, "{first:?} to {last:?}");
+        assert!(last.finished > 0.8 && last.entropy < first.entropy);
+    }
+    Ok(())
+}
+
+#[test]
+fn grpo_accumulates_and_masks() -> Result<()> {
+    for loss in [GrpoLoss::Grpo, GrpoLoss::Bnpo, GrpoLoss::DrGrpo, GrpoLoss::Dapo] {
+        let run = |parts| -> Result<GrpoMetrics> {
+            let policy = model(3, 0.0)?;
+            let base = grpo_options(1e-3);
+            let loss = GrpoLossOptions { loss, beta: 0.1, ..base.loss };
+            let train = TrainOptions { gradient_accumulation_steps: parts, ..base.train };
+            let options = GrpoOptions { train, loss, mask_truncated_completions: true, num_generations: 4, ..base };
+            GrpoTrainer::new(policy, Some(model(4, 0.0)?), options)?.step(&prompts(1, 4), sample, judge)
+        };
+        let (whole, parts) = (run(1)?, run(3)?);
+        assert!(whole.grad_norm > 0.0 && (whole.grad_norm - parts.grad_norm).abs() < 1e-4 * whole.grad_norm, "{loss}: {whole:?} {parts:?}");
+        assert!((whole.kl - parts.kl).abs() < 1e-6 && (whole.entropy - parts.entropy).abs() < 1e-6);
+    }
+    // Where every answer is cut off, and cut answers do not count, nothing is learned and nothing fails.
+    let options = GrpoOptions { mask_truncated_completions: true, ..grpo_options(1e-3) };
+    let mut trainer = GrpoTrainer::new(model(3, 0.0)?, None, options)?;
+    let endless = |_: &dyn CausalLm, request: &RolloutRequest<'_>| {
+        Ok(request.prompts.iter().map(|_| Completion { tokens: vec![1, 2], finished: false }).collect())
+    };
+    assert_eq!(trainer.step(&prompts(0, 2), endless, judge)?.loss, 0.0);
+    assert_eq!(trainer.steps(), 0);
+    Ok(())
+}
+
+fn ppo(seed: u64, options: PpoOptions) -> Result<PpoTrainer> {
+    let policy = model(seed, 0.0)?;
+    let reference = copy(&policy)?;
+    PpoTrainer::new(policy, reference, ValueModel::new(model(seed + 1, 0.0)?)?, options)
+}
+
+fn ppo_options(lr: f64) -> PpoOptions {
+    let train = TrainOptions { lr, ..PpoOptions::default().train };
+    PpoOptions { train, kl: KlControl::Fixed(0.01), temperature: 1.0, response_length: 4, num_mini_batches: 2, ..Default::default() }
+}
+
+#[test]
+fn ppo_raises_the_score() -> Result<()> {
+    let mut trainer = ppo(0, PpoOptions { missing_eos_penalty: Some(0.5), ..ppo_options(5e-3) })?;
+    let first = trainer.step(&prompts(0, 32), sample, judge)?;
+    let mut last = first;
+    for i in 1..40 {
+        last = trainer.step(&prompts(i, 32), sample, judge)?;
+    }
+    assert!(first.score < 0.8 && last.score > 1.2, "{first:?} to {last:?}");
+    assert!(last.kl > first.kl && last.finished > 0.8 && last.value_loss.is_finite());
+    assert_eq!(trainer.steps(), 40 * 8);
+    Ok(())
+}
+
+#[test]
+fn ppo_starts_at_the_reference_and_learns_its_values() -> Result<()> {
+    let options = PpoOptions { num_ppo_epochs: 1, num_mini_batches: 1, ..ppo_options(1e-2) };
+    let mut trainer = ppo(0, options)?;
+    let first = trainer.step(&prompts(0, 16), sample, judge)?;
+    assert!(first.kl.abs() < 1e-5 && first.approx_kl < 1e-10 && first.clip_fraction == 0.0, "{first:?}");
+    assert!((first.reward - first.score).abs() < 1e-5);
+    // The policy moved; the same scores for all leave it, but for the KL, while the values find them.
+    let constant = |_: &[Vec<u32>], answers: &[Completion]| Ok(vec![1.0; answers.len()]);
+    let mut trainer = ppo(0, PpoOptions { kl: KlControl::Fixed(0.0), value_lr: Some(2e-2), ..ppo_options(1e-4) })?;
+    let losses: Vec<f64> = (0..30).map(|i| Ok(trainer.step(&prompts(i, 16), sample, constant)?.value_loss)).collect::<Result<_>>()?;
+    assert!(losses[29] < 0.05 * losses[0], "{losses:?}");
+    Ok(())
+}
+
+#[test]
+fn ppo_moves_the_price_of_kl() -> Result<()> {
+    let kl = KlControl::Adaptive { init: 0.1, target: 1.0, horizon: 64.0 };
+    let mut trainer = ppo(0, PpoOptions { kl, ..ppo_options(1e-3) })?;
+    trainer.step(&prompts(0, 16), sample, judge)?;
+    // No KL at first: e = −0.2, 16 answers of 64.
+    assert!((trainer.kl_coef() - 0.1 * (1.0 - 0.2 * 16.0 / 64.0)).abs() < 1e-12);
+    assert!(ppo(0, PpoOptions { kl: KlControl::Adaptive { init: 0.1, target: 0.0, horizon: 1.0 }, ..ppo_options(1e-3) }).is_err());
+    Ok(())
+}
+
+#[test]
+fn runs_resume_bit_for_bit() -> Result<()> {
+    let schedule = linear_decay(10, 2);
+    let train = || TrainOptions { schedule: schedule.clone(), disable_dropout: false, gradient_accumulation_steps: 2, ..train(1e-2) };
+    resumes(
+        |seed| SftTrainer::new(model(seed, 0.2)?, SftOptions { train: train(), ..Default::default() }),
+        |t, i| t.step(&texts(i, 6)).map(drop),
+        SftTrainer::state_dict,
+        SftTrainer::load_state_dict,
+    )?;
+    resumes(
+        |seed| RewardTrainer::new(RewardModel::new(model(seed, 0.2)?)?, RewardOptions { train: train(), ..Default::default() }),
+        |t, i| t.step(&pairs(i, 6)).map(drop),
+        RewardTrainer::state_dict,
+        RewardTrainer::load_state_dict,
+    )?;
+    let reference = model(9, 0.0)?;
+    resumes(
+        |seed| DpoTrainer::new(model(seed, 0.2)?, Some(reference.clone()), DpoOptions { train: train(), ..Default::default() }),
+        |t, i| t.step(&pairs(i, 6)).map(drop),
+        DpoTrainer::state_dict,
+        DpoTrainer::load_state_dict,
+    )?;
+    resumes(
+        |seed| {
+            let base = grpo_options(1e-2);
+            let loss = GrpoLossOptions { beta: 0.1, ..base.loss };
+            let options = GrpoOptions { train: train(), loss, num_generations: 2, num_mini_batches: 2, seed, ..base };
+            GrpoTrainer::new(model(seed, 0.2)?, Some(reference.clone()), options)
+        },
+        |t, i| t.step(&prompts(i, 4), sample, judge).map(drop),
+        GrpoTrainer::state_dict,
+        GrpoTrainer::load_state_dict,
+    )?;
+    resumes(
+        |seed| {
+            let kl = KlControl::Adaptive { init: 0.1, target: 1.0, horizon: 64.0 };
+            let options = PpoOptions { train: train(), kl, seed, num_ppo_epochs: 2, ..ppo_options(1e-2) };
+            PpoTrainer::new(model(seed, 0.2)?, reference.clone(), ValueModel::new(model(seed + 10, 0.2)?)?, options)
+        },
+        |t, i| t.step(&prompts(i, 6), sample, judge).map(drop),
+        PpoTrainer::state_dict,
+        PpoTrainer::load_state_dict,
+    )
+}
+
+#[test]
+fn misuse_is_an_error_that_says_what_is_wrong() -> Result<()> {
+    fn fails<T>(result: Result<T>, words: &str) {
+        let text = result.err().map(|e: Error| e.to_string()).unwrap_or_default();
+        assert!(text.contains(words), "{text:?} says nothing of {words:?}");
+    }
+    let mut sft = SftTrainer::new(model(0, 0.0)?, SftOptions::default())?;
+    fails(sft.step(&[]), "no token of the batch counts");
+    fails(sft.step(&[Sample::of(&[1, 2], &[])]), "no token of the batch counts");
+    fails(sft.step(&[Sample { tokens: vec![1, 2], mask: vec![true; 3] }]), "2 tokens and a mask of 3");
+    fails(sft.step(&[Sample::of(&[1], &[u32::MAX])]), "");
+    fails(sft.step(&[Sample::of(&[1; 12], &[2])]), "context");
+    assert_eq!(sft.step(&[Sample::of(&[1; 12], &[2; 4]).truncated(12), Sample::of(&[1], &[2])])?.tokens, 1);
+    let frozen = model(0, 0.0)?;
+    frozen.params().freeze("*")?;
+    fails(SftTrainer::new(frozen, SftOptions::default()), "all parameters of the model are frozen");
+    let mut dpo = DpoTrainer::new(model(0, 0.0)?, None, DpoOptions::default())?;
+    fails(dpo.step(&[]), "no pairs");
+    fails(dpo.step(&[Preference { chosen: Sample::of(&[1], &[]), ..pairs(0, 1).remove(0) }]), "pair 0 has no token that counts");
+    let mut reward = RewardTrainer::new(RewardModel::new(model(0, 0.0)?)?, RewardOptions::default())?;
+    fails(reward.step(&[]), "no pairs");
+    fails(reward.model().score(&[vec![]]), "text 0 has no tokens");
+    let with_beta = GrpoOptions { loss: GrpoLossOptions { beta: 0.1, ..Default::default() }, ..Default::default() };
+    fails(GrpoTrainer::new(model(0, 0.0)?, None, with_beta), "needs a reference");
+    fails(GrpoTrainer::new(model(0, 0.0)?, None, GrpoOptions { num_generations: 1, ..Default::default() }), "two answers or more");
+    fails(GrpoTrainer::new(model(0, 0.0)?, None, GrpoOptions { temperature: 0.0, ..Default::default() }), "temperature = 0");
+    let mut grpo = GrpoTrainer::new(model(0, 0.0)?, None, grpo_options(1e-3))?;
+    fails(grpo.step(&[], sample, judge), "");
+    fails(grpo.step(&[vec![]], sample, judge), "prompt 0 is empty");
+    fails(grpo.step(&[vec![1]], |_, _| Ok(Vec::new()), judge), "0 answers were generated for 8 prompts");
+    fails(grpo.step(&[vec![1]], sample, |_, _| Ok(vec![1.0])), "1 scores were given for 8 answers");
+    fails(grpo.step(&[vec![1]], sample, |_, answers| Ok(vec![f64::NAN; answers.len()])), "the score of answer 0 is NaN");
+    let empty = |_: &dyn CausalLm, request: &RolloutRequest<'_>| Ok(vec![Completion::default(); request.prompts.len()]);
+    fails(ppo(0, ppo_options(1e-3))?.step(&[vec![1]], empty, judge), "no answer has a token");
+    Ok(())
+}
