@@ -281,7 +281,7 @@ fn a_checkpointed_segment_leaves_the_same_bits_behind() {
 /// Twice the layer's own output, while it is on.
 struct Doubled(AtomicBool);
 
-impl LinearAdapter for Doubled {
+impl Adapter<Linear> for Doubled {
     fn is_active(&self) -> bool {
         self.0.load(Relaxed)
     }

@@ -173,6 +173,47 @@ fn an_adapter_of_gpt2_computes_the_same() {
 }
 
 #[test]
+fn an_adapter_of_a_table_computes_the_same() {
+    for case in ["embedding", "embedding_dora"] {
+        let folder = fixtures().join(case);
+        let expected = safetensors::load(folder.join("expected.safetensors")).unwrap();
+        let state: StateDict = expected.iter().filter_map(|(k, t)| Some((k.strip_prefix("model.")?.to_owned(), t.clone()))).collect();
+        let build =
+            |params: &Params| Ok((Embedding::new(&params.scope("embed_tokens"), 7, 6)?, Linear::new(&params.scope("score"), 6, 3, true)?));
+        let params = Params::new();
+        let ((table, score), _) = params.build_from(state, LoadMode::Strict, build).unwrap();
+        params.eval();
+        let run = || score.forward(&table.forward(&expected["x"]).unwrap().gelu().unwrap()).unwrap();
+        let plain = values(&run());
+        let mut lora = Lora::load(&params, &folder).unwrap();
+        assert_near(case, &values(&run()), &values(&expected["out"]));
+        let loss = run().sub(&expected["target"]).unwrap().square().unwrap().mean(()).unwrap();
+        assert_near(case, &values(&loss), &values(&expected["loss"]));
+        loss.backward().unwrap();
+        assert_eq!(lora.trainable().len(), expected.keys().filter(|name| name.starts_with("grad.")).count());
+        for param in lora.trainable() {
+            assert_near(param.name(), &values(&param.grad().unwrap()), &values(&expected[&format!("grad.{}", param.name())]));
+        }
+        assert_eq!(params.trainable().len(), lora.trainable().len());
+        lora.save(self::folder(case)).unwrap();
+        lora.merge().unwrap();
+        for (name, weight) in params.state_dict() {
+            assert_near(&name, &values(&weight), &values(&expected[&format!("merged.{name}")]));
+        }
+        assert_near(case, &values(&run()), &values(&expected["out"]));
+        lora.detach().unwrap();
+        assert_eq!(values(&run()), plain);
+        let lora = Lora::load(&params, self::folder(case)).unwrap();
+        assert_near(case, &values(&run()), &values(&expected["out"]));
+        lora.detach().unwrap();
+        // Of the input embedding, peft's file holds the base table too: it must be the model's.
+        params.named("embed_tokens.weight").unwrap().set(&Tensor::ones([7, 6], ()).unwrap()).unwrap();
+        let error = Lora::load(&params, &folder).err().unwrap().to_string();
+        assert!(error.contains("embed_tokens.base_layer.weight") && error.contains("another weight"), "{error}");
+    }
+}
+
+#[test]
 fn merging_is_undone_to_the_bit() {
     for dtype in [DType::F32, DType::BF16] {
         let net = Net::load(dtype);
@@ -279,9 +320,9 @@ fn names_patterns_and_heads_select() {
     assert_eq!(select(["*.0.q*"].into()).unwrap(), "layers.0.q_proj");
     assert_eq!(select(r".*\.(q|v)_proj".into()).unwrap(), "layers.0.q_proj layers.1.q_proj");
     for (modules, message) in [
-        (Modules::from(["proj"]), "matches no Linear layer; there are layers.0.q_proj"),
-        (Modules::from(["norm", "q_proj"]), "`norm` means `layers.0.norm`, which is no Linear layer"),
-        (Modules::from("q_proj"), "matches no Linear layer"),
+        (Modules::from(["proj"]), "matches no layer; there are layers.0.q_proj"),
+        (Modules::from(["norm", "q_proj"]), "`norm` means `layers.0.norm`, which is no Linear or Embedding layer"),
+        (Modules::from("q_proj"), "matches no layer"),
         (Modules::from("(q_proj"), "no regular expression"),
     ] {
         let error = select(modules).unwrap_err().to_string();

@@ -1,15 +1,17 @@
 //! An adapter in a model: put in, switched off and on, merged into the weights and taken out again.
 
 use super::config::LoraConfig;
-use super::layer::{LoraLinear, Shared};
-use super::select::{Companion, PREFIX, Target};
-use crate::nn::{Linear, LoadMode, Param, Params, ParamsOptions, StateDict};
+use super::host::Adapted;
+use super::layer::Shared;
+use super::select::{Companion, Target};
+use crate::nn::{LoadMode, Param, Params, ParamsOptions, StateDict};
 use kiln_tensor::{DType, Error, Generator, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A low-rank adapter in a model: y = W·x + b + s·B·A·dropout(x) in each adapted layer, where only A (r, inputs), B (outputs, r) and, with
-/// DoRA, a magnitude (outputs) are trained.
+/// A low-rank adapter in a model: y = W·x + b + s·B·A·dropout(x) in each adapted [`Linear`](crate::nn::Linear), where only A
+/// (r, inputs), B (outputs, r) and, with DoRA, a magnitude (outputs) are trained. The table of an adapted
+/// [`Embedding`](crate::nn::Embedding) is W + s·(B·A)ᵀ; an output head that is tied to it keeps W, until they are merged.
 ///
 /// The base model is frozen, whether its weights are dense or quantised; a gradient passes through it. The matrices are in f32 (in f64 for
 /// models in f64), in a scope of their own under the names of the file: the model's own state dictionary stays what it was.
@@ -49,12 +51,6 @@ pub struct Lora {
     thawed: Vec<Param>,
     on: Arc<AtomicBool>,
     off: Mutex<Off>,
-}
-
-struct Adapted {
-    layer: Linear,
-    name: String,
-    adapter: Arc<LoraLinear>,
 }
 
 /// A parameter and another content of it.
@@ -107,7 +103,7 @@ impl Lora {
         companions: Vec<Companion>,
         source: Source<'_>,
     ) -> Result<Self> {
-        if let Some(taken) = targets.iter().find(|target| target.layer.adapter().is_some()) {
+        if let Some(taken) = targets.iter().find(|target| target.layer.is_adapted()) {
             let message = format!("`{}` has an adapter already; detach it or merge it for good first", taken.name);
             return Err(Error::argument("lora", message));
         }
@@ -143,9 +139,7 @@ impl Lora {
             on,
             off: Mutex::default(),
         };
-        for Adapted { layer, adapter, .. } in &lora.layers {
-            layer.set_adapter(Some(adapter.clone()));
-        }
+        lora.layers.iter().for_each(Adapted::install);
         Ok(lora)
     }
 
@@ -225,9 +219,8 @@ impl Lora {
             return Ok(());
         }
         let mut kept = Vec::new();
-        for Adapted { layer, adapter, .. } in &self.layers {
-            let merged = adapter.merged(layer).and_then(|merged| {
-                let param = layer.weight().ok_or_else(|| Error::argument("merge", format!("`{}` has no dense weight", layer.name())))?;
+        for adapted in &self.layers {
+            let merged = adapted.merged().and_then(|(param, merged)| {
                 kept.push(Swap::now(&param));
                 param.set(&merged)
             });
@@ -274,18 +267,9 @@ impl Lora {
     }
 
     fn leave(&self) {
-        for adapted in &self.layers {
-            adapted.layer.set_adapter(None);
-        }
+        self.layers.iter().for_each(Adapted::remove);
         self.companions.iter().for_each(|companion| companion.param.freeze());
         self.thawed.iter().for_each(Param::unfreeze);
-    }
-}
-
-impl Adapted {
-    fn new(own: &Params, target: Target, config: &LoraConfig, shared: &Shared) -> Result<Self> {
-        let adapter = LoraLinear::new(&own.scope(PREFIX).scope(&target.name), &target, config, shared)?;
-        Ok(Self { layer: target.layer, name: target.name, adapter: Arc::new(adapter) })
     }
 }
 

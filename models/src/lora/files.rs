@@ -66,6 +66,7 @@ impl Lora {
         if !report.is_complete() {
             return Err(Error::argument("lora", format!("{} does not fit the model: {report}", path.display())));
         }
+        expect_same_base(&file, &targets)?;
         let contents: Vec<Tensor> = companions.iter().map(|companion| file.tensor(&companion.saved_as)).collect::<Result<_>>()?;
         let own = |name: &String| !companions.iter().any(|companion| companion.saved_as == *name);
         let state: StateDict =
@@ -74,10 +75,32 @@ impl Lora {
     }
 }
 
-/// The names in `file` but those that `peft` repeats: with `bias: all`, the biases of modules to save as they are called in its memory.
+/// The end of a base weight's name.
+const BASE: &str = ".base_layer.weight";
+
+/// The names in `file` but those that `peft` repeats: with `bias: all`, the biases of modules to save as they are called in its memory,
+/// and the base weights of adapted embeddings and heads.
 fn own_names(file: &SafetensorsFile) -> Vec<String> {
-    let repeated = |name: &String| name.contains(".original_module.") || name.contains(".modules_to_save.");
+    let repeated =
+        |name: &String| [".original_module.", ".modules_to_save."].iter().any(|part| name.contains(part)) || name.ends_with(BASE);
     file.names().into_iter().filter(|name| !repeated(name)).collect()
+}
+
+/// An error unless the base weights in `file` are those of the model: `peft` saves them because they may have been resized.
+fn expect_same_base(file: &SafetensorsFile, targets: &[Target]) -> Result<()> {
+    for name in file.names().into_iter().filter(|name| name.ends_with(BASE)) {
+        let target = targets.iter().find(|target| format!("{PREFIX}.{}{BASE}", target.name) == name);
+        let weight = target.map(|target| target.layer.weight_values()).transpose()?;
+        let (shape, _) = file.info(&name)?;
+        let same = match weight.filter(|weight| *weight.shape() == shape) {
+            Some(weight) => file.tensor(&name)?.to_dtype(weight.dtype())?.eq(&weight.detach())?.all(())?.item::<bool>()?,
+            None => false,
+        };
+        if !same {
+            return Err(Error::argument("lora", format!("{name}: the adapter was trained over another weight than the model's")));
+        }
+    }
+    Ok(())
 }
 
 /// How the tensors of `file` fit.
@@ -105,11 +128,8 @@ fn fit(file: &SafetensorsFile, config: &LoraConfig, targets: &[Target], companio
 fn expected(config: &LoraConfig, targets: &[Target], companions: &[Companion]) -> Result<Vec<(String, Shape)>> {
     let mut all = Vec::new();
     for Target { layer, name, rank, .. } in targets {
-        all.push((format!("{PREFIX}.{name}.lora_A.weight"), Shape::new(&[*rank, layer.inputs()])?));
-        all.push((format!("{PREFIX}.{name}.lora_B.weight"), Shape::new(&[layer.outputs(), *rank])?));
-        if config.use_dora {
-            all.push((format!("{PREFIX}.{name}.lora_magnitude_vector"), Shape::new(&[layer.outputs()])?));
-        }
+        let tensors = layer.tensors(*rank, config.use_dora)?;
+        all.extend(tensors.into_iter().map(|(part, shape)| (format!("{PREFIX}.{name}.{part}"), shape)));
     }
     all.extend(companions.iter().map(|companion| (companion.saved_as.clone(), companion.param.shape())));
     Ok(all)

@@ -1,9 +1,9 @@
-//! The adapter of one layer: its matrices, its forward pass, and the weight that it amounts to.
+//! The adapter of one Linear layer: its matrices, its forward pass, and the weight that it amounts to.
 
 use super::config::{LoraConfig, LoraInit};
 use super::select::Target;
-use crate::nn::{Init, Linear, LinearAdapter, Mode, Param, Params};
-use kiln_tensor::{DType, Error, Generator, Result, Tensor, autocast_dtype, with_autocast};
+use crate::nn::{Adapter, Init, Linear, Mode, Param, Params};
+use kiln_tensor::{DType, Generator, Result, Tensor, autocast_dtype, with_autocast};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -30,8 +30,8 @@ pub(super) struct LoraLinear {
 
 impl LoraLinear {
     /// New matrices in `scope`, which is called as the layer is.
-    pub fn new(scope: &Params, target: &Target, config: &LoraConfig, shared: &Shared) -> Result<Self> {
-        let Target { layer, rank, scale, .. } = target;
+    pub fn new(scope: &Params, layer: &Linear, target: &Target, config: &LoraConfig, shared: &Shared) -> Result<Self> {
+        let Target { rank, scale, .. } = target;
         let (first_a, first_b) = match config.init_lora_weights {
             LoraInit::KaimingUniform => (Init::default_weight(), Init::Zeros),
             LoraInit::Gaussian => (Init::Normal { mean: 0.0, std: 1.0 / *rank as f64 }, Init::Zeros),
@@ -64,17 +64,13 @@ impl LoraLinear {
         self.sum(layer)?.norm(2.0, -1)?.clamp(f64::from(f32::MIN_POSITIVE), None)
     }
 
-    /// The weight that gives the layer the same outputs without the adapter, in the weight's dtype.
+    /// The weight that gives the layer the same outputs without the adapter, in the adapter's dtype.
     pub fn merged(&self, layer: &Linear) -> Result<Tensor> {
-        let Some(weight) = layer.weight() else {
-            let hint = "an update is lost in its rounding; make it dense first";
-            return Err(Error::argument("merge", format!("the weight of `{}` is quantised: {hint}", layer.name())));
-        };
-        let mut sum = self.sum(layer)?;
-        if let Some(magnitude) = &self.magnitude {
-            sum = sum.mul(&magnitude.get().detach().div(&self.norms(layer)?)?.unsqueeze(-1)?)?;
+        let sum = self.sum(layer)?;
+        match &self.magnitude {
+            Some(magnitude) => sum.mul(&magnitude.get().detach().div(&self.norms(layer)?)?.unsqueeze(-1)?),
+            None => Ok(sum),
         }
-        sum.to_dtype(weight.dtype())
     }
 
     /// The input of the update: with dropout, in training.
@@ -110,7 +106,7 @@ impl LoraLinear {
     }
 }
 
-impl LinearAdapter for LoraLinear {
+impl Adapter<Linear> for LoraLinear {
     fn is_active(&self) -> bool {
         self.shared.on.load(Relaxed)
     }

@@ -4,7 +4,9 @@
 
 mod adapter;
 mod config;
+mod embedding;
 mod files;
+mod host;
 mod layer;
 mod select;
 

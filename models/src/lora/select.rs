@@ -1,7 +1,8 @@
 //! Which layers an adapter changes, and with which rank and scale: `peft`'s rules on names.
 
 use super::config::{Bias, LoraConfig, Modules};
-use crate::nn::{Linear, Param, Params, matches_whole};
+use super::host::Host;
+use crate::nn::{Param, Params, matches_whole};
 use fancy_regex::Regex;
 use kiln_tensor::{Error, Result};
 
@@ -10,7 +11,7 @@ const HEADS: [&str; 5] = ["lm_head", "embed_out", "cls.predictions.decoder", "sc
 
 /// A layer that is to be adapted.
 pub(super) struct Target {
-    pub layer: Linear,
+    pub layer: Host,
     /// Its name below the model's scope.
     pub name: String,
     pub rank: usize,
@@ -40,9 +41,10 @@ impl Matcher {
         })
     }
 
-    fn matches(&self, name: &str) -> Result<bool> {
+    /// Whether it means the layer `host`, which is called `name` below the model's scope.
+    fn matches(&self, host: &Host, name: &str) -> Result<bool> {
         match self {
-            Matcher::AllLinear => Ok(!HEADS.contains(&name)),
+            Matcher::AllLinear => Ok(host.is_linear() && !HEADS.contains(&name)),
             Matcher::Whole(regex) => is_match(regex, name),
             Matcher::Names(names) => Ok(names.iter().any(|entry| names_module(entry, name))),
         }
@@ -106,41 +108,44 @@ impl LoraConfig {
     /// The layers below `params` to adapt.
     ///
     /// # Errors
-    /// If there is none, a target is of another kind than [`Linear`], or a pattern is no regular expression.
+    /// If there is none, a name means a layer of another kind, or a pattern is no regular expression.
     pub(super) fn targets(&self, params: &Params) -> Result<Vec<Target>> {
         self.check()?;
         let included = Matcher::new("target_modules", &self.target_modules)?;
         let excluded = self.exclude_modules.as_ref().map(|modules| Matcher::new("exclude_modules", modules)).transpose()?;
         let mut targets = Vec::new();
-        for layer in params.linears() {
+        for layer in Host::all(params) {
             let name = below(params, layer.name()).to_owned();
-            let out = excluded.as_ref().map_or(Ok(false), |excluded| excluded.matches(&name))?;
-            if !name.is_empty() && !out && !self.saves(&name) && included.matches(&name)? {
+            let out = excluded.as_ref().map_or(Ok(false), |excluded| excluded.matches(&layer, &name))?;
+            if !name.is_empty() && !out && !self.saves(&name) && included.matches(&layer, &name)? {
                 let (rank, scale) = (self.rank(&name)?, self.scale(&name)?);
                 targets.push(Target { layer, name, rank, scale });
             }
         }
-        self.expect_linear_targets(params)?;
+        self.expect_layers(params)?;
         if targets.is_empty() {
-            let some: Vec<String> = params.linears().iter().take(8).map(|layer| below(params, layer.name()).to_owned()).collect();
-            let message = format!("target_modules {:?} matches no Linear layer; there are {}, …", self.target_modules, some.join(", "));
+            let some: Vec<String> = Host::all(params).iter().take(8).map(|layer| below(params, layer.name()).to_owned()).collect();
+            let message = format!("target_modules {:?} matches no layer; there are {}, …", self.target_modules, some.join(", "));
             return Err(Error::argument("lora", message));
         }
         Ok(targets)
     }
 
-    /// An error if an entry of the list means a layer that has a weight but is no [`Linear`]: it would stay as it is, in silence.
-    fn expect_linear_targets(&self, params: &Params) -> Result<()> {
+    /// An error if an entry of the list means a layer that has a weight but cannot be adapted: it would stay as it is, in silence.
+    fn expect_layers(&self, params: &Params) -> Result<()> {
         let Modules::Names(entries) = &self.target_modules else { return Ok(()) };
-        let linears = params.linears();
+        let layers = Host::all(params);
         for param in params.params() {
             let Some(module) = param.name().strip_suffix(".weight") else { continue };
             let name = below(params, module);
             let exact = |entry: &&String| !entry.contains('*') && names_module(entry, name);
             if let Some(entry) = entries.iter().find(exact)
-                && !linears.iter().any(|layer| layer.name() == module)
+                && !layers.iter().any(|layer| layer.name() == module)
             {
-                return Err(Error::argument("lora", format!("target_modules: `{entry}` means `{name}`, which is no Linear layer")));
+                return Err(Error::argument(
+                    "lora",
+                    format!("target_modules: `{entry}` means `{name}`, which is no Linear or Embedding layer"),
+                ));
             }
         }
         Ok(())

@@ -1,23 +1,9 @@
-//! Layers of one matrix: [`Linear`] multiplies by it, [`Embedding`] looks rows up in it.
+//! [`Linear`]: a product with a matrix, which may be kept in few bits and have an adapter.
 
-use super::{Init, Module, Param, Params};
+use super::{Adapter, Init, Module, Param, Params};
 use kiln_tensor::{Activation, DType, QuantizedMatrix, Result, Tensor};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-
-/// What changes the function of a [`Linear`] from outside while its own weight stays as it is, such as a low-rank adapter.
-pub trait LinearAdapter: Send + Sync {
-    /// Whether the layer asks it at all. If not, the layer computes what it does without one, as fast.
-    fn is_active(&self) -> bool;
-
-    /// The layer's output for `x`. What the layer gives on its own is [`Linear::base`].
-    fn forward(&self, layer: &Linear, x: &Tensor) -> Result<Tensor>;
-
-    /// The adapter's own parameters.
-    fn params(&self) -> Vec<Param> {
-        Vec::new()
-    }
-}
 
 /// y = x Wᵀ + b, along the last dimension: (…, inputs) → (…, outputs).
 ///
@@ -48,7 +34,7 @@ struct Layer {
 /// What can change while others hold the layer.
 struct State {
     weight: Weight,
-    adapter: Option<Arc<dyn LinearAdapter>>,
+    adapter: Option<Arc<dyn Adapter<Linear>>>,
 }
 
 /// How the matrix is kept.
@@ -133,13 +119,13 @@ impl Linear {
     }
 
     /// Puts an adapter into the layer, for all who hold it, or takes it away; returns the one that was there.
-    pub fn set_adapter(&self, adapter: Option<Arc<dyn LinearAdapter>>) -> Option<Arc<dyn LinearAdapter>> {
+    pub fn set_adapter(&self, adapter: Option<Arc<dyn Adapter<Linear>>>) -> Option<Arc<dyn Adapter<Linear>>> {
         let mut state = self.0.state.write().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut state.adapter, adapter)
     }
 
     /// The adapter that is in the layer.
-    pub fn adapter(&self) -> Option<Arc<dyn LinearAdapter>> {
+    pub fn adapter(&self) -> Option<Arc<dyn Adapter<Linear>>> {
         self.state().adapter.clone()
     }
 
@@ -158,7 +144,7 @@ impl Linear {
     }
 
     /// The matrix and the adapter to ask, looked up under one lock, which is not held while anything is computed.
-    fn read(&self) -> (Matrix, Option<Arc<dyn LinearAdapter>>) {
+    fn read(&self) -> (Matrix, Option<Arc<dyn Adapter<Linear>>>) {
         let state = self.state();
         let matrix = match &state.weight {
             Weight::Dense(param) => Matrix::Dense(param.get()),
@@ -210,45 +196,5 @@ impl fmt::Debug for Linear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Layer { name, inputs, outputs, bias, .. } = &*self.0;
         write!(f, "Linear({name}: {inputs} -> {outputs}, bias {}, adapter {})", bias.is_some(), self.state().adapter.is_some())
-    }
-}
-
-/// Row i of `weight` for each i64 index i: (…) → (…, width).
-///
-/// Parameters: `weight` (entries, width), standard normal at first.
-///
-/// ```
-/// # use kiln_models::nn::{Embedding, Module, Params};
-/// # use kiln_tensor::{Result, Tensor};
-/// # fn main() -> Result<()> {
-/// let layer = Embedding::new(&Params::seeded(0), 10, 4)?;
-/// assert_eq!(layer.forward(&Tensor::from_vec(vec![3i64, 9, 3], [3])?)?.dims(), [3, 4]);
-/// # Ok(()) }
-/// ```
-#[derive(Clone, Debug)]
-pub struct Embedding {
-    weight: Param,
-}
-
-impl Embedding {
-    /// A table of `entries` vectors of `width` elements.
-    pub fn new(params: &Params, entries: usize, width: usize) -> Result<Self> {
-        Self::with_init(params, entries, width, Init::Normal { mean: 0.0, std: 1.0 })
-    }
-
-    /// A table that starts in another way.
-    pub fn with_init(params: &Params, entries: usize, width: usize, init: Init) -> Result<Self> {
-        Ok(Self { weight: params.param("weight", [entries, width], init)? })
-    }
-
-    /// The table, (entries, width).
-    pub fn weight(&self) -> &Param {
-        &self.weight
-    }
-}
-
-impl Module for Embedding {
-    fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        indices.embedding(&self.weight.get())
     }
 }

@@ -5,8 +5,10 @@
 //! are read at every forward pass, so an optimiser's step is seen by every holder.
 
 mod activation;
+mod adapter;
 mod conv;
 mod dropout;
+mod embedding;
 mod init;
 mod linear;
 mod load;
@@ -19,10 +21,12 @@ mod quantize;
 mod sequential;
 
 pub use activation::{Elu, Flatten, Gelu, GeluTanh, Hardswish, Identity, LeakyRelu, Mish, Relu, Sigmoid, Silu, Softmax, Softplus, Tanh};
+pub use adapter::Adapter;
 pub use conv::{Conv, Conv1d, Conv2d, Conv3d, ConvOptions, ConvTranspose, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, IntoKernel};
 pub use dropout::{ChannelDropout, Dropout};
+pub use embedding::Embedding;
 pub use init::{Fan, Init, Nonlinearity};
-pub use linear::{Embedding, Linear, LinearAdapter};
+pub use linear::Linear;
 pub use load::{LoadMode, LoadReport, Mismatch, StateDict};
 pub use module::Module;
 pub use norm::{BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOptions, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};

@@ -3,7 +3,7 @@
 use super::linear::Weight;
 use super::load::{LoadMode, LoadReport, StateDict};
 use super::quantize::{QuantizedWeight, restore};
-use super::{Buffer, Init, Linear, Param};
+use super::{Buffer, Embedding, Init, Linear, Param};
 use kiln_tensor::{DType, Device, Error, Generator, IntoShape, QuantizedMatrix, Result, Shape, Tensor, TensorOptions, default_device};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -106,6 +106,7 @@ struct Registry {
     entries: Vec<Entry>,
     names: HashSet<String>,
     linears: Vec<Linear>,
+    embeddings: Vec<Embedding>,
     loading: Option<Loading>,
 }
 
@@ -280,6 +281,15 @@ impl Params {
         self.registry().linears.push(layer.clone());
     }
 
+    pub(super) fn register_embedding(&self, layer: &Embedding) {
+        self.registry().embeddings.push(layer.clone());
+    }
+
+    /// Whether a layer of that name is this scope or below it.
+    fn holds(&self, name: &str) -> bool {
+        name == self.name() || name.starts_with(&self.prefix)
+    }
+
     /// Builds a model whose parameters and buffers come from `state` (full names, as [`state_dict`](Params::state_dict) of the
     /// root gives them) instead of their initialisers. Floats are converted to the scope's dtype.
     ///
@@ -337,14 +347,16 @@ impl Params {
         self.entries().into_iter().filter_map(params).collect()
     }
 
-    /// The parameters that are not frozen, and those of the adapters in the [`Linear`] layers: what an optimiser takes.
+    /// The parameters that are not frozen, and those of the adapters in its layers: what an optimiser takes.
     pub fn trainable(&self) -> Vec<Param> {
         self.params().into_iter().chain(self.adapter_params()).filter(|param| !param.is_frozen()).collect()
     }
 
-    /// The parameters of the adapters in the [`Linear`] layers. They have names of their own and are in no other list.
+    /// The parameters of the adapters in the [`Linear`] and [`Embedding`] layers. They have names of their own and are in no other list.
     pub fn adapter_params(&self) -> Vec<Param> {
-        self.linears().iter().filter_map(Linear::adapter).flat_map(|adapter| adapter.params()).collect()
+        let linears = self.linears().into_iter().filter_map(|layer| Some(layer.adapter()?.params()));
+        let embeddings = self.embeddings().into_iter().filter_map(|layer| Some(layer.adapter()?.params()));
+        linears.chain(embeddings).flatten().collect()
     }
 
     /// The buffers in the order in which they were made.
@@ -360,8 +372,12 @@ impl Params {
 
     /// The [`Linear`] layers of this scope and below it, in the order in which they were made.
     pub fn linears(&self) -> Vec<Linear> {
-        let inside = |layer: &&Linear| layer.name() == self.name() || layer.name().starts_with(&self.prefix);
-        self.registry().linears.iter().filter(inside).cloned().collect()
+        self.registry().linears.iter().filter(|layer| self.holds(layer.name())).cloned().collect()
+    }
+
+    /// The [`Embedding`] layers of this scope and below it, in the order in which they were made.
+    pub fn embeddings(&self) -> Vec<Embedding> {
+        self.registry().embeddings.iter().filter(|layer| self.holds(layer.name())).cloned().collect()
     }
 
     /// The [`Linear`] layer of that full name.
