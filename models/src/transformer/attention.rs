@@ -60,15 +60,15 @@ impl Attention {
         x.reshape([b, t, heads, self.parts.head_dim])?.transpose(1, 2)
     }
 
-    /// Queries (B, nh, T, hs), keys and values (B, nkv, S, hs) of the inputs (B, T, C) and (B, S, C).
-    fn project(&self, x: &Tensor, source: &Tensor) -> Result<[Tensor; 3]> {
+    /// Queries (B, nh, T, hs), keys and values (B, nkv, T, hs) of the input (B, T, C).
+    fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
         let AttentionParts { num_heads: n, num_key_value_heads: kv, head_dim: hs, .. } = self.parts;
         let [q, k, v] = match &self.parts.projection {
             Projection::Fused(qkv) => {
                 let parts = qkv.forward(x)?.split(&[n * hs, kv * hs, kv * hs], -1)?;
                 <[Tensor; 3]>::try_from(parts).map_err(|_| Error::shape("attention", "q, k and v are three parts"))?
             }
-            Projection::Separate([q, k, v]) => [q.forward(x)?, k.forward(source)?, v.forward(source)?],
+            Projection::Separate([q, k, v]) => [q.forward(x)?, k.forward(x)?, v.forward(x)?],
         };
         let [mut q, mut k, v] = [self.split(&q, n)?, self.split(&k, kv)?, self.split(&v, kv)?];
         if let Some([of_queries, of_keys]) = &self.parts.norms {
@@ -93,7 +93,7 @@ impl Attention {
 
     /// Of a sequence to itself, (B, T, C) → (B, T, C). `cache` is the cache and the layer's place in it.
     pub fn forward(&self, x: &Tensor, context: &Context, cache: Option<(&mut KvCache, usize)>) -> Result<Tensor> {
-        let [mut q, mut k, v] = self.project(x, x)?;
+        let [mut q, mut k, v] = self.project(x)?;
         if let Some([cos, sin]) = &context.rotary {
             (q, k) = (q.rotary_embedding(cos, sin, false)?, k.rotary_embedding(cos, sin, false)?);
         }
@@ -103,5 +103,25 @@ impl Attention {
             None => [k, v],
         };
         self.attend([q, k, v], visible)
+    }
+
+    /// Keys and values (B, nkv, S, hs) of another sequence (B, S, C), for [`across`](Self::across).
+    pub fn keys_and_values(&self, source: &Tensor) -> Result<[Tensor; 2]> {
+        let [_, k, v] = self.separate()?;
+        let heads = self.parts.num_key_value_heads;
+        Ok([self.split(&k.forward(source)?, heads)?, self.split(&v.forward(source)?, heads)?])
+    }
+
+    /// Of a sequence (B, T, C) to another, whose keys and values are given.
+    pub fn across(&self, x: &Tensor, [k, v]: [Tensor; 2], visible: &Visible) -> Result<Tensor> {
+        let [q, ..] = self.separate()?;
+        self.attend([self.split(&q.forward(x)?, self.parts.num_heads)?, k, v], visible)
+    }
+
+    fn separate(&self) -> Result<&[Linear; 3]> {
+        match &self.parts.projection {
+            Projection::Separate(projections) => Ok(projections),
+            Projection::Fused(_) => Err(Error::argument("attention", "one matrix for q, k and v cannot look at another sequence")),
+        }
     }
 }

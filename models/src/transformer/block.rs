@@ -1,8 +1,8 @@
 //! The blocks that all families are stacked from: attention and a feed-forward part, each with its norm and its way around.
 
-use super::KvCache;
 use super::attention::Attention;
-use super::context::Context;
+use super::context::{Context, Visible};
+use super::{KvCache, Seq2SeqCache};
 use crate::nn::{Dropout, Embedding, Init, LayerNorm, Linear, Module, Params, RmsNorm};
 use kiln_tensor::{Activation, Error, Result, Tensor};
 
@@ -38,30 +38,37 @@ pub(super) enum Mlp {
 }
 
 impl Mlp {
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Mlp::Plain { up, down, activation } => down.forward(&up.forward_activated(x, *activation)?),
+    /// `inner` is applied before the last matrix.
+    pub fn forward(&self, x: &Tensor, inner: Option<&Dropout>) -> Result<Tensor> {
+        let (hidden, down) = match self {
+            Mlp::Plain { up, down, activation } => (up.forward_activated(x, *activation)?, down),
             Mlp::Gated { gate, up, down, activation } => {
                 let (gate, up) = (gate.forward(x)?, up.forward(x)?);
-                let inner = match activation {
+                let hidden = match activation {
                     Activation::Silu => gate.swiglu(&up)?,
                     Activation::Gelu => gate.geglu(&up)?,
                     Activation::GeluTanh => gate.geglu_tanh(&up)?,
                     other => gate.activate(*other)?.mul(&up)?,
                 };
-                down.forward(&inner)
+                (hidden, down)
             }
+        };
+        match inner {
+            Some(dropout) => down.forward(&dropout.forward(&hidden)?),
+            None => down.forward(&hidden),
         }
     }
 }
 
-/// Attention and feed-forward part of a decoder.
+/// Attention and feed-forward part.
 pub(super) struct Block {
     pub attention: Attention,
     pub mlp: Mlp,
     pub norms: [Norm; 2],
     /// Of what each part adds.
     pub dropout: Dropout,
+    /// Inside of the feed-forward part.
+    pub inner_dropout: Option<Dropout>,
     /// Whether norms stand behind the sums (as in the first transformers) instead of before the parts.
     pub post_norm: bool,
 }
@@ -69,14 +76,58 @@ pub(super) struct Block {
 impl Block {
     /// (B, T, C) → (B, T, C)
     pub fn forward(&self, x: &Tensor, context: &Context, cache: Option<(&mut KvCache, usize)>) -> Result<Tensor> {
-        let [first, second] = &self.norms;
+        self.feed(&self.look(x, context, cache)?)
+    }
+
+    /// A part on its way around: x + part(norm(x)), or norm(x + part(x)).
+    fn around(&self, norm: &Norm, x: &Tensor, part: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         if self.post_norm {
-            let x = first.forward(&x.add(&self.dropout.forward(&self.attention.forward(x, context, cache)?)?)?)?;
-            second.forward(&x.add(&self.dropout.forward(&self.mlp.forward(&x)?)?)?)
+            norm.forward(&x.add(&self.dropout.forward(&part(x)?)?)?)
         } else {
-            let x = x.add(&self.dropout.forward(&self.attention.forward(&first.forward(x)?, context, cache)?)?)?;
-            x.add(&self.dropout.forward(&self.mlp.forward(&second.forward(&x)?)?)?)
+            x.add(&self.dropout.forward(&part(&norm.forward(x)?)?)?)
         }
+    }
+
+    fn look(&self, x: &Tensor, context: &Context, cache: Option<(&mut KvCache, usize)>) -> Result<Tensor> {
+        self.around(&self.norms[0], x, |x| self.attention.forward(x, context, cache))
+    }
+
+    fn feed(&self, x: &Tensor) -> Result<Tensor> {
+        self.around(&self.norms[1], x, |x| self.mlp.forward(x, self.inner_dropout.as_ref()))
+    }
+}
+
+/// A block that looks at a source as well, between its two parts.
+pub(super) struct CrossBlock {
+    pub block: Block,
+    pub cross: Attention,
+    pub norm: Norm,
+}
+
+/// The sequence that cross-attention looks at.
+pub(super) struct Source<'a> {
+    /// (B, S, C)
+    pub hidden: &'a Tensor,
+    pub visible: Visible,
+}
+
+impl CrossBlock {
+    /// (B, T, C) → (B, T, C)
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        context: &Context,
+        source: &Source<'_>,
+        mut cache: Option<(&mut Seq2SeqCache, usize)>,
+    ) -> Result<Tensor> {
+        let x = self.block.look(x, context, cache.as_mut().map(|(cache, layer)| (cache.own(), *layer)))?;
+        let project = || self.cross.keys_and_values(source.hidden);
+        let held = match cache {
+            Some((cache, layer)) => cache.source(layer, project)?,
+            None => project()?,
+        };
+        let x = self.block.around(&self.norm, &x, |x| self.cross.across(x, held, &source.visible))?;
+        self.block.feed(&x)
     }
 }
 

@@ -4,7 +4,7 @@ use super::{Decoder, Gpt2Config, LlamaConfig, LlamaKind, OptConfig};
 use crate::nn::{LoadMode, Params, StateDict};
 use kiln_tensor::io::safetensors::{self, SafetensorsFile};
 use kiln_tensor::io::write_atomic;
-use kiln_tensor::{Error, ErrorKind, Result};
+use kiln_tensor::{Error, ErrorKind, Result, Tensor};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -32,8 +32,8 @@ pub struct Layout {
     pub transposed: &'static [&'static str],
     /// Ends of names that hold no weights.
     pub ignored: &'static [&'static str],
-    /// Names that repeat other tensors.
-    pub tied: &'static [&'static str],
+    /// Names that repeat other tensors, with the names of those.
+    pub tied: &'static [(&'static str, &'static str)],
 }
 
 /// A configuration that knows its model and how the file names it.
@@ -52,6 +52,28 @@ pub trait Pretrained: Serialize + DeserializeOwned {
     /// # Errors
     /// If the extents do not fit each other, or the weights do not fit them.
     fn build_model(&self, params: &Params) -> Result<Self::Model>;
+
+    /// Told that a file holds a tensor `name` that is not the one it is [tied](Layout::tied) to: the model gets one of its own, as the
+    /// reference gives it. It is an error where a model cannot.
+    ///
+    /// # Errors
+    /// If the model has no tensor of its own there.
+    fn untie(&mut self, name: &str) -> Result<()> {
+        cannot_untie(name)
+    }
+
+    /// The first weights of the head, for a file of the model with another or without, whose tensors are `body`: see [`load_for_tuning`].
+    ///
+    /// # Errors
+    /// If the configuration does not fit the file.
+    fn fresh_head(&self, body: &StateDict, params: &Params) -> Result<StateDict> {
+        let _ = (body, params);
+        Ok(StateDict::new())
+    }
+}
+
+pub(super) fn cannot_untie(name: &str) -> Result<()> {
+    Err(Error::format("load", format!("`{name}` differs from the tensor that it should repeat, and the model has no other")))
 }
 
 /// The configuration of a decoder-only model of any family.
@@ -120,15 +142,21 @@ impl Pretrained for CausalConfig {
                 (architecture, config.tie_word_embeddings)
             }
         };
-        let layout = Layout { architecture, tied: if is_tied { &["lm_head.weight"] } else { &[] }, ..of_model };
+        let layout = Layout { architecture, ..of_model };
         match self {
             CausalConfig::Gpt2(_) => Layout {
+                tied: if is_tied { &[("lm_head.weight", "transformer.wte.weight")] } else { &[] },
                 prefix: "transformer.",
                 transposed: &["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"],
                 ignored: &[".attn.bias", ".attn.masked_bias"],
                 ..layout
             },
-            _ => layout,
+            CausalConfig::Opt(_) => {
+                Layout { tied: if is_tied { &[("lm_head.weight", "model.decoder.embed_tokens.weight")] } else { &[] }, ..layout }
+            }
+            CausalConfig::Llama(_) => {
+                Layout { tied: if is_tied { &[("lm_head.weight", "model.embed_tokens.weight")] } else { &[] }, ..layout }
+            }
         }
     }
 
@@ -152,6 +180,15 @@ impl Pretrained for CausalConfig {
             CausalConfig::Opt(config) => config.build(params),
         }
     }
+
+    fn untie(&mut self, _: &str) -> Result<()> {
+        match self {
+            CausalConfig::Gpt2(config) => config.tie_word_embeddings = false,
+            CausalConfig::Llama(config) => config.tie_word_embeddings = false,
+            CausalConfig::Opt(config) => config.tie_word_embeddings = false,
+        }
+        Ok(())
+    }
 }
 
 /// Loads the decoder-only model in `folder` (`config.json` with `model.safetensors` or its shards) into `params`, converted to its dtype.
@@ -168,10 +205,82 @@ pub fn load(folder: impl AsRef<Path>, params: &Params) -> Result<(CausalConfig, 
 /// As [`load`].
 pub fn load_pretrained<C: Pretrained>(folder: impl AsRef<Path>, params: &Params) -> Result<(C, C::Model)> {
     let folder = folder.as_ref();
-    let config: C = read_json(&folder.join(CONFIG))?;
-    let state = from_file(read_weights(folder)?, &config.layout())?;
+    let mut config = read_config::<C>(folder)?;
+    let state = read_state(folder, &mut config)?;
     let (model, _) = params.build_from(state, LoadMode::Strict, |params| config.build_model(params))?;
     Ok((config, model))
+}
+
+/// As [`load_pretrained`], of a folder whose model has another head or none: this one's starts fresh. `adapt` changes the configuration
+/// first, for instance the number of classes.
+///
+/// ```no_run
+/// # use kiln_models::nn::Params;
+/// # use kiln_models::transformer::{BertConfig, SequenceClassifier, load_for_tuning};
+/// # fn main() -> kiln_tensor::Result<()> {
+/// let name_classes = |config: &mut SequenceClassifier<BertConfig>| config.0.set_labels(["bad", "good"]);
+/// let (config, model) = load_for_tuning("bert-base-uncased", &Params::new(), name_classes)?;
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// As [`load`]; tensors of the head may be missing, and those of another one are passed over.
+pub fn load_for_tuning<C: Pretrained>(folder: impl AsRef<Path>, params: &Params, adapt: impl FnOnce(&mut C)) -> Result<(C, C::Model)> {
+    let folder = folder.as_ref();
+    let mut config = read_config::<C>(folder)?;
+    adapt(&mut config);
+    let mut state = read_state(folder, &mut config)?;
+    let layout = config.layout();
+    state.retain(|name, _| !layout.heads.iter().any(|head| name.starts_with(head)));
+    let head = config.fresh_head(&state, params)?;
+    state.extend(head);
+    let (model, _) = params.build_from(state, LoadMode::Strict, |params| config.build_model(params))?;
+    Ok((config, model))
+}
+
+/// The configuration in `folder`; an error names the field that is wrong.
+fn read_config<C: Pretrained>(folder: &Path) -> Result<C> {
+    let path = folder.join(CONFIG);
+    let fields: Map<String, Value> = read_json(&path)?;
+    let wrong = |e: String| Error::format("load", format!("{}: {e}", path.display()));
+    let config: C = serde_json::from_value(fields.clone().into()).map_err(|e| wrong(name_field::<C>(&fields).unwrap_or(e.to_string())))?;
+    match fields.get("model_type").and_then(Value::as_str) {
+        Some(kind) if kind == config.model_type() => Ok(config),
+        kind => Err(wrong(format!("model_type is {kind:?}, not `{}`", config.model_type()))),
+    }
+}
+
+/// What is wrong with the first field that is.
+fn name_field<C: Pretrained>(fields: &Map<String, Value>) -> Option<String> {
+    let kind = fields.get_key_value("model_type").map(|(key, kind)| (key.clone(), kind.clone()));
+    fields.iter().find_map(|(key, value)| {
+        let alone: Map<String, Value> = kind.clone().into_iter().chain([(key.clone(), value.clone())]).collect();
+        serde_json::from_value::<C>(alone.into()).err().map(|e| if key == "model_type" { e.to_string() } else { format!("`{key}`: {e}") })
+    })
+}
+
+/// The tensors of `folder` as the model names and lays them. A tied name with a tensor of its own unties the model.
+fn read_state(folder: &Path, config: &mut impl Pretrained) -> Result<StateDict> {
+    let layout = config.layout();
+    let mut state = from_file(read_weights(folder)?, &layout)?;
+    for &(name, repeated) in layout.tied {
+        let Some(tensor) = state.remove(name) else { continue };
+        match state.get(repeated) {
+            Some(other) if is_same(&tensor, other)? => {}
+            Some(_) => {
+                config.untie(name)?;
+                state.insert(name.to_owned(), tensor);
+            }
+            None => {
+                state.insert(repeated.to_owned(), tensor);
+            }
+        }
+    }
+    Ok(state)
+}
+
+fn is_same(a: &Tensor, b: &Tensor) -> Result<bool> {
+    Ok(a.shape() == b.shape() && a.dtype() == b.dtype() && a.eq(b)?.all(())?.to_vec::<bool>()? == [true])
 }
 
 /// Saves a model in Hugging Face's layout, in shards of at most `max_shard_bytes` each: what `from_pretrained` of transformers reads.
@@ -308,7 +417,7 @@ fn from_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
                 name = format!("{stem}{new}");
             }
         }
-        if ends_with(&name, layout.ignored) || layout.tied.contains(&name.as_str()) {
+        if ends_with(&name, layout.ignored) {
             continue;
         }
         let is_transposed = tensor.rank() == 2 && ends_with(&name, layout.transposed);
@@ -319,7 +428,7 @@ fn from_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
 
 /// The inverse of [`from_file`].
 fn to_file(state: StateDict, layout: &Layout) -> Result<StateDict> {
-    let lay = |(name, tensor): (String, kiln_tensor::Tensor)| {
+    let lay = |(name, tensor): (String, Tensor)| {
         let is_transposed = tensor.rank() == 2 && ends_with(&name, layout.transposed);
         let tensor = if is_transposed { tensor.t()?.contiguous()? } else { tensor };
         Ok((name, tensor))

@@ -13,6 +13,37 @@ pub(super) struct Visible {
     pub causal: bool,
 }
 
+impl Visible {
+    /// All keys that `mask`, bool (B, S), does not hide.
+    pub fn padded(mask: Option<&Tensor>) -> Result<Self> {
+        let mask = mask.map(|mask| mask.unsqueeze(1)?.unsqueeze(1)).transpose()?;
+        Ok(Self { mask, causal: false })
+    }
+}
+
+/// The batch and the length of tokens (B, T), which must be i64 and not empty.
+pub(super) fn expect_tokens(tokens: &Tensor) -> Result<[usize; 2]> {
+    let [batch, len] = tokens.dims_n("transformer")?;
+    if tokens.dtype() != DType::I64 {
+        return Err(Error::unsupported_dtype("transformer", tokens.dtype(), "tokens of i64"));
+    }
+    if batch == 0 || len == 0 {
+        let message = format!("tokens {} hold nothing; start with a token, such as the BOS", tokens.shape());
+        return Err(Error::shape("transformer", message));
+    }
+    Ok([batch, len])
+}
+
+/// The mask of a batch of tokens (B, S), checked; `None` if it hides nothing.
+pub(super) fn expect_mask(mask: Option<&Tensor>, tokens: &Tensor) -> Result<Option<Tensor>> {
+    let Some(mask) = mask else { return Ok(None) };
+    if mask.shape() != tokens.shape() || mask.dtype() != DType::Bool {
+        let message = format!("the mask {} {} must be bool {}", mask.dtype(), mask.shape(), tokens.shape());
+        return Err(Error::shape("transformer", message));
+    }
+    Ok(mask.to_vec()?.contains(&false).then(|| mask.clone()))
+}
+
 /// Shared by all blocks of a pass.
 #[derive(Clone, Default)]
 pub(super) struct Context {

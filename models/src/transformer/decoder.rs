@@ -1,12 +1,12 @@
 //! The decoder-only language model that every family is a case of.
 
 use super::block::{Block, Norm};
-use super::context::{Context, Extent, positions};
+use super::context::{Context, Extent, expect_tokens, positions};
 use super::rope::{Positions, Rope};
 use super::{CausalLm, LmShape, Pass};
 use crate::nn::{Dropout, Embedding, Linear, Module, Params};
 use kiln_autograd::checkpoint;
-use kiln_tensor::{DType, Error, Result, Tensor};
+use kiln_tensor::{Error, Result, Tensor};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -83,16 +83,7 @@ impl Decoder {
     }
 
     fn extent(&self, tokens: &Tensor, pass: &Pass<'_>) -> Result<Extent> {
-        let [batch, added] = tokens.dims_n("transformer")?;
-        if tokens.dtype() != DType::I64 {
-            return Err(Error::unsupported_dtype("transformer", tokens.dtype(), "tokens of i64"));
-        }
-        if added == 0 || batch == 0 {
-            return Err(Error::shape(
-                "transformer",
-                format!("tokens {} hold nothing; start with a token, such as the BOS", tokens.shape()),
-            ));
-        }
+        let [batch, added] = expect_tokens(tokens)?;
         let (past, start) = pass.cache.as_ref().map_or((0, 0), |cache| (cache.len(), cache.seen()));
         let context = self.parts.shape.context_length;
         if pass.positions.is_none() && pass.segments.is_none() && start + added > context {

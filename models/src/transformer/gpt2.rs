@@ -158,6 +158,7 @@ impl Gpt2Config {
                 Norm::layer(&params.scope("ln_2"), width, self.layer_norm_epsilon)?,
             ],
             dropout: Dropout::new(params, self.resid_pdrop)?,
+            inner_dropout: None,
             post_norm: false,
         })
     }

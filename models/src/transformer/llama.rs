@@ -248,6 +248,7 @@ impl LlamaConfig {
                 Norm::rms(&params.scope("post_attention_layernorm"), width, self.rms_norm_eps)?,
             ],
             dropout: Dropout::new(params, 0.0)?,
+            inner_dropout: None,
             post_norm: false,
         })
     }

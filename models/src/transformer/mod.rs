@@ -4,6 +4,7 @@
 //! no more of it.
 
 mod attention;
+mod bert;
 mod block;
 mod cache;
 mod checkpoint;
@@ -12,18 +13,27 @@ mod decoder;
 mod gguf;
 mod gpt2;
 mod llama;
+mod m2m100;
 mod model;
 mod opt;
+mod positions;
 mod rope;
+mod seq2seq;
+mod t5;
 mod trainer;
 
+pub use bert::{BertConfig, BertForMaskedLm, BertForSequenceClassification, MaskedLm, SequenceClassifier};
 pub use cache::{KvCache, Seq2SeqCache};
-pub use checkpoint::{CausalConfig, Layout, Pretrained, load, load_pretrained, save_pretrained};
+use checkpoint::cannot_untie;
+pub use checkpoint::{CausalConfig, Layout, Pretrained, load, load_for_tuning, load_pretrained, save_pretrained};
 pub use decoder::Decoder;
 pub use gguf::{gguf_config, load_gguf};
 pub use gpt2::Gpt2Config;
 pub use llama::{LlamaConfig, LlamaKind, RopeParameters};
+pub use m2m100::M2m100Config;
 pub use model::{CausalLm, Encoded, LmShape, Pass, Seq2SeqLm};
 pub use opt::OptConfig;
 pub use rope::{RopeConfig, RopeScaling};
+pub use seq2seq::{EncoderDecoder, Seq2SeqConfig, load_seq2seq};
+pub use t5::T5Config;
 pub use trainer::{IGNORE_INDEX, LmBatch, LmStep, LmTrainer, LmTrainerOptions, lm_loss_sum, training_flops_per_token};

@@ -163,6 +163,7 @@ impl OptConfig {
             },
             norms: [self.norm(&params.scope("self_attn_layer_norm"))?, self.norm(&params.scope("final_layer_norm"))?],
             dropout: Dropout::new(params, self.dropout)?,
+            inner_dropout: None,
             post_norm: !self.do_layer_norm_before,
         })
     }

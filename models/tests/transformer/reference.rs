@@ -1,14 +1,18 @@
 //! Every family: logits, loss and the gradients of all parameters are the reference's, also of padded batches, and a model that is
 //! saved comes back with the same bits. `fixtures/check_saved.py` has the reference read what is saved here.
 
-use crate::{Expected, Scratch, folder, next_token_loss};
+use crate::{Expected, Scratch, expect_close, folder, next_token_loss, token_loss};
 use kiln_autograd::{TensorExt, no_grad};
 use kiln_models::nn::Params;
-use kiln_models::transformer::{CausalConfig, CausalLm, KvCache, Pass, Pretrained, load, load_pretrained, save_pretrained};
+use kiln_models::transformer::{
+    BertConfig, CausalConfig, CausalLm, KvCache, MaskedLm, Pass, Pretrained, Seq2SeqCache, Seq2SeqConfig, Seq2SeqLm, SequenceClassifier,
+    load, load_for_tuning, load_pretrained, load_seq2seq, save_pretrained,
+};
 use kiln_tensor::{Result, Tensor};
 use std::path::Path;
 
 const CAUSAL: [&str; 8] = ["gpt2", "gpt2_untied", "llama", "mistral", "qwen2", "qwen3", "opt", "opt_350m"];
+const SEQ2SEQ: [&str; 3] = ["t5", "t5_gated", "m2m100"];
 
 /// The same tensors with the same bits.
 fn expect_same_bits(a: &Params, b: &Params) -> Result<()> {
@@ -68,6 +72,79 @@ fn decoder_only_models_are_the_reference() -> Result<()> {
     CAUSAL.into_iter().try_for_each(|name| check_causal(name).map_err(|e| e.with_source(std::io::Error::other(name))))
 }
 
+fn check_seq2seq(name: &str) -> Result<()> {
+    let (params, expected) = (Params::new(), Expected::of(name)?);
+    let (config, model) = load_seq2seq(folder(name), &params)?;
+    params.eval();
+    let (source, mask, tokens) = (expected.get("source"), expected.mask()?, expected.get("tokens"));
+    let logits = model.forward(source, Some(&mask), tokens)?;
+    expected.check_logits(&logits, None)?;
+    expected.check_loss(&token_loss(&logits, expected.get("labels"))?, &params, &config.layout())?;
+
+    // In parts, with rows that change places between them.
+    no_grad(|| {
+        let mut encoded = model.encode(source, Some(&mask))?;
+        let (mut cache, mut parts) = (Seq2SeqCache::new(model.shape(), 2, tokens.dim(1)?, ())?, Vec::new());
+        let mut order = [0, 1];
+        for (start, added) in [(0, 2), (2, 1), (3, 1), (4, 2)] {
+            let index = Tensor::from_vec(order.map(|row| row as i64).to_vec(), [2])?;
+            let part = tokens.narrow(1, start, added)?.index_select(0, &index)?;
+            // A swap is its own inverse.
+            parts.push(model.logits(&model.decode(&part, &encoded, Some(&mut cache))?)?.index_select(0, &index)?);
+            cache.reorder(&[1, 0])?;
+            encoded = encoded.select(&[1, 0])?;
+            order.swap(0, 1);
+        }
+        expected.check_logits(&Tensor::cat(&parts, 1)?, None)
+    })?;
+    check_saving(name, &config, &params)
+}
+
+#[test]
+fn encoder_decoders_are_the_reference() -> Result<()> {
+    SEQ2SEQ.into_iter().try_for_each(|name| check_seq2seq(name).map_err(|e| e.with_source(std::io::Error::other(name))))
+}
+
+#[test]
+fn bert_is_the_reference() -> Result<()> {
+    let (params, expected) = (Params::new(), Expected::of("bert_mlm")?);
+    let (config, model) = load_pretrained::<MaskedLm<BertConfig>>(folder("bert_mlm"), &params)?;
+    params.eval();
+    let mask = expected.mask()?;
+    let logits = model.forward(expected.get("tokens"), Some(&mask), Some(expected.get("types")))?;
+    expected.check_logits(&logits, None)?;
+    expected.check_loss(&token_loss(&logits, expected.get("labels"))?, &params, &config.layout())?;
+    check_saving("bert_mlm", &config, &params)?;
+
+    let (params, expected) = (Params::new(), Expected::of("bert_classifier")?);
+    let (config, model) = load_pretrained::<SequenceClassifier<BertConfig>>(folder("bert_classifier"), &params)?;
+    params.eval();
+    let mask = expected.mask()?;
+    let logits = model.forward(expected.get("tokens"), Some(&mask), Some(expected.get("types")))?;
+    expect_close("logits", &logits, expected.get("logits"))?;
+    expected.check_loss(&logits.cross_entropy(expected.get("labels"))?, &params, &config.layout())?;
+    check_saving("bert_classifier", &config, &params)
+}
+
+/// A classifier on the body of a masked language model: its head starts fresh, the rest is that of the file.
+#[test]
+fn a_head_starts_fresh() -> Result<()> {
+    let params = Params::seeded(1);
+    let labels = |config: &mut SequenceClassifier<BertConfig>| config.0.set_labels(["a", "b", "c", "d"]);
+    let (config, model) = load_for_tuning(folder("bert_mlm"), &params, labels)?;
+    let expected = Expected::of("bert_mlm")?;
+    assert_eq!(model.forward(expected.get("tokens"), None, None)?.dims(), [2, 4]);
+    let body = Params::new();
+    load_pretrained::<MaskedLm<BertConfig>>(folder("bert_mlm"), &body)?;
+    let (tuned, body) = (params.state_dict(), body.state_dict());
+    for (name, tensor) in body.iter().filter(|(name, _)| name.starts_with("bert.")) {
+        assert!(tensor.to_vec::<f32>()? == tuned[name].to_vec::<f32>()?, "{name}");
+    }
+    check_saving("tuned", &config, &params)?;
+    assert!(load_for_tuning::<SequenceClassifier<BertConfig>>(folder("bert_mlm"), &Params::new(), |c| c.0.hidden_size = 1 << 40).is_err());
+    Ok(())
+}
+
 /// The gradients of a training pass, dropout included.
 fn training_grads(name: &str, checkpointing: bool) -> Result<Vec<Vec<f32>>> {
     let (params, expected) = (Params::seeded(3), Expected::of(name)?);
@@ -94,6 +171,11 @@ fn save_all_for_the_reference() -> Result<()> {
     for name in CAUSAL {
         save_again::<CausalConfig>(&root, name)?;
     }
+    for name in SEQ2SEQ {
+        save_again::<Seq2SeqConfig>(&root, name)?;
+    }
+    save_again::<MaskedLm<BertConfig>>(&root, "bert_mlm")?;
+    save_again::<SequenceClassifier<BertConfig>>(&root, "bert_classifier")?;
     Ok(())
 }
 
