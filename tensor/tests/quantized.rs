@@ -23,12 +23,9 @@ fn relative(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn weights_come_back_nearly() {
     let weight = normal([32, 1000]);
-    for (kind, most) in [
-        (Quantization::Int8 { group: 64 }, 0.0062),
-        (INT8, 0.0068),
-        (INT4, 0.092),
-        (Quantization::Int4 { group: 128 }, 0.102),
-    ] {
+    for (kind, most) in
+        [(Quantization::Int8 { group: 64 }, 0.0062), (INT8, 0.0068), (INT4, 0.092), (Quantization::Int4 { group: 128 }, 0.102)]
+    {
         let quantized = QuantizedMatrix::quantize(&weight, kind).unwrap();
         let error = relative(&weight, &quantized.dequantize(DType::F32).unwrap());
         eprintln!("{kind}: {error:.5}");

@@ -113,7 +113,8 @@ mod tests {
         assert_eq!(name("llama", "blk.11.ffn_down.weight").as_deref(), Some("model.layers.11.mlp.down_proj.weight"));
         assert_eq!(name("gpt2", "blk.0.attn_qkv.bias").as_deref(), Some("transformer.h.0.attn.c_attn.bias"));
         assert_eq!(name("gpt2", "position_embd.weight").as_deref(), Some("transformer.wpe.weight"));
-        for other in ["rope_freqs.weight", "blk.x.attn_q.weight", "blk.1.weight", "blk.1", "", "blk.0.attn_q.scale", "blk.-1.attn_q.weight"] {
+        for other in ["rope_freqs.weight", "blk.x.attn_q.weight", "blk.1.weight", "blk.1", "", "blk.0.attn_q.scale", "blk.-1.attn_q.weight"]
+        {
             assert_eq!(name("llama", other), None, "{other}");
         }
         assert_eq!(name("bert", "output.weight"), None);

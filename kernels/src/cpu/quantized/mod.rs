@@ -128,9 +128,7 @@ impl Quantization {
             (Self::Int8 { group } | Self::Int4 { group }, _) if !matches!(group, 64 | 128) => {
                 Some(format!("groups are of 64 or 128 columns, not of {group}"))
             }
-            (_, Some([block, _])) if !cols.is_multiple_of(block) => {
-                Some(format!("{cols} columns do not fill {self} blocks of {block}"))
-            }
+            (_, Some([block, _])) if !cols.is_multiple_of(block) => Some(format!("{cols} columns do not fill {self} blocks of {block}")),
             _ => None,
         }
     }

@@ -41,7 +41,11 @@ impl WithSimd for LanesAgree {
         // SAFETY: there are LANES bytes.
         let (signed, unsigned) = unsafe { (s.load_i8(bytes.as_ptr().cast()), s.load_u8(bytes.as_ptr())) };
         let meant = s.nibbles(unsigned, s.nibble_values(0.5, -3.0));
-        for (v, of) in [(signed.to_f32(), (|b| f32::from(b as i8)) as fn(u8) -> f32), (unsigned.to_f32(), f32::from), (meant, |b| f32::from(b & 15) * 0.5 - 3.0)] {
+        for (v, of) in [
+            (signed.to_f32(), (|b| f32::from(b as i8)) as fn(u8) -> f32),
+            (unsigned.to_f32(), f32::from),
+            (meant, |b| f32::from(b & 15) * 0.5 - 3.0),
+        ] {
             let mut out = vec![0f32; S::LANES];
             v.store_slice(&mut out, S::LANES);
             assert_eq!(out, bytes.iter().map(|&b| of(b)).collect::<Vec<_>>());
