@@ -3,8 +3,8 @@
 use kiln_autograd::no_grad;
 use kiln_models::gguf::{Array, Gguf, Storage, Value};
 use kiln_models::nn::Params;
-use kiln_models::transformer::{CausalConfig, CausalLm, Pass, gguf_config, load_gguf};
-use kiln_tensor::{DType, Quantization, Result, Tensor};
+use kiln_models::transformer::{CausalConfig, CausalLm, Decoder, Gpt2Config, Pass, gguf_config, load_gguf};
+use kiln_tensor::{DType, Quantization, QuantizedMatrix, Result, Tensor};
 use std::path::{Path, PathBuf};
 
 fn fixture(name: &str) -> PathBuf {
@@ -126,6 +126,29 @@ fn models_give_the_logits_of_transformers() -> Result<()> {
         assert_eq!(file.get_strings("tokenizer.ggml.tokens")?.len(), 48);
         assert_eq!(file.get_strings("tokenizer.ggml.merges")?, ["t 1", "t 2"]);
     }
+    Ok(())
+}
+
+#[test]
+fn a_tied_head_can_be_quantised() -> Result<()> {
+    let params = Params::seeded(3);
+    let config =
+        Gpt2Config { vocab_size: 70, n_positions: 8, n_embd: 64, n_layer: 1, n_head: 2, initializer_range: 0.3, ..Gpt2Config::default() };
+    let model = config.build(&params)?;
+    params.eval();
+    let tokens = Tensor::from_vec(vec![3i64, 69, 0], [1, 3])?;
+    let logits = |model: &Decoder| no_grad(|| model.forward(&tokens, Pass::default()));
+    let exact = logits(&model)?;
+    model.quantize_tied_head(Quantization::Int8 { group: 64 })?;
+    let near = logits(&model)?;
+    let error = near.sub(&exact)?.abs()?.max(())?.item::<f32>()?;
+    assert!(error > 0.0 && error < 0.02 * exact.abs()?.max(())?.item::<f32>()?, "{error}");
+    let other = QuantizedMatrix::quantize(&Tensor::zeros([70, 32], ())?, Quantization::Int8 { group: 64 })?;
+    assert!(model.set_quantized_head(Some(other)).is_err());
+    model.set_quantized_head(None)?;
+    assert_eq!(logits(&model)?.to_vec::<f32>()?, exact.to_vec::<f32>()?);
+    let own = Gpt2Config { tie_word_embeddings: false, ..config }.build(&Params::seeded(3))?;
+    assert!(own.quantize_tied_head(Quantization::Int8 { group: 64 }).is_err());
     Ok(())
 }
 

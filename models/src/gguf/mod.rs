@@ -1,6 +1,7 @@
 //! GGUF files, versions 2 and 3: what llama.cpp keeps models in. Metadata, and tensors in floats or in blocks of few bits.
 //!
-//! [`reader`] takes the file apart, [`value`] is its metadata, [`names`] says what tensors and hyper-parameters are called elsewhere.
+//! `reader` takes the file apart, `value` is its metadata, `names` says what tensors are called elsewhere. The models are built from it in
+//! [`transformer`](crate::transformer::load_gguf).
 //! Source: the specification in ggml's `docs/gguf.md`.
 
 mod names;
@@ -177,6 +178,11 @@ impl Gguf {
     /// The tensors' names, in the file's order.
     pub fn tensor_names(&self) -> &[String] {
         &self.names
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
 
     /// What the tensor `name` is, without reading it.

@@ -6,9 +6,9 @@ use super::rope::{Positions, Rope};
 use super::{CausalLm, LmShape, Pass};
 use crate::nn::{Dropout, Embedding, Linear, Module, Params};
 use kiln_autograd::checkpoint;
-use kiln_tensor::{Error, Result, Tensor};
-use std::sync::Arc;
+use kiln_tensor::{Error, Quantization, QuantizedMatrix, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// Learned positions: row `place + offset` of a table.
 pub(super) struct LearnedPositions {
@@ -49,6 +49,8 @@ pub struct Decoder {
     params: Params,
     parts: Parts,
     recomputes: AtomicBool,
+    /// What stands for the tied table where logits are computed.
+    quantized_head: RwLock<Option<QuantizedMatrix>>,
 }
 
 /// The parts, with blocks that a recomputed segment can hold.
@@ -69,7 +71,7 @@ impl Decoder {
         let DecoderParts { shape, tokens, positions, rope, projections, dropout, blocks, norm, head } = parts;
         let blocks = blocks.into_iter().map(Arc::new).collect();
         let parts = Parts { shape, tokens, positions, rope, projections, dropout, blocks, norm, head };
-        Self { params: params.clone(), parts, recomputes: AtomicBool::new(false) }
+        Self { params: params.clone(), parts, recomputes: AtomicBool::new(false), quantized_head: RwLock::default() }
     }
 
     /// Whether the backward pass computes each block again instead of keeping what is inside: less memory, a third more time.
@@ -80,6 +82,34 @@ impl Decoder {
     /// The table of the tokens, (V, C).
     pub fn token_embedding(&self) -> &Embedding {
         &self.parts.tokens
+    }
+
+    /// Computes logits with a copy of the tied table in few bits, which is a constant: what the table learns later does not reach it. As
+    /// each token reads one row of the table for itself and all of them for the logits, this is what decoding gains by; tokens are
+    /// looked up in the table as before. A head of its own is a [`Linear`] layer, which
+    /// [`quantize_linears`](Params::quantize_linears) takes.
+    ///
+    /// # Errors
+    /// If the output's matrix is not the table, or that cannot be quantised so.
+    pub fn quantize_tied_head(&self, kind: Quantization) -> Result<()> {
+        self.set_quantized_head(Some(QuantizedMatrix::quantize(&self.parts.tokens.weight().get(), kind)?))
+    }
+
+    /// As [`quantize_tied_head`](Self::quantize_tied_head), with a copy that was made elsewhere; `None` for the table itself.
+    ///
+    /// # Errors
+    /// If the output's matrix is not the table, or has another shape.
+    pub fn set_quantized_head(&self, matrix: Option<QuantizedMatrix>) -> Result<()> {
+        let op = "set_quantized_head";
+        if self.parts.head.is_some() {
+            return Err(Error::argument(op, "the model's head is a layer of its own; quantise that with `quantize_linears`"));
+        }
+        let table = *self.parts.tokens.weight().get().shape();
+        if let Some(matrix) = matrix.as_ref().filter(|matrix| *matrix.shape() != table) {
+            return Err(Error::shape(op, format!("the matrix {} must have the shape {table} of the table of tokens", matrix.shape())));
+        }
+        *self.quantized_head.write().unwrap_or_else(PoisonError::into_inner) = matrix;
+        Ok(())
     }
 
     fn extent(&self, tokens: &Tensor, pass: &Pass<'_>) -> Result<Extent> {
@@ -154,7 +184,10 @@ impl CausalLm for Decoder {
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match &self.parts.head {
             Some(head) => head.forward(hidden),
-            None => hidden.linear(&self.parts.tokens.weight().get(), None),
+            None => match &*self.quantized_head.read().unwrap_or_else(PoisonError::into_inner) {
+                Some(matrix) => matrix.linear(hidden, None),
+                None => hidden.linear(&self.parts.tokens.weight().get(), None),
+            },
         }
     }
 }

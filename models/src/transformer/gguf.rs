@@ -13,8 +13,11 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Tables that rows are looked up in, which are no layers' weights.
 const TABLES: [&str; 2] = ["token_embd.weight", "position_embd.weight"];
 
+/// The output's matrix; a file without it uses the table of tokens.
+const HEAD: &str = "output.weight";
+
 /// Loads the Llama or GPT-2 in the GGUF file at `path` into `params`. Quantised weights of [`Linear`](crate::nn::Linear) layers stay as they
-/// are stored; all else is converted to the dtype of `params`.
+/// are stored, as does a table of tokens where it gives the logits; all else is converted to the dtype of `params`.
 ///
 /// # Errors
 /// If the file is malformed, its architecture is not known here, a tensor is of a type that is not read, or tensors are missing, unexpected
@@ -23,6 +26,11 @@ pub fn load_gguf(path: impl AsRef<Path>, params: &Params) -> Result<(CausalConfi
     let file = Gguf::open(path)?;
     let config = gguf_config(&file)?;
     let (model, _) = params.build_from(weights(&file, &config)?, LoadMode::Strict, |params| config.build_model(params))?;
+    if !file.has_tensor(HEAD)
+        && let Some(matrix) = file.quantized(TABLES[0])?
+    {
+        model.set_quantized_head(Some(matrix))?;
+    }
     Ok((config, model))
 }
 
@@ -66,13 +74,9 @@ impl Keys<'_> {
         self.file.get_f64(&self.name(key))
     }
 
-    fn has(&self, tensor: &str) -> bool {
-        self.file.info(tensor).is_ok()
-    }
-
     /// Rows of the table of tokens.
     fn vocab_size(&self) -> Result<usize> {
-        let name = "token_embd.weight";
+        let name = TABLES[0];
         let shape = self.file.info(name)?.shape;
         match *shape.dims() {
             [entries, _] => Ok(entries),
@@ -89,7 +93,7 @@ impl Keys<'_> {
             n_head: self.extent("attention.head_count")?,
             n_inner: self.find_extent("feed_forward_length")?,
             layer_norm_epsilon: self.number("attention.layer_norm_epsilon")?,
-            tie_word_embeddings: !self.has("output.weight"),
+            tie_word_embeddings: !self.file.has_tensor(HEAD),
             ..Gpt2Config::default()
         })
     }
@@ -116,9 +120,9 @@ impl Keys<'_> {
             rms_norm_eps: self.number("attention.layer_norm_rms_epsilon")?,
             rope_theta: self.file.find_f64(&self.name("rope.freq_base"))?.unwrap_or(10_000.0),
             rope_parameters: self.rope_parameters()?,
-            attention_bias: self.has("blk.0.attn_q.bias"),
-            mlp_bias: self.has("blk.0.ffn_up.bias"),
-            tie_word_embeddings: !self.has("output.weight"),
+            attention_bias: self.file.has_tensor("blk.0.attn_q.bias"),
+            mlp_bias: self.file.has_tensor("blk.0.ffn_up.bias"),
+            tie_word_embeddings: !self.file.has_tensor(HEAD),
             ..LlamaConfig::default()
         })
     }
@@ -128,7 +132,7 @@ impl Keys<'_> {
         let key = self.name("rope.scaling.type");
         let kind = self.file.find_str(&key)?.unwrap_or("none");
         let factor = || self.number("rope.scaling.factor");
-        let fields = if self.has(ROPE_FACTORS) {
+        let fields = if self.file.has_tensor(ROPE_FACTORS) {
             // llama.cpp keeps what Llama 3.1's formula gives, a divisor for each frequency.
             let factors = self.file.tensor(ROPE_FACTORS)?.to_dtype(DType::F64)?.to_vec::<f64>()?;
             json!({"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0})

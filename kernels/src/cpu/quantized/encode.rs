@@ -77,9 +77,12 @@ impl WithSimd for Int8Row<'_> {
         let groups = self.weights.chunks(self.group).zip(self.codes.chunks_mut(self.group));
         for ((weights, codes), scale) in groups.zip(self.scales.chunks_exact_mut(2)) {
             let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
+            let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
             let bits = round_up_to_bf16(largest / 127.0);
+            // At the end of the range of f32 the next lower one, so that no code means infinity.
+            let bits = if (127.0 * value(bits)).is_finite() { bits } else { bits - 1 };
             scale.copy_from_slice(&bits.to_le_bytes());
-            let inverse = inverse_of(f32::from_bits(u32::from(bits) << 16));
+            let inverse = inverse_of(value(bits));
             for (code, w) in codes.iter_mut().zip(weights) {
                 *code = (f64::from(*w) * inverse).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
             }

@@ -1,7 +1,7 @@
 //! Matrices of weights in 8, 6 and 4 bits: a row is a run of groups, each with codes and what they mean. Nothing here quantises activations.
 //!
-//! [`Quantization`] says how a matrix lies in memory and [`Blocks`] is one that was checked; [`formats`] decodes a vector at a time. On
-//! that rest [`Blocks::dequantize`], the products of few rows ([`dots`]: the codes are streamed once) and those of many ([`panels`]).
+//! [`Quantization`] says how a matrix lies in memory and [`Blocks`] is one that was checked; `formats` decodes a vector at a time. On
+//! that rest [`Blocks::dequantize`], the products of few rows (`dots`: the codes are streamed once) and those of many (`panels`).
 
 mod dots;
 mod encode;
@@ -275,9 +275,12 @@ impl<F: Format, T: Input> WithSimd for DecodeRow<'_, F, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let mut values = [0f32; MAX_UNIT];
-        for (i, out) in self.out.chunks_mut(F::UNIT).enumerate() {
-            // SAFETY: a unit that holds columns of the matrix lies in its memory, as padding does, and `values` has room for it.
-            unsafe { self.format.decode(s, self.row, self.first / F::UNIT + i, &mut Store(values.as_mut_ptr())) };
+        for (i, out) in self.out.chunks_mut(MAX_UNIT).enumerate() {
+            let first = self.first / F::UNIT + i * (MAX_UNIT / F::UNIT);
+            for unit in 0..out.len().div_ceil(F::UNIT) {
+                // SAFETY: a unit that holds columns of the matrix lies in its memory, as padding does, and `values` has room for all of them.
+                unsafe { self.format.decode(s, self.row, first + unit, &mut Store(values.as_mut_ptr().add(unit * F::UNIT))) };
+            }
             T::from_f32(&values[..out.len()], out);
         }
     }
