@@ -523,6 +523,7 @@ fn overlong_sequences_are_refused_cut_or_split() {
     assert_eq!(targets, [2, 3, 4, IGNORE, 6, 7, 8, IGNORE, 10, IGNORE, IGNORE, IGNORE]);
     let empty = PackOptions { length: 0, packing: Packing::InOrder, overlong: Overlong::Split, pad: 0 };
     assert!(PackedSequences::new(vec![], empty).is_err());
+    assert!(PackedSequences::new(vec![], PackOptions { length: usize::MAX, ..empty }).is_err());
     assert_eq!(PackedSequences::new(vec![], PackOptions { length: 4, ..empty }).unwrap().len(), 0);
     assert!(TokenSequence::masked(vec![1, 2], vec![true]).is_err());
 }

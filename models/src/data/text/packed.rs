@@ -75,14 +75,17 @@ pub struct PackedSequences {
     options: PackOptions,
 }
 
+/// Rows are filled up to their length, so it must be one that memory can hold; no model's context is as long.
+const MAX_LENGTH: usize = 1 << 24;
+
 impl PackedSequences {
     /// Packs `sequences`; empty ones are left out.
     ///
     /// # Errors
-    /// If the length is 0, or a sequence is longer and [`Overlong::Refuse`] stands.
+    /// If the length is 0 or above 16 Mi, or a sequence is longer and [`Overlong::Refuse`] stands.
     pub fn new(sequences: Vec<TokenSequence>, options: PackOptions) -> Result<Self> {
-        if options.length == 0 {
-            return Err(Error::argument("pack", "rows must have a token at least"));
+        if !(1..=MAX_LENGTH).contains(&options.length) {
+            return Err(Error::argument("pack", format!("rows may have 1 to {MAX_LENGTH} tokens, not {}", options.length)));
         }
         let sequences = fit(sequences, options)?;
         let rows = match options.packing {
