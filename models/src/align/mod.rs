@@ -25,5 +25,5 @@ pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
     Preference, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, Sample, SftMetrics, SftOptions, SftTrainer,
-    TrainOptions, ValueModel, linear_decay,
+    TrainOptions, ValueModel, linear_decay, sampler,
 };

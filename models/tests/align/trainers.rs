@@ -66,28 +66,8 @@ fn pairs(seed: u64, count: usize) -> Vec<Preference> {
     prompts(seed, count).iter().map(pair).collect()
 }
 
-/// Draws token by token, without a cache.
 fn sample(model: &dyn CausalLm, request: &RolloutRequest<'_>) -> Result<Vec<Completion>> {
-    let draws = Generator::new(request.seed).rand([request.prompts.len(), request.max_new_tokens], DType::F64)?.to_vec::<f64>()?;
-    let answer = |(prompt, draws): (&Vec<u32>, &[f64])| -> Result<Completion> {
-        let mut text = prompt.clone();
-        for draw in draws {
-            let tokens = Tensor::from_vec(text.iter().map(|&t| i64::from(t)).collect(), [1, text.len()])?;
-            let logits = model.forward(&tokens, Pass::default())?.select(1, -1)?.div_scalar(request.temperature)?;
-            let shares = logits.to_dtype(DType::F64)?.softmax(-1)?.to_vec::<f64>()?;
-            let mut left = *draw;
-            let token = shares.iter().position(|share| {
-                left -= share;
-                left < 0.0
-            });
-            text.push(token.unwrap_or(0) as u32);
-            if text.ends_with(&[EOS]) {
-                break;
-            }
-        }
-        Ok(Completion { finished: text.ends_with(&[EOS]), tokens: text.split_off(prompt.len()) })
-    };
-    request.prompts.iter().zip(draws.chunks(request.max_new_tokens)).map(answer).collect()
+    sampler(&[EOS])(model, request)
 }
 
 /// 1 for a first token that is odd or even as the prompt's last, and half as much again if the answer comes to an end.
@@ -255,7 +235,7 @@ fn grpo_options(lr: f64) -> GrpoOptions {
 #[test]
 fn grpo_raises_the_reward() -> Result<()> {
     let cases = [
-        grpo_options(1e-2),
+        grpo_options(4e-3),
         GrpoOptions {
             loss: GrpoLossOptions {
                 loss: GrpoLoss::DrGrpo,
@@ -266,19 +246,19 @@ fn grpo_raises_the_reward() -> Result<()> {
             scale_rewards: RewardScale::None,
             num_iterations: 2,
             num_mini_batches: 2,
-            ..grpo_options(1e-2)
+            ..grpo_options(4e-3)
         },
     ];
-    for options in cases {
+    for (rounds, options) in [50, 25].into_iter().zip(cases) {
         let policy = model(0, 0.0)?;
         let reference = copy(&policy)?;
         let mut trainer = GrpoTrainer::new(policy, Some(reference), options)?;
-        let first = trainer.step(&prompts(0, 8), sample, judge)?;
+        let first = trainer.step(&prompts(0, 12), sample, judge)?;
         let mut last = first;
-        for i in 1..40 {
-            last = trainer.step(&prompts(i, 8), sample, judge)?;
+        for i in 1..rounds {
+            last = trainer.step(&prompts(i, 12), sample, judge)?;
         }
-        assert!(first.reward < 0.8 && last.reward > 1.2, "{first:?} to {last:?}");
+        assert!(last.reward > first.reward + 0.4 && last.reward > 1.2, "{first:?} to {last:?}");
         assert!(last.finished > 0.8 && last.entropy < first.entropy);
     }
     Ok(())
@@ -326,12 +306,12 @@ fn ppo_raises_the_score() -> Result<()> {
     let mut trainer = ppo(0, PpoOptions { missing_eos_penalty: Some(0.5), ..ppo_options(5e-3) })?;
     let first = trainer.step(&prompts(0, 32), sample, judge)?;
     let mut last = first;
-    for i in 1..40 {
+    for i in 1..25 {
         last = trainer.step(&prompts(i, 32), sample, judge)?;
     }
-    assert!(first.score < 0.8 && last.score > 1.2, "{first:?} to {last:?}");
+    assert!(last.score > first.score + 0.4 && last.score > 1.3, "{first:?} to {last:?}");
     assert!(last.kl > first.kl && last.finished > 0.8 && last.value_loss.is_finite());
-    assert_eq!(trainer.steps(), 40 * 8);
+    assert_eq!(trainer.steps(), 25 * 8);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use super::batch::Sample;
 use super::learner::evaluating;
+use crate::generate::{FinishReason, GenerationConfig, generate};
 use crate::transformer::CausalLm;
 use kiln_autograd::no_grad;
 use kiln_tensor::{Error, Generator, Result};
@@ -26,6 +27,40 @@ pub struct Completion {
     pub tokens: Vec<u32>,
     /// Whether the answer came to an end (EOS) rather than to the limit of its length.
     pub finished: bool,
+}
+
+/// The usual function that generates: draws from all of the vocabulary, by [`generate`], until one of these tokens ends an answer.
+///
+/// ```
+/// # use kiln_models::align::{GrpoLossOptions, GrpoOptions, GrpoTrainer, sampler};
+/// # use kiln_models::nn::Params;
+/// # use kiln_models::transformer::Gpt2Config;
+/// # use std::sync::Arc;
+/// # fn main() -> kiln_tensor::Result<()> {
+/// # let config = Gpt2Config { vocab_size: 7, n_positions: 8, n_embd: 16, n_layer: 1, n_head: 2, ..Gpt2Config::default() };
+/// let policy = Arc::new(config.build(&Params::seeded(0))?);
+/// let loss = GrpoLossOptions { max_completion_length: 4, ..GrpoLossOptions::default() };
+/// let mut trainer = GrpoTrainer::new(policy, None, GrpoOptions { loss, ..GrpoOptions::default() })?;
+/// // Short answers are better.
+/// let reward = |_: &[Vec<u32>], answers: &[_]| Ok(answers.iter().map(|a: &kiln_models::align::Completion| -(a.tokens.len() as f64)).collect());
+/// let metrics = trainer.step(&[vec![1, 2], vec![3]], sampler(&[6]), reward)?;
+/// assert!(metrics.reward < 0.0 && metrics.length <= 4.0);
+/// # Ok(()) }
+/// ```
+pub fn sampler(eos_token_id: &[u32]) -> impl Fn(&dyn CausalLm, &RolloutRequest<'_>) -> Result<Vec<Completion>> + Clone + use<> {
+    let eos_token_id = eos_token_id.to_vec();
+    move |model, request| {
+        let config = GenerationConfig {
+            max_new_tokens: Some(request.max_new_tokens),
+            do_sample: true,
+            temperature: request.temperature as f32,
+            seed: request.seed,
+            eos_token_id: eos_token_id.clone(),
+            ..GenerationConfig::default()
+        };
+        let answers = generate(model, request.prompts, &config)?.into_iter();
+        Ok(answers.map(|answer| Completion { finished: answer.finish != FinishReason::Length, tokens: answer.tokens }).collect())
+    }
 }
 
 /// Prompts with the policy's answers and their scores.
