@@ -1,6 +1,7 @@
 //! Low-rank adapters against `peft` (`fixtures/lora.py`), and what training, merging and files of them promise.
 
 use kiln_autograd::TensorExt;
+use kiln_models::align::{DpoOptions, DpoTrainer, Preference, Sample, TrainOptions};
 use kiln_models::lora::*;
 use kiln_models::nn::*;
 use kiln_models::optim::{AdamWOptions, GroupOptimizer, Optimizer};
@@ -9,6 +10,7 @@ use kiln_tensor::io::safetensors;
 use kiln_tensor::{DType, Generator, Quantization, Result, Tensor, autocast};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const CASES: [&str; 6] = ["lora", "rslora", "dora", "patterns", "lora_only", "companions"];
 
@@ -555,6 +557,32 @@ fn counting_trainer() -> LmTrainer<Decoder> {
     let trainer = LmTrainer::new(model, LmTrainerOptions { lr: 0.02, steps: 40, warmup_steps: 2, ..LmTrainerOptions::default() }).unwrap();
     assert_eq!(params.trainable().len(), lora.trainable().len());
     trainer
+}
+
+#[test]
+fn the_base_model_is_the_reference_of_the_adapted_one() {
+    let config = Gpt2Config { vocab_size: 13, n_positions: 16, n_embd: 16, n_layer: 2, n_head: 2, ..Gpt2Config::default() };
+    let policy: Arc<dyn CausalLm> = Arc::new(config.build(&Params::seeded(3)).unwrap());
+    let tokens = Tensor::from_vec((0..12i64).collect(), [2, 6]).unwrap();
+    let logits = |model: &dyn CausalLm| values(&model.forward(&tokens, Pass::default()).unwrap());
+    policy.params().eval();
+    let base = logits(&*policy);
+    let config = LoraConfig { r: 4, bias: Bias::All, target_modules: ["c_attn", "wte"].into(), ..LoraConfig::default() };
+    let lora = Arc::new(Lora::attach(policy.params(), &config, policy.params().generator()).unwrap());
+    let reference = Arc::new(WithoutAdapter::new(policy.clone(), lora.clone()));
+    let options = DpoOptions { train: TrainOptions { disable_dropout: true, ..TrainOptions::new(0.02) }, ..DpoOptions::default() };
+    let mut trainer = DpoTrainer::new(policy.clone(), Some(reference.clone()), options).unwrap();
+    let sample = |last: u32| Sample::of(&[1, 2, 3], &[4, last]);
+    let pairs = [Preference { chosen: sample(5), rejected: sample(6), ..Preference::default() }];
+    let losses: Vec<f64> = (0..10).map(|_| trainer.step(&pairs).unwrap().loss).collect();
+    // The policy starts as the reference: −log σ(0).
+    assert!((losses[0] - 2f64.ln()).abs() < 1e-6 && losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
+    assert_eq!(logits(&*reference), base);
+    assert_ne!(logits(&*policy), base);
+    assert!(lora.is_enabled());
+    let state = trainer.state_dict().unwrap();
+    assert!(state.keys().any(|name| name.starts_with("adapter.base_model.model.transformer.wte.lora_embedding_A")));
+    trainer.load_state_dict(&state).unwrap();
 }
 
 #[test]

@@ -22,7 +22,7 @@ impl LoraEmbedding {
     pub fn new(scope: &Params, layer: &Embedding, target: &Target, config: &LoraConfig, shared: &Shared) -> Result<Self> {
         let (normal, [entries, width]) = (Init::Normal { mean: 0.0, std: 1.0 }, layer.weight().get().dims_n("lora")?);
         // A row of A is all that an entry trains: B is not zero, so that it learns at once.
-        let first = if config.init_lora_weights == LoraInit::Random { normal.clone() } else { Init::Zeros };
+        let first = if config.init_lora_weights == LoraInit::Random { normal } else { Init::Zeros };
         let a = scope.param("lora_embedding_A", [target.rank, entries], first)?;
         let b = scope.param("lora_embedding_B", [width, target.rank], normal)?;
         let mut adapter = Self { a, b, magnitude: None, scale: target.scale, shared: shared.clone() };

@@ -8,7 +8,9 @@ mod embedding;
 mod files;
 mod host;
 mod layer;
+mod reference;
 mod select;
 
 pub use adapter::{Disabled, Lora};
 pub use config::{Bias, LoraConfig, LoraInit, Modules};
+pub use reference::WithoutAdapter;

@@ -74,9 +74,9 @@ pub(super) struct Learner {
 }
 
 impl Learner {
-    /// Of the parameters that are not frozen.
+    /// Of the parameters that are not frozen, and of adapters.
     pub fn new(op: &'static str, params: &Params, options: &TrainOptions) -> Result<Self> {
-        let trained: Vec<_> = params.params().into_iter().filter(|param| !param.is_frozen()).collect();
+        let trained = params.trainable();
         if trained.is_empty() {
             return Err(Error::argument(op, "all parameters of the model are frozen: there is nothing to train"));
         }
@@ -124,6 +124,7 @@ impl Learner {
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         put(&mut state, "model", self.params.state_dict());
+        put(&mut state, "adapter", self.params.adapter_state_dict());
         put(&mut state, "optimizer", self.optimizer.state_dict()?);
         put_counters(&mut state, "counters", &counters(self.steps, self.params.generator()))?;
         Ok(state)
@@ -133,6 +134,7 @@ impl Learner {
     pub fn load_state_dict(&mut self, state: &StateDict) -> Result<()> {
         let [steps, seed, offset] = get_counters(self.op, state, "counters")?;
         self.params.load_state_dict(&part(state, "model"), LoadMode::Strict)?;
+        self.params.load_adapter_state_dict(&part(state, "adapter"), LoadMode::Strict)?;
         self.optimizer.load_state_dict(&part(state, "optimizer"))?;
         self.params.generator().set_state(GeneratorState { seed, offset });
         self.steps = steps;
