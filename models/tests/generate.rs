@@ -61,6 +61,14 @@ fn greedy_answers_are_those_of_transformers() -> Result<()> {
 }
 
 #[test]
+fn beams_are_those_of_transformers() -> Result<()> {
+    for (kind, count) in [("gpt2", 21), ("llama", 21), ("mistral", 3)] {
+        assert_eq!(compare(kind, |config| config.num_beams > 1)?, count);
+    }
+    Ok(())
+}
+
+#[test]
 fn processors_are_those_of_transformers() -> Result<()> {
     let file = json("processors.json");
     let rows = |value: &Value| -> Vec<Vec<f32>> {
