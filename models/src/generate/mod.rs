@@ -6,11 +6,13 @@ mod beam;
 mod config;
 pub mod processors;
 mod sample;
+mod speculative;
 mod stepper;
 mod stream;
 
 pub use config::{EarlyStopping, GenerationConfig};
 pub use processors::{LogitsProcessor, Place, Processors};
+pub use speculative::{Speculation, generate_speculative};
 pub use stream::{Generate, NewToken, Step, StopRule};
 
 use crate::transformer::CausalLm;
