@@ -3,6 +3,7 @@
 //! With `--sweep`, the sizes between them instead ([`sweep`]). On a GPU, a call's time includes the wait for its result; [`gpu`] adds
 //! shapes that are too large for a processor.
 
+mod decode;
 mod gpt;
 mod gpu;
 mod layers;
@@ -113,6 +114,7 @@ fn main() -> Result<()> {
         layers::fused(&bench)?;
         training::run(&bench)?;
         gpt::run(&bench)?;
+        decode::run(&bench)?;
         unet::run(&bench)?;
         gpu::run(&bench)
     })

@@ -1,8 +1,11 @@
 //! Generation against transformers' on tiny random models, and what holds for any model: batches, caches, seeds, bad input.
 
-use kiln_models::generate::{EarlyStopping, FinishReason, Generate, GenerationConfig, LogitsProcessor, Place, Processors, generate};
+use kiln_autograd::no_grad;
+use kiln_models::generate::{
+    EarlyStopping, FinishReason, Generate, GenerationConfig, LogitsProcessor, Place, Processors, generate, generate_speculative,
+};
 use kiln_models::nn::Params;
-use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass, load};
+use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, KvCache, Pass, load};
 use kiln_tensor::{DType, Result, Tensor};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -56,6 +59,14 @@ fn compare(kind: &str, wanted: impl Fn(&GenerationConfig) -> bool) -> Result<usi
 fn greedy_answers_are_those_of_transformers() -> Result<()> {
     for (kind, count) in [("gpt2", 11), ("llama", 11), ("mistral", 3)] {
         assert_eq!(compare(kind, |config| config.num_beams == 1)?, count);
+    }
+    Ok(())
+}
+
+#[test]
+fn beams_are_those_of_transformers() -> Result<()> {
+    for (kind, count) in [("gpt2", 21), ("llama", 21), ("mistral", 3)] {
+        assert_eq!(compare(kind, |config| config.num_beams > 1)?, count);
     }
     Ok(())
 }
@@ -223,6 +234,117 @@ fn half_precision_generates_too() -> Result<()> {
         assert!((full.logprobs[0] - half.logprobs[0]).abs() < 0.1 && (full.logprobs[0] - cast.logprobs[0]).abs() < 0.1);
         assert_eq!((half.tokens.len(), cast.tokens.len()), (6, 6));
     }
+    Ok(())
+}
+
+#[test]
+fn a_sliding_cache_holds_two_windows_and_gives_what_none_gives() -> Result<()> {
+    let model = model("mistral")?;
+    model.params().eval();
+    let window = model.attention_span().expect("all layers look through a window");
+    assert_eq!((window, self::model("llama")?.attention_span()), (5, None));
+    let tokens = Tensor::randint(0, 40, [2, 50])?;
+    no_grad(|| {
+        let whole = model.forward(&tokens, Pass::default())?;
+        let mut cache = KvCache::windowed(model.shape(), 2, window, 2 * window, ())?;
+        let (mut parts, mut from) = (Vec::new(), 0);
+        for len in [1, 3, 6, 1, 6, 2, 4].into_iter().chain(std::iter::repeat_n(1, 27)) {
+            parts.push(model.forward(&tokens.narrow(1, from, len)?, Pass::cached(&mut cache))?);
+            from += len;
+            assert!(cache.len() <= 10 && cache.seen() == from);
+        }
+        let difference = Tensor::cat(&parts, 1)?.sub(&whole)?.abs()?.max(())?.item_f64()?;
+        assert!(from == 50 && difference < 1e-4, "{from} {difference}");
+        assert!(model.forward(&tokens.narrow(1, 0, 7)?, Pass::cached(&mut cache)).is_err(), "7 tokens and the 4 before are more than 10");
+        assert!(KvCache::windowed(model.shape(), 2, window, 4, ()).is_err());
+        Ok(())
+    })
+}
+
+#[test]
+fn speculation_changes_nothing_of_a_greedy_answer() -> Result<()> {
+    for (kind, len) in [("gpt2", 40), ("mistral", 55)] {
+        let (target, draft) = (model(kind)?, gpt2(8, 40, 32)?);
+        let config =
+            GenerationConfig { max_length: Some(len), repetition_penalty: 1.1, eos_token_id: vec![2], ..GenerationConfig::default() };
+        for prompt in [vec![5u32, 9, 2], vec![7], (0..20).collect()] {
+            let alone = generate(&target, std::slice::from_ref(&prompt), &config)?.remove(0);
+            for count in [1, 4, 100] {
+                let guessed = generate_speculative(&target, &draft, &prompt, &config, count)?;
+                assert_eq!(guessed.generation.tokens, alone.tokens, "{kind} {count}");
+                assert_eq!(guessed.generation.finish, alone.finish);
+                for (guessed, alone) in guessed.generation.logprobs.iter().zip(&alone.logprobs) {
+                    assert!((guessed - alone).abs() < 1e-3, "{guessed} {alone}");
+                }
+                assert!(guessed.proposed > 0 && guessed.accepted < guessed.proposed.max(4), "{guessed:?}");
+                let own = generate_speculative(&target, &target, &prompt, &config, count)?;
+                assert_eq!((own.generation.tokens, own.accepted), (alone.tokens.clone(), own.proposed));
+            }
+        }
+    }
+    let (target, other) = (model("gpt2")?, gpt2(8, 30, 32)?);
+    for (draft, count, named) in [(&other, 4, "30 tokens"), (&target, 0, "num_draft_tokens")] {
+        let error = generate_speculative(&target, draft, &[1], &GenerationConfig::default(), count).expect_err(named).to_string();
+        assert!(error.contains(named), "{error}");
+    }
+    Ok(())
+}
+
+const DICE: usize = 5;
+
+/// χ² of how often each pair of tokens came first, against the probabilities that `model` gives it at `temperature`; 24 degrees of freedom.
+fn chi_square(model: &Decoder, prompt: &[u32], temperature: f64, pairs: &[Vec<u32>]) -> Result<f64> {
+    let rows = (0..DICE as i64).flat_map(|first| prompt.iter().map(|&token| i64::from(token)).chain([first])).collect();
+    let logits = no_grad(|| model.forward(&Tensor::from_vec(rows, [DICE, prompt.len() + 1])?, Pass::default()))?;
+    let table = logits.div_scalar(temperature)?.softmax(-1)?.to_vec::<f32>()?;
+    let at = |row: usize, place: usize, token: usize| f64::from(table[(row * (prompt.len() + 1) + place) * DICE + token]);
+    let mut sum = 0.0;
+    for first in 0..DICE {
+        for second in 0..DICE {
+            let expected = at(first, prompt.len() - 1, first) * at(first, prompt.len(), second) * pairs.len() as f64;
+            let seen = pairs.iter().filter(|pair| pair[..2] == [first as u32, second as u32]).count() as f64;
+            sum += (seen - expected).powi(2) / expected;
+        }
+    }
+    Ok(sum)
+}
+
+/// Of 24 degrees of freedom, exceeded with a probability of 1e-4.
+const CHI_SQUARE_LIMIT: f64 = 60.0;
+
+#[test]
+fn draws_follow_the_distribution() -> Result<()> {
+    let model = gpt2(10, DICE, 16)?;
+    let config = GenerationConfig {
+        max_new_tokens: Some(2),
+        do_sample: true,
+        temperature: 0.9,
+        num_return_sequences: 4000,
+        ..GenerationConfig::default()
+    };
+    let pairs: Vec<_> = generate(&model, &[vec![1, 3]], &config)?.into_iter().map(|answer| answer.tokens).collect();
+    model.params().eval();
+    let statistic = chi_square(&model, &[1, 3], 0.9, &pairs)?;
+    assert!(statistic < CHI_SQUARE_LIMIT, "{statistic}");
+    Ok(())
+}
+
+#[test]
+fn speculation_does_not_change_the_distribution() -> Result<()> {
+    let (target, draft) = (gpt2(10, DICE, 16)?, gpt2(11, DICE, 16)?);
+    let (mut pairs, mut accepted, mut proposed) = (Vec::new(), 0, 0);
+    for seed in 0..1000 {
+        let config = GenerationConfig { max_new_tokens: Some(3), do_sample: true, temperature: 0.9, seed, ..GenerationConfig::default() };
+        let drawn = generate_speculative(&target, &draft, &[1, 3], &config, 2)?;
+        (accepted, proposed) = (accepted + drawn.accepted, proposed + drawn.proposed);
+        pairs.push(drawn.generation.tokens);
+    }
+    target.params().eval();
+    let statistic = chi_square(&target, &[1, 3], 0.9, &pairs)?;
+    let rate = f64::from(accepted as u32) / f64::from(proposed as u32);
+    assert!(statistic < CHI_SQUARE_LIMIT, "{statistic}");
+    // Both acceptance and rejection have had their part.
+    assert!((0.2..0.95).contains(&rate), "{rate}");
     Ok(())
 }
 

@@ -2,14 +2,17 @@
 //!
 //! Everything here works on token ids; a tokenizer stands before and behind it.
 
+mod beam;
 mod config;
 pub mod processors;
 mod sample;
+mod speculative;
 mod stepper;
 mod stream;
 
 pub use config::{EarlyStopping, GenerationConfig};
 pub use processors::{LogitsProcessor, Place, Processors};
+pub use speculative::{Speculation, generate_speculative};
 pub use stream::{Generate, NewToken, Step, StopRule};
 
 use crate::transformer::CausalLm;
@@ -63,5 +66,9 @@ pub struct Generation {
 /// If a prompt is empty, leaves no room in the context or holds a token that is not in the vocabulary, `config` is out of range, or the
 /// model's logits are not finite.
 pub fn generate(model: &dyn CausalLm, prompts: &[Vec<u32>], config: &GenerationConfig) -> Result<Vec<Generation>> {
+    if config.num_beams > 1 {
+        let (mut stepper, limits) = stream::prepare(model, prompts, config)?;
+        return beam::beam_search(&mut stepper, prompts, &limits, config);
+    }
     Generate::new(model, prompts, config)?.collect_all()
 }

@@ -100,10 +100,8 @@ impl LogitsProcessor for NoRepeatNGram {
         }
         let prefix = &tokens[tokens.len() + 1 - self.0..];
         for run in tokens.windows(self.0) {
-            if let Some((&last, before)) = run.split_last() {
-                if before == prefix {
-                    exclude(logits, last);
-                }
+            if let Some((&last, _)) = run.split_last().filter(|(_, before)| *before == prefix) {
+                exclude(logits, last);
             }
         }
         Ok(())

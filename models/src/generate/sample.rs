@@ -63,10 +63,15 @@ impl Rows {
             Some(draw) => draw_token(logits, draw)?,
             None => largest(logits)?,
         };
+        Ok(self.choice(row, token, &raw))
+    }
+
+    /// The choice of `token` in row `row`, whose logits were `raw`.
+    pub fn choice(&self, row: usize, token: u32, raw: &[f32]) -> Choice {
         let logit = raw.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
         let logprob = logit - self.totals[row];
         let scaled_logprob = self.scaled.as_ref().map_or(logprob, |(totals, temperature)| logit / temperature - totals[row]);
-        Ok(Choice { token, logprob, scaled_logprob })
+        Choice { token, logprob, scaled_logprob }
     }
 }
 

@@ -67,6 +67,30 @@ pub(super) fn tokens_on(tokens: impl Iterator<Item = u32>, [rows, columns]: [usi
     Tensor::from_vec(tokens.map(i64::from).collect(), [rows, columns])?.to_device(device)
 }
 
+/// A cache for `rows` sequences of at most `tokens` tokens, the last `slack` of which may be truncated; of a window only if that is less.
+pub(super) fn make_cache(model: &dyn CausalLm, rows: usize, tokens: usize, slack: usize) -> Result<KvCache> {
+    let (shape, options) = (model.shape(), cache_options(model.params()));
+    match model.attention_span().map(|window| window.saturating_add(slack)) {
+        Some(window) if tokens > window.saturating_mul(2) => KvCache::windowed(shape, rows, window, window * 2, options),
+        _ => KvCache::new(shape, rows, tokens, options),
+    }
+}
+
+/// Reads more tokens of a single sequence, in as many passes as the cache needs; the hidden states (1, T, C) of the last pass, which is the
+/// only one if there are not more tokens than a window.
+pub(super) fn feed(model: &dyn CausalLm, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor> {
+    let device = device_of(model.params());
+    let mut rest = tokens;
+    loop {
+        let (part, after) = rest.split_at(rest.len().min(cache.room().max(1)));
+        let hidden = model.hidden_states(&tokens_on(part.iter().copied(), [1, part.len()], device)?, Pass::cached(cache))?;
+        if after.is_empty() {
+            return Ok(hidden);
+        }
+        rest = after;
+    }
+}
+
 /// A decoder-only model with its cache. Prompts of different lengths are padded on the left.
 pub(super) struct CausalStepper<'a> {
     model: &'a dyn CausalLm,
@@ -116,15 +140,6 @@ impl<'a> CausalStepper<'a> {
         let [_, t, _] = hidden.dims_n("generate")?;
         self.model.logits(&hidden.select(1, t as isize - 1)?)
     }
-
-    fn make_cache(&self, rows: usize, longest: usize) -> Result<KvCache> {
-        let (shape, options) = (self.model.shape(), cache_options(self.model.params()));
-        let tokens = longest + self.room.saturating_sub(1);
-        match self.model.attention_span() {
-            Some(window) if tokens > window.saturating_mul(2) => KvCache::windowed(shape, rows, window, window * 2, options),
-            _ => KvCache::new(shape, rows, tokens, options),
-        }
-    }
 }
 
 impl Stepper for CausalStepper<'_> {
@@ -132,7 +147,7 @@ impl Stepper for CausalStepper<'_> {
         let prompts = std::mem::take(&mut self.prompts);
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         inference(self.model.params(), || {
-            self.cache = Some(self.make_cache(prompts.len(), longest)?);
+            self.cache = Some(make_cache(self.model, prompts.len(), longest + self.room.saturating_sub(1), 0)?);
             let padded: Vec<Vec<u32>> = prompts
                 .iter()
                 .map(|prompt| std::iter::repeat_n(self.pad, longest - prompt.len()).chain(prompt.iter().copied()).collect())

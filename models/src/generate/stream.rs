@@ -80,6 +80,21 @@ pub struct Generate<'a> {
     state: State,
 }
 
+/// Checks what is asked for, and makes the model ready for it: with the lengths that end each answer.
+pub(super) fn prepare<'a>(
+    model: &'a dyn CausalLm,
+    prompts: &[Vec<u32>],
+    config: &GenerationConfig,
+) -> Result<(CausalStepper<'a>, Vec<usize>)> {
+    let shape = model.shape();
+    config.validate(shape.vocab_size)?;
+    check_prompts("prompt", prompts, shape.vocab_size)?;
+    let limit = |(i, prompt): (usize, &Vec<u32>)| config.limit(&format!("prompt {i}"), prompt.len(), shape.context_length);
+    let limits = prompts.iter().enumerate().map(limit).collect::<Result<Vec<_>>>()?;
+    let room = prompts.iter().zip(&limits).map(|(prompt, limit)| limit - prompt.len()).max().unwrap_or(1);
+    Ok((CausalStepper::new(model, prompts, room, config.pad()), limits))
+}
+
 #[derive(PartialEq)]
 enum State {
     Fresh,
@@ -94,14 +109,8 @@ impl<'a> Generate<'a> {
     /// If a prompt is empty, leaves no room in the context or holds a token that is not in the vocabulary, or `config` is out of range or
     /// asks for a beam search, which has nothing to show before its end.
     pub fn new(model: &'a dyn CausalLm, prompts: &[Vec<u32>], config: &GenerationConfig) -> Result<Self> {
-        let shape = model.shape();
-        config.validate(shape.vocab_size)?;
-        check_prompts("prompt", prompts, shape.vocab_size)?;
-        let limit = |(i, prompt): (usize, &Vec<u32>)| config.limit(&format!("prompt {i}"), prompt.len(), shape.context_length);
-        let limits = prompts.iter().enumerate().map(limit).collect::<Result<Vec<_>>>()?;
-        let room = prompts.iter().zip(&limits).map(|(prompt, limit)| limit - prompt.len()).max().unwrap_or(1);
-        let stepper = Box::new(CausalStepper::new(model, prompts, room, config.pad()));
-        Self::over(stepper, prompts, &limits, config)
+        let (stepper, limits) = prepare(model, prompts, config)?;
+        Self::over(Box::new(stepper), prompts, &limits, config)
     }
 
     /// Of a model that has been told its prompts; `limits` are the lengths that end each.
