@@ -159,7 +159,8 @@ fn products_are_those_of_the_decoded_weights() {
                 out
             });
             for (i, &got) in out.iter().enumerate() {
-                assert!((f64::from(got) - want(i / rows, i % rows)).abs() < 3e-6 * size, "{kind} {rows}x{cols} {count}: {i}: {got}");
+                // A scalar machine adds a thousand terms one after the other.
+                assert!((f64::from(got) - want(i / rows, i % rows)).abs() < 1e-5 * size, "{kind} {rows}x{cols} {count}: {i}: {got}");
             }
             let brains: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
             let mut out = vec![bf16::NAN; count * rows];
