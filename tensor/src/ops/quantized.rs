@@ -274,7 +274,7 @@ impl QuantizedMatrix {
         let _running = operation("dequantize", &[&self.0.bytes], || Cost::NONE);
         let blocks = self.blocks()?;
         for_float!(dtype, "dequantize", T => Tensor::build::<T>(device, self.shape(), |out| {
-            blocks.dequantize(0..blocks.rows(), 0..blocks.cols(), out);
+            blocks.dequantize(&(0..blocks.rows()), 0..blocks.cols(), out);
             Ok(())
         }))
     }
@@ -294,7 +294,7 @@ impl QuantizedMatrix {
         let shape = indices.shape().with_inserted(indices.rank(), self.0.cols)?;
         let blocks = self.blocks()?;
         for_float!(dtype, op, T => Tensor::build::<T>(indices.device(), &shape, |out| {
-            blocks.dequantize(list.as_slice(), 0..blocks.cols(), out);
+            blocks.dequantize(&list, 0..blocks.cols(), out);
             Ok(())
         }))
     }

@@ -264,9 +264,11 @@ impl Format for Q6K {
                         a.shr_logical::<4>() | (bits & pair),
                         b.shr_logical::<4>() | (bits.shr_logical::<2>() & pair),
                     ];
-                    for (run, codes) in codes.into_iter().enumerate() {
+                    // Not by an iterator, which may become a function of its own, without the level's instructions.
+                    #[allow(clippy::needless_range_loop)]
+                    for run in 0..4 {
                         let scale = d * f32::from(scales[8 * of + 2 * run + at / 16] as i8);
-                        sink.put(s, 128 * of + 32 * run + at, (codes - middle).to_f32() * s.splat(scale));
+                        sink.put(s, 128 * of + 32 * run + at, (codes[run] - middle).to_f32() * s.splat(scale));
                     }
                 }
             }

@@ -212,7 +212,11 @@ impl<'a> Blocks<'a> {
     /// # Panics
     /// If a row or the columns are out of range, the columns do not begin where groups do (multiples of 256 always do), or `out` is not as
     /// long as all values together.
-    pub fn dequantize<T: Input>(&self, rows: impl Rows, cols: Range<usize>, out: &mut [T]) {
+    pub fn dequantize<T: Input>(&self, rows: &dyn Rows, cols: Range<usize>, out: &mut [T]) {
+        T::decode(self, rows, cols, out);
+    }
+
+    fn decode<T: Input>(&self, rows: &dyn Rows, cols: Range<usize>, out: &mut [T]) {
         let unit = self.kind.unit();
         assert!(cols.start <= cols.end && cols.end <= self.cols && cols.start.is_multiple_of(unit), "columns {cols:?}");
         let width = cols.len();
@@ -252,7 +256,7 @@ impl Rows for Range<usize> {
     }
 }
 
-impl Rows for &[i64] {
+impl Rows for Vec<i64> {
     fn count(&self) -> usize {
         self.len()
     }

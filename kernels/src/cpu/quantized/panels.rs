@@ -3,13 +3,14 @@
 //! A panel takes at most [`PANEL_BYTES`], or the least that it can have: 16 rows, or (of the transposed product) 256 columns.
 
 use super::dots::{self, MAX_DOT_ROWS};
-use super::{Blocks, MAX_UNIT};
+use super::{Blocks, MAX_UNIT, Rows};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::cast::Stored;
 use crate::cpu::gemm::{Gemm, GemmElement};
 use crate::element::Float;
 use crate::view::MatView;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Decoded values that are held at once: a share of the second-level cache and the third, and nothing beside a model.
 const PANEL_BYTES: usize = 8 << 20;
@@ -17,20 +18,21 @@ const PANEL_BYTES: usize = 8 << 20;
 /// Rows of the least panel.
 const MIN_PANEL_ROWS: usize = 16;
 
-/// An element type of inputs and outputs.
+/// An element type of inputs and outputs. What takes time are functions of the types themselves, so that they are compiled here.
 pub trait Input: GemmElement + Float {
-    /// Whether few rows may be widened to f32 without loss.
-    const IS_F32_OR_LESS: bool;
     /// Values to f32: `to` is as long as `from`.
     fn to_f32(from: &[Self], to: &mut [f32]);
     /// Values from f32, rounded once: `to` is as long as `from`.
     fn from_f32(from: &[f32], to: &mut [Self]);
+    /// The product of few rows, if they can be widened to f32 without loss.
+    fn few(matrix: &Blocks<'_>, x: &[Self], bias: Option<&[Self]>, out: &mut [Self]) -> Option<Result<(), OutOfMemory>>;
+    /// See [`Blocks::dequantize`].
+    fn decode(matrix: &Blocks<'_>, rows: &dyn Rows, cols: Range<usize>, out: &mut [Self]);
 }
 
 macro_rules! input_through_f32 {
     ($($t:ty),*) => { $(
         impl Input for $t {
-            const IS_F32_OR_LESS: bool = true;
             #[inline(always)]
             fn to_f32(from: &[Self], to: &mut [f32]) {
                 assert_eq!(from.len(), to.len());
@@ -43,13 +45,18 @@ macro_rules! input_through_f32 {
                 // SAFETY: as above.
                 unsafe { <$t as Stored>::narrow(from.as_ptr(), to.as_mut_ptr(), to.len()) }
             }
+            fn few(matrix: &Blocks<'_>, x: &[Self], bias: Option<&[Self]>, out: &mut [Self]) -> Option<Result<(), OutOfMemory>> {
+                Some(dots::product(matrix, x, bias, out))
+            }
+            fn decode(matrix: &Blocks<'_>, rows: &dyn Rows, cols: Range<usize>, out: &mut [Self]) {
+                matrix.decode(rows, cols, out);
+            }
         }
     )* };
 }
 input_through_f32!(f32, f16, bf16);
 
 impl Input for f64 {
-    const IS_F32_OR_LESS: bool = false;
     #[inline(always)]
     fn to_f32(from: &[Self], to: &mut [f32]) {
         to.iter_mut().zip(from).for_each(|(to, &x)| *to = x as f32);
@@ -57,6 +64,12 @@ impl Input for f64 {
     #[inline(always)]
     fn from_f32(from: &[f32], to: &mut [Self]) {
         to.iter_mut().zip(from).for_each(|(to, &x)| *to = f64::from(x));
+    }
+    fn few(_: &Blocks<'_>, _: &[Self], _: Option<&[Self]>, _: &mut [Self]) -> Option<Result<(), OutOfMemory>> {
+        None
+    }
+    fn decode(matrix: &Blocks<'_>, rows: &dyn Rows, cols: Range<usize>, out: &mut [Self]) {
+        matrix.decode(rows, cols, out);
     }
 }
 
@@ -80,8 +93,11 @@ impl Blocks<'_> {
             return Ok(());
         }
         assert_eq!(x.len(), count * cols, "rows of the input");
-        if T::IS_F32_OR_LESS && count <= MAX_DOT_ROWS && cols > 0 {
-            return dots::product(self, x, bias, out);
+        if count <= MAX_DOT_ROWS
+            && cols > 0
+            && let Some(done) = T::few(self, x, bias, out)
+        {
+            return done;
         }
         let height = (PANEL_BYTES / size_of::<T>() / cols.max(1)).max(MIN_PANEL_ROWS).min(rows);
         let mut panel = Buffer::new(height * cols * size_of::<T>())?;
@@ -89,7 +105,7 @@ impl Blocks<'_> {
         for first in (0..rows).step_by(height) {
             let height = height.min(rows - first);
             let panel = &mut panel[..height * cols];
-            self.dequantize(first..first + height, 0..cols, panel);
+            self.dequantize(&(first..first + height), 0..cols, panel);
             let gemm = Gemm::new(whole(x, count, cols), whole(panel, height, cols).t());
             Gemm { bias: bias.map(|bias| &bias[first..first + height]), ..gemm }.run(&mut out[first..], rows)?;
         }
@@ -119,7 +135,7 @@ impl Blocks<'_> {
         for first in (0..cols).step_by(width) {
             let width = width.min(cols - first);
             let panel = &mut panel[..rows * width];
-            self.dequantize(0..rows, first..first + width, panel);
+            self.dequantize(&(0..rows), first..first + width, panel);
             Gemm::new(whole(x, count, rows), whole(panel, rows, width)).run(&mut out[first..], cols)?;
         }
         Ok(())

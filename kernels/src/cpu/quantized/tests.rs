@@ -115,7 +115,7 @@ fn codes_mean_what_the_formats_say() {
             let matrix = Blocks::new(kind, rows, cols, &bytes).unwrap();
             let all = at_thread_counts(|| {
                 let mut out = vec![f32::NAN; rows * cols];
-                matrix.dequantize(0..rows, 0..cols, &mut out);
+                matrix.dequantize(&(0..rows), 0..cols, &mut out);
                 out
             });
             for (i, &got) in all.iter().enumerate() {
@@ -126,8 +126,7 @@ fn codes_mean_what_the_formats_say() {
             let end = cols.min(300);
             let mut part = vec![bf16::NAN; 2 * (end - 256)];
             if end > 256 {
-                let list: &[i64] = &[1, 0];
-                matrix.dequantize(list, 256..end, &mut part);
+                matrix.dequantize(&vec![1, 0], 256..end, &mut part);
                 for (i, got) in part.iter().enumerate() {
                     let (row, col) = (1 - i / (end - 256), 256 + i % (end - 256));
                     assert_eq!(*got, bf16::from_f32(all[row * cols + col]), "{kind}");
@@ -145,7 +144,7 @@ fn products_are_those_of_the_decoded_weights() {
             let bytes = random(kind, rows, cols);
             let matrix = Blocks::new(kind, rows, cols, &bytes).unwrap();
             let mut weights = vec![0f64; rows * cols];
-            matrix.dequantize(0..rows, 0..cols, &mut weights);
+            matrix.dequantize(&(0..rows), 0..cols, &mut weights);
             let x: Vec<f32> = values(count * cols, 1.0).into_iter().map(|x| x as f32).collect();
             let bias: Vec<f32> = values(rows, 1.0).into_iter().map(|x| x as f32).collect();
             let want = |b: usize, r: usize| {
@@ -159,7 +158,8 @@ fn products_are_those_of_the_decoded_weights() {
                 out
             });
             for (i, &got) in out.iter().enumerate() {
-                assert!((f64::from(got) - want(i / rows, i % rows)).abs() < 3e-6 * size, "{kind} {rows}x{cols} {count}: {i}: {got}");
+                // A scalar machine adds a thousand terms one after the other.
+                assert!((f64::from(got) - want(i / rows, i % rows)).abs() < 1e-5 * size, "{kind} {rows}x{cols} {count}: {i}: {got}");
             }
             let brains: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
             let mut out = vec![bf16::NAN; count * rows];
@@ -201,7 +201,7 @@ fn error_of(kind: Quantization, weights: &[f32], [rows, cols]: [usize; 2]) -> f6
     let mut bytes = Buffer::new(kind.nbytes(rows, cols).unwrap()).unwrap();
     quantize(kind, rows, cols, weights, bytes.as_slice_mut()).unwrap();
     let mut back = vec![0f32; rows * cols];
-    Blocks::new(kind, rows, cols, bytes.as_bytes()).unwrap().dequantize(0..rows, 0..cols, &mut back);
+    Blocks::new(kind, rows, cols, bytes.as_bytes()).unwrap().dequantize(&(0..rows), 0..cols, &mut back);
     let squares = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
     let error = squares(&mut weights.iter().zip(&back).map(|(a, b)| f64::from(a - b)));
     (error / squares(&mut weights.iter().map(|&w| f64::from(w)))).sqrt()
@@ -232,7 +232,7 @@ fn extreme_weights_are_kept() {
             let mut bytes = vec![0; kind.nbytes(1, 130).unwrap()];
             quantize(kind, 1, 130, &weights, &mut bytes).unwrap();
             let mut back = vec![f32::NAN; 130];
-            Blocks::new(kind, 1, 130, &bytes).unwrap().dequantize(0..1, 0..130, &mut back);
+            Blocks::new(kind, 1, 130, &bytes).unwrap().dequantize(&(0..1), 0..130, &mut back);
             // Int4 may cut off the outermost weights.
             for (w, b) in weights.iter().zip(&back) {
                 assert!((f64::from(w - b)).abs() <= 0.2 * scale + 1e-40, "{kind} {scale:e}: {w:e} {b:e}");
