@@ -2,6 +2,7 @@
 
 use kiln_autograd::no_grad;
 use kiln_models::align::*;
+use kiln_models::data::{PaddingSide, TokenSequence, pad_sequences};
 use kiln_models::nn::{LoadMode, Params, ParamsOptions, StateDict};
 use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
 use kiln_tensor::{DType, Error, Generator, Result, Tensor};
@@ -53,15 +54,15 @@ fn wrong(prompt: &[u32]) -> Vec<u32> {
     vec![(prompt[prompt.len() - 1] + 5) % 8, prompt[0], EOS]
 }
 
-fn texts(seed: u64, count: usize) -> Vec<Sample> {
-    prompts(seed, count).iter().map(|prompt| Sample::of(prompt, &right(prompt))).collect()
+fn texts(seed: u64, count: usize) -> Vec<TokenSequence> {
+    prompts(seed, count).iter().map(|prompt| TokenSequence::completion(prompt, &right(prompt))).collect()
 }
 
-fn pairs(seed: u64, count: usize) -> Vec<Preference> {
-    let pair = |prompt: &Vec<u32>| Preference {
-        chosen: Sample::of(prompt, &right(prompt)),
-        rejected: Sample::of(prompt, &wrong(prompt)),
-        ..Preference::default()
+fn pairs(seed: u64, count: usize) -> Vec<PreferencePair> {
+    let pair = |prompt: &Vec<u32>| PreferencePair {
+        chosen: TokenSequence::completion(prompt, &right(prompt)),
+        rejected: TokenSequence::completion(prompt, &wrong(prompt)),
+        ..PreferencePair::default()
     };
     prompts(seed, count).iter().map(pair).collect()
 }
@@ -142,15 +143,12 @@ fn sft_learns_answers_and_nothing_else() -> Result<()> {
 #[test]
 fn sft_steps_by_the_loss_of_the_whole_batch() -> Result<()> {
     let (samples, model) = (texts(3, 5), model(4, 0.0)?);
-    let width = samples.iter().map(|s| s.tokens.len()).max().unwrap();
-    let (mut tokens, mut mask) = (Vec::new(), Vec::new());
-    for sample in &samples {
-        let padding = width - sample.tokens.len();
-        tokens.extend(sample.tokens.iter().map(|&t| i64::from(t)).chain(vec![0; padding]));
-        mask.extend(sample.mask.iter().copied().chain(vec![false; padding]));
-    }
-    let tokens = Tensor::from_vec(tokens, [5, width])?;
-    let labels = mask_labels(&tokens, &Tensor::from_vec(mask, [5, width])?)?;
+    let batch = pad_sequences(&samples, 0, PaddingSide::Right)?;
+    let (tokens, width) = (batch.inputs, batch.key_mask.dim(1)?);
+    // The padded batch has a target at the place before it.
+    let mask = batch.targets.ne_scalar(IGNORE_INDEX as f64)?.narrow(1, 0, width - 1)?;
+    let mask = Tensor::cat(&[&mask.narrow(1, 0, 1)?.zeros_like()?, &mask], 1)?;
+    let labels = mask_labels(&tokens, &mask)?;
     let logits = no_grad(|| model.forward(&tokens, Pass::default()))?;
     let expected = sft_loss(&logits, &labels, None)?.item_f64()?;
     let accuracy = token_accuracy(&logits, &labels)?;
@@ -182,7 +180,7 @@ fn reward_model_learns_preferences() -> Result<()> {
     let (short, long) = (vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6]);
     let (alone, beside) = (trainer.model().score(&[short.clone()])?, trainer.model().score(&[short, long])?);
     assert!((alone[0] - beside[0]).abs() < 1e-5);
-    let with = |margin| Preference { margin, ..pairs(0, 1).remove(0) };
+    let with = |margin| PreferencePair { margin, ..pairs(0, 1).remove(0) };
     assert!(trainer.step(&[with(Some(0.5)), with(None)]).unwrap_err().to_string().contains("1 of 2 pairs have a margin"));
     assert!(trainer.step(&[with(Some(0.5)), with(Some(1.0))])?.loss.is_finite());
     Ok(())
@@ -215,10 +213,10 @@ fn dpo_with_precomputed_references_is_the_same() -> Result<()> {
         DpoTrainer::new(model(6, 0.0)?, online, DpoOptions { train: train(1e-3), ..Default::default() })
     };
     let plain = pairs(0, 6);
-    let known: Vec<Preference> = plain
+    let known: Vec<PreferencePair> = plain
         .iter()
         .zip(DpoTrainer::reference_log_probs(&*reference, &plain)?)
-        .map(|(pair, reference)| Preference { reference: Some(reference), ..pair.clone() })
+        .map(|(pair, reference)| PreferencePair { reference: Some(reference), ..pair.clone() })
         .collect();
     let (mut online, mut offline) = (make(true)?, make(false)?);
     let (a, b) = (online.step(&plain)?, offline.step(&known)?);
@@ -395,17 +393,20 @@ fn misuse_is_an_error_that_says_what_is_wrong() -> Result<()> {
     }
     let mut sft = SftTrainer::new(model(0, 0.0)?, SftOptions::default())?;
     fails(sft.step(&[]), "no token of the batch counts");
-    fails(sft.step(&[Sample::of(&[1, 2], &[])]), "no token of the batch counts");
-    fails(sft.step(&[Sample { tokens: vec![1, 2], mask: vec![true; 3] }]), "2 tokens and a mask of 3");
-    fails(sft.step(&[Sample::of(&[1], &[u32::MAX])]), "");
-    fails(sft.step(&[Sample::of(&[1; 12], &[2])]), "context");
-    assert_eq!(sft.step(&[Sample::of(&[1; 12], &[2; 4]).truncated(12), Sample::of(&[1], &[2])])?.tokens, 1);
+    fails(sft.step(&[TokenSequence::completion(&[1, 2], &[])]), "no token of the batch counts");
+    fails(sft.step(&[TokenSequence::new(vec![1, 2]), TokenSequence::default()]), "text 1 has no tokens");
+    fails(sft.step(&[TokenSequence::completion(&[1], &[u32::MAX])]), "");
+    fails(sft.step(&[TokenSequence::completion(&[1; 12], &[2])]), "context");
+    assert_eq!(sft.step(&[TokenSequence::completion(&[1; 12], &[2; 4]).truncated(12), TokenSequence::completion(&[1], &[2])])?.tokens, 1);
     let frozen = model(0, 0.0)?;
     frozen.params().freeze("*")?;
     fails(SftTrainer::new(frozen, SftOptions::default()), "all parameters of the model are frozen");
     let mut dpo = DpoTrainer::new(model(0, 0.0)?, None, DpoOptions::default())?;
     fails(dpo.step(&[]), "no pairs");
-    fails(dpo.step(&[Preference { chosen: Sample::of(&[1], &[]), ..pairs(0, 1).remove(0) }]), "pair 0 has no token that counts");
+    fails(
+        dpo.step(&[PreferencePair { chosen: TokenSequence::completion(&[1], &[]), ..pairs(0, 1).remove(0) }]),
+        "pair 0 has no token that counts",
+    );
     let mut reward = RewardTrainer::new(RewardModel::new(model(0, 0.0)?)?, RewardOptions::default())?;
     fails(reward.step(&[]), "no pairs");
     fails(reward.model().score(&[vec![]]), "text 0 has no tokens");

@@ -1,61 +1,33 @@
 //! Texts of different lengths as one batch, and the model's log-probabilities of the tokens that count.
 
 use crate::align::logprobs::token_log_probs;
+use crate::data::TokenSequence;
 use crate::transformer::{CausalLm, Pass};
 use kiln_tensor::{Error, Result, Tensor};
 
-/// A text, and which of its tokens the model is to say (the assistant's). The first token is never predicted, whatever its mask.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Sample {
-    /// Token ids.
-    pub tokens: Vec<u32>,
-    /// True for the tokens that count; as many as there are tokens.
-    pub mask: Vec<bool>,
-}
-
-impl Sample {
-    /// A prompt and the answer that counts.
-    pub fn of(prompt: &[u32], completion: &[u32]) -> Self {
-        let mask = std::iter::repeat_n(false, prompt.len()).chain(std::iter::repeat_n(true, completion.len())).collect();
-        Self { tokens: [prompt, completion].concat(), mask }
-    }
-
-    /// The first `max_length` tokens (TRL's truncation `keep_start`).
-    pub fn truncated(mut self, max_length: usize) -> Self {
-        self.tokens.truncate(max_length);
-        self.mask.truncate(max_length);
-        self
-    }
-
-    /// Tokens that count.
-    pub fn count(&self) -> usize {
-        self.mask.iter().skip(1).filter(|&&counts| counts).count()
-    }
-}
-
 /// Two answers to the same prompt.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub struct Preference {
+pub struct PreferencePair {
     /// The better one, with its prompt.
-    pub chosen: Sample,
+    pub chosen: TokenSequence,
     /// The worse one, with its prompt.
-    pub rejected: Sample,
+    pub rejected: TokenSequence,
     /// By how much the better one is to lead in a reward model, if that is known of all pairs.
     pub margin: Option<f64>,
     /// log π_ref of chosen and rejected answer, if computed before (see [`DpoTrainer::reference_log_probs`](super::DpoTrainer::reference_log_probs)).
     pub reference: Option<[f64; 2]>,
 }
 
-/// Samples, padded behind their ends: no token sees what follows it, so padding needs no mask in the model.
+/// Texts, padded behind their ends: no token sees what follows it, so padding needs no mask in the model.
 pub(super) struct TokenBatch {
     /// i64 (B, T)
     pub tokens: Tensor,
     /// Bool (B, T − 1): where the next token counts.
     pub mask: Tensor,
-    /// Tokens of each sample.
+    /// Tokens of each text.
     pub lengths: Vec<usize>,
-    /// Those that count, of each sample.
-    pub counts: Vec<usize>,
+    /// Tokens that count, of all.
+    pub count: usize,
     /// i64 (N): the places among B·T whose next token counts; the same among B·(T − 1); and these next tokens.
     rows: Tensor,
     places: Tensor,
@@ -71,30 +43,23 @@ pub(super) struct Predicted {
 }
 
 impl TokenBatch {
-    /// Samples as the model takes them, of the width of the longest, or `width`.
-    pub fn new(op: &str, model: &dyn CausalLm, samples: &[&Sample], width: Option<usize>) -> Result<Self> {
-        for (i, sample) in samples.iter().enumerate() {
-            if sample.tokens.len() != sample.mask.len() {
-                let message = format!("text {i} has {} tokens and a mask of {}", sample.tokens.len(), sample.mask.len());
-                return Err(Error::shape(op, message));
-            }
-            if sample.tokens.is_empty() {
-                return Err(Error::argument(op, format!("text {i} has no tokens")));
-            }
+    /// Texts as the model takes them, of the width of the longest, or `width`.
+    pub fn new(op: &str, model: &dyn CausalLm, samples: &[&TokenSequence], width: Option<usize>) -> Result<Self> {
+        if let Some(i) = samples.iter().position(|sample| sample.is_empty()) {
+            return Err(Error::argument(op, format!("text {i} has no tokens")));
         }
         if samples.is_empty() {
             return Err(Error::argument(op, "there are no texts in the batch"));
         }
-        let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
+        let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
         let width = width.unwrap_or(longest).max(longest).max(2);
         let (mut tokens, mut mask) = (Vec::new(), Vec::new());
         let (mut rows, mut places, mut targets) = (Vec::new(), Vec::new(), Vec::new());
         for (b, sample) in samples.iter().enumerate() {
-            let padded = sample.tokens.iter().map(|&token| i64::from(token)).chain(std::iter::repeat(0));
+            let padded = sample.tokens().iter().map(|&token| i64::from(token)).chain(std::iter::repeat(0));
             tokens.extend(padded.take(width));
-            let counts = sample.mask.iter().copied().chain(std::iter::repeat(false));
-            mask.extend(counts.take(width).skip(1));
-            for (t, (&token, _)) in sample.tokens.iter().zip(&sample.mask).skip(1).enumerate().filter(|(_, (_, counts))| **counts) {
+            mask.extend((1..width).map(|place| place < sample.len() && sample.learns(place)));
+            for (t, &token) in sample.tokens().iter().skip(1).enumerate().filter(|(t, _)| sample.learns(t + 1)) {
                 rows.push((b * width + t) as i64);
                 places.push((b * (width - 1) + t) as i64);
                 targets.push(i64::from(token));
@@ -108,20 +73,15 @@ impl TokenBatch {
         Ok(Self {
             tokens: Tensor::from_vec(tokens, [samples.len(), width])?.to_device(device)?,
             mask: Tensor::from_vec(mask, [samples.len(), width - 1])?.to_device(device)?,
-            lengths: samples.iter().map(|s| s.tokens.len()).collect(),
-            counts: samples.iter().map(|s| s.count()).collect(),
+            lengths: samples.iter().map(|sample| sample.len()).collect(),
+            count: samples.iter().map(|sample| learned(sample)).sum(),
             rows: column(rows)?,
             places: column(places)?,
             targets: column(targets)?,
         })
     }
 
-    /// Tokens that count.
-    pub fn count(&self) -> usize {
-        self.counts.iter().sum()
-    }
-
-    /// Rows `of` a tensor (B, T, C) at the places whose next token counts, (N, C).
+    /// Rows of a tensor (B, T, C) at the places whose next token counts, (N, C).
     fn picked(&self, hidden: &Tensor) -> Result<Tensor> {
         let [batch, length, width] = hidden.dims_n("align")?;
         hidden.reshape([batch * length, width])?.index_select(0, &self.rows)
@@ -147,6 +107,11 @@ impl TokenBatch {
         let hits = logits.detach().argmax(-1)?.eq(&self.targets)?.sum(())?.item::<i64>()?;
         Ok(hits.unsigned_abs() as usize)
     }
+}
+
+/// The tokens of a text that are learned: the first is not, whatever its mask.
+pub(super) fn learned(text: &TokenSequence) -> usize {
+    (1..text.len()).filter(|&place| text.learns(place)).count()
 }
 
 /// `items` in at most `count` parts of equal lengths, the last maybe shorter.

@@ -1,8 +1,9 @@
 //! Reward and value models: a language model whose hidden states a linear head turns into numbers; and the training on preferences.
 
-use super::batch::{Preference, Sample, TokenBatch, parts};
+use super::batch::{PreferencePair, TokenBatch, parts};
 use super::learner::{Learner, TrainOptions, evaluating};
 use crate::align::reward::{PreferenceLoss, RewardLossOptions, reward_loss};
+use crate::data::TokenSequence;
 use crate::nn::{Init, Linear, Module, Params, StateDict};
 use crate::transformer::{CausalLm, Pass};
 use kiln_autograd::{TensorExt, no_grad};
@@ -69,13 +70,13 @@ impl RewardModel {
     /// # Errors
     /// If a text is empty or longer than the model's context.
     pub fn score(&self, texts: &[Vec<u32>]) -> Result<Vec<f64>> {
-        let samples: Vec<Sample> = texts.iter().map(|text| Sample::of(text, &[])).collect();
+        let samples: Vec<TokenSequence> = texts.iter().map(|text| TokenSequence::new(text.clone())).collect();
         let batch = self.batch(&samples.iter().collect::<Vec<_>>())?;
         let scores = evaluating(self.params(), || no_grad(|| self.last(&batch)))?;
         scores.to_dtype(DType::F64)?.to_vec()
     }
 
-    fn batch(&self, samples: &[&Sample]) -> Result<TokenBatch> {
+    fn batch(&self, samples: &[&TokenSequence]) -> Result<TokenBatch> {
         TokenBatch::new("reward_model", &*self.backbone, samples, None)
     }
 
@@ -149,9 +150,9 @@ impl RewardTrainer {
     /// One step on a batch. Masks and references of the pairs are not read.
     ///
     /// # Errors
-    /// If there are no pairs, some have a margin and others none, a text is malformed or longer than the model's context, or the
+    /// If there are no pairs, some have a margin and others none, a text is empty or longer than the model's context, or the
     /// loss is not finite.
-    pub fn step(&mut self, pairs: &[Preference]) -> Result<RewardMetrics> {
+    pub fn step(&mut self, pairs: &[PreferencePair]) -> Result<RewardMetrics> {
         self.learner.begin()?;
         let (mut loss, mut accuracy, mut margin) = (0.0, 0.0, 0.0);
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
@@ -174,7 +175,7 @@ impl RewardTrainer {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn evaluate(&self, pairs: &[Preference]) -> Result<f64> {
+    pub fn evaluate(&self, pairs: &[PreferencePair]) -> Result<f64> {
         let mut accuracy = 0.0;
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
             let out = evaluating(self.model.params(), || no_grad(|| self.loss(part)))?;
@@ -183,8 +184,8 @@ impl RewardTrainer {
         Ok(accuracy)
     }
 
-    fn loss(&self, pairs: &[Preference]) -> Result<PreferenceLoss> {
-        let samples: Vec<&Sample> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
+    fn loss(&self, pairs: &[PreferencePair]) -> Result<PreferenceLoss> {
+        let samples: Vec<&TokenSequence> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
         let batch = self.model.batch(&samples)?;
         let scores = self.options.train.autocast(|| self.model.last(&batch))?;
         let margins: Vec<f64> = pairs.iter().filter_map(|pair| pair.margin).collect();
