@@ -178,8 +178,10 @@ fn reward_model_learns_preferences() -> Result<()> {
     assert!(after.loss < 0.35 * before && after.margin > 1.0 && trainer.evaluate(&pairs(60, 64))? > 0.95, "{before}, {after:?}");
     // Neither what stands beside a text nor its padding has a part in its score.
     let (short, long) = (vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6]);
-    let (alone, beside) = (trainer.model().score(&[short.clone()])?, trainer.model().score(&[short, long])?);
+    let (alone, beside) = (trainer.model().score(std::slice::from_ref(&short))?, trainer.model().score(&[short, long])?);
     assert!((alone[0] - beside[0]).abs() < 1e-5);
+    let answers = [Completion { tokens: vec![2, 3], finished: true }];
+    assert_eq!(trainer.model().score_completions(&[vec![1]], &answers)?, alone);
     let with = |margin| PreferencePair { margin, ..pairs(0, 1).remove(0) };
     assert!(trainer.step(&[with(Some(0.5)), with(None)]).unwrap_err().to_string().contains("1 of 2 pairs have a margin"));
     assert!(trainer.step(&[with(Some(0.5)), with(Some(1.0))])?.loss.is_finite());
@@ -218,6 +220,10 @@ fn dpo_with_precomputed_references_is_the_same() -> Result<()> {
         .zip(DpoTrainer::reference_log_probs(&*reference, &plain)?)
         .map(|(pair, reference)| PreferencePair { reference: Some(reference), ..pair.clone() })
         .collect();
+    // Many texts go in several passes, to the same sums.
+    let many: Vec<TokenSequence> = plain.iter().map(|pair| pair.rejected.clone()).cycle().take(70).collect();
+    let sums = sequence_log_probs(&*reference, &many)?;
+    assert!(sums.len() == 70 && sums.iter().zip(known.iter().cycle()).all(|(sum, pair)| (sum - pair.reference.unwrap()[1]).abs() < 1e-5));
     let (mut online, mut offline) = (make(true)?, make(false)?);
     let (a, b) = (online.step(&plain)?, offline.step(&known)?);
     assert_eq!((a.loss, a.margin), (b.loss, b.margin));
@@ -339,6 +345,37 @@ fn ppo_moves_the_price_of_kl() -> Result<()> {
     Ok(())
 }
 
+/// Autocast computes the same steps, but for rounding.
+#[test]
+fn steps_in_bf16() -> Result<()> {
+    let train = |bf16| TrainOptions { bf16, ..train(1e-3) };
+    let losses = |bf16| -> Result<[f64; 4]> {
+        let reference = || -> Result<Arc<dyn CausalLm>> { Ok(model(1, 0.0)?) };
+        let reward = RewardModel::new(model(0, 0.0)?)?;
+        let mut reward = RewardTrainer::new(reward, RewardOptions { train: train(bf16), ..Default::default() })?;
+        let mut dpo = DpoTrainer::new(model(0, 0.0)?, Some(reference()?), DpoOptions { train: train(bf16), ..Default::default() })?;
+        let loss = GrpoLossOptions { beta: 0.5, ..grpo_options(0.0).loss };
+        let options = GrpoOptions { train: train(bf16), loss, scale_rewards: RewardScale::None, ..grpo_options(0.0) };
+        let mut grpo = GrpoTrainer::new(model(0, 0.0)?, Some(reference()?), options)?;
+        let value = ValueModel::new(model(2, 0.0)?)?;
+        let options = PpoOptions { train: train(bf16), kl: KlControl::Fixed(1.0), num_ppo_epochs: 1, ..ppo_options(0.0) };
+        let mut ppo = PpoTrainer::new(model(0, 0.0)?, reference()?, value, options)?;
+        // The rollout is given, so that both precisions judge the same answers.
+        let fixed = |_: &dyn CausalLm, request: &RolloutRequest<'_>| {
+            let answer = |i: usize| Completion { tokens: vec![i as u32 % 8, (i / 2) as u32 % 8, EOS], finished: true };
+            Ok((0..request.prompts.len()).map(answer).collect::<Vec<_>>())
+        };
+        let pairs = pairs(0, 8);
+        let (reward, dpo) = (reward.step(&pairs)?.loss, dpo.step(&pairs)?.loss);
+        Ok([reward, dpo, grpo.step(&prompts(0, 2), fixed, judge)?.loss, ppo.step(&prompts(0, 8), fixed, judge)?.value_loss])
+    };
+    let (full, half) = (losses(false)?, losses(true)?);
+    for (i, (full, half)) in full.iter().zip(half).enumerate() {
+        assert!(*full != half && (full - half).abs() < 0.03 * (1.0 + full.abs()), "{i}: {full} {half}");
+    }
+    Ok(())
+}
+
 #[test]
 fn runs_resume_bit_for_bit() -> Result<()> {
     let schedule = linear_decay(10, 2);
@@ -388,14 +425,18 @@ fn runs_resume_bit_for_bit() -> Result<()> {
 #[test]
 fn misuse_is_an_error_that_says_what_is_wrong() -> Result<()> {
     fn fails<T>(result: Result<T>, words: &str) {
-        let text = result.err().map(|e: Error| e.to_string()).unwrap_or_default();
+        let text = result.err().map(|e: Error| e.to_string()).unwrap_or_else(|| panic!("no error says {words:?}"));
         assert!(text.contains(words), "{text:?} says nothing of {words:?}");
     }
     let mut sft = SftTrainer::new(model(0, 0.0)?, SftOptions::default())?;
+    // A part of a batch may have nothing to learn.
+    let accumulated = TrainOptions { gradient_accumulation_steps: 2, ..train(1e-3) };
+    let mut parts = SftTrainer::new(model(0, 0.0)?, SftOptions { train: accumulated, ..Default::default() })?;
+    assert_eq!(parts.step(&[TokenSequence::completion(&[1, 2], &[]), TokenSequence::completion(&[1], &[2, 3])])?.tokens, 2);
     fails(sft.step(&[]), "no token of the batch counts");
     fails(sft.step(&[TokenSequence::completion(&[1, 2], &[])]), "no token of the batch counts");
     fails(sft.step(&[TokenSequence::new(vec![1, 2]), TokenSequence::default()]), "text 1 has no tokens");
-    fails(sft.step(&[TokenSequence::completion(&[1], &[u32::MAX])]), "");
+    fails(sft.step(&[TokenSequence::completion(&[1], &[u32::MAX])]), "4294967295");
     fails(sft.step(&[TokenSequence::completion(&[1; 12], &[2])]), "context");
     assert_eq!(sft.step(&[TokenSequence::completion(&[1; 12], &[2; 4]).truncated(12), TokenSequence::completion(&[1], &[2])])?.tokens, 1);
     let frozen = model(0, 0.0)?;
@@ -409,13 +450,14 @@ fn misuse_is_an_error_that_says_what_is_wrong() -> Result<()> {
     );
     let mut reward = RewardTrainer::new(RewardModel::new(model(0, 0.0)?)?, RewardOptions::default())?;
     fails(reward.step(&[]), "no pairs");
+    fails(reward.evaluate(&[]), "no pairs");
     fails(reward.model().score(&[vec![]]), "text 0 has no tokens");
     let with_beta = GrpoOptions { loss: GrpoLossOptions { beta: 0.1, ..Default::default() }, ..Default::default() };
     fails(GrpoTrainer::new(model(0, 0.0)?, None, with_beta), "needs a reference");
     fails(GrpoTrainer::new(model(0, 0.0)?, None, GrpoOptions { num_generations: 1, ..Default::default() }), "two answers or more");
     fails(GrpoTrainer::new(model(0, 0.0)?, None, GrpoOptions { temperature: 0.0, ..Default::default() }), "temperature = 0");
     let mut grpo = GrpoTrainer::new(model(0, 0.0)?, None, grpo_options(1e-3))?;
-    fails(grpo.step(&[], sample, judge), "");
+    fails(grpo.step(&[], sample, judge), "there are no prompts");
     fails(grpo.step(&[vec![]], sample, judge), "prompt 0 is empty");
     fails(grpo.step(&[vec![1]], |_, _| Ok(Vec::new()), judge), "0 answers were generated for 8 prompts");
     fails(grpo.step(&[vec![1]], sample, |_, _| Ok(vec![1.0])), "1 scores were given for 8 answers");

@@ -1,9 +1,14 @@
 //! Texts of different lengths as one batch, and the model's log-probabilities of the tokens that count.
 
+use super::learner::evaluating;
 use crate::align::logprobs::token_log_probs;
 use crate::data::TokenSequence;
 use crate::transformer::{CausalLm, Pass};
-use kiln_tensor::{Error, Result, Tensor};
+use kiln_autograd::no_grad;
+use kiln_tensor::{DType, Error, Result, Tensor};
+
+/// Texts that a pass without gradient takes at a time (TRL's `local_rollout_forward_batch_size`).
+pub(super) const ROWS_AT_ONCE: usize = 64;
 
 /// Two answers to the same prompt.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -91,12 +96,18 @@ impl TokenBatch {
     pub fn predict(&self, model: &dyn CausalLm, temperature: f64) -> Result<Predicted> {
         let hidden = self.picked(&model.hidden_states(&self.tokens, Pass::default())?)?; // (N, C)
         let logits = model.logits(&hidden)?; // (N, V)
+        // Ratios of probabilities need more digits than a half type has.
+        let logits = if is_half(logits.dtype()) { logits.to_dtype(DType::F32)? } else { logits };
         let logits = if temperature == 1.0 { logits } else { logits.div_scalar(temperature)? };
         Ok(Predicted { log_probs: token_log_probs(&logits, &self.targets)?, logits })
     }
 
     /// The log-probability of each token that counts, at the place before it, (B, T − 1); 0 elsewhere.
     pub fn log_probs(&self, model: &dyn CausalLm, temperature: f64) -> Result<Tensor> {
+        if self.count == 0 {
+            let dtype = model.params().options().dtype;
+            return Tensor::zeros(*self.mask.shape(), (if is_half(dtype) { DType::F32 } else { dtype }, self.mask.device()));
+        }
         let log_probs = self.predict(model, temperature)?.log_probs;
         let nothing = Tensor::zeros([self.mask.numel()], (log_probs.dtype(), log_probs.device()))?;
         nothing.index_add(0, &self.places, &log_probs)?.reshape(*self.mask.shape())
@@ -107,6 +118,24 @@ impl TokenBatch {
         let hits = logits.detach().argmax(-1)?.eq(&self.targets)?.sum(())?.item::<i64>()?;
         Ok(hits.unsigned_abs() as usize)
     }
+}
+
+pub(super) fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::BF16 | DType::F16)
+}
+
+/// log π(y|x) of each text under a model, summed over the tokens that are learned, without gradient and dropout: what a sequence-level KL, a
+/// perplexity or a precomputed reference is made of.
+///
+/// # Errors
+/// If a text is empty or longer than the model's context, or a token is not in its vocabulary.
+pub fn sequence_log_probs(model: &dyn CausalLm, texts: &[TokenSequence]) -> Result<Vec<f64>> {
+    let part = |part: &[TokenSequence]| -> Result<Vec<f64>> {
+        let batch = TokenBatch::new("sequence_log_probs", model, &part.iter().collect::<Vec<_>>(), None)?;
+        batch.log_probs(model, 1.0)?.sum(1)?.to_dtype(DType::F64)?.to_vec()
+    };
+    let sums = || texts.chunks(ROWS_AT_ONCE).map(part).collect::<Result<Vec<_>>>();
+    Ok(evaluating(model.params(), || no_grad(sums))?.concat())
 }
 
 /// The tokens of a text that are learned: the first is not, whatever its mask.

@@ -1,6 +1,6 @@
 //! Direct preference optimisation of a language model on pairs of answers.
 
-use super::batch::{PreferencePair, TokenBatch, learned, parts};
+use super::batch::{PreferencePair, TokenBatch, learned, parts, sequence_log_probs};
 use super::learner::{Learner, TrainOptions, evaluating};
 use crate::align::dpo::{Completions, DpoLossOptions, dpo_loss};
 use crate::align::reward::PreferenceLoss;
@@ -8,7 +8,7 @@ use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
 use kiln_autograd::{TensorExt, no_grad};
-use kiln_tensor::{DType, Error, Result, Tensor};
+use kiln_tensor::{Error, Result, Tensor};
 use std::sync::Arc;
 
 /// How a [`DpoTrainer`] trains.
@@ -75,7 +75,9 @@ impl DpoTrainer {
     /// # Errors
     /// If a text is empty or longer than the model's context.
     pub fn reference_log_probs(reference: &dyn CausalLm, pairs: &[PreferencePair]) -> Result<Vec<[f64; 2]>> {
-        let sums = evaluating(reference.params(), || no_grad(|| sides(reference, pairs)?.log_probs.to_dtype(DType::F64)?.to_vec::<f64>()))?;
+        let texts: Vec<TokenSequence> =
+            pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).cloned().collect();
+        let sums = sequence_log_probs(reference, &texts)?;
         let (chosen, rejected) = sums.split_at(pairs.len());
         Ok(chosen.iter().zip(rejected).map(|(&c, &r)| [c, r]).collect())
     }

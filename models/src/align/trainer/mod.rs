@@ -11,7 +11,7 @@ mod reward;
 mod rollout;
 mod sft;
 
-pub use batch::PreferencePair;
+pub use batch::{PreferencePair, sequence_log_probs};
 pub use dpo::{DpoMetrics, DpoOptions, DpoTrainer};
 pub use grpo::{GrpoMetrics, GrpoOptions, GrpoTrainer};
 pub use learner::{TrainOptions, linear_decay};

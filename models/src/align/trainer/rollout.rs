@@ -80,6 +80,9 @@ impl Rollout {
         mut score: impl FnMut(&[Vec<u32>], &[Completion]) -> Result<Vec<f64>>,
     ) -> Result<Self> {
         let prompts = request.prompts;
+        if prompts.is_empty() {
+            return Err(Error::argument(op, "there are no prompts"));
+        }
         if let Some(i) = prompts.iter().position(Vec::is_empty) {
             return Err(Error::argument(op, format!("prompt {i} is empty; start with a token, such as the BOS")));
         }

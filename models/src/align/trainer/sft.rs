@@ -72,13 +72,11 @@ impl SftTrainer {
         self.learner.begin()?;
         let (mut loss, mut hits) = (0.0, 0);
         for part in parts(&samples, self.options.train.gradient_accumulation_steps) {
-            let (batch, predicted) = self.predict(part)?;
+            let Some((batch, predicted)) = self.predict(part)? else { continue };
             let part_loss = predicted.log_probs.sum(())?.div_scalar(-(tokens as f64))?;
             hits += batch.hits(&predicted.logits)?;
             loss += part_loss.item_f64()?;
-            if batch.count > 0 {
-                part_loss.backward()?;
-            }
+            part_loss.backward()?;
         }
         let update = self.learner.finish(loss)?;
         Ok(SftMetrics { loss, accuracy: hits as f64 / tokens as f64, tokens, grad_norm: update.grad_norm, lr: update.lr })
@@ -93,8 +91,9 @@ impl SftTrainer {
         let tokens = count(&samples)?;
         let mut sum = 0.0;
         for part in parts(&samples, self.options.train.gradient_accumulation_steps) {
-            let predicted = evaluating(self.model.params(), || no_grad(|| self.predict(part)))?.1;
-            sum -= predicted.log_probs.sum(())?.item_f64()?;
+            if let Some((_, predicted)) = evaluating(self.model.params(), || no_grad(|| self.predict(part)))? {
+                sum -= predicted.log_probs.sum(())?.item_f64()?;
+            }
         }
         Ok(sum / tokens as f64)
     }
@@ -104,10 +103,14 @@ impl SftTrainer {
         if self.options.completion_only_loss { samples.to_vec() } else { samples.iter().map(all).collect() }
     }
 
-    fn predict(&self, samples: &[TokenSequence]) -> Result<(TokenBatch, Predicted)> {
+    /// `None` if no token counts.
+    fn predict(&self, samples: &[TokenSequence]) -> Result<Option<(TokenBatch, Predicted)>> {
         let batch = TokenBatch::new("sft", &*self.model, &samples.iter().collect::<Vec<_>>(), None)?;
+        if batch.count == 0 {
+            return Ok(None);
+        }
         let predicted = self.options.train.autocast(|| batch.predict(&*self.model, 1.0))?;
-        Ok((batch, predicted))
+        Ok(Some((batch, predicted)))
     }
 
     /// Everything that the next step depends on: weights, optimiser, generator.
