@@ -25,5 +25,5 @@ pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
     PreferencePair, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions, SftTrainer,
-    TrainOptions, ValueModel, linear_decay, sampler, sequence_log_probs,
+    TrainOptions, ValueModel, WithoutAdapter, linear_decay, sampler, sequence_log_probs,
 };

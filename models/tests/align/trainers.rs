@@ -3,6 +3,7 @@
 use kiln_autograd::no_grad;
 use kiln_models::align::*;
 use kiln_models::data::{PaddingSide, TokenSequence, pad_sequences};
+use kiln_models::lora::{Lora, LoraConfig};
 use kiln_models::nn::{LoadMode, Params, ParamsOptions, StateDict};
 use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
 use kiln_tensor::{DType, Error, Generator, Result, Tensor};
@@ -205,6 +206,32 @@ fn dpo_learns_preferences() -> Result<()> {
         assert!(trainer.evaluate(&pairs(77, 64))? > 0.95);
     }
     Ok(())
+}
+
+/// A policy that is trained through an adapter is its own reference.
+#[test]
+fn adapters_are_trained_against_the_model_below() -> Result<()> {
+    let options = || DpoOptions { train: train(1e-2), loss: DpoLossOptions { beta: 0.5, ..Default::default() } };
+    let make = |seed| -> Result<(Arc<Decoder>, DpoTrainer)> {
+        let policy = model(0, 0.0)?;
+        let config = LoraConfig { r: 4, target_modules: ["c_attn", "c_fc"].into(), lora_dropout: 0.1, ..LoraConfig::default() };
+        policy.params().generator().manual_seed(seed);
+        let lora = Lora::attach(policy.params(), &config, policy.params().generator())?;
+        let reference = WithoutAdapter::new(policy.clone(), Arc::new(lora));
+        let train = TrainOptions { disable_dropout: false, ..options().train };
+        Ok((policy.clone(), DpoTrainer::new(policy, Some(Arc::new(reference)), DpoOptions { train, ..options() })?))
+    };
+    let (policy, mut trainer) = make(1)?;
+    let copied = |state: StateDict| state.iter().map(|(name, x)| Ok((name.clone(), x.copy()?))).collect::<Result<StateDict>>();
+    let base = copied(policy.params().state_dict())?;
+    let first = trainer.step(&pairs(0, 16))?;
+    for i in 1..60 {
+        trainer.step(&pairs(i, 16))?;
+    }
+    let last = trainer.step(&pairs(99, 32))?;
+    assert!(first.margin.abs() < 1e-5 && last.accuracy > 0.9 && last.loss < 0.5 * first.loss, "{first:?} to {last:?}");
+    equal(&base, &policy.params().state_dict());
+    resumes(|seed| Ok(make(seed)?.1), |t, i| t.step(&pairs(i, 4)).map(drop), DpoTrainer::state_dict, DpoTrainer::load_state_dict)
 }
 
 #[test]
