@@ -24,6 +24,6 @@ pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
-    Preference, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, Sample, SftMetrics, SftOptions, SftTrainer,
-    TrainOptions, ValueModel, linear_decay, sampler,
+    PreferencePair, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions, SftTrainer,
+    TrainOptions, ValueModel, WithoutAdapter, linear_decay, sampler, sequence_log_probs,
 };

@@ -1,13 +1,14 @@
 //! Direct preference optimisation of a language model on pairs of answers.
 
-use super::batch::{Preference, Sample, TokenBatch, parts};
+use super::batch::{PreferencePair, TokenBatch, learned, parts, sequence_log_probs};
 use super::learner::{Learner, TrainOptions, evaluating};
 use crate::align::dpo::{Completions, DpoLossOptions, dpo_loss};
 use crate::align::reward::PreferenceLoss;
+use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
 use kiln_autograd::{TensorExt, no_grad};
-use kiln_tensor::{DType, Error, Result, Tensor};
+use kiln_tensor::{Error, Result, Tensor};
 use std::sync::Arc;
 
 /// How a [`DpoTrainer`] trains.
@@ -55,7 +56,7 @@ pub struct DpoTrainer {
 
 impl DpoTrainer {
     /// A trainer of the policy's parameters that are not frozen. The `reference` is a model of its own, with the weights that the policy has at
-    /// first; without one, pairs bring their [`reference`](Preference::reference).
+    /// first; without one, pairs bring their [`reference`](PreferencePair::reference).
     ///
     /// # Errors
     /// If all parameters are frozen, or an option is out of its range.
@@ -69,12 +70,14 @@ impl DpoTrainer {
         self.learner.steps()
     }
 
-    /// log π of chosen and rejected answers under `reference`: what [`Preference::reference`] keeps, so that the model need not stay in memory.
+    /// log π of chosen and rejected answers under `reference`: what [`PreferencePair::reference`] keeps, so that the model need not stay in memory.
     ///
     /// # Errors
-    /// If a text is malformed or longer than the model's context.
-    pub fn reference_log_probs(reference: &dyn CausalLm, pairs: &[Preference]) -> Result<Vec<[f64; 2]>> {
-        let sums = evaluating(reference.params(), || no_grad(|| sides(reference, pairs)?.log_probs.to_dtype(DType::F64)?.to_vec::<f64>()))?;
+    /// If a text is empty or longer than the model's context.
+    pub fn reference_log_probs(reference: &dyn CausalLm, pairs: &[PreferencePair]) -> Result<Vec<[f64; 2]>> {
+        let texts: Vec<TokenSequence> =
+            pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).cloned().collect();
+        let sums = sequence_log_probs(reference, &texts)?;
         let (chosen, rejected) = sums.split_at(pairs.len());
         Ok(chosen.iter().zip(rejected).map(|(&c, &r)| [c, r]).collect())
     }
@@ -83,8 +86,8 @@ impl DpoTrainer {
     ///
     /// # Errors
     /// If there are no pairs, an answer has no token that counts, there is neither a reference model nor a reference in each pair, a text is
-    /// malformed or longer than the model's context, or the loss is not finite.
-    pub fn step(&mut self, pairs: &[Preference]) -> Result<DpoMetrics> {
+    /// empty or longer than the model's context, or the loss is not finite.
+    pub fn step(&mut self, pairs: &[PreferencePair]) -> Result<DpoMetrics> {
         expect_answers(pairs)?;
         self.learner.begin()?;
         let mut sum =
@@ -108,7 +111,7 @@ impl DpoTrainer {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn evaluate(&self, pairs: &[Preference]) -> Result<f64> {
+    pub fn evaluate(&self, pairs: &[PreferencePair]) -> Result<f64> {
         expect_answers(pairs)?;
         let mut accuracy = 0.0;
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
@@ -118,7 +121,7 @@ impl DpoTrainer {
         Ok(accuracy)
     }
 
-    fn loss(&self, pairs: &[Preference]) -> Result<PreferenceLoss> {
+    fn loss(&self, pairs: &[PreferencePair]) -> Result<PreferenceLoss> {
         let policy = self.options.train.autocast(|| sides(&*self.policy, pairs))?;
         let reference = self.reference(pairs, &policy.log_probs)?;
         let half = |x: &Tensor, start| x.narrow(0, start, pairs.len());
@@ -130,7 +133,7 @@ impl DpoTrainer {
     }
 
     /// log π_ref of chosen, then rejected answers, (2B).
-    fn reference(&self, pairs: &[Preference], like: &Tensor) -> Result<Tensor> {
+    fn reference(&self, pairs: &[PreferencePair], like: &Tensor) -> Result<Tensor> {
         let known: Vec<[f64; 2]> = pairs.iter().filter_map(|pair| pair.reference).collect();
         if known.len() == pairs.len() {
             let both = known.iter().map(|pair| pair[0]).chain(known.iter().map(|pair| pair[1])).collect();
@@ -171,19 +174,19 @@ struct Sides {
     lengths: Tensor,
 }
 
-fn sides(model: &dyn CausalLm, pairs: &[Preference]) -> Result<Sides> {
-    let samples: Vec<&Sample> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
+fn sides(model: &dyn CausalLm, pairs: &[PreferencePair]) -> Result<Sides> {
+    let samples: Vec<&TokenSequence> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
     let batch = TokenBatch::new("dpo", model, &samples, None)?;
     let log_probs = batch.log_probs(model, 1.0)?.sum(1)?;
     let lengths = batch.mask.to_dtype(log_probs.dtype())?.sum(1)?;
     Ok(Sides { log_probs, lengths })
 }
 
-fn expect_answers(pairs: &[Preference]) -> Result<()> {
+fn expect_answers(pairs: &[PreferencePair]) -> Result<()> {
     if pairs.is_empty() {
         return Err(Error::argument("dpo", "there are no pairs in the batch"));
     }
-    match pairs.iter().position(|pair| pair.chosen.count() == 0 || pair.rejected.count() == 0) {
+    match pairs.iter().position(|pair| learned(&pair.chosen) == 0 || learned(&pair.rejected) == 0) {
         Some(i) => Err(Error::argument("dpo", format!("an answer of pair {i} has no token that counts; check the masks"))),
         None => Ok(()),
     }

@@ -1,9 +1,10 @@
 //! Group relative policy optimisation of a language model with rewards that the caller computes.
 
-use super::batch::{Sample, TokenBatch, parts};
+use super::batch::{TokenBatch, learned, parts};
 use super::learner::{Learner, TrainOptions, counters, evaluating, get_counters, part, put, put_counters};
 use super::rollout::{Completion, Rollout, RolloutRequest, mean, next_seed, shuffled};
 use crate::align::grpo::{GrpoLoss, GrpoLossOptions, GrpoTokens, RewardScale, group_advantages, grpo_loss};
+use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
 use kiln_autograd::{TensorExt, no_grad};
@@ -89,7 +90,7 @@ pub struct GrpoTrainer {
 
 /// A batch of answers, as the losses read it: tensors are (B, T − 1).
 struct Experience {
-    samples: Vec<Sample>,
+    samples: Vec<TokenSequence>,
     width: usize,
     advantages: Tensor,
     old_log_probs: Option<Tensor>,
@@ -163,14 +164,10 @@ impl GrpoTrainer {
         let options = &self.options;
         let rewards = Tensor::from_vec(rollout.scores.clone(), rollout.scores.len())?;
         let advantages = group_advantages(&rewards, options.num_generations, options.scale_rewards)?;
-        let mut samples = rollout.samples.clone();
-        if options.mask_truncated_completions {
-            let cut = samples.iter_mut().zip(&rollout.completions).filter(|(_, completion)| !completion.finished);
-            cut.for_each(|(sample, _)| sample.mask.fill(false));
-        }
-        let width = samples.iter().map(|sample| sample.tokens.len()).max().unwrap_or(0);
+        let samples = self.learnable(rollout)?;
+        let width = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
         let log_probs = |model: &dyn CausalLm| {
-            let part = |part: &[Sample]| {
+            let part = |part: &[TokenSequence]| {
                 let batch = TokenBatch::new("grpo", model, &part.iter().collect::<Vec<_>>(), Some(width))?;
                 options.train.autocast(|| batch.log_probs(model, options.temperature))
             };
@@ -184,6 +181,16 @@ impl GrpoTrainer {
         Ok(Experience { samples, width, advantages, old_log_probs, reference })
     }
 
+    /// The texts, without masks where a cut answer is not to count.
+    fn learnable(&self, rollout: &Rollout) -> Result<Vec<TokenSequence>> {
+        let texts = rollout.samples.iter().zip(&rollout.completions);
+        let of = |(text, completion): (&TokenSequence, &Completion)| {
+            let left_out = self.options.mask_truncated_completions && !completion.finished;
+            if left_out { TokenSequence::masked(text.tokens().to_vec(), vec![false; text.len()]) } else { Ok(text.clone()) }
+        };
+        texts.map(of).collect()
+    }
+
     /// The parts that a whole batch of answers passes in.
     fn parts(&self) -> usize {
         self.options.num_mini_batches.max(1).saturating_mul(self.options.train.gradient_accumulation_steps.max(1))
@@ -194,7 +201,7 @@ impl GrpoTrainer {
         for _ in 0..self.options.num_iterations {
             let order = shuffled(&self.generator, experience.samples.len())?;
             for rows in parts(&order, self.options.num_mini_batches) {
-                if rows.iter().any(|&row| experience.samples[row].count() > 0) {
+                if rows.iter().any(|&row| learned(&experience.samples[row]) > 0) {
                     self.mini_batch(experience, rows, &mut sum)?;
                     steps += 1;
                 }
@@ -210,19 +217,19 @@ impl GrpoTrainer {
     /// One step of the optimiser; adds to the sums.
     fn mini_batch(&mut self, experience: &Experience, rows: &[usize], sum: &mut GrpoMetrics) -> Result<()> {
         let options = &self.options;
-        let tokens: usize = rows.iter().map(|&row| experience.samples[row].count()).sum();
+        let tokens: usize = rows.iter().map(|&row| learned(&experience.samples[row])).sum();
         self.learner.begin()?;
         let mut total = 0.0;
         for part in parts(rows, options.train.gradient_accumulation_steps) {
-            let samples: Vec<&Sample> = part.iter().map(|&row| &experience.samples[row]).collect();
+            let samples: Vec<&TokenSequence> = part.iter().map(|&row| &experience.samples[row]).collect();
             let batch = TokenBatch::new("grpo", &*self.policy, &samples, Some(experience.width))?;
-            if batch.count() == 0 {
+            if batch.count == 0 {
                 continue;
             }
             let log_probs = options.train.autocast(|| batch.log_probs(&*self.policy, options.temperature))?;
             let index = Tensor::from_vec(part.iter().map(|&row| row as i64).collect(), part.len())?;
             let of = |x: &Option<Tensor>| x.as_ref().map(|x| x.index_select(0, &index.to_device(x.device())?)).transpose();
-            let by_tokens = batch.count() as f64 / tokens as f64;
+            let by_tokens = batch.count as f64 / tokens as f64;
             sum.entropy -= log_probs.detach().sum(())?.item_f64()? / tokens as f64;
             let answers = GrpoTokens {
                 log_probs,

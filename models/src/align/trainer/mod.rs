@@ -7,15 +7,17 @@ mod dpo;
 mod grpo;
 mod learner;
 mod ppo;
+mod reference;
 mod reward;
 mod rollout;
 mod sft;
 
-pub use batch::{Preference, Sample};
+pub use batch::{PreferencePair, sequence_log_probs};
 pub use dpo::{DpoMetrics, DpoOptions, DpoTrainer};
 pub use grpo::{GrpoMetrics, GrpoOptions, GrpoTrainer};
 pub use learner::{TrainOptions, linear_decay};
 pub use ppo::{KlControl, PpoMetrics, PpoOptions, PpoTrainer};
+pub use reference::WithoutAdapter;
 pub use reward::{RewardMetrics, RewardModel, RewardOptions, RewardTrainer, ValueModel};
 pub use rollout::{Completion, RolloutRequest, sampler};
 pub use sft::{SftMetrics, SftOptions, SftTrainer};

@@ -1,12 +1,13 @@
 //! Proximal policy optimisation of a language model with a value model, and scores that the caller computes, e.g. with a reward model.
 
-use super::batch::{Sample, TokenBatch, parts};
+use super::batch::{TokenBatch, learned, parts};
 use super::grpo::expect_temperature;
 use super::learner::{Learner, TrainOptions, counters, evaluating, get_counters, part, put, put_counters};
 use super::reward::ValueModel;
 use super::rollout::{Completion, Rollout, RolloutRequest, mean, next_seed, shuffled};
 use crate::align::logprobs::{KlEstimator, masked_mean, masked_sum, whiten};
 use crate::align::ppo::{gae, policy_loss, token_rewards, value_loss};
+use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
 use kiln_autograd::{TensorExt, no_grad};
@@ -168,7 +169,7 @@ pub struct PpoTrainer {
 
 /// A batch of answers, as the losses read it: tensors are (B, T − 1).
 struct Experience {
-    samples: Vec<Sample>,
+    samples: Vec<TokenSequence>,
     width: usize,
     log_probs: Tensor,
     values: Tensor,
@@ -244,10 +245,10 @@ impl PpoTrainer {
     fn experience(&self, rollout: &Rollout) -> Result<(Experience, PpoMetrics)> {
         let options = &self.options;
         let samples = rollout.samples.clone();
-        if samples.iter().all(|sample| sample.count() == 0) {
+        if samples.iter().all(|sample| learned(sample) == 0) {
             return Err(Error::argument("ppo", "no answer has a token"));
         }
-        let width = samples.iter().map(|sample| sample.tokens.len()).max().unwrap_or(0);
+        let width = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
         let log_probs = |model: &dyn CausalLm| self.of_all(&samples, width, |batch| batch.log_probs(model, options.temperature));
         let quietly = |model: &Arc<dyn CausalLm>| evaluating(model.params(), || no_grad(|| log_probs(&**model)));
         let (old, reference) = (quietly(&self.policy)?, quietly(&self.reference)?);
@@ -281,9 +282,9 @@ impl PpoTrainer {
     }
 
     /// What `f` gives of samples, (B, T − 1), a part at a time.
-    fn of_all(&self, samples: &[Sample], width: usize, f: impl Fn(&TokenBatch) -> Result<Tensor>) -> Result<Tensor> {
+    fn of_all(&self, samples: &[TokenSequence], width: usize, f: impl Fn(&TokenBatch) -> Result<Tensor>) -> Result<Tensor> {
         let count = self.options.num_mini_batches.max(1).saturating_mul(self.options.train.gradient_accumulation_steps.max(1));
-        let part = |part: &[Sample]| {
+        let part = |part: &[TokenSequence]| {
             let batch = TokenBatch::new("ppo", &*self.policy, &part.iter().collect::<Vec<_>>(), Some(width))?;
             self.options.train.autocast(|| f(&batch))
         };
@@ -300,7 +301,7 @@ impl PpoTrainer {
         for _ in 0..self.options.num_ppo_epochs {
             let order = shuffled(&self.generator, experience.samples.len())?;
             for rows in parts(&order, self.options.num_mini_batches) {
-                if rows.iter().any(|&row| experience.samples[row].count() > 0) {
+                if rows.iter().any(|&row| learned(&experience.samples[row]) > 0) {
                     self.mini_batch(experience, rows, metrics)?;
                     steps += 1;
                 }
@@ -317,17 +318,17 @@ impl PpoTrainer {
     /// One step of both optimisers; adds to the sums.
     fn mini_batch(&mut self, experience: &Experience, rows: &[usize], sum: &mut PpoMetrics) -> Result<()> {
         let options = &self.options;
-        let tokens: usize = rows.iter().map(|&row| experience.samples[row].count()).sum();
+        let tokens: usize = rows.iter().map(|&row| learned(&experience.samples[row])).sum();
         self.policy_learner.begin()?;
         self.value_learner.begin()?;
         let mut total = 0.0;
         for part in parts(rows, options.train.gradient_accumulation_steps) {
-            let samples: Vec<&Sample> = part.iter().map(|&row| &experience.samples[row]).collect();
+            let samples: Vec<&TokenSequence> = part.iter().map(|&row| &experience.samples[row]).collect();
             let batch = TokenBatch::new("ppo", &*self.policy, &samples, Some(experience.width))?;
-            if batch.count() == 0 {
+            if batch.count == 0 {
                 continue;
             }
-            let share = batch.count() as f64 / tokens as f64;
+            let share = batch.count as f64 / tokens as f64;
             let index = Tensor::from_vec(part.iter().map(|&row| row as i64).collect(), part.len())?.to_device(batch.mask.device())?;
             let of = |x: &Tensor| x.index_select(0, &index);
             let (old, advantages) = (of(&experience.log_probs)?, of(&experience.advantages)?);

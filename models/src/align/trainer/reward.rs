@@ -1,8 +1,10 @@
 //! Reward and value models: a language model whose hidden states a linear head turns into numbers; and the training on preferences.
 
-use super::batch::{Preference, Sample, TokenBatch, parts};
+use super::batch::{PreferencePair, ROWS_AT_ONCE, TokenBatch, is_half, parts};
 use super::learner::{Learner, TrainOptions, evaluating};
+use super::rollout::Completion;
 use crate::align::reward::{PreferenceLoss, RewardLossOptions, reward_loss};
+use crate::data::TokenSequence;
 use crate::nn::{Init, Linear, Module, Params, StateDict};
 use crate::transformer::{CausalLm, Pass};
 use kiln_autograd::{TensorExt, no_grad};
@@ -61,7 +63,7 @@ impl RewardModel {
     /// As [`CausalLm::hidden_states`].
     pub fn values(&self, tokens: &Tensor) -> Result<Tensor> {
         let values = self.score.forward(&self.backbone.hidden_states(tokens, Pass::default())?)?.squeeze(-1)?;
-        if matches!(values.dtype(), DType::BF16 | DType::F16) { values.to_dtype(DType::F32) } else { Ok(values) }
+        if is_half(values.dtype()) { values.to_dtype(DType::F32) } else { Ok(values) }
     }
 
     /// The scores of whole texts, read at their last tokens, without gradient and dropout.
@@ -69,13 +71,25 @@ impl RewardModel {
     /// # Errors
     /// If a text is empty or longer than the model's context.
     pub fn score(&self, texts: &[Vec<u32>]) -> Result<Vec<f64>> {
-        let samples: Vec<Sample> = texts.iter().map(|text| Sample::of(text, &[])).collect();
-        let batch = self.batch(&samples.iter().collect::<Vec<_>>())?;
-        let scores = evaluating(self.params(), || no_grad(|| self.last(&batch)))?;
-        scores.to_dtype(DType::F64)?.to_vec()
+        let samples: Vec<TokenSequence> = texts.iter().map(|text| TokenSequence::new(text.clone())).collect();
+        let part = |part: &[TokenSequence]| -> Result<Vec<f64>> {
+            self.last(&self.batch(&part.iter().collect::<Vec<_>>())?)?.to_dtype(DType::F64)?.to_vec()
+        };
+        let scores = || samples.chunks(ROWS_AT_ONCE).map(part).collect::<Result<Vec<_>>>();
+        Ok(evaluating(self.params(), || no_grad(scores))?.concat())
     }
 
-    fn batch(&self, samples: &[&Sample]) -> Result<TokenBatch> {
+    /// The scores of answers behind their prompts: what [`PpoTrainer::step`](super::PpoTrainer::step) and
+    /// [`GrpoTrainer::step`](super::GrpoTrainer::step) ask for.
+    ///
+    /// # Errors
+    /// As [`score`](Self::score).
+    pub fn score_completions(&self, prompts: &[Vec<u32>], completions: &[Completion]) -> Result<Vec<f64>> {
+        let texts: Vec<Vec<u32>> = prompts.iter().zip(completions).map(|(prompt, answer)| [&prompt[..], &answer.tokens].concat()).collect();
+        self.score(&texts)
+    }
+
+    fn batch(&self, samples: &[&TokenSequence]) -> Result<TokenBatch> {
         TokenBatch::new("reward_model", &*self.backbone, samples, None)
     }
 
@@ -149,9 +163,10 @@ impl RewardTrainer {
     /// One step on a batch. Masks and references of the pairs are not read.
     ///
     /// # Errors
-    /// If there are no pairs, some have a margin and others none, a text is malformed or longer than the model's context, or the
+    /// If there are no pairs, some have a margin and others none, a text is empty or longer than the model's context, or the
     /// loss is not finite.
-    pub fn step(&mut self, pairs: &[Preference]) -> Result<RewardMetrics> {
+    pub fn step(&mut self, pairs: &[PreferencePair]) -> Result<RewardMetrics> {
+        expect_pairs(pairs)?;
         self.learner.begin()?;
         let (mut loss, mut accuracy, mut margin) = (0.0, 0.0, 0.0);
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
@@ -163,9 +178,6 @@ impl RewardTrainer {
             margin += share * out.margin()?;
             part_loss.backward()?;
         }
-        if pairs.is_empty() {
-            return Err(Error::argument("reward", "there are no pairs in the batch"));
-        }
         let update = self.learner.finish(loss)?;
         Ok(RewardMetrics { loss, accuracy, margin, grad_norm: update.grad_norm, lr: update.lr })
     }
@@ -174,7 +186,8 @@ impl RewardTrainer {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn evaluate(&self, pairs: &[Preference]) -> Result<f64> {
+    pub fn evaluate(&self, pairs: &[PreferencePair]) -> Result<f64> {
+        expect_pairs(pairs)?;
         let mut accuracy = 0.0;
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
             let out = evaluating(self.model.params(), || no_grad(|| self.loss(part)))?;
@@ -183,8 +196,8 @@ impl RewardTrainer {
         Ok(accuracy)
     }
 
-    fn loss(&self, pairs: &[Preference]) -> Result<PreferenceLoss> {
-        let samples: Vec<&Sample> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
+    fn loss(&self, pairs: &[PreferencePair]) -> Result<PreferenceLoss> {
+        let samples: Vec<&TokenSequence> = pairs.iter().map(|pair| &pair.chosen).chain(pairs.iter().map(|pair| &pair.rejected)).collect();
         let batch = self.model.batch(&samples)?;
         let scores = self.options.train.autocast(|| self.model.last(&batch))?;
         let margins: Vec<f64> = pairs.iter().filter_map(|pair| pair.margin).collect();
@@ -212,4 +225,8 @@ impl RewardTrainer {
     pub fn load_state_dict(&mut self, state: &StateDict) -> Result<()> {
         self.learner.load_state_dict(state)
     }
+}
+
+fn expect_pairs(pairs: &[PreferencePair]) -> Result<()> {
+    if pairs.is_empty() { Err(Error::argument("reward", "there are no pairs in the batch")) } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
 //! Answers that the policy itself writes, and their rewards: the caller's functions generate and judge.
 
-use super::batch::Sample;
 use super::learner::evaluating;
+use crate::data::TokenSequence;
 use crate::generate::{FinishReason, GenerationConfig, generate};
 use crate::transformer::CausalLm;
 use kiln_autograd::no_grad;
@@ -66,7 +66,7 @@ pub fn sampler(eos_token_id: &[u32]) -> impl Fn(&dyn CausalLm, &RolloutRequest<'
 /// Prompts with the policy's answers and their scores.
 pub(super) struct Rollout {
     pub completions: Vec<Completion>,
-    pub samples: Vec<Sample>,
+    pub samples: Vec<TokenSequence>,
     pub scores: Vec<f64>,
 }
 
@@ -80,6 +80,9 @@ impl Rollout {
         mut score: impl FnMut(&[Vec<u32>], &[Completion]) -> Result<Vec<f64>>,
     ) -> Result<Self> {
         let prompts = request.prompts;
+        if prompts.is_empty() {
+            return Err(Error::argument(op, "there are no prompts"));
+        }
         if let Some(i) = prompts.iter().position(Vec::is_empty) {
             return Err(Error::argument(op, format!("prompt {i} is empty; start with a token, such as the BOS")));
         }
@@ -94,7 +97,7 @@ impl Rollout {
         if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
             return Err(Error::argument(op, format!("the score of answer {i} is {}", scores[i])));
         }
-        let samples = prompts.iter().zip(&completions).map(|(prompt, answer)| Sample::of(prompt, &answer.tokens)).collect();
+        let samples = prompts.iter().zip(&completions).map(|(prompt, answer)| TokenSequence::completion(prompt, &answer.tokens)).collect();
         Ok(Self { completions, samples, scores })
     }
 

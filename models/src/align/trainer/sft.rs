@@ -1,7 +1,8 @@
 //! Supervised fine-tuning of a language model on texts of which some tokens count.
 
-use super::batch::{Sample, TokenBatch, parts};
+use super::batch::{Predicted, TokenBatch, learned, parts};
 use super::learner::{Learner, TrainOptions, evaluating};
+use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
 use kiln_autograd::{TensorExt, no_grad};
@@ -64,20 +65,18 @@ impl SftTrainer {
     /// One step on a batch.
     ///
     /// # Errors
-    /// If no token of the batch counts, a text is malformed or longer than the model's context, or the loss is not finite.
-    pub fn step(&mut self, samples: &[Sample]) -> Result<SftMetrics> {
+    /// If no token of the batch counts, a text is empty or longer than the model's context, or the loss is not finite.
+    pub fn step(&mut self, samples: &[TokenSequence]) -> Result<SftMetrics> {
         let samples = self.with_masks(samples);
         let tokens = count(&samples)?;
         self.learner.begin()?;
         let (mut loss, mut hits) = (0.0, 0);
         for part in parts(&samples, self.options.train.gradient_accumulation_steps) {
-            let (batch, predicted) = self.predict(part)?;
+            let Some((batch, predicted)) = self.predict(part)? else { continue };
             let part_loss = predicted.log_probs.sum(())?.div_scalar(-(tokens as f64))?;
             hits += batch.hits(&predicted.logits)?;
             loss += part_loss.item_f64()?;
-            if batch.count() > 0 {
-                part_loss.backward()?;
-            }
+            part_loss.backward()?;
         }
         let update = self.learner.finish(loss)?;
         Ok(SftMetrics { loss, accuracy: hits as f64 / tokens as f64, tokens, grad_norm: update.grad_norm, lr: update.lr })
@@ -87,26 +86,31 @@ impl SftTrainer {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn evaluate(&self, samples: &[Sample]) -> Result<f64> {
+    pub fn evaluate(&self, samples: &[TokenSequence]) -> Result<f64> {
         let samples = self.with_masks(samples);
         let tokens = count(&samples)?;
         let mut sum = 0.0;
         for part in parts(&samples, self.options.train.gradient_accumulation_steps) {
-            let predicted = evaluating(self.model.params(), || no_grad(|| self.predict(part)))?.1;
-            sum -= predicted.log_probs.sum(())?.item_f64()?;
+            if let Some((_, predicted)) = evaluating(self.model.params(), || no_grad(|| self.predict(part)))? {
+                sum -= predicted.log_probs.sum(())?.item_f64()?;
+            }
         }
         Ok(sum / tokens as f64)
     }
 
-    fn with_masks(&self, samples: &[Sample]) -> Vec<Sample> {
-        let all = |sample: &Sample| Sample { mask: vec![true; sample.tokens.len()], ..sample.clone() };
+    fn with_masks(&self, samples: &[TokenSequence]) -> Vec<TokenSequence> {
+        let all = |sample: &TokenSequence| TokenSequence::new(sample.tokens().to_vec());
         if self.options.completion_only_loss { samples.to_vec() } else { samples.iter().map(all).collect() }
     }
 
-    fn predict(&self, samples: &[Sample]) -> Result<(TokenBatch, super::batch::Predicted)> {
+    /// `None` if no token counts.
+    fn predict(&self, samples: &[TokenSequence]) -> Result<Option<(TokenBatch, Predicted)>> {
         let batch = TokenBatch::new("sft", &*self.model, &samples.iter().collect::<Vec<_>>(), None)?;
+        if batch.count == 0 {
+            return Ok(None);
+        }
         let predicted = self.options.train.autocast(|| batch.predict(&*self.model, 1.0))?;
-        Ok((batch, predicted))
+        Ok(Some((batch, predicted)))
     }
 
     /// Everything that the next step depends on: weights, optimiser, generator.
@@ -126,8 +130,8 @@ impl SftTrainer {
     }
 }
 
-fn count(samples: &[Sample]) -> Result<usize> {
-    match samples.iter().map(Sample::count).sum() {
+fn count(samples: &[TokenSequence]) -> Result<usize> {
+    match samples.iter().map(learned).sum() {
         0 => Err(Error::argument("sft", "no token of the batch counts; check the masks, and that answers are not cut off")),
         count => Ok(count),
     }

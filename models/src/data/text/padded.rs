@@ -57,6 +57,11 @@ impl TokenSequence {
         self.mask.as_ref().is_none_or(|mask| mask.get(place).copied().unwrap_or(false))
     }
 
+    /// The first `length` tokens, or all if there are fewer.
+    pub fn truncated(&self, length: usize) -> Self {
+        self.part(0, length)
+    }
+
     /// The tokens `from..to` (as far as there are such) with their mask.
     pub(super) fn part(&self, from: usize, to: usize) -> Self {
         let to = to.min(self.len());
