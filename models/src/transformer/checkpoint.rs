@@ -148,7 +148,7 @@ impl Pretrained for CausalConfig {
                 tied: if is_tied { &[("lm_head.weight", "transformer.wte.weight")] } else { &[] },
                 prefix: "transformer.",
                 transposed: &["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"],
-                ignored: &[".attn.bias", ".attn.masked_bias"],
+                ignored: &["attn.bias", "attn.masked_bias"],
                 ..layout
             },
             CausalConfig::Opt(_) => {

@@ -180,7 +180,20 @@ impl LlamaConfig {
             let message = format!("hidden_size {} must be a multiple of num_attention_heads {heads}", self.hidden_size);
             return Err(Error::format("config.json", message));
         }
-        let windowed = (0..self.num_hidden_layers).any(|layer| self.is_windowed(layer));
+        if self.sliding_window == Some(0) {
+            return Err(Error::format("config.json", "sliding_window 0 hides every key"));
+        }
+        if let Some(wrong) = self.layer_types.iter().flatten().find(|kind| !matches!(kind.as_str(), "full_attention" | "sliding_attention"))
+        {
+            return Err(Error::format(
+                "config.json",
+                format!("layer_types: `{wrong}` is not known; there are full_attention, sliding_attention"),
+            ));
+        }
+        // Where no list says otherwise, the windowed layers come last.
+        let first = if self.layer_types.is_some() { 0 } else { self.num_hidden_layers.saturating_sub(1) };
+        let last = self.layer_types.as_ref().map_or(self.num_hidden_layers, |types| types.len().min(self.num_hidden_layers));
+        let windowed = (first..last).any(|layer| self.is_windowed(layer));
         Ok(LmShape {
             vocab_size: self.vocab_size,
             context_length: self.max_position_embeddings,
