@@ -9,7 +9,7 @@ use kiln_tensor::{Result, Tensor};
 pub struct LmShape {
     /// Entries of the vocabulary: logits per position.
     pub vocab_size: usize,
-    /// The longest sequence that the model has positions for.
+    /// The longest sequence that the model has positions for; `usize::MAX` if any length has.
     pub context_length: usize,
     /// Width of the hidden states.
     pub hidden_size: usize,

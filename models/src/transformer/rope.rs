@@ -142,8 +142,11 @@ impl RopeConfig {
                 (plain.iter().map(scaled).collect(), 1.0)
             }
         };
-        if let Some(wrong) = frequencies.iter().find(|f| !f.is_finite()) {
-            return Err(Error::argument("rope", format!("a frequency is {wrong}: check rope_theta and the factors of {:?}", self.scaling)));
+        if let Some(wrong) = frequencies.iter().chain([&factor]).find(|f| !f.is_finite()) {
+            return Err(Error::argument(
+                "rope",
+                format!("a frequency or the factor of the tables is {wrong}: check rope_theta and the factors of {:?}", self.scaling),
+            ));
         }
         let count = frequencies.len();
         Ok((Tensor::from_vec(frequencies, [count])?, factor))

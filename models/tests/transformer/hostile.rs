@@ -73,6 +73,8 @@ fn wrong_fields_are_named() {
     expect_wrong_field("llama", "rope_parameters", json!({"rope_type": "linear", "factor": 0.0}), &["rope"]);
     let too_short = json!({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0});
     expect_wrong_field("llama", "rope_parameters", too_short, &["short_factor", "1"]);
+    let endless = json!({"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 1.0, 1.0, 1.0], "original_max_position_embeddings": 0});
+    expect_wrong_field("llama", "rope_parameters", endless, &["rope", "factor"]);
     expect_wrong_field("mistral", "sliding_window", json!(0), &["sliding_window"]);
     expect_wrong_field("qwen2", "layer_types", json!(["full_attention", "chunked_attention"]), &["layer_types", "chunked_attention"]);
     expect_wrong_field("gpt2_untied", "n_head", json!(3), &["n_embd", "3"]);
@@ -87,6 +89,9 @@ fn wrong_fields_are_named() {
     expect_wrong_field("m2m100", "decoder_attention_heads", json!(3), &["decoder_attention_heads"]);
     expect_wrong_field("bert_mlm", "num_attention_heads", json!(3), &["num_attention_heads"]);
     expect_wrong_field("bert_mlm", "model_type", json!("gpt2"), &["model_type", "gpt2", "bert"]);
+    expect_wrong_field("bert_mlm", "position_embedding_type", json!("relative_key"), &["position_embedding_type"]);
+    expect_wrong_field("m2m100", "encoder_layerdrop", json!(-0.5), &["encoder_layerdrop", "-0.5"]);
+    expect_wrong_field("llama", "partial_rotary_factor", json!(0.5), &["partial_rotary_factor"]);
     expect_error(load_pretrained::<Gpt2Only>(folder("llama"), &Params::new()), &["model_type", "llama", "gpt2"]);
 }
 

@@ -166,6 +166,53 @@ fn activations_computed_again_give_the_same_bits() -> Result<()> {
     Ok(())
 }
 
+/// What was saved last is what is loaded, whole over shards and shards over whole.
+#[test]
+fn a_later_save_replaces_an_earlier() -> Result<()> {
+    let (scratch, params) = (Scratch::new("again"), Params::new());
+    let (config, _) = load(folder("llama"), &params)?;
+    let weight = params.named("model.norm.weight").expect("the norm");
+    for limit in [u64::MAX, 1500, 3000, u64::MAX, 1500] {
+        weight.set(&weight.get().add_scalar(1.0)?)?;
+        save_pretrained(&scratch.0, &config, &params, limit)?;
+        let again = Params::new();
+        load(&scratch.0, &again)?;
+        expect_same_bits(&params, &again)?;
+    }
+    Ok(())
+}
+
+/// A row that is all padding has no influence and no NaN, in either direction.
+#[test]
+fn a_row_of_padding_is_harmless() -> Result<()> {
+    let finite = |params: &Params, logits: &Tensor| -> Result<()> {
+        logits.sum(())?.backward()?;
+        let grads = params.params().into_iter().filter_map(|p| p.grad());
+        for x in grads.chain([logits.detach()]) {
+            assert!(x.to_vec::<f32>()?.iter().all(|x| x.is_finite()));
+        }
+        Ok(())
+    };
+    let mask = Tensor::from_vec(vec![true, true, true, false, false, false], [2, 3])?;
+    let tokens = Tensor::from_vec(vec![4i64, 5, 6, 0, 0, 0], [2, 3])?;
+    for name in SEQ2SEQ {
+        let params = Params::new();
+        params.eval();
+        let (_, model) = load_seq2seq(folder(name), &params)?;
+        finite(&params, &model.forward(&tokens, Some(&mask), &tokens)?)?;
+    }
+    for name in ["gpt2", "llama", "mistral"] {
+        let params = Params::new();
+        params.eval();
+        let (_, model) = load(folder(name), &params)?;
+        finite(&params, &model.forward(&tokens, Pass { key_mask: Some(&mask), ..Pass::default() })?)?;
+    }
+    let params = Params::new();
+    params.eval();
+    let (_, model) = load_pretrained::<MaskedLm<BertConfig>>(folder("bert_mlm"), &params)?;
+    finite(&params, &model.forward(&tokens, Some(&mask), None)?)
+}
+
 /// Logits and loss of a fixture's batch, whatever the family.
 fn run(name: &str, params: &Params) -> Result<[Tensor; 2]> {
     let expected = Expected::of(name)?;
