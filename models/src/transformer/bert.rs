@@ -187,6 +187,12 @@ impl Bert {
             let message = format!("hidden_size {width} must be a multiple of num_attention_heads {heads}");
             return Err(Error::format("config.json", message));
         }
+        let only = [("position_embedding_type", serde_json::Value::from("absolute")), ("is_decoder", false.into())];
+        for (name, known) in only {
+            if config.other.get(name).is_some_and(|value| !value.is_null() && *value != known) {
+                return Err(Error::format("config.json", format!("{name} other than {known} is not supported")));
+            }
+        }
         let init = NormalInit(config.initializer_range);
         let (embeddings, layers) = (params.scope("bert").scope("embeddings"), params.scope("bert").scope("encoder").scope("layer"));
         let table = |name: &str, entries: usize| init.embedding(&embeddings.scope(name), entries, width);

@@ -146,7 +146,8 @@ fn select_rows(pair: &mut [Tensor; 2], rows: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// What a decoder with an encoder keeps between passes: its own keys and values, and those of the source.
+/// What a decoder with an encoder keeps between passes: its own keys and values, and those of the source, which the first pass computes.
+/// Another source needs another cache.
 pub struct Seq2SeqCache {
     own: KvCache,
     /// Of each layer that has read the source, (B, nkv, S, hs).
@@ -154,7 +155,7 @@ pub struct Seq2SeqCache {
 }
 
 impl Seq2SeqCache {
-    /// An empty cache for `batch` sequences of at most `capacity` tokens; `shape` is the decoder's.
+    /// An empty cache for `batch` sequences of at most `capacity` tokens, the first included; `shape` is the decoder's.
     ///
     /// # Errors
     /// If there is no memory for it.

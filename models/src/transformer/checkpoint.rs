@@ -148,7 +148,7 @@ impl Pretrained for CausalConfig {
                 tied: if is_tied { &[("lm_head.weight", "transformer.wte.weight")] } else { &[] },
                 prefix: "transformer.",
                 transposed: &["attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"],
-                ignored: &[".attn.bias", ".attn.masked_bias"],
+                ignored: &["attn.bias", "attn.masked_bias"],
                 ..layout
             },
             CausalConfig::Opt(_) => {
@@ -379,7 +379,12 @@ fn write_weights(folder: &Path, state: &StateDict, max_shard_bytes: u64) -> Resu
         weight_map.extend(names.iter().map(|&name| (name.to_owned(), Value::from(file.as_str()))));
     }
     let total: usize = state.values().map(|tensor| tensor.numel() * tensor.dtype().size()).sum();
-    write_json(&folder.join(INDEX), &json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    write_json(&folder.join(INDEX), &json!({"metadata": {"total_size": total}, "weight_map": weight_map}))?;
+    // A single file of an earlier save would be read instead.
+    match std::fs::remove_file(folder.join(WEIGHTS)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("save", folder.join(WEIGHTS).display(), e)),
+        _ => Ok(()),
+    }
 }
 
 /// The names in order, cut where a shard is full.

@@ -75,7 +75,6 @@ impl Extent {
 /// Where the tokens of `pass` stand.
 pub(super) fn positions(extent: Extent, pass: &Pass<'_>) -> Result<Positions> {
     let Extent { batch, added, past, start, device } = extent;
-    let of_rows = |values: Vec<i64>| Ok(Positions::Given(Tensor::from_vec(values, [batch, added])?.to_device(device)?));
     if let Some(given) = pass.positions {
         let fits = given.dims() == [added] || given.dims() == [batch, added];
         if given.dtype() != DType::I64 || !fits {
@@ -84,31 +83,27 @@ pub(super) fn positions(extent: Extent, pass: &Pass<'_>) -> Result<Positions> {
         }
         return Ok(Positions::Given(given.clone()));
     }
-    if let Some(mask) = key_mask(extent, pass)? {
-        let counts = mask.chunks_exact(extent.keys().max(1)).flat_map(|row| {
-            let mut seen = 0;
-            let places: Vec<i64> = row
-                .iter()
-                .map(|&real| {
-                    seen += real as i64;
-                    (seen - 1).max(0)
-                })
-                .collect();
-            places[past..].to_vec()
-        });
-        return of_rows(counts.collect());
+    let (mask, segments) = (key_mask(extent, pass)?, segments(extent, pass)?);
+    if mask.is_none() && segments.is_none() {
+        return Ok(Positions::From(start));
     }
-    if let Some(segments) = segments(extent, pass)? {
-        let places = segments.chunks_exact(added.max(1)).flat_map(|row| {
-            let mut place = 0;
-            (0..row.len()).map(move |i| {
-                place = if i > 0 && row[i] == row[i - 1] { place + 1 } else { 0 };
-                place
-            })
-        });
-        return of_rows(places.collect());
+    if start > past {
+        return Err(Error::argument("transformer", "beside a cache that has dropped tokens, a key_mask needs the positions given"));
     }
-    Ok(Positions::From(start))
+    let keys = extent.keys();
+    let mut places = Vec::with_capacity(batch * added);
+    for row in 0..batch {
+        let mut seen = 0;
+        for key in 0..keys {
+            let begins = segments.as_ref().is_some_and(|numbers| key > 0 && numbers[row * keys + key] != numbers[row * keys + key - 1]);
+            let is_real = mask.as_ref().is_none_or(|mask| mask[row * keys + key]);
+            seen = if begins { 0 } else { seen } + i64::from(is_real);
+            if key >= past {
+                places.push((seen - 1).max(0));
+            }
+        }
+    }
+    Ok(Positions::Given(Tensor::from_vec(places, [batch, added])?.to_device(device)?))
 }
 
 /// The mask of padding in row-major order, (B, S).
@@ -177,5 +172,70 @@ impl Context {
         let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.device)).transpose()?;
         let windowed = window.map(|window| visible(extent, pass, Some(window))).transpose()?;
         Ok(Self { full: visible(extent, pass, None)?, windowed, rotary })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_tensor::Generator;
+
+    const BATCH: usize = 3;
+
+    /// One combination: every query and key, and every place, against the definition.
+    fn check(past: usize, added: usize, window: Option<usize>, mask: Option<&Tensor>, segments: Option<&Tensor>) -> Result<()> {
+        let extent = Extent { batch: BATCH, added, past, start: past, device: Device::Cpu };
+        let pass = Pass { key_mask: mask, segments, ..Pass::default() };
+        let keys = past + added;
+        let is_real: Vec<bool> = mask.map_or(Ok(vec![true; BATCH * keys]), Tensor::to_vec)?;
+        let numbers: Vec<i64> = segments.map_or(Ok(vec![0; BATCH * keys]), Tensor::to_vec)?;
+
+        let Visible { mask: found, causal } = visible(extent, &pass, window)?;
+        let found: Vec<bool> = match found {
+            Some(found) => found.expand([BATCH, 1, added, keys])?.to_vec()?,
+            None => vec![true; BATCH * added * keys],
+        };
+        let places: Vec<i64> = match positions(extent, &pass)? {
+            Positions::From(start) => (0..BATCH).flat_map(|_| start as i64..(start + added) as i64).collect(),
+            Positions::Given(given) => given.to_vec()?,
+        };
+        for row in 0..BATCH {
+            for query in 0..added {
+                let at = past + query;
+                let together = |key: usize| numbers[row * keys + key] == numbers[row * keys + at];
+                let before = (0..at).filter(|&key| is_real[row * keys + key] && together(key)).count() as i64;
+                if is_real[row * keys + at] {
+                    assert_eq!(places[row * added + query], before, "place of {row}, {query} of {past} + {added}");
+                }
+                for key in 0..keys {
+                    let is_near = key <= at && at - key < window.unwrap_or(usize::MAX);
+                    let expected = is_near && is_real[row * keys + key] && together(key);
+                    let sees = found[(row * added + query) * keys + key] && (!causal || key <= query);
+                    assert_eq!(sees, expected, "row {row}, query {query}, key {key} of {past} + {added}, window {window:?}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_combination_is_the_definition() -> Result<()> {
+        let generator = Generator::new(5);
+        for (past, added) in [(0, 1), (0, 2), (0, 7), (3, 1), (3, 4), (6, 1), (1, 6)] {
+            let keys = past + added;
+            let mask = generator.rand_bool(0.6, [BATCH, keys])?;
+            let all = Tensor::full([BATCH, keys], 1.0, DType::Bool)?;
+            // Runs of random lengths.
+            let segments = generator.rand_bool(0.4, [BATCH, keys])?.to_dtype(DType::I64)?.cumsum(1)?;
+            for window in [None, Some(1), Some(2), Some(5), Some(100)] {
+                for mask in [None, Some(&mask), Some(&all)] {
+                    check(past, added, window, mask, None)?;
+                    if past == 0 {
+                        check(past, added, window, mask, Some(&segments))?;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }

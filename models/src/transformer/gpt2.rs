@@ -136,7 +136,7 @@ impl Gpt2Config {
         let head_dim = width / self.n_head;
         let scale = if self.scale_attn_weights { 1.0 / (head_dim as f64).sqrt() } else { 1.0 };
         let attention = AttentionParts {
-            projection: Projection::Fused(init.linear(&attn.scope("c_attn"), width, 3 * width, true)?),
+            projection: Projection::Fused(init.linear(&attn.scope("c_attn"), width, width.saturating_mul(3), true)?),
             out: outward.linear(&attn.scope("c_proj"), width, width, true)?,
             norms: None,
             num_heads: self.n_head,

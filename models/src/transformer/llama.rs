@@ -180,15 +180,29 @@ impl LlamaConfig {
             let message = format!("hidden_size {} must be a multiple of num_attention_heads {heads}", self.hidden_size);
             return Err(Error::format("config.json", message));
         }
-        let windowed = (0..self.num_hidden_layers).any(|layer| self.is_windowed(layer));
+        if self.sliding_window == Some(0) {
+            return Err(Error::format("config.json", "sliding_window 0 hides every key"));
+        }
+        if let Some(wrong) = self.layer_types.iter().flatten().find(|kind| !matches!(kind.as_str(), "full_attention" | "sliding_attention"))
+        {
+            return Err(Error::format(
+                "config.json",
+                format!("layer_types: `{wrong}` is not known; there are full_attention, sliding_attention"),
+            ));
+        }
+        // Where no list says otherwise, the windowed layers come last.
+        let first = if self.layer_types.is_some() { 0 } else { self.num_hidden_layers.saturating_sub(1) };
+        let last = self.layer_types.as_ref().map_or(self.num_hidden_layers, |types| types.len().min(self.num_hidden_layers));
+        let windowed = (first..last).any(|layer| self.is_windowed(layer));
+        let head_dim = self.head_dim.unwrap_or(self.hidden_size / heads);
         Ok(LmShape {
             vocab_size: self.vocab_size,
-            context_length: self.max_position_embeddings,
+            context_length: self.rope(head_dim)?.reach(),
             hidden_size: self.hidden_size,
             num_layers: self.num_hidden_layers,
             num_heads: heads,
             num_key_value_heads: self.num_key_value_heads.unwrap_or(heads),
-            head_dim: self.head_dim.unwrap_or(self.hidden_size / heads),
+            head_dim,
             sliding_window: self.sliding_window.filter(|_| windowed),
         })
     }
@@ -207,6 +221,10 @@ impl LlamaConfig {
 
     fn rope(&self, width: usize) -> Result<RopeConfig> {
         let given = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let partial = given.and_then(|given| given.fields.get("partial_rotary_factor")).or(self.other.get("partial_rotary_factor"));
+        if partial.is_some_and(|share| !share.is_null() && share.as_f64() != Some(1.0)) {
+            return Err(Error::format("config.json", "partial_rotary_factor: heads of which only a part turns are not supported"));
+        }
         let theta = given.and_then(|given| given.rope_theta).unwrap_or(self.rope_theta);
         let scaling = given.map(RopeParameters::scaling).transpose()?.unwrap_or_default();
         Ok(RopeConfig { theta, width, max_position_embeddings: self.max_position_embeddings, scaling })

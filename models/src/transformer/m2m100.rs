@@ -140,6 +140,11 @@ impl M2m100Config {
                 return Err(Error::format("config.json", format!("d_model {} must be a multiple of {name} {heads}", self.d_model)));
             }
         }
+        for (name, p) in [("encoder_layerdrop", self.encoder_layerdrop), ("decoder_layerdrop", self.decoder_layerdrop)] {
+            if !(0.0..=1.0).contains(&p) {
+                return Err(Error::format("config.json", format!("{name} {p} is no probability")));
+            }
+        }
         if self.d_model < 4 {
             return Err(Error::format("config.json", format!("d_model {} must be 4 at least, for two frequencies", self.d_model)));
         }

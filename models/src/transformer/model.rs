@@ -9,7 +9,7 @@ use kiln_tensor::{Result, Tensor};
 pub struct LmShape {
     /// Entries of the vocabulary: logits per position.
     pub vocab_size: usize,
-    /// The longest sequence that the model has positions for.
+    /// The longest sequence that the model has positions for; `usize::MAX` if any length has.
     pub context_length: usize,
     /// Width of the hidden states.
     pub hidden_size: usize,
@@ -33,7 +33,8 @@ pub struct Pass<'a> {
     pub positions: Option<&'a Tensor>,
     /// Bool (B, S), S being the length of the cache plus T: true for tokens, false for padding. `None` if there is no padding.
     pub key_mask: Option<&'a Tensor>,
-    /// Of packed sequences: an i64 number (B, T) for each token; tokens see only those of the same number. Positions are to be given with it.
+    /// Of packed sequences: an i64 number (B, T) for each token; tokens see only those of the same number.
+    /// Places count from 0 in each run of one number, if no [`positions`](Pass::positions) are given.
     pub segments: Option<&'a Tensor>,
     /// Keys and values of the tokens before; those of this pass are appended.
     pub cache: Option<&'a mut KvCache>,

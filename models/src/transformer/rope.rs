@@ -24,9 +24,6 @@ pub enum RopeScaling {
     Dynamic {
         /// Stretch at full length.
         factor: f64,
-        /// Context that the model was trained with; the model's own if absent.
-        #[serde(default)]
-        original_max_position_embeddings: Option<usize>,
     },
     /// Low frequencies are interpolated, high ones kept, scores sharpened: Peng et al., *YaRN*, 2023.
     Yarn {
@@ -106,6 +103,18 @@ impl RopeConfig {
         matches!(self.scaling, RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. })
     }
 
+    /// How long sequences may be: the model's context, or what a scaling beyond it stretches that to.
+    pub fn reach(&self) -> usize {
+        let stretched = match &self.scaling {
+            RopeScaling::Dynamic { factor } => self.max_position_embeddings as f64 * factor,
+            RopeScaling::Yarn { factor, original_max_position_embeddings: original, .. } => {
+                original.unwrap_or(self.max_position_embeddings) as f64 * factor
+            }
+            _ => 0.0,
+        };
+        (stretched as usize).max(self.max_position_embeddings)
+    }
+
     /// Frequencies of the pairs, f64 in radians a token, and the factor of cosines and sines, for sequences of `len` tokens.
     ///
     /// # Errors
@@ -115,8 +124,8 @@ impl RopeConfig {
         let (frequencies, factor) = match &self.scaling {
             RopeScaling::Default => (plain, 1.0),
             RopeScaling::Linear { factor } => (plain.iter().map(|f| f / factor).collect(), 1.0),
-            RopeScaling::Dynamic { factor, original_max_position_embeddings } => {
-                let original = original_max_position_embeddings.unwrap_or(self.max_position_embeddings) as f64;
+            RopeScaling::Dynamic { factor } => {
+                let original = self.max_position_embeddings as f64;
                 let (len, width) = ((len as f64).max(original), self.width as f64);
                 let stretch = factor * len / original - (factor - 1.0);
                 (self.plain(self.theta * stretch.powf(width / (width - 2.0)))?, 1.0)
@@ -133,8 +142,11 @@ impl RopeConfig {
                 (plain.iter().map(scaled).collect(), 1.0)
             }
         };
-        if let Some(wrong) = frequencies.iter().find(|f| !f.is_finite()) {
-            return Err(Error::argument("rope", format!("a frequency is {wrong}: check rope_theta and the factors of {:?}", self.scaling)));
+        if let Some(wrong) = frequencies.iter().chain([&factor]).find(|f| !f.is_finite()) {
+            return Err(Error::argument(
+                "rope",
+                format!("a frequency or the factor of the tables is {wrong}: check rope_theta and the factors of {:?}", self.scaling),
+            ));
         }
         let count = frequencies.len();
         Ok((Tensor::from_vec(frequencies, [count])?, factor))

@@ -3,15 +3,15 @@
 
 use crate::{Expected, Scratch, expect_close, folder, next_token_loss, token_loss};
 use kiln_autograd::{TensorExt, no_grad};
-use kiln_models::nn::Params;
+use kiln_models::nn::{Params, ParamsOptions};
 use kiln_models::transformer::{
     BertConfig, CausalConfig, CausalLm, KvCache, MaskedLm, Pass, Pretrained, Seq2SeqCache, Seq2SeqConfig, Seq2SeqLm, SequenceClassifier,
     load, load_for_tuning, load_pretrained, load_seq2seq, save_pretrained,
 };
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{DType, Result, Tensor, autocast};
 use std::path::Path;
 
-const CAUSAL: [&str; 8] = ["gpt2", "gpt2_untied", "llama", "mistral", "qwen2", "qwen3", "opt", "opt_350m"];
+const CAUSAL: [&str; 9] = ["gpt2", "gpt2_untied", "llama", "llama_dynamic", "mistral", "qwen2", "qwen3", "opt", "opt_350m"];
 const SEQ2SEQ: [&str; 3] = ["t5", "t5_gated", "m2m100"];
 
 /// The same tensors with the same bits.
@@ -47,7 +47,10 @@ fn check_causal(name: &str) -> Result<()> {
     expected.check_logits(&logits, Some(&mask))?;
     expected.check_loss(&next_token_loss(&logits, labels)?, &params, &config.layout())?;
 
-    check_in_parts(&model, &expected)?;
+    // Frequencies that change as the sequence grows leave other keys in a cache.
+    if name != "llama_dynamic" {
+        check_in_parts(&model, &expected)?;
+    }
     check_saving(name, &config, &params)
 }
 
@@ -159,6 +162,108 @@ fn training_grads(name: &str, checkpointing: bool) -> Result<Vec<Vec<f32>>> {
 fn activations_computed_again_give_the_same_bits() -> Result<()> {
     for name in CAUSAL {
         assert!(training_grads(name, false)? == training_grads(name, true)?, "{name}");
+    }
+    Ok(())
+}
+
+/// What was saved last is what is loaded, whole over shards and shards over whole.
+#[test]
+fn a_later_save_replaces_an_earlier() -> Result<()> {
+    let (scratch, params) = (Scratch::new("again"), Params::new());
+    let (config, _) = load(folder("llama"), &params)?;
+    let weight = params.named("model.norm.weight").expect("the norm");
+    for limit in [u64::MAX, 1500, 3000, u64::MAX, 1500] {
+        weight.set(&weight.get().add_scalar(1.0)?)?;
+        save_pretrained(&scratch.0, &config, &params, limit)?;
+        let again = Params::new();
+        load(&scratch.0, &again)?;
+        expect_same_bits(&params, &again)?;
+    }
+    Ok(())
+}
+
+/// A row that is all padding has no influence and no NaN, in either direction.
+#[test]
+fn a_row_of_padding_is_harmless() -> Result<()> {
+    let finite = |params: &Params, logits: &Tensor| -> Result<()> {
+        logits.sum(())?.backward()?;
+        let grads = params.params().into_iter().filter_map(|p| p.grad());
+        for x in grads.chain([logits.detach()]) {
+            assert!(x.to_vec::<f32>()?.iter().all(|x| x.is_finite()));
+        }
+        Ok(())
+    };
+    let mask = Tensor::from_vec(vec![true, true, true, false, false, false], [2, 3])?;
+    let tokens = Tensor::from_vec(vec![4i64, 5, 6, 0, 0, 0], [2, 3])?;
+    for name in SEQ2SEQ {
+        let params = Params::new();
+        params.eval();
+        let (_, model) = load_seq2seq(folder(name), &params)?;
+        finite(&params, &model.forward(&tokens, Some(&mask), &tokens)?)?;
+    }
+    for name in ["gpt2", "llama", "mistral"] {
+        let params = Params::new();
+        params.eval();
+        let (_, model) = load(folder(name), &params)?;
+        finite(&params, &model.forward(&tokens, Pass { key_mask: Some(&mask), ..Pass::default() })?)?;
+    }
+    let params = Params::new();
+    params.eval();
+    let (_, model) = load_pretrained::<MaskedLm<BertConfig>>(folder("bert_mlm"), &params)?;
+    finite(&params, &model.forward(&tokens, Some(&mask), None)?)
+}
+
+/// Logits and loss of a fixture's batch, whatever the family.
+fn run(name: &str, params: &Params) -> Result<[Tensor; 2]> {
+    let expected = Expected::of(name)?;
+    let (mask, tokens, labels) = (expected.mask()?, expected.get("tokens"), expected.get("labels"));
+    if SEQ2SEQ.contains(&name) {
+        let (_, model) = load_seq2seq(folder(name), params)?;
+        let logits = model.forward(expected.get("source"), Some(&mask), tokens)?;
+        let loss = token_loss(&logits, labels)?;
+        return Ok([logits, loss]);
+    }
+    if name == "bert_mlm" {
+        let (_, model) = load_pretrained::<MaskedLm<BertConfig>>(folder(name), params)?;
+        let logits = model.forward(tokens, Some(&mask), Some(expected.get("types")))?;
+        let loss = token_loss(&logits, labels)?;
+        return Ok([logits, loss]);
+    }
+    let (_, model) = load(folder(name), params)?;
+    let logits = model.forward(tokens, Pass { key_mask: Some(&mask), ..Pass::default() })?;
+    let loss = next_token_loss(&logits, labels)?;
+    // What padding says is nobody's.
+    Ok([logits.masked_fill(&mask.logical_not()?.unsqueeze(-1)?, 0.0)?, loss])
+}
+
+/// In bf16, as weights or by autocast, every family says about the same; in training every gradient is finite.
+#[test]
+fn half_precision_and_training_run() -> Result<()> {
+    for name in CAUSAL.into_iter().chain(SEQ2SEQ).chain(["bert_mlm"]) {
+        let evaluated = |dtype: DType| {
+            let params = Params::with(ParamsOptions { dtype, ..ParamsOptions::default() });
+            params.eval();
+            (run(name, &params), params)
+        };
+        let close = |loss: &Tensor, expected: f64| -> Result<()> {
+            let found = loss.item_f64()?;
+            assert!((found - expected).abs() < 0.05 * expected, "{name}: {found} {expected}");
+            Ok(())
+        };
+        let expected = evaluated(DType::F32).0?[1].item_f64()?;
+        let (half, _) = evaluated(DType::BF16);
+        let [logits, loss] = half?;
+        assert_eq!(logits.dtype(), DType::BF16, "{name}");
+        close(&loss, expected)?;
+        let (cast, params) = autocast(DType::BF16, || evaluated(DType::F32))?;
+        let [_, loss] = cast?;
+        close(&loss, expected)?;
+        loss.backward()?;
+        let training = Params::seeded(2);
+        run(name, &training)?[1].backward()?;
+        for grad in params.params().iter().chain(&training.params()).filter_map(|p| p.grad()) {
+            assert!(grad.to_dtype(DType::F64)?.to_vec::<f64>()?.iter().all(|x| x.is_finite()), "{name}");
+        }
     }
     Ok(())
 }
