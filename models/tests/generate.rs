@@ -82,7 +82,13 @@ fn translations_are_those_of_transformers() -> Result<()> {
         let (_, model) = load_seq2seq(fixture(kind), &Params::new())?;
         let answer = |sources: &[Vec<u32>], config: &GenerationConfig| generate_seq2seq(&model, sources, config);
         assert_eq!(compare(kind, |_| true, answer)?, 5);
-        let config = GenerationConfig { max_new_tokens: Some(4), num_return_sequences: 3, do_sample: true, ..GenerationConfig::default() };
+        let config = GenerationConfig {
+            max_new_tokens: Some(4),
+            num_return_sequences: 3,
+            do_sample: true,
+            temperature: 9.0,
+            ..GenerationConfig::default()
+        };
         let drawn = generate_seq2seq(&model, &[vec![4, 5], vec![6]], &config)?;
         assert!(drawn.len() == 6 && drawn[3..].iter().any(|answer| answer.tokens != drawn[3].tokens));
         for (sources, named) in [(vec![vec![]], "source 0 is empty"), (vec![vec![1], vec![40]], "source 1: token 40")] {
