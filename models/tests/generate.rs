@@ -1,11 +1,11 @@
 //! Generation against transformers' on tiny random models, and what holds for any model: batches, caches, seeds, bad input.
 
 use kiln_autograd::no_grad;
-use kiln_models::generate::{
-    EarlyStopping, FinishReason, Generate, GenerationConfig, LogitsProcessor, Place, Processors, generate, generate_speculative,
-};
+use kiln_models::generate::{EarlyStopping, FinishReason, Generate, Generation, GenerationConfig, LogitsProcessor, Place, Processors};
+use kiln_models::generate::{TextStream, generate, generate_seq2seq, generate_speculative, stop_at_text};
 use kiln_models::nn::Params;
-use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, KvCache, Pass, load};
+use kiln_models::text::train_bpe;
+use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, KvCache, Pass, load, load_seq2seq};
 use kiln_tensor::{DType, Result, Tensor};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -35,15 +35,18 @@ fn tokens(value: &Value) -> Vec<Vec<u32>> {
 }
 
 /// Compares with transformers' answers in the cases of `kind` for which `wanted` holds.
-fn compare(kind: &str, wanted: impl Fn(&GenerationConfig) -> bool) -> Result<usize> {
-    let model = model(kind)?;
+fn compare(
+    kind: &str,
+    wanted: impl Fn(&GenerationConfig) -> bool,
+    answer: impl Fn(&[Vec<u32>], &GenerationConfig) -> Result<Vec<Generation>>,
+) -> Result<usize> {
     let mut compared = 0;
     for case in json(&format!("{kind}/answers.json")).as_array().expect("cases") {
         let config = GenerationConfig::from_json(&case["config"].to_string())?;
         if !wanted(&config) {
             continue;
         }
-        let answers = generate(&model, &tokens(&case["prompts"]), &config)?;
+        let answers = answer(&tokens(&case["prompts"]), &config)?;
         let ours: Vec<_> = answers.iter().map(|answer| answer.tokens.clone()).collect();
         assert_eq!(ours, tokens(&case["answers"]), "{kind}: {}", case["config"]);
         for (answer, score) in answers.iter().zip(case["scores"].as_array().into_iter().flatten()) {
@@ -58,7 +61,8 @@ fn compare(kind: &str, wanted: impl Fn(&GenerationConfig) -> bool) -> Result<usi
 #[test]
 fn greedy_answers_are_those_of_transformers() -> Result<()> {
     for (kind, count) in [("gpt2", 11), ("llama", 11), ("mistral", 3)] {
-        assert_eq!(compare(kind, |config| config.num_beams == 1)?, count);
+        let model = model(kind)?;
+        assert_eq!(compare(kind, |config| config.num_beams == 1, |prompts, config| generate(&model, prompts, config))?, count);
     }
     Ok(())
 }
@@ -66,7 +70,31 @@ fn greedy_answers_are_those_of_transformers() -> Result<()> {
 #[test]
 fn beams_are_those_of_transformers() -> Result<()> {
     for (kind, count) in [("gpt2", 21), ("llama", 21), ("mistral", 3)] {
-        assert_eq!(compare(kind, |config| config.num_beams > 1)?, count);
+        let model = model(kind)?;
+        assert_eq!(compare(kind, |config| config.num_beams > 1, |prompts, config| generate(&model, prompts, config))?, count);
+    }
+    Ok(())
+}
+
+#[test]
+fn translations_are_those_of_transformers() -> Result<()> {
+    for kind in ["m2m100", "t5"] {
+        let (_, model) = load_seq2seq(fixture(kind), &Params::new())?;
+        let answer = |sources: &[Vec<u32>], config: &GenerationConfig| generate_seq2seq(&model, sources, config);
+        assert_eq!(compare(kind, |_| true, answer)?, 5);
+        let config = GenerationConfig {
+            max_new_tokens: Some(4),
+            num_return_sequences: 3,
+            do_sample: true,
+            temperature: 9.0,
+            ..GenerationConfig::default()
+        };
+        let drawn = generate_seq2seq(&model, &[vec![4, 5], vec![6]], &config)?;
+        assert!(drawn.len() == 6 && drawn[3..].iter().any(|answer| answer.tokens != drawn[3].tokens));
+        for (sources, named) in [(vec![vec![]], "source 0 is empty"), (vec![vec![1], vec![40]], "source 1: token 40")] {
+            let error = generate_seq2seq(&model, &sources, &config).expect_err(named).to_string();
+            assert!(error.contains(named), "{error}");
+        }
     }
     Ok(())
 }
@@ -193,8 +221,35 @@ fn stop_sequences_and_rules_end_an_answer() -> Result<()> {
     let at = whole.tokens.windows(3).position(|run| run == end).map(|start| start + 3).expect("it is there");
     let stopped = generate(&model, &prompt, &GenerationConfig { stop_sequences: vec![end], ..base.clone() })?.remove(0);
     assert_eq!((stopped.finish, &stopped.tokens[..]), (FinishReason::Stop, &whole.tokens[..at]));
-    let ruled = Generate::new(&model, &prompt, &base)?.stop_when(|row, new| row == 0 && new.len() == 6).collect_all()?.remove(0);
+    let ruled = Generate::new(&model, &prompt, &base)?.stop_when(|row, new| Ok(row == 0 && new.len() == 6)).collect_all()?.remove(0);
     assert_eq!((ruled.finish, &ruled.tokens[..]), (FinishReason::Stop, &whole.tokens[..6]));
+    Ok(())
+}
+
+#[test]
+fn text_streams_and_stops_inside_of_tokens() -> Result<()> {
+    let corpus = "the cat sat on the mat, naïve café; the dog sat on the log. ".repeat(20);
+    let tokenizer = train_bpe([corpus.as_str()], 300, &["<|end|>"])?;
+    let model = gpt2(12, tokenizer.vocab_size(), 64)?;
+    let config = GenerationConfig { max_new_tokens: Some(30), do_sample: true, seed: 4, ..GenerationConfig::default() };
+    let prompt = tokenizer.encode("the cat")?;
+    let answer = generate(&model, std::slice::from_ref(&prompt), &config)?.remove(0);
+    let whole = tokenizer.decode(&answer.tokens, true)?;
+    let mut stream = TextStream::new(&model, &tokenizer, "the cat", &config, &[])?;
+    let pieces = stream.by_ref().collect::<Result<Vec<_>>>()?;
+    assert!(pieces.len() > 10 && pieces.concat() == whole, "{pieces:?} {whole}");
+    assert_eq!((stream.tokens(), stream.finish_reason()), (30, Some(FinishReason::Length)));
+    // Three characters from the middle of the text, wherever the tokens end.
+    let stop: String = whole.chars().skip(whole.chars().count() / 2).take(3).collect();
+    let before = whole.split(&stop).next().unwrap_or_default();
+    let mut stream = TextStream::new(&model, &tokenizer, "the cat", &config, std::slice::from_ref(&stop))?;
+    assert_eq!(stream.by_ref().collect::<Result<String>>()?, before);
+    assert_eq!(stream.finish_reason(), Some(FinishReason::Stop));
+    let rule = stop_at_text(&tokenizer, std::slice::from_ref(&stop))?;
+    let ruled = Generate::new(&model, &[prompt.clone(), prompt], &config)?.stop_when(rule).collect_all()?;
+    assert_eq!(ruled[0].finish, FinishReason::Stop);
+    assert_eq!(ruled[0].tokens.len(), stream.tokens());
+    assert!(tokenizer.decode(&ruled[0].tokens, false)?.contains(&stop));
     Ok(())
 }
 

@@ -1,19 +1,23 @@
 //! Text generation with language models: greedy, sampling, beam search, token by token or whole answers.
 //!
-//! Everything here works on token ids; a tokenizer stands before and behind it.
+//! All of it works on token ids; [`TextStream`] puts a tokenizer before and behind.
 
 mod beam;
 mod config;
 pub mod processors;
 mod sample;
+mod seq2seq;
 mod speculative;
 mod stepper;
 mod stream;
+mod text;
 
 pub use config::{EarlyStopping, GenerationConfig};
 pub use processors::{LogitsProcessor, Place, Processors};
+pub use seq2seq::generate_seq2seq;
 pub use speculative::{Speculation, generate_speculative};
 pub use stream::{Generate, NewToken, Step, StopRule};
+pub use text::{StopStrings, TextStream, stop_at_text};
 
 use crate::transformer::CausalLm;
 use kiln_tensor::Result;

@@ -33,7 +33,7 @@ pub(super) fn inference<R>(params: &Params, f: impl FnOnce() -> R) -> R {
 }
 
 /// The dtype that keys and values will have, and the model's device.
-fn cache_options(params: &Params) -> TensorOptions {
+pub(super) fn cache_options(params: &Params) -> TensorOptions {
     let weights = params.params();
     let first = weights.iter().find(|param| param.dtype().is_float());
     let dtype = autocast_dtype().or(first.map(|param| param.dtype())).unwrap_or(params.options().dtype);

@@ -7,8 +7,8 @@ use super::{FinishReason, Generation, GenerationConfig};
 use crate::transformer::CausalLm;
 use kiln_tensor::{Error, Result};
 
-/// Says of an answer so far (its number, and its new tokens) whether it ends here.
-pub type StopRule<'a> = Box<dyn FnMut(usize, &[u32]) -> bool + 'a>;
+/// Says of an answer so far (its number, and its new tokens) whether it ends here. An error ends all.
+pub type StopRule<'a> = Box<dyn FnMut(usize, &[u32]) -> Result<bool> + 'a>;
 
 /// A token that a step added to an answer.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -141,7 +141,7 @@ impl<'a> Generate<'a> {
     }
 
     /// Ends an answer, with [`FinishReason::Stop`], once `rule` says so of its number and new tokens. The token that made it say so stays.
-    pub fn stop_when(mut self, rule: impl FnMut(usize, &[u32]) -> bool + 'a) -> Self {
+    pub fn stop_when(mut self, rule: impl FnMut(usize, &[u32]) -> Result<bool> + 'a) -> Self {
         self.stop = Some(Box::new(rule));
         self
     }
@@ -202,7 +202,7 @@ impl<'a> Generate<'a> {
             });
             let Choice { token, logprob, scaled_logprob } = logits.choose(slot, answer.place(), &self.processors, draw)?;
             self.answers[row].tokens.push(token);
-            let finish = self.finish(row, token);
+            let finish = self.finish(row, token)?;
             self.ended[row] = finish.is_some();
             self.next[slot] = if finish.is_some() { self.config.pad() } else { token };
             tokens.push(NewToken { row, token, logprob, scaled_logprob, finish });
@@ -210,17 +210,17 @@ impl<'a> Generate<'a> {
         Ok(Step { tokens })
     }
 
-    fn finish(&mut self, row: usize, token: u32) -> Option<FinishReason> {
+    fn finish(&mut self, row: usize, token: u32) -> Result<Option<FinishReason>> {
         let answer = &self.answers[row];
         let new = answer.new_tokens();
         if self.config.eos_token_id.contains(&token) {
-            return Some(FinishReason::Eos);
+            return Ok(Some(FinishReason::Eos));
         }
-        let stopped = self.config.stop_sequences.iter().any(|end| new.ends_with(end));
-        if stopped || self.stop.as_mut().is_some_and(|stop| stop(row, new)) {
-            return Some(FinishReason::Stop);
+        let is_stop = self.config.stop_sequences.iter().any(|end| new.ends_with(end));
+        if is_stop || self.stop.as_mut().map_or(Ok(false), |stop| stop(row, new))? {
+            return Ok(Some(FinishReason::Stop));
         }
-        (answer.tokens.len() >= answer.limit).then_some(FinishReason::Length)
+        Ok((answer.tokens.len() >= answer.limit).then_some(FinishReason::Length))
     }
 
     /// Frees the model of rows that have ended, once they are half of all: moving the cache costs about a step.
