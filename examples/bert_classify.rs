@@ -22,6 +22,7 @@ use kiln::transformer::{
 use kiln::{Error, Result, io, set_default_device};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Texts that are made up where no file is given.
@@ -195,7 +196,7 @@ struct Run<'a> {
     train: Texts,
     test: Texts,
     checkpoint: Option<Checkpoint>,
-    stop: &'static AtomicBool,
+    stop: Arc<AtomicBool>,
 }
 
 impl<'a> Run<'a> {

@@ -200,3 +200,99 @@ impl<M: BertTask> BertTrainer<M> {
         self.learner.load_state_dict(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::align::linear_decay;
+    use crate::data::{Dataset, LabelledSequences, MaskOptions, MaskedSequences, Rng};
+    use crate::transformer::BertConfig;
+
+    fn config() -> BertConfig {
+        BertConfig {
+            vocab_size: 12,
+            hidden_size: 16,
+            num_hidden_layers: 1,
+            num_attention_heads: 2,
+            intermediate_size: 32,
+            ..BertConfig::default()
+        }
+    }
+
+    fn options(steps: u64) -> TrainOptions {
+        TrainOptions { schedule: linear_decay(steps, 2), ..TrainOptions::new(1e-2) }
+    }
+
+    /// Texts of class 1 hold the token 5 before the token 6, those of class 0 behind it.
+    fn texts() -> (Vec<Vec<u32>>, Vec<i64>) {
+        let text = |i: u32| {
+            let (first, second) = if i.is_multiple_of(2) { (6, 5) } else { (5, 6) };
+            let mut text = vec![2, 7 + i % 3, first, 8, second, 9];
+            text.truncate(if i.is_multiple_of(3) { 5 } else { 6 });
+            [text, vec![3]].concat()
+        };
+        ((0..12).map(text).collect(), (0..12).map(|i| i % 2).collect())
+    }
+
+    fn batch<D: Dataset>(data: &D, step: u64) -> D::Batch {
+        let all: Vec<usize> = (0..data.len()).collect();
+        data.batch(&all, &mut Rng::new(step)).unwrap()
+    }
+
+    /// Six steps in one go, and the same with a stop after three: every tensor has the same bits.
+    fn resumes<M: BertTask>(build: impl Fn() -> M, data: impl Dataset<Batch = M::Batch>) {
+        let trainer = || BertTrainer::new(build(), &options(6)).unwrap();
+        let advance = |trainer: &mut BertTrainer<M>, steps: std::ops::Range<u64>| {
+            steps.for_each(|step| assert!(trainer.step(&batch(&data, step)).unwrap().loss.is_finite()));
+        };
+        let (mut whole, mut stopped, mut resumed) = (trainer(), trainer(), trainer());
+        advance(&mut whole, 0..6);
+        advance(&mut stopped, 0..3);
+        // An evaluation draws nothing.
+        stopped.evaluate(&[batch(&data, 0)]).unwrap();
+        resumed.load_state_dict(&stopped.state_dict().unwrap()).unwrap();
+        advance(&mut resumed, 3..6);
+        let bits = |trainer: &BertTrainer<M>| -> Vec<(String, Vec<u64>)> {
+            let bits = |x: &Tensor| x.to_dtype(DType::F64).unwrap().to_vec::<f64>().unwrap().into_iter().map(f64::to_bits).collect();
+            trainer.state_dict().unwrap().into_iter().map(|(name, x)| (name, bits(&x))).collect()
+        };
+        assert!(whole.steps() == 6 && bits(&whole) == bits(&resumed) && bits(&whole) != bits(&stopped));
+    }
+
+    fn masked() -> MaskedSequences {
+        MaskedSequences::new(texts().0, MaskOptions::bert(1, 0, vec![0, 1, 2, 3], 12)).unwrap()
+    }
+
+    #[test]
+    fn a_stopped_training_resumes_to_the_same_bits() {
+        resumes(|| config().masked_lm(&Params::seeded(1)).unwrap(), masked());
+        let (tokens, labels) = texts();
+        let data = LabelledSequences::new(tokens, labels, 0).unwrap();
+        resumes(|| config().sequence_classifier(&Params::seeded(1)).unwrap(), data);
+    }
+
+    #[test]
+    fn the_order_of_words_is_learned() {
+        let (tokens, labels) = texts();
+        let data = LabelledSequences::new(tokens, labels.clone(), 0).unwrap();
+        for bf16 in [false, true] {
+            let model = config().sequence_classifier(&Params::seeded(1)).unwrap();
+            let mut trainer = BertTrainer::new(model, &TrainOptions { bf16, ..options(120) }).unwrap();
+            let first = trainer.evaluate(&[batch(&data, 0)]).unwrap();
+            (0..120).for_each(|step| assert!(trainer.step(&batch(&data, step)).is_ok()));
+            let last = trainer.evaluate(&[batch(&data, 0)]).unwrap();
+            assert!(first.loss > 0.5 && last.loss < 0.1 && last.accuracy() == 1.0, "{bf16}: {} {}", first.loss, last.loss);
+            assert!(last.targets == labels && last.predictions == labels && trainer.model().params().mode().is_training());
+        }
+    }
+
+    #[test]
+    fn what_teaches_nothing_is_an_error() {
+        let model = || config().masked_lm(&Params::seeded(1)).unwrap();
+        let mut trainer = BertTrainer::new(model(), &options(6)).unwrap();
+        let mut nothing = batch(&masked(), 0);
+        nothing.targets = Tensor::full(*nothing.targets.shape(), IGNORE as f64, DType::I64).unwrap();
+        assert!(trainer.step(&nothing).is_err() && trainer.evaluate(&[nothing]).is_err() && trainer.evaluate(&[]).is_err());
+        assert!(BertTrainer::new(model(), &TrainOptions { gradient_accumulation_steps: 2, ..options(6) }).is_err());
+    }
+}

@@ -120,7 +120,7 @@ impl Tokenizer {
     /// # Errors
     /// If a token has not been named in [`SpecialTokens`], or the tokenizer is one of characters.
     pub fn with_bert_ends(mut self) -> Result<Self> {
-        let name = |id: Option<u32>, role: &str| {
+        let name = |id: Option<u32>, role: &str| -> Result<(String, u32)> {
             let unnamed = || Error::argument("with_bert_ends", format!("there is no {role}; name it by with_special_tokens"));
             let id = id.ok_or_else(unnamed)?;
             Ok((self.token(id)?, id))
@@ -350,6 +350,35 @@ mod tests {
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         let unknown: Vec<char> = (0..0x400).filter_map(char::from_u32).filter(|c| !alphabet.contains(c)).collect();
         assert!(unknown.iter().all(|&c| byte_of(c).is_none()));
+    }
+
+    #[test]
+    fn texts_get_berts_ends_and_keep_them_in_a_folder() -> Result<()> {
+        let plain = crate::text::train_bpe(["low lower lowest"], 300, &["[PAD]", "[CLS]", "[SEP]", "[MASK]"])?;
+        let [cls, sep, mask] = ["[CLS]", "[SEP]", "[MASK]"].map(|token| plain.token_to_id(token));
+        assert!(plain.clone().with_bert_ends().is_err());
+        let special = SpecialTokens { pad: Some(0), cls, sep, mask, ..SpecialTokens::default() };
+        let tokenizer = plain.clone().with_special_tokens(special.clone())?.with_bert_ends()?;
+        let words = |text: &str| plain.encode(text);
+        let whole = [vec![1], words("lower")?, vec![2]].concat();
+        assert_eq!((tokenizer.encode_with_specials("lower")?, tokenizer.encode("lower")?), (whole.clone(), words("lower")?));
+        let (pair, types) = tokenizer.encode_pair("low", "lowest")?;
+        assert_eq!(pair, [vec![1], words("low")?, vec![2], words("lowest")?, vec![2]].concat());
+        assert_eq!(types.iter().filter(|kind| **kind == 1).count(), words("lowest")?.len() + 1);
+
+        assert_eq!(tokenizer.encode_truncated("lower", whole.len())?, (whole, false));
+        let long = tokenizer.encode_with_specials("low low low low")?;
+        assert_eq!(tokenizer.encode_truncated("low low low low", 3)?, (vec![1, long[1], 2], true));
+        assert_eq!(tokenizer.encode_truncated("low low low low", 1)?, (vec![2], true));
+        assert!(tokenizer.encode_truncated("low", 0).is_err());
+
+        let folder = std::env::temp_dir().join(format!("kiln-bert-ends-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        tokenizer.save_to_folder(&folder)?;
+        let loaded = Tokenizer::from_folder(&folder)?;
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!((loaded.special_tokens(), loaded.encode_pair("low", "lowest")?), (&special, (pair, types)));
+        Ok(())
     }
 
     #[test]
