@@ -22,6 +22,7 @@ pub use orpo::{OrpoLogProbs, orpo_loss};
 pub use ppo::{Clipped, gae, policy_loss, token_rewards, value_loss};
 pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
+pub(crate) use trainer::learner;
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
     PreferencePair, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions, SftTrainer,

@@ -1,4 +1,11 @@
-//! Classifiers of 28 × 28 digits: a perceptron, and a small convolutional network whose features also judge generators.
+//! Classifiers: of 28 × 28 digits a perceptron, and a small convolutional network whose features also judge generators; of texts the
+//! training of a BERT, and naive Bayes to compare it with.
+
+mod bag_of_words;
+mod bert;
+
+pub use bag_of_words::NaiveBayes;
+pub use bert::{BertStep, BertTask, BertTrainer, Evaluation};
 
 use crate::nn::{Conv2d, ConvOptions, Dropout, Linear, Module, Params};
 use kiln_tensor::{Activation, Result, Tensor};

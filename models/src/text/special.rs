@@ -16,18 +16,33 @@ pub struct SpecialTokens {
     pub pad: Option<u32>,
     /// Stands for what the vocabulary cannot express.
     pub unk: Option<u32>,
+    /// Begins what a BERT reads; its state stands for the whole.
+    pub cls: Option<u32>,
+    /// Ends each text that a BERT reads.
+    pub sep: Option<u32>,
+    /// Stands for a hidden token.
+    pub mask: Option<u32>,
 }
 
 impl SpecialTokens {
     /// All ids.
     pub(super) fn ids(&self) -> impl Iterator<Item = u32> {
-        self.bos.into_iter().chain(self.eos.iter().copied()).chain(self.pad).chain(self.unk)
+        self.bos
+            .into_iter()
+            .chain(self.eos.iter().copied())
+            .chain(self.pad)
+            .chain(self.unk)
+            .chain(self.cls)
+            .chain(self.sep)
+            .chain(self.mask)
     }
 
     /// What the files of `folder` say about the vocabulary of `inner`: `tokenizer_config.json` before `special_tokens_map.json`
     /// (tokens as text), and before `generation_config.json` (ids).
     pub(super) fn of_folder(folder: &Path, inner: &tokenizers::Tokenizer) -> Result<Self> {
         let role = |name: &str| named_id(folder, name, inner);
+        // Decoders' files name these as well, and not always as the vocabulary has them.
+        let optional = |name: &str| -> Result<_> { Ok(token_text(folder, name)?.and_then(|(text, _)| inner.token_to_id(&text))) };
         let ids = |key: &str| generation_ids(folder, key, inner);
         let mut eos: Vec<u32> = role("eos_token")?.into_iter().collect();
         for id in ids("eos_token_id")? {
@@ -41,6 +56,9 @@ impl SpecialTokens {
             eos,
             pad: first(role("pad_token")?, "pad_token_id")?,
             unk: role("unk_token")?,
+            cls: optional("cls_token")?,
+            sep: optional("sep_token")?,
+            mask: optional("mask_token")?,
         })
     }
 }

@@ -11,7 +11,8 @@ use std::io::Write;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use tokenizers::{DecoderWrapper, Model};
+use tokenizers::processors::bert::BertProcessing;
+use tokenizers::{DecoderWrapper, Model, PostProcessorWrapper};
 
 /// Text to token ids and back.
 ///
@@ -89,7 +90,9 @@ impl Tokenizer {
         let special = &self.special;
         let mut roles = serde_json::Map::from_iter([("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into())]);
         let eos = special.eos.first().copied();
-        for (role, id) in [("bos_token", special.bos), ("eos_token", eos), ("pad_token", special.pad), ("unk_token", special.unk)] {
+        let named = [("bos_token", special.bos), ("eos_token", eos), ("pad_token", special.pad), ("unk_token", special.unk)];
+        let named = named.into_iter().chain([("cls_token", special.cls), ("sep_token", special.sep), ("mask_token", special.mask)]);
+        for (role, id) in named {
             if let Some(token) = id.and_then(|id| self.id_to_token(id)) {
                 roles.insert(role.to_owned(), token.into());
             }
@@ -108,6 +111,25 @@ impl Tokenizer {
             self.token(id)?;
         }
         self.special = special;
+        Ok(self)
+    }
+
+    /// The same tokenizer with [`encode_with_specials`](Tokenizer::encode_with_specials) putting its tokens `cls` before a text and `sep`
+    /// behind it, and `sep` behind a second one, as BERT reads them: `[CLS] first [SEP] second [SEP]`.
+    ///
+    /// # Errors
+    /// If a token has not been named in [`SpecialTokens`], or the tokenizer is one of characters.
+    pub fn with_bert_ends(mut self) -> Result<Self> {
+        let name = |id: Option<u32>, role: &str| -> Result<(String, u32)> {
+            let unnamed = || Error::argument("with_bert_ends", format!("there is no {role}; name it by with_special_tokens"));
+            let id = id.ok_or_else(unnamed)?;
+            Ok((self.token(id)?, id))
+        };
+        let (cls, sep) = (name(self.special.cls, "cls")?, name(self.special.sep, "sep")?);
+        let Kind::HuggingFace(inner) = &mut self.kind else {
+            return Err(Error::argument("with_bert_ends", "a tokenizer of characters puts nothing around a text"));
+        };
+        inner.with_post_processor(Some(PostProcessorWrapper::Bert(BertProcessing::new(sep, cls))));
         Ok(self)
     }
 
@@ -151,6 +173,22 @@ impl Tokenizer {
                 Ok((ids, types))
             }
         }
+    }
+
+    /// As [`encode_with_specials`](Tokenizer::encode_with_specials), of at most `max_length` tokens, and whether some are missing: those
+    /// before the last one, which stays, as it is the special token that ends the text.
+    ///
+    /// # Errors
+    /// As [`encode`](Tokenizer::encode), or if `max_length` is 0.
+    pub fn encode_truncated(&self, text: &str, max_length: usize) -> Result<(Vec<u32>, bool)> {
+        let mut ids = self.encode_with_specials(text)?;
+        let is_longer = ids.len() > max_length;
+        if is_longer {
+            let problem = || Error::argument("encode_truncated", "no text fits 0 tokens");
+            let kept = max_length.checked_sub(1).ok_or_else(problem)?;
+            ids.drain(kept..ids.len() - 1);
+        }
+        Ok((ids, is_longer))
     }
 
     /// As [`encode`](Tokenizer::encode), with the characters of `text` (counted, not bytes) that each token covers. Tokens that
@@ -312,6 +350,35 @@ mod tests {
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         let unknown: Vec<char> = (0..0x400).filter_map(char::from_u32).filter(|c| !alphabet.contains(c)).collect();
         assert!(unknown.iter().all(|&c| byte_of(c).is_none()));
+    }
+
+    #[test]
+    fn texts_get_berts_ends_and_keep_them_in_a_folder() -> Result<()> {
+        let plain = crate::text::train_bpe(["low lower lowest"], 300, &["[PAD]", "[CLS]", "[SEP]", "[MASK]"])?;
+        let [cls, sep, mask] = ["[CLS]", "[SEP]", "[MASK]"].map(|token| plain.token_to_id(token));
+        assert!(plain.clone().with_bert_ends().is_err());
+        let special = SpecialTokens { pad: Some(0), cls, sep, mask, ..SpecialTokens::default() };
+        let tokenizer = plain.clone().with_special_tokens(special.clone())?.with_bert_ends()?;
+        let words = |text: &str| plain.encode(text);
+        let whole = [vec![1], words("lower")?, vec![2]].concat();
+        assert_eq!((tokenizer.encode_with_specials("lower")?, tokenizer.encode("lower")?), (whole.clone(), words("lower")?));
+        let (pair, types) = tokenizer.encode_pair("low", "lowest")?;
+        assert_eq!(pair, [vec![1], words("low")?, vec![2], words("lowest")?, vec![2]].concat());
+        assert_eq!(types.iter().filter(|kind| **kind == 1).count(), words("lowest")?.len() + 1);
+
+        assert_eq!(tokenizer.encode_truncated("lower", whole.len())?, (whole, false));
+        let long = tokenizer.encode_with_specials("low low low low")?;
+        assert_eq!(tokenizer.encode_truncated("low low low low", 3)?, (vec![1, long[1], 2], true));
+        assert_eq!(tokenizer.encode_truncated("low low low low", 1)?, (vec![2], true));
+        assert!(tokenizer.encode_truncated("low", 0).is_err());
+
+        let folder = std::env::temp_dir().join(format!("kiln-bert-ends-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        tokenizer.save_to_folder(&folder)?;
+        let loaded = Tokenizer::from_folder(&folder)?;
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!((loaded.special_tokens(), loaded.encode_pair("low", "lowest")?), (&special, (pair, types)));
+        Ok(())
     }
 
     #[test]

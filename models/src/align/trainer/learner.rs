@@ -45,7 +45,7 @@ impl TrainOptions {
     }
 
     /// Runs a forward pass in the precision asked for.
-    pub(super) fn autocast<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub(crate) fn autocast<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
         with_autocast(self.bf16.then_some(DType::BF16), f)
     }
 }
@@ -59,13 +59,13 @@ pub fn linear_decay(steps: u64, warmup: u64) -> Schedule {
 
 /// What a step of the optimiser did.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Update {
+pub(crate) struct Update {
     pub grad_norm: f64,
     pub lr: f64,
 }
 
 /// Weights with their optimiser.
-pub(super) struct Learner {
+pub(crate) struct Learner {
     op: &'static str,
     params: Params,
     options: TrainOptions,
@@ -143,7 +143,7 @@ impl Learner {
 }
 
 /// Runs `f` with dropout resting, and leaves the mode as it was.
-pub(super) fn evaluating<R>(params: &Params, f: impl FnOnce() -> R) -> R {
+pub(crate) fn evaluating<R>(params: &Params, f: impl FnOnce() -> R) -> R {
     let was_training = params.mode().is_training();
     params.eval();
     let result = f();

@@ -5,7 +5,7 @@
 mod batch;
 mod dpo;
 mod grpo;
-mod learner;
+pub(crate) mod learner;
 mod ppo;
 mod reference;
 mod reward;

@@ -2,7 +2,8 @@
 
 use crate::data::csv::{classes, wrap};
 use crate::data::error;
-use kiln_tensor::Result;
+use crate::data::rng::Rng;
+use kiln_tensor::{Error, Result};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -16,6 +17,39 @@ pub struct TextClassification {
     pub labels: Vec<i64>,
     /// The classes' names; in numerical order if all are numbers, else in that of the text.
     pub classes: Vec<String>,
+}
+
+impl TextClassification {
+    /// The texts to train on, and `share` of them (0 to 1, exclusive) to measure with. Each class is divided by itself, so that both parts have
+    /// the same shares of them; a class of few texts is to train on. Which text goes where follows from `seed` and the order of the file.
+    ///
+    /// # Errors
+    /// If `share` is out of its domain, or so small that nothing is left to measure with.
+    pub fn split(self, share: f64, seed: u64) -> Result<(Self, Self)> {
+        if !(share > 0.0 && share < 1.0) {
+            return Err(Error::argument("split", format!("a share of {share} to measure with is not between 0 and 1")));
+        }
+        let mut held_out = vec![false; self.labels.len()];
+        for class in 0..self.classes.len() {
+            let of_class = self.labels.iter().enumerate().filter(|(_, label)| **label == class as i64);
+            let mut members: Vec<usize> = of_class.map(|(i, _)| i).collect();
+            Rng::keyed(seed, class as u64, 0).shuffle(&mut members);
+            let count = (share * members.len() as f64) as usize;
+            members.iter().take(count).for_each(|&i| held_out[i] = true);
+        }
+        if !held_out.contains(&true) {
+            let problem = format!("a share of {share} of {} texts in {} classes is none", self.texts.len(), self.classes.len());
+            return Err(Error::argument("split", format!("{problem}; take a larger one, or give more texts")));
+        }
+        let [mut train, mut test] = [const { (Vec::new(), Vec::new()) }; 2];
+        for ((text, label), is_held_out) in self.texts.into_iter().zip(self.labels).zip(held_out) {
+            let part = if is_held_out { &mut test } else { &mut train };
+            part.0.push(text);
+            part.1.push(label);
+        }
+        let part = |(texts, labels)| Self { texts, labels, classes: self.classes.clone() };
+        Ok((part(train), part(test)))
+    }
 }
 
 /// Reads the columns `text` and `label` of the CSV file at `path`, whose first line names the columns; others are left out. Labels are integers or
@@ -84,6 +118,24 @@ mod tests {
         assert_eq!((numbers.labels, numbers.classes), (vec![1, 0], vec!["9".to_owned(), "10".to_owned()]));
         let test = read(b"text,label\nx,pos\n", Some(&names.classes)).unwrap();
         assert_eq!((test.labels, test.classes), (vec![1], names.classes));
+    }
+
+    #[test]
+    fn each_class_is_divided_by_itself() {
+        let labels: Vec<i64> = (0..101).map(|i| if i == 100 { 2 } else { i64::from(i % 4 == 0) }).collect();
+        let classes = ["a", "b", "c"].map(str::to_owned).to_vec();
+        let all = TextClassification { texts: (0..101).map(|i| i.to_string()).collect(), labels, classes };
+        let (train, test) = all.clone().split(0.2, 7).unwrap();
+        let counts = |part: &TextClassification| [0, 1, 2].map(|class| part.labels.iter().filter(|&&label| label == class).count());
+        assert_eq!((counts(&train), counts(&test)), ([60, 20, 1], [15, 5, 0]));
+        let mut texts = [train.texts.clone(), test.texts.clone()].concat();
+        texts.sort_by_key(|text| text.parse::<usize>().unwrap());
+        assert_eq!(texts, all.texts);
+        assert_eq!(all.clone().split(0.2, 7).unwrap(), (train, test.clone()));
+        assert_ne!(all.clone().split(0.2, 8).unwrap().1, test);
+        for share in [0.0, 1.0, -1.0, f64::NAN, 1e-3] {
+            assert!(all.clone().split(share, 0).is_err());
+        }
     }
 
     #[test]

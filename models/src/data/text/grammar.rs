@@ -83,7 +83,7 @@ pub(super) fn dialogue(seed: u64, bytes: usize) -> String {
     out
 }
 
-fn pick<T: Copy>(rng: &mut Rng, of: &[T]) -> T {
+pub(super) fn pick<T: Copy>(rng: &mut Rng, of: &[T]) -> T {
     of[rng.below(of.len())]
 }
 

@@ -6,12 +6,18 @@ mod classify;
 mod corpus;
 mod grammar;
 mod jsonl;
+mod labelled;
+mod masked;
 mod packed;
 mod padded;
+mod reviews;
 
 pub use blocks::{TokenBatch, TokenBlocks};
 pub use classify::{TextClassification, read_text_csv};
 pub use corpus::{Corpus, CorpusOrigin, CorpusSource};
 pub use jsonl::{Class, Conversation, JsonRecord, LabelledText, PlainText, Preference, PromptCompletion, Turns, read_jsonl};
+pub use labelled::{LabelledBatch, LabelledSequences};
+pub use masked::{MaskOptions, MaskedBatch, MaskedSequences};
 pub use packed::{Overlong, PackOptions, PackedBatch, PackedSequences, Packing};
 pub use padded::{IGNORE, PaddedBatch, PaddedSequences, PaddingSide, TokenSequence, pad_sequences};
+pub use reviews::generated_reviews;
