@@ -1,7 +1,7 @@
 //! Tokenizers and chat templates against `tokenizers` and `transformers` (tests/fixtures/text/text.py), data sets of text, and bad input.
 
 use kiln_models::data::{
-    Corpus, CorpusSource, Dataset, IGNORE, Loader, LoaderOptions, Overlong, PackOptions, PackedSequences, Packing, PaddedSequences,
+    Corpus, CorpusSource, Dataset, IGNORE_INDEX, Loader, LoaderOptions, Overlong, PackOptions, PackedSequences, Packing, PaddedSequences,
     PaddingSide, Rng, TokenBlocks, TokenSequence, pad_sequences,
 };
 use kiln_models::text::json::{Map, Value, from_str, from_value};
@@ -492,7 +492,7 @@ fn packed_rows_hold_every_sequence_once_and_mix_none() {
         for place in 0..inputs.len() {
             let (row, column) = (place / 16, place % 16);
             if segments[place] < 0 {
-                assert_eq!((inputs[place], targets[place]), (9999, IGNORE));
+                assert_eq!((inputs[place], targets[place]), (9999, IGNORE_INDEX));
                 assert!(16 - column <= rooms[row] && positions[place] == (column + rooms[row] - 16) as i64);
                 continue;
             }
@@ -500,7 +500,7 @@ fn packed_rows_hold_every_sequence_once_and_mix_none() {
             assert_eq!(positions[place], inputs[place] - start);
             let follows = column < 15 && segments[place + 1] == segments[place];
             assert_eq!(follows, column < 15 && inputs[place + 1] == inputs[place] + 1 && positions[place + 1] > 0);
-            let expected = if follows && inputs[place + 1] % 3 != 0 { inputs[place] + 1 } else { IGNORE };
+            let expected = if follows && inputs[place + 1] % 3 != 0 { inputs[place] + 1 } else { IGNORE_INDEX };
             assert_eq!(targets[place], expected, "place {place}");
         }
     }
@@ -517,10 +517,10 @@ fn overlong_sequences_are_refused_cut_or_split() {
         let batch = packed.batch(&(0..packed.len()).collect::<Vec<_>>(), &mut Rng::new(0)).unwrap();
         (batch.inputs.to_vec::<i64>().unwrap(), batch.targets.to_vec::<i64>().unwrap())
     };
-    assert_eq!(rows(pack(Overlong::Truncate).unwrap()), (vec![1, 2, 3, 4], vec![2, 3, 4, IGNORE]));
+    assert_eq!(rows(pack(Overlong::Truncate).unwrap()), (vec![1, 2, 3, 4], vec![2, 3, 4, IGNORE_INDEX]));
     let (inputs, targets) = rows(pack(Overlong::Split).unwrap());
     assert_eq!(inputs, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0]);
-    assert_eq!(targets, [2, 3, 4, IGNORE, 6, 7, 8, IGNORE, 10, IGNORE, IGNORE, IGNORE]);
+    assert_eq!(targets, [2, 3, 4, IGNORE_INDEX, 6, 7, 8, IGNORE_INDEX, 10, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]);
     let empty = PackOptions { length: 0, packing: Packing::InOrder, overlong: Overlong::Split, pad: 0 };
     assert!(PackedSequences::new(vec![], empty).is_err());
     assert!(PackedSequences::new(vec![], PackOptions { length: usize::MAX, ..empty }).is_err());
@@ -533,7 +533,23 @@ fn padded_batches_have_their_padding_on_the_side_that_was_asked_for() {
     let three = sequences(&[2, 4, 1]);
     let batch = pad_sequences(&three, 77, PaddingSide::Right).unwrap();
     assert_eq!(batch.inputs.to_vec::<i64>().unwrap(), [0, 1, 77, 77, 2, 3, 4, 5, 6, 77, 77, 77]);
-    assert_eq!(batch.targets.to_vec::<i64>().unwrap(), [1, IGNORE, IGNORE, IGNORE, IGNORE, 4, 5, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE]);
+    assert_eq!(
+        batch.targets.to_vec::<i64>().unwrap(),
+        [
+            1,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            4,
+            5,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            IGNORE_INDEX,
+            IGNORE_INDEX
+        ]
+    );
     let mask = batch.key_mask.to_vec::<bool>().unwrap();
     assert_eq!(mask, [true, true, false, false, true, true, true, true, true, false, false, false]);
     assert_eq!(batch.lengths, [2, 4, 1]);

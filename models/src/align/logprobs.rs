@@ -6,14 +6,15 @@ use super::check::expect_alike;
 use kiln_tensor::ops::loss::{CrossEntropyOptions, Reduction};
 use kiln_tensor::{Dims, Error, Result, Tensor};
 
-pub use crate::transformer::IGNORE_INDEX;
+use crate::data::IGNORE_INDEX;
 
 /// log softmax(logits) at the targets: logits (…, V) and i64 targets (…) → (…). A target of [`IGNORE_INDEX`] gives 0.
 ///
 /// The fused cross-entropy: what the backward pass keeps beside the logits is two numbers a row, no probabilities.
 ///
 /// ```
-/// # use kiln_models::align::{IGNORE_INDEX, token_log_probs};
+/// # use kiln_models::align::token_log_probs;
+/// # use kiln_models::data::IGNORE_INDEX;
 /// # use kiln_tensor::{Result, Tensor};
 /// # fn main() -> Result<()> {
 /// let logits = Tensor::zeros([1, 3, 4], ())?;

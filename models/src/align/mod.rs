@@ -17,7 +17,7 @@ mod trainer;
 pub use dpo::{Completions, DpoLoss, DpoLossOptions, dpo_loss};
 pub use grpo::{GrpoLoss, GrpoLossOptions, GrpoOutput, GrpoTokens, ImportanceSampling, RewardScale, group_advantages, grpo_loss};
 pub use kto::{KtoLossOptions, kto_kl, kto_loss};
-pub use logprobs::{IGNORE_INDEX, KlEstimator, entropy, masked_mean, masked_sum, token_log_probs, whiten};
+pub use logprobs::{KlEstimator, entropy, masked_mean, masked_sum, token_log_probs, whiten};
 pub use orpo::{OrpoLogProbs, orpo_loss};
 pub use ppo::{Clipped, gae, policy_loss, token_rewards, value_loss};
 pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
@@ -26,5 +26,5 @@ pub(crate) use trainer::learner;
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
     PreferencePair, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions, SftTrainer,
-    TrainOptions, ValueModel, WithoutAdapter, linear_decay, sampler, sequence_log_probs,
+    TrainOptions, ValueModel, linear_decay, sampler, sequence_log_probs,
 };

@@ -3,7 +3,8 @@
 //! Source: Ouyang et al., *Training language models to follow instructions with human feedback*, 2022, step 1.
 
 use super::check::expect_alike;
-use super::logprobs::{IGNORE_INDEX, masked_mean, token_log_probs};
+use super::logprobs::{masked_mean, token_log_probs};
+use crate::data::IGNORE_INDEX;
 use kiln_tensor::{DType, Error, Result, Tensor};
 
 /// The labels of tokens: the tokens themselves where `mask` is true, [`IGNORE_INDEX`] elsewhere; both (B, T).

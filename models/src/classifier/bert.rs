@@ -3,7 +3,7 @@
 
 use crate::align::TrainOptions;
 use crate::align::learner::{Learner, evaluating};
-use crate::data::{IGNORE, LabelledBatch, MaskedBatch};
+use crate::data::{IGNORE_INDEX, LabelledBatch, MaskedBatch};
 use crate::nn::{Params, StateDict};
 use crate::transformer::{BertForMaskedLm, BertForSequenceClassification};
 use kiln_autograd::{TensorExt, no_grad};
@@ -17,7 +17,7 @@ pub trait BertTask {
     /// The scope of its weights.
     fn params(&self) -> &Params;
 
-    /// The logits of all predictions of a batch, (N, classes), and their targets, i64 (N), [`IGNORE`] where nothing is to be learned.
+    /// The logits of all predictions of a batch, (N, classes), and their targets, i64 (N), [`IGNORE_INDEX`] where nothing is to be learned.
     ///
     /// # Errors
     /// If the batch does not fit the model.
@@ -136,7 +136,7 @@ impl<M: BertTask> BertTrainer<M> {
     /// The mean loss, of the predictions that count.
     fn loss(&self, batch: &M::Batch, reduction: Reduction) -> Result<(Tensor, Tensor, Tensor)> {
         let (logits, targets) = self.options.autocast(|| self.model.predict(batch))?;
-        let options = CrossEntropyOptions { ignore_index: IGNORE, reduction, ..CrossEntropyOptions::default() };
+        let options = CrossEntropyOptions { ignore_index: IGNORE_INDEX, reduction, ..CrossEntropyOptions::default() };
         let loss = logits.to_dtype(DType::F32)?.cross_entropy_with(&targets, &options)?;
         Ok((loss, logits, targets))
     }
@@ -171,7 +171,7 @@ impl<M: BertTask> BertTrainer<M> {
                     let (loss, logits, truth) = self.loss(batch, Reduction::Sum)?;
                     sum += loss.item_f64()?;
                     let pairs = logits.argmax(1)?.to_vec::<i64>()?.into_iter().zip(truth.to_vec::<i64>()?);
-                    let (named, truth): (Vec<i64>, Vec<i64>) = pairs.filter(|(_, truth)| *truth != IGNORE).unzip();
+                    let (named, truth): (Vec<i64>, Vec<i64>) = pairs.filter(|(_, truth)| *truth != IGNORE_INDEX).unzip();
                     predictions.extend(named);
                     targets.extend(truth);
                 }
@@ -291,7 +291,7 @@ mod tests {
         let model = || config().masked_lm(&Params::seeded(1)).unwrap();
         let mut trainer = BertTrainer::new(model(), &options(6)).unwrap();
         let mut nothing = batch(&masked(), 0);
-        nothing.targets = Tensor::full(*nothing.targets.shape(), IGNORE as f64, DType::I64).unwrap();
+        nothing.targets = Tensor::full(*nothing.targets.shape(), IGNORE_INDEX as f64, DType::I64).unwrap();
         assert!(trainer.step(&nothing).is_err() && trainer.evaluate(&[nothing]).is_err() && trainer.evaluate(&[]).is_err());
         assert!(BertTrainer::new(model(), &TrainOptions { gradient_accumulation_steps: 2, ..options(6) }).is_err());
     }

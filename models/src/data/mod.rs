@@ -25,7 +25,7 @@ pub use loader::{Loader, LoaderOptions, LoaderState};
 pub use mnist::{FashionMnist, Mnist, Origin, Source, Split};
 pub use rng::Rng;
 pub use text::{
-    Class, Conversation, Corpus, CorpusOrigin, CorpusSource, IGNORE, JsonRecord, LabelledBatch, LabelledSequences, LabelledText,
+    Class, Conversation, Corpus, CorpusOrigin, CorpusSource, IGNORE_INDEX, JsonRecord, LabelledBatch, LabelledSequences, LabelledText,
     MaskOptions, MaskedBatch, MaskedSequences, Overlong, PackOptions, PackedBatch, PackedSequences, Packing, PaddedBatch, PaddedSequences,
     PaddingSide, PlainText, Preference, PromptCompletion, TextClassification, TokenBatch, TokenBlocks, TokenSequence, Turns,
     generated_reviews, pad_sequences, read_jsonl, read_text_csv,

@@ -36,4 +36,4 @@ pub use opt::OptConfig;
 pub use rope::{RopeConfig, RopeScaling};
 pub use seq2seq::{EncoderDecoder, Seq2SeqConfig, load_seq2seq};
 pub use t5::T5Config;
-pub use trainer::{IGNORE_INDEX, LmBatch, LmStep, LmTrainer, LmTrainerOptions, lm_loss_sum, training_flops_per_token};
+pub use trainer::{LmBatch, LmStep, LmTrainer, LmTrainerOptions, lm_loss_sum, training_flops_per_token};

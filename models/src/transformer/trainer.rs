@@ -1,15 +1,12 @@
 //! Training of a language model: one optimiser step from one or several batches, and all the state that continues it bit for bit.
 
 use super::{CausalLm, LmShape, Pass};
-use crate::data::{PackedBatch, TokenBatch};
+use crate::data::{IGNORE_INDEX, PackedBatch, TokenBatch};
 use crate::nn::{LoadMode, Param, StateDict};
 use crate::optim::{AdamW, AdamWOptions, GradScaler, GradScalerOptions, Optimizer, Schedule};
 use kiln_autograd::{TensorExt, no_grad};
 use kiln_tensor::generator::GeneratorState;
 use kiln_tensor::{CrossEntropyOptions, DType, Error, Reduction, Result, Tensor, autocast, profile_scope};
-
-/// Targets of this value count nothing.
-pub const IGNORE_INDEX: i64 = -100;
 
 /// How an [`LmTrainer`] trains.
 #[derive(Clone, Copy, PartialEq, Debug)]

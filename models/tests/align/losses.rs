@@ -2,6 +2,7 @@
 
 use kiln_autograd::{TensorExt, gradcheck};
 use kiln_models::align::*;
+use kiln_models::data::IGNORE_INDEX;
 use kiln_tensor::io::safetensors;
 use kiln_tensor::{DType, Result, Tensor};
 use std::collections::BTreeMap;

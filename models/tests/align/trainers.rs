@@ -2,8 +2,8 @@
 
 use kiln_autograd::no_grad;
 use kiln_models::align::*;
-use kiln_models::data::{PaddingSide, TokenSequence, pad_sequences};
-use kiln_models::lora::{Lora, LoraConfig};
+use kiln_models::data::{IGNORE_INDEX, PaddingSide, TokenSequence, pad_sequences};
+use kiln_models::lora::{Lora, LoraConfig, WithoutAdapter};
 use kiln_models::nn::{LoadMode, Params, ParamsOptions, StateDict};
 use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
 use kiln_tensor::{DType, Error, Generator, Result, Tensor};

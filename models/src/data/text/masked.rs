@@ -1,6 +1,6 @@
 //! Texts with hidden tokens that a model is to find again: BERT's pre-training.
 
-use super::padded::{IGNORE, PaddingSide, TokenSequence, pad_sequences};
+use super::padded::{IGNORE_INDEX, PaddingSide, TokenSequence, pad_sequences};
 use crate::data::dataset::{Dataset, check_indices};
 use crate::data::rng::Rng;
 use kiln_tensor::{Error, Result, Tensor};
@@ -49,7 +49,7 @@ impl MaskOptions {
 pub struct MaskedBatch {
     /// Tokens, some of them hidden, and padding: i64 (B, T).
     pub inputs: Tensor,
-    /// The tokens to be found, i64 (B, T); [`IGNORE`] elsewhere.
+    /// The tokens to be found, i64 (B, T); [`IGNORE_INDEX`] elsewhere.
     pub targets: Tensor,
     /// True for tokens, false for padding: bool (B, T).
     pub key_mask: Tensor,
@@ -95,7 +95,7 @@ impl MaskedSequences {
         if chosen.is_empty() {
             chosen.extend(places.get(rng.below(places.len())));
         }
-        let (mut inputs, mut targets) = (tokens.to_vec(), vec![IGNORE; tokens.len()]);
+        let (mut inputs, mut targets) = (tokens.to_vec(), vec![IGNORE_INDEX; tokens.len()]);
         for place in chosen {
             targets[place] = i64::from(tokens[place]);
             let (draw, random) = (rng.uniform(), rng.below(vocab_size) as u32);
@@ -122,7 +122,7 @@ impl Dataset for MaskedSequences {
         let inputs: Vec<TokenSequence> = inputs.into_iter().map(TokenSequence::new).collect();
         let padded = pad_sequences(&inputs, self.options.pad, PaddingSide::Right)?;
         let width = padded.inputs.dim(1)?;
-        let targets = hidden.into_iter().flat_map(|row| row.into_iter().chain(std::iter::repeat(IGNORE)).take(width)).collect();
+        let targets = hidden.into_iter().flat_map(|row| row.into_iter().chain(std::iter::repeat(IGNORE_INDEX)).take(width)).collect();
         let targets = Tensor::from_vec::<i64>(targets, [indices.len(), width])?;
         Ok(MaskedBatch { inputs: padded.inputs, targets, key_mask: padded.key_mask })
     }
@@ -149,7 +149,7 @@ mod tests {
         let (before, inputs, targets) = batch(MaskOptions::bert(1, 0, vec![2, 3], VOCABULARY));
         let (mut found, mut hidden, mut kept) = (0.0, 0.0, 0.0);
         for ((&before, &input), &target) in before.iter().zip(&inputs).zip(&targets) {
-            if target == IGNORE {
+            if target == IGNORE_INDEX {
                 assert_eq!(before, input);
                 continue;
             }
@@ -167,7 +167,7 @@ mod tests {
     fn one_token_of_each_text_is_hidden_at_least() {
         let options = MaskOptions { probability: 0.0, ..MaskOptions::bert(1, 0, vec![2, 3], VOCABULARY) };
         let (_, _, targets) = batch(options);
-        assert!(targets.chunks(202).all(|row| row.iter().filter(|&&target| target != IGNORE).count() == 1));
+        assert!(targets.chunks(202).all(|row| row.iter().filter(|&&target| target != IGNORE_INDEX).count() == 1));
     }
 
     #[test]

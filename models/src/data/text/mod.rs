@@ -19,5 +19,5 @@ pub use jsonl::{Class, Conversation, JsonRecord, LabelledText, PlainText, Prefer
 pub use labelled::{LabelledBatch, LabelledSequences};
 pub use masked::{MaskOptions, MaskedBatch, MaskedSequences};
 pub use packed::{Overlong, PackOptions, PackedBatch, PackedSequences, Packing};
-pub use padded::{IGNORE, PaddedBatch, PaddedSequences, PaddingSide, TokenSequence, pad_sequences};
+pub use padded::{IGNORE_INDEX, PaddedBatch, PaddedSequences, PaddingSide, TokenSequence, pad_sequences};
 pub use reviews::generated_reviews;

@@ -1,6 +1,6 @@
 //! Sequences of different lengths packed into rows of one length, so that hardly a place is lost to padding.
 
-use super::padded::{IGNORE, TokenSequence};
+use super::padded::{IGNORE_INDEX, TokenSequence};
 use crate::data::dataset::{Dataset, check_indices};
 use crate::data::rng::Rng;
 use kiln_tensor::{Error, Result, Tensor};
@@ -40,12 +40,12 @@ pub struct PackOptions {
     pub pad: u32,
 }
 
-/// Rows of packed sequences. Of the places that are padding `segments` is −1 and `targets` [`IGNORE`].
+/// Rows of packed sequences. Of the places that are padding `segments` is −1 and `targets` [`IGNORE_INDEX`].
 #[derive(Clone, Debug)]
 pub struct PackedBatch {
     /// Tokens, i64 (B, T).
     pub inputs: Tensor,
-    /// The next token of the same sequence, i64 (B, T); [`IGNORE`] if it is not to be predicted, and at a sequence's last token: no
+    /// The next token of the same sequence, i64 (B, T); [`IGNORE_INDEX`] if it is not to be predicted, and at a sequence's last token: no
     /// sequence is predicted from another.
     pub targets: Tensor,
     /// The place of each token in its sequence, i64 (B, T).
@@ -183,7 +183,7 @@ impl Dataset for PackedSequences {
             let end = (row + 1) * self.options.length;
             positions.extend(0..(end - positions.len()) as i64);
             inputs.resize(end, i64::from(self.options.pad));
-            targets.resize(end, IGNORE);
+            targets.resize(end, IGNORE_INDEX);
             segments.resize(end, -1i64);
         }
         let tensor = |values: Vec<i64>| Tensor::from_vec(values, [indices.len(), self.options.length]);

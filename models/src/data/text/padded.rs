@@ -5,7 +5,7 @@ use crate::data::rng::Rng;
 use kiln_tensor::{Error, Result, Tensor};
 
 /// The target of a place that nothing is predicted at: what `cross_entropy` ignores by default, as PyTorch's.
-pub const IGNORE: i64 = -100;
+pub const IGNORE_INDEX: i64 = -100;
 
 /// Tokens, and for each whether it is to be predicted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,9 +69,9 @@ impl TokenSequence {
         Self { tokens: self.tokens[from..to].to_vec(), mask: self.mask.as_ref().map(|mask| mask[from..to].to_vec()) }
     }
 
-    /// The token after each, or [`IGNORE`] if that one is not to be predicted or there is none.
+    /// The token after each, or [`IGNORE_INDEX`] if that one is not to be predicted or there is none.
     pub(super) fn targets(&self) -> impl Iterator<Item = i64> {
-        let next = |place: usize| self.tokens.get(place).filter(|_| self.learns(place)).map_or(IGNORE, |&token| i64::from(token));
+        let next = |place: usize| self.tokens.get(place).filter(|_| self.learns(place)).map_or(IGNORE_INDEX, |&token| i64::from(token));
         (1..=self.len()).map(next)
     }
 }
@@ -91,7 +91,7 @@ pub enum PaddingSide {
 pub struct PaddedBatch {
     /// Tokens and padding, i64 (B, T).
     pub inputs: Tensor,
-    /// The token after each, i64 (B, T), or [`IGNORE`].
+    /// The token after each, i64 (B, T), or [`IGNORE_INDEX`].
     pub targets: Tensor,
     /// True for tokens, false for padding: bool (B, T), the `key_mask` of a model's pass.
     pub key_mask: Tensor,
@@ -102,11 +102,11 @@ pub struct PaddedBatch {
 /// A batch of `sequences`, filled up with the token `pad`.
 ///
 /// ```
-/// use kiln_models::data::{IGNORE, PaddingSide, TokenSequence, pad_sequences};
+/// use kiln_models::data::{IGNORE_INDEX, PaddingSide, TokenSequence, pad_sequences};
 /// let sequences = [TokenSequence::completion(&[5, 6], &[7]), TokenSequence::new(vec![8, 9])];
 /// let batch = pad_sequences(&sequences, 0, PaddingSide::Left)?;
 /// assert_eq!(batch.inputs.to_vec::<i64>()?, [5, 6, 7, 0, 8, 9]);
-/// assert_eq!(batch.targets.to_vec::<i64>()?, [IGNORE, 7, IGNORE, IGNORE, 9, IGNORE]);
+/// assert_eq!(batch.targets.to_vec::<i64>()?, [IGNORE_INDEX, 7, IGNORE_INDEX, IGNORE_INDEX, 9, IGNORE_INDEX]);
 /// assert_eq!(batch.key_mask.to_vec::<bool>()?, [true, true, true, false, true, true]);
 /// # Ok::<(), kiln_tensor::Error>(())
 /// ```
@@ -133,7 +133,7 @@ fn pad_all(sequences: &[&TokenSequence], pad: u32, side: PaddingSide) -> Result<
             out.extend(std::iter::repeat_n(value, after));
         };
         around(i64::from(pad), &mut sequence.tokens.iter().map(|&token| i64::from(token)), &mut inputs);
-        around(IGNORE, &mut sequence.targets(), &mut targets);
+        around(IGNORE_INDEX, &mut sequence.targets(), &mut targets);
         mask.extend((0..longest).map(|place| (before..longest - after).contains(&place)));
     }
     let extents = [sequences.len(), longest];
