@@ -1,7 +1,8 @@
 //! Low-rank adapters against `peft` (`fixtures/lora.py`), and what training, merging and files of them promise.
 
 use kiln_autograd::TensorExt;
-use kiln_models::align::{DpoOptions, DpoTrainer, Preference, Sample, TrainOptions};
+use kiln_models::align::{DpoOptions, DpoTrainer, PreferencePair, TrainOptions};
+use kiln_models::data::TokenSequence;
 use kiln_models::lora::*;
 use kiln_models::nn::*;
 use kiln_models::optim::{AdamWOptions, GroupOptimizer, Optimizer};
@@ -572,8 +573,8 @@ fn the_base_model_is_the_reference_of_the_adapted_one() {
     let reference = Arc::new(WithoutAdapter::new(policy.clone(), lora.clone()));
     let options = DpoOptions { train: TrainOptions { disable_dropout: true, ..TrainOptions::new(0.02) }, ..DpoOptions::default() };
     let mut trainer = DpoTrainer::new(policy.clone(), Some(reference.clone()), options).unwrap();
-    let sample = |last: u32| Sample::of(&[1, 2, 3], &[4, last]);
-    let pairs = [Preference { chosen: sample(5), rejected: sample(6), ..Preference::default() }];
+    let sample = |last: u32| TokenSequence::completion(&[1, 2, 3], &[4, last]);
+    let pairs = [PreferencePair { chosen: sample(5), rejected: sample(6), ..PreferencePair::default() }];
     let losses: Vec<f64> = (0..10).map(|_| trainer.step(&pairs).unwrap().loss).collect();
     // The policy starts as the reference: −log σ(0).
     assert!((losses[0] - 2f64.ln()).abs() < 1e-6 && losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
