@@ -114,7 +114,7 @@ impl BertConfig {
     /// # use kiln_models::transformer::BertConfig;
     /// # use kiln_tensor::{Result, Tensor};
     /// # fn main() -> Result<()> {
-    /// let mut config = BertConfig { vocab_size: 50, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32, ..BertConfig::default() };
+    /// let mut config = BertConfig { vocab_size: 50, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, ..BertConfig::default() };
     /// config.set_labels(["bad", "good", "neither"]);
     /// let model = config.sequence_classifier(&Params::seeded(0))?;
     /// let tokens = Tensor::from_vec(vec![2i64, 7, 9, 3], [1, 4])?;

@@ -143,10 +143,9 @@ impl RopeConfig {
             }
         };
         if let Some(wrong) = frequencies.iter().chain([&factor]).find(|f| !f.is_finite()) {
-            return Err(Error::argument(
-                "rope",
-                format!("a frequency or the factor of the tables is {wrong}: check rope_theta and the factors of {:?}", self.scaling),
-            ));
+            let message =
+                format!("a frequency or the factor of the tables is {wrong}: check rope_theta and the numbers of {:?}", self.scaling);
+            return Err(Error::argument("rope", message));
         }
         let count = frequencies.len();
         Ok((Tensor::from_vec(frequencies, [count])?, factor))

@@ -73,7 +73,8 @@ fn wrong_fields_are_named() {
     expect_wrong_field("llama", "rope_parameters", json!({"rope_type": "linear", "factor": 0.0}), &["rope"]);
     let too_short = json!({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0});
     expect_wrong_field("llama", "rope_parameters", too_short, &["short_factor", "1"]);
-    let endless = json!({"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 1.0, 1.0, 1.0], "original_max_position_embeddings": 0});
+    let ones = [1.0; 4];
+    let endless = json!({"rope_type": "longrope", "short_factor": ones, "long_factor": ones, "original_max_position_embeddings": 0});
     expect_wrong_field("llama", "rope_parameters", endless, &["rope", "factor"]);
     expect_wrong_field("mistral", "sliding_window", json!(0), &["sliding_window"]);
     expect_wrong_field("qwen2", "layer_types", json!(["full_attention", "chunked_attention"]), &["layer_types", "chunked_attention"]);
