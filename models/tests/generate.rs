@@ -451,13 +451,17 @@ fn bad_input_is_named() -> Result<()> {
     refused(&prompt, GenerationConfig { logit_bias: [(3, f32::NAN)].into(), ..base.clone() }, "logit_bias");
     refused(&prompt, GenerationConfig { bad_words_ids: vec![vec![]], ..base.clone() }, "bad_words_ids");
     refused(&prompt, GenerationConfig { suppress_tokens: (0..20).collect(), ..base.clone() }, "every token is excluded");
-    for temperature in [0.0, -1.0, f32::NAN] {
+    for temperature in [0.0, -1.0, 1e-30, f32::NAN] {
         refused(&prompt, GenerationConfig { temperature, ..sampling.clone() }, "temperature");
     }
     for top_p in [0.0, 1.5, f32::NAN] {
         refused(&prompt, GenerationConfig { top_p: Some(top_p), ..sampling.clone() }, "top_p");
     }
-    refused(&prompt, GenerationConfig { min_p: Some(1.5), ..sampling }, "min_p");
+    refused(&prompt, GenerationConfig { min_p: Some(1.5), ..sampling.clone() }, "min_p");
+    refused(&prompt, GenerationConfig { repetition_penalty: 1e-40, ..sampling }, "penalties");
+    let (_, t5) = load_seq2seq(fixture("t5"), &Params::new())?;
+    let endless = GenerationConfig { max_new_tokens: Some(usize::MAX), ..base.clone() };
+    assert!(generate_seq2seq(&t5, &prompt, &endless).is_err(), "a cache larger than any memory");
     let weight = model.params().named("transformer.wte.weight").expect("the embedding");
     weight.set(&weight.get().mul_scalar(f64::NAN)?)?;
     refused(&prompt, base, "NaN");

@@ -12,6 +12,9 @@ const MAX_JSON: u64 = 1 << 20;
 /// New tokens if nothing says how many, as in the reference implementation.
 const DEFAULT_NEW_TOKENS: usize = 20;
 
+/// Below it logits divided by the temperature leave the range of f32.
+const MIN_TEMPERATURE: f32 = 1e-6;
+
 /// More answers to a prompt at once are a mistake.
 const MAX_ROWS: usize = 1 << 16;
 
@@ -272,8 +275,10 @@ impl GenerationConfig {
         if !self.do_sample {
             return Ok(());
         }
-        if !(self.temperature > 0.0 && self.temperature.is_finite()) {
-            let message = format!("temperature is {}; it must be positive to draw; greedy decoding is do_sample = false", self.temperature);
+        if !(self.temperature >= MIN_TEMPERATURE && self.temperature.is_finite()) {
+            let temperature = self.temperature;
+            let message =
+                format!("temperature is {temperature}; to draw it must be {MIN_TEMPERATURE} or more, and greedy is do_sample = false");
             return Err(wrong(message));
         }
         if let Some(top_p) = self.top_p.filter(|top_p| !(*top_p > 0.0 && *top_p <= 1.0)) {

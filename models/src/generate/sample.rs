@@ -104,7 +104,13 @@ pub(super) fn weigh(logits: &mut [f32]) -> Result<f64> {
         sum += f64::from(*logit);
     }
     logits.iter_mut().filter(|weight| **weight == f32::NEG_INFINITY).for_each(|weight| *weight = 0.0);
-    if sum.is_finite() && sum > 0.0 { Ok(sum) } else { Err(nothing_left()) }
+    if largest == f32::NEG_INFINITY {
+        return Err(nothing_left());
+    }
+    if !sum.is_finite() {
+        return Err(Error::argument("generate", "the processors made logits NaN or infinite; check penalties and biases"));
+    }
+    Ok(sum)
 }
 
 /// The token in whose share of the sum of weights the place `draw` · sum lies.
