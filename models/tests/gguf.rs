@@ -231,7 +231,9 @@ fn lies_are_errors_that_name_the_culprit() {
     let (array, text, byte) = (9u32.to_le_bytes(), 8u32.to_le_bytes(), 0u32.to_le_bytes());
     let nested: Vec<u8> = value(9, &[&[&array[..], &one].concat().repeat(9), &byte, &one, &[7]]);
     type Tensors<'a> = &'a [(&'a str, &'a [u64], u32, u64)];
-    let cases: Vec<(Vec<(&str, Vec<u8>)>, Tensors<'_>, usize, &str)> = vec![
+    /// Metadata, tensors, bytes of data, and what the error says.
+    type Lie<'a> = (Vec<(&'a str, Vec<u8>)>, Tensors<'a>, usize, &'a str);
+    let cases: Vec<Lie<'_>> = vec![
         (vec![("key.a", value(8, &[&huge]))], &[], 0, "key.a"),
         (vec![("key.b", value(9, &[&byte, &many]))], &[], 0, "key.b"),
         (vec![("key.c", value(9, &[&text, &many]))], &[], 0, "key.c"),
