@@ -3,7 +3,7 @@
 use crate::harness::{Case, DTypes, case};
 use crate::reference::Array;
 use kiln_tensor::ops::movement::{Ellipsis, NewAxis, PadMode};
-use kiln_tensor::{Device, Tensor, default_device};
+use kiln_tensor::{DType, Device, Tensor, default_device};
 
 pub fn cases() -> Vec<Case> {
     [views(), parts(), joined(), padded()].into_iter().flatten().collect()
@@ -83,6 +83,28 @@ fn parts() -> Vec<Case> {
             .sample(&[&[2, 3, 4]])
             .sample(&[&[2, 3, 0]])
             .large(&[&[200, 3, 300]]),
+        case(
+            "write_slice",
+            |x| {
+                let mut out = x[0].detach().copy()?;
+                out.write_slice(-2, 1, &x[1].detach())?;
+                Ok(out)
+            },
+            |x| {
+                Array::from_fn(&x[0].shape, |i| {
+                    let (dim, len) = (i.len() - 2, x[1].shape[i.len() - 2]);
+                    let mut at = i.to_vec();
+                    at[dim] = at[dim].wrapping_sub(1);
+                    if at[dim] < len { x[1].at(&at) } else { x[0].at(i) }
+                })
+            },
+        )
+        .dtypes(DTypes::All)
+        .not_differentiable()
+        .sample(&[&[2, 4, 3], &[2, 2, 3]])
+        .sample(&[&[3, 5], &[0, 5]])
+        .sample(&[&[2, 1, 0], &[2, 0, 0]])
+        .large(&[&[200, 40, 30], &[200, 17, 30]]),
         case("slice", |x| x[0].slice(1, 1, -1, 2), |x| part(&x[0], 1, 1, 2, 2))
             .dtypes(DTypes::All)
             .sample(&[&[2, 5, 3]])
@@ -237,6 +259,13 @@ fn bad_arguments_are_errors() {
     assert_eq!(text(x.narrow(1, 2, 2)), "narrow: 2 elements from 2 on leave dimension 1 of shape [2, 3]");
     assert_eq!(text(x.select(0, -3)), "select: index -3 is out of range for dimension 0 of shape [2, 3]");
     assert!(x.narrow(1, usize::MAX, 2).is_err() && x.slice(0, 0, 2, 0).is_err() && x.select(0, isize::MIN).is_err());
+    let mut filled = x.detach().copy().unwrap();
+    assert!(filled.write_slice(1, 2, &Tensor::zeros([2, 2], ()).unwrap()).unwrap_err().to_string().contains("does not fit"));
+    assert!(filled.write_slice(0, usize::MAX, &x).is_err() && filled.write_slice(0, 0, &Tensor::zeros([3], ()).unwrap()).is_err());
+    assert!(filled.write_slice(0, 0, &x.to_dtype(DType::F64).unwrap()).is_err());
+    let tracked = x.requires_grad_().unwrap();
+    assert!(filled.write_slice(0, 0, &tracked).unwrap_err().to_string().contains("gradient"));
+    assert!(tracked.clone().write_slice(0, 0, &x).is_err());
     assert!(x.i((0, 0, 0)).is_err() && x.i((Ellipsis, Ellipsis)).is_err() && x.i(5).is_err());
     assert!(x.split(&[1, 3], 1).is_err() && x.split(&[usize::MAX, 4], 1).is_err() && x.chunk(0, 1).is_err());
     assert!(Tensor::cat::<Tensor>(&[], 0).is_err() && Tensor::cat(&[&x, &x.t().unwrap()], 0).is_err());
