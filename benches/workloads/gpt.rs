@@ -42,6 +42,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     step(bench, "train_gpt_char_b16_t256_l6_h6_c384_v65", [16, 256, 6, 6, 384, 65], false)?;
     step(bench, "train_gpt_char_bf16_b16_t256_l6_h6_c384_v65", [16, 256, 6, 6, 384, 65], true)?;
     step(bench, "train_gpt2_124m_b1_t256", [1, 256, 12, 12, 768, 50257], false)?;
+    step(bench, "train_gpt2_124m_b1_t1024", [1, 1024, 12, 12, 768, 50257], false)?;
     if bench.on_gpu() {
         step(bench, "train_gpt2_124m_bf16_b8_t1024", [8, 1024, 12, 12, 768, 50257], true)?;
     }

@@ -29,6 +29,16 @@ const TASK_MACS: usize = 1 << 18;
 /// Columns of an [`Axpys`] task: its accumulators fill 4 KiB of L1, and each row that it reads is a page.
 const AXPY_LANES: usize = 1024;
 
+/// Matrices below this stay in a core's L2 between products.
+const CACHED_BYTES: usize = 1 << 20;
+
+/// How many bytes ahead of its reads a walk over `bytes` of memory asks for cache lines, if it reads `rows` rows of `row_bytes` side by side:
+/// what the next rows begin with, 0 if the memory is likely to be cached. The hardware's own prefetching follows one stream, and loses these at
+/// the end of each row: measured on rows of 0.75 to 6 KiB, four at once, from memory, this is 1.5 to 2.6 times as fast.
+pub(crate) fn read_ahead(bytes: usize, rows: usize, row_bytes: usize) -> usize {
+    if bytes < CACHED_BYTES { 0 } else { (rows * row_bytes).clamp(8 << 10, 24 << 10) }
+}
+
 /// Values that are read as vectors of f32.
 pub trait Lanes: Element {
     /// The first `count <= LANES` values, and zeros.
@@ -247,6 +257,14 @@ impl<'a, T: Lanes> Job<'a, T> {
         }
     }
 
+    /// How far ahead dot products ask for the rows of `large`.
+    #[inline(always)]
+    fn read_ahead(&self) -> usize {
+        let gemm = self.gemm;
+        let row_bytes = self.k * size_of::<T>();
+        read_ahead(gemm.batch() * gemm.a.rows().max(gemm.b.cols()) * row_bytes, 4, row_bytes)
+    }
+
     /// Adds the initial value to a finished sum and stores it.
     ///
     /// # Safety
@@ -314,7 +332,13 @@ impl<T: Lanes> Dots<'_, T> {
         let mut acc = [[s.zero(); L]; R];
         let terms = P::TERMS * S::LANES;
         let full = job.k / terms * terms;
+        let ahead = job.read_ahead();
         for k in (0..full).step_by(terms) {
+            if ahead > 0 {
+                for row in large {
+                    s.prefetch(row.wrapping_add(k).wrapping_byte_add(ahead).cast());
+                }
+            }
             // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
             unsafe { add_products(s, step, &mut acc, &small, &large, k, terms) };
         }

@@ -25,6 +25,7 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+pub(crate) use dot::read_ahead;
 pub use epilogue::Activation;
 pub use int8::gemm_i8;
 pub use precision::{MatmulPrecision, matmul_precision, set_matmul_precision};

@@ -6,6 +6,7 @@
 use super::formats::{Format, Sink};
 use super::{Blocks, Input, MAX_UNIT, for_format};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
+use crate::cpu::gemm::read_ahead;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::{F32s, Simd};
@@ -92,7 +93,16 @@ impl<F: Format, T: Input> Dots<'_, F, T> {
             *x = self.x[(input + b).min(self.count - 1) * self.padded..][..self.padded].as_ptr();
         }
         let mut sums = [[s.zero(); B]; TILE_ROWS];
-        for unit in 0..self.matrix.cols.div_ceil(F::UNIT) {
+        let units = self.matrix.cols.div_ceil(F::UNIT);
+        let row_bytes = self.matrix.places.codes;
+        let ahead = read_ahead(self.matrix.bytes.len(), TILE_ROWS, row_bytes);
+        for unit in 0..units {
+            if ahead > 0 {
+                let at = unit * row_bytes / units + ahead;
+                for row in rows {
+                    s.prefetch(row.codes.wrapping_add(at).cast());
+                }
+            }
             let mut at = x;
             for x in &mut at {
                 *x = x.wrapping_add(unit * F::UNIT);
