@@ -10,6 +10,7 @@ mod kto;
 mod logprobs;
 mod orpo;
 mod ppo;
+mod records;
 mod reward;
 mod sft;
 mod trainer;
@@ -20,11 +21,12 @@ pub use kto::{KtoLossOptions, kto_kl, kto_loss};
 pub use logprobs::{KlEstimator, entropy, masked_mean, masked_sum, token_log_probs, whiten};
 pub use orpo::{OrpoLogProbs, orpo_loss};
 pub use ppo::{Clipped, gae, policy_loss, token_rewards, value_loss};
+pub use records::RecordEncoder;
 pub use reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 pub use sft::{mask_labels, sft_loss, shift_labels, token_accuracy};
 pub(crate) use trainer::learner;
 pub use trainer::{
     Completion, DpoMetrics, DpoOptions, DpoTrainer, GrpoMetrics, GrpoOptions, GrpoTrainer, KlControl, PpoMetrics, PpoOptions, PpoTrainer,
-    PreferencePair, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions, SftTrainer,
-    TrainOptions, ValueModel, linear_decay, sampler, sequence_log_probs,
+    PreferencePair, RewardConfig, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, RolloutRequest, SftMetrics, SftOptions,
+    SftTrainer, TrainOptions, ValueModel, linear_decay, sampler, sequence_log_probs,
 };

@@ -24,9 +24,10 @@ pub use images::{ImageBatch, ImageSet, Scale};
 pub use loader::{Loader, LoaderOptions, LoaderState};
 pub use mnist::{FashionMnist, Mnist, Origin, Source, Split};
 pub use rng::Rng;
+pub use text::moods;
 pub use text::{
-    Class, Conversation, Corpus, CorpusOrigin, CorpusSource, IGNORE_INDEX, JsonRecord, LabelledBatch, LabelledSequences, LabelledText,
-    MaskOptions, MaskedBatch, MaskedSequences, Overlong, PackOptions, PackedBatch, PackedSequences, Packing, PaddedBatch, PaddedSequences,
-    PaddingSide, PlainText, Preference, PromptCompletion, TextClassification, TokenBatch, TokenBlocks, TokenSequence, Turns,
-    generated_reviews, pad_sequences, read_jsonl, read_text_csv,
+    Class, Conversation, Corpus, CorpusOrigin, CorpusSource, Demonstration, IGNORE_INDEX, JsonRecord, LabelledBatch, LabelledSequences,
+    LabelledText, MaskOptions, MaskedBatch, MaskedSequences, Overlong, PackOptions, PackedBatch, PackedSequences, Packing, PaddedBatch,
+    PaddedSequences, PaddingSide, PlainText, Preference, Prompt, PromptCompletion, TextClassification, TokenBatch, TokenBlocks,
+    TokenSequence, Turns, generated_reviews, pad_sequences, read_jsonl, read_text_csv,
 };

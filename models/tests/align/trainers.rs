@@ -5,7 +5,7 @@ use kiln_models::align::*;
 use kiln_models::data::{IGNORE_INDEX, PaddingSide, TokenSequence, pad_sequences};
 use kiln_models::lora::{Lora, LoraConfig, WithoutAdapter};
 use kiln_models::nn::{LoadMode, Params, ParamsOptions, StateDict};
-use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
+use kiln_models::transformer::{CausalConfig, CausalLm, Decoder, Gpt2Config, Pass, load_for_tuning, load_pretrained, save_pretrained};
 use kiln_tensor::{DType, Error, Generator, Result, Tensor};
 use std::sync::Arc;
 
@@ -186,6 +186,27 @@ fn reward_model_learns_preferences() -> Result<()> {
     let with = |margin| PreferencePair { margin, ..pairs(0, 1).remove(0) };
     assert!(trainer.step(&[with(Some(0.5)), with(None)]).unwrap_err().to_string().contains("1 of 2 pairs have a margin"));
     assert!(trainer.step(&[with(Some(0.5)), with(Some(1.0))])?.loss.is_finite());
+    Ok(())
+}
+
+#[test]
+fn reward_models_have_folders_in_the_reference_layout() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("kiln-reward-{}", std::process::id()));
+    let (base, own) = (folder.join("base"), folder.join("reward"));
+    let config = Gpt2Config { vocab_size: VOCAB, n_positions: 12, n_embd: 32, n_layer: 1, n_head: 2, ..Gpt2Config::default() };
+    let language_model = config.build(&Params::seeded(5))?;
+    save_pretrained(&base, &CausalConfig::from(config), language_model.params(), 1 << 20)?;
+    let (config, fresh) = load_for_tuning::<RewardConfig>(&base, &Params::seeded(6), |_| ())?;
+    save_pretrained(&own, &config, fresh.params(), 1 << 20)?;
+    let (_, again) = load_pretrained::<RewardConfig>(&own, &Params::seeded(7))?;
+    let texts = prompts(8, 4);
+    assert_eq!(fresh.score(&texts)?, again.score(&texts)?);
+    assert!(fresh.score(&texts)?.iter().any(|score| *score != 0.0));
+    let described = std::fs::read_to_string(own.join("config.json")).unwrap();
+    assert!(described.contains("GPT2ForSequenceClassification") && described.contains("LABEL_0"), "{described}");
+    // A language model's folder has no head for scores.
+    assert!(load_pretrained::<RewardConfig>(&base, &Params::seeded(7)).is_err());
+    std::fs::remove_dir_all(folder).unwrap();
     Ok(())
 }
 

@@ -120,7 +120,7 @@ impl Learner {
         Ok(Update { grad_norm, lr: self.optimizer.lr() })
     }
 
-    /// Weights, optimiser, step, and the generator that dropout draws from.
+    /// Weights, adapters, optimiser, step, and the generator that dropout draws from.
     pub fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         put(&mut state, "model", self.params.state_dict());

@@ -16,6 +16,6 @@ pub use dpo::{DpoMetrics, DpoOptions, DpoTrainer};
 pub use grpo::{GrpoMetrics, GrpoOptions, GrpoTrainer};
 pub use learner::{TrainOptions, linear_decay};
 pub use ppo::{KlControl, PpoMetrics, PpoOptions, PpoTrainer};
-pub use reward::{RewardMetrics, RewardModel, RewardOptions, RewardTrainer, ValueModel};
+pub use reward::{RewardConfig, RewardMetrics, RewardModel, RewardOptions, RewardTrainer, ValueModel};
 pub use rollout::{Completion, RolloutRequest, sampler};
 pub use sft::{SftMetrics, SftOptions, SftTrainer};

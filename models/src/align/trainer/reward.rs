@@ -6,10 +6,15 @@ use super::rollout::Completion;
 use crate::align::reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 use crate::data::TokenSequence;
 use crate::nn::{Init, Linear, Module, Params, StateDict};
-use crate::transformer::{CausalLm, Pass};
+use crate::transformer::{CausalConfig, CausalLm, Layout, LlamaKind, Pass, Pretrained};
 use kiln_autograd::{TensorExt, no_grad};
 use kiln_tensor::{DType, Error, Result, Tensor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::json;
 use std::sync::Arc;
+
+/// The deviation of a fresh head's weights: Hugging Face's `initializer_range`.
+const HEAD_STD: f64 = 0.02;
 
 /// A language model without its output matrix, and `score.weight` (1, C) in its place: one number at each token. Names are those of Hugging
 /// Face's models for sequence classification with one label.
@@ -43,7 +48,7 @@ impl RewardModel {
     /// If the backbone has a head of that name already.
     pub fn new(backbone: Arc<dyn CausalLm>) -> Result<Self> {
         let width = backbone.shape().hidden_size;
-        let score = Linear::with_init(&backbone.params().scope("score"), width, 1, Init::Normal { mean: 0.0, std: 0.02 }, None)?;
+        let score = Linear::with_init(&backbone.params().scope("score"), width, 1, Init::Normal { mean: 0.0, std: HEAD_STD }, None)?;
         Ok(Self { backbone, score })
     }
 
@@ -99,6 +104,73 @@ impl RewardModel {
         let last = batch.lengths.iter().map(|&length| length.saturating_sub(1) as i64).collect();
         let last = Tensor::from_vec(last, [batch.lengths.len(), 1])?.to_device(values.device())?;
         values.gather(1, &last)?.squeeze(1)
+    }
+}
+
+/// A reward model in Hugging Face's layout, that of sequence classification with one label, which TRL takes for a reward model:
+/// [`save_pretrained`](crate::transformer::save_pretrained) and [`load_pretrained`](crate::transformer::load_pretrained) write and read it, and
+/// [`load_for_tuning`](crate::transformer::load_for_tuning) puts a fresh head on a language model.
+#[derive(Clone, PartialEq, Debug)]
+pub struct RewardConfig(pub CausalConfig);
+
+impl Serialize for RewardConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut fields = serde_json::to_value(&self.0).map_err(serde::ser::Error::custom)?;
+        if let Some(fields) = fields.as_object_mut() {
+            // How the reference writes that there is one label.
+            fields.insert("id2label".into(), json!({"0": "LABEL_0"}));
+            fields.insert("label2id".into(), json!({"LABEL_0": 0}));
+        }
+        fields.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for RewardConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        CausalConfig::deserialize(deserializer).map(Self)
+    }
+}
+
+impl Pretrained for RewardConfig {
+    type Model = RewardModel;
+
+    fn layout(&self) -> Layout {
+        let architecture = match &self.0 {
+            CausalConfig::Gpt2(_) => "GPT2ForSequenceClassification",
+            CausalConfig::Opt(_) => "OPTForSequenceClassification",
+            CausalConfig::Llama(config) => match config.model_type {
+                LlamaKind::Llama => "LlamaForSequenceClassification",
+                LlamaKind::Mistral => "MistralForSequenceClassification",
+                LlamaKind::Qwen2 => "Qwen2ForSequenceClassification",
+                LlamaKind::Qwen3 => "Qwen3ForSequenceClassification",
+            },
+        };
+        Layout { architecture, heads: &["score.", "lm_head."], tied: &[], ..self.0.layout() }
+    }
+
+    fn model_type(&self) -> &'static str {
+        self.0.model_type()
+    }
+
+    fn build_model(&self, params: &Params) -> Result<RewardModel> {
+        // Tied, the model has no matrix for logits, which a file of this layout lacks.
+        let mut config = self.0.clone();
+        match &mut config {
+            CausalConfig::Gpt2(config) => config.tie_word_embeddings = true,
+            CausalConfig::Opt(config) => config.tie_word_embeddings = true,
+            CausalConfig::Llama(config) => config.tie_word_embeddings = true,
+        }
+        RewardModel::new(Arc::new(config.build_model(params)?))
+    }
+
+    fn fresh_head(&self, body: &StateDict, params: &Params) -> Result<StateDict> {
+        // The width that a tensor confirms: that of the last norm.
+        let norms = ["transformer.ln_f.weight", "model.decoder.final_layer_norm.weight", "model.norm.weight"];
+        let Some(norm) = norms.iter().find_map(|name| body.get(*name)) else {
+            return Err(Error::format("reward_model", "the file has no norm at its end, whose width the head would have"));
+        };
+        let head = params.generator().randn([1, norm.numel()], params.options())?.mul_scalar(HEAD_STD)?;
+        Ok(StateDict::from([("score.weight".to_owned(), head)]))
     }
 }
 

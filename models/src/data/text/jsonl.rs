@@ -47,6 +47,22 @@ pub struct Conversation {
     pub tools: Vec<Value>,
 }
 
+/// Either of the two: what supervised fine-tuning learns from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Demonstration {
+    /// A record with `messages`.
+    Conversation(Conversation),
+    /// Any other.
+    PromptCompletion(PromptCompletion),
+}
+
+/// `{"prompt": …}`: what is to be answered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompt {
+    /// What is given.
+    pub prompt: Turns,
+}
+
 /// `{"chosen": …, "rejected": …}`, with a `prompt` of both if it is apart: which of two answers is better.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preference {
@@ -218,6 +234,22 @@ impl JsonRecord for Conversation {
     }
 }
 
+impl JsonRecord for Demonstration {
+    fn from_object(object: Map<String, Value>) -> std::result::Result<Self, String> {
+        if object.contains_key("messages") {
+            Conversation::from_object(object).map(Demonstration::Conversation)
+        } else {
+            PromptCompletion::from_object(object).map(Demonstration::PromptCompletion)
+        }
+    }
+}
+
+impl JsonRecord for Prompt {
+    fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
+        Ok(Self { prompt: field(&mut object, "prompt", turns)? })
+    }
+}
+
 impl JsonRecord for Preference {
     fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
         let (prompt, chosen) = (optional(&mut object, "prompt", turns)?, field(&mut object, "chosen", turns)?);
@@ -260,6 +292,10 @@ mod tests {
         let labelled: Vec<LabelledText> = read(b"{\"text\":\"a\",\"label\":\"pos\"}\n{\"text\":\"b\",\"label\":-1}").unwrap();
         assert_eq!([&labelled[0].label, &labelled[1].label], [&Class::Name("pos".into()), &Class::Number(-1)]);
         assert_eq!(read::<PlainText>(b"{\"text\":\"a\"}").unwrap()[0].text, "a");
+        let both: Vec<Demonstration> =
+            read(b"{\"prompt\":\"a\",\"completion\":\"b\"}\n{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}").unwrap();
+        assert!(matches!(both[..], [Demonstration::PromptCompletion(_), Demonstration::Conversation(_)]));
+        assert_eq!(read::<Prompt>(b"{\"prompt\":\"a\",\"chosen\":3}").unwrap()[0].prompt, Turns::Text("a".into()));
     }
 
     fn error<R: JsonRecord + Debug>(text: &[u8]) -> String {

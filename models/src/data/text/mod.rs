@@ -8,6 +8,7 @@ mod grammar;
 mod jsonl;
 mod labelled;
 mod masked;
+pub mod moods;
 mod packed;
 mod padded;
 mod reviews;
@@ -15,7 +16,9 @@ mod reviews;
 pub use blocks::{TokenBatch, TokenBlocks};
 pub use classify::{TextClassification, read_text_csv};
 pub use corpus::{Corpus, CorpusOrigin, CorpusSource};
-pub use jsonl::{Class, Conversation, JsonRecord, LabelledText, PlainText, Preference, PromptCompletion, Turns, read_jsonl};
+pub use jsonl::{
+    Class, Conversation, Demonstration, JsonRecord, LabelledText, PlainText, Preference, Prompt, PromptCompletion, Turns, read_jsonl,
+};
 pub use labelled::{LabelledBatch, LabelledSequences};
 pub use masked::{MaskOptions, MaskedBatch, MaskedSequences};
 pub use packed::{Overlong, PackOptions, PackedBatch, PackedSequences, Packing};

@@ -1,0 +1,183 @@
+//! Records of data sets (prompts, answers, chats, pairs) as the token sequences that the trainers take.
+
+use super::PreferencePair;
+use crate::data::{Conversation, Preference, PromptCompletion, TokenSequence, Turns};
+use crate::text::{ChatTemplate, Message, Tokenizer, Variables};
+use kiln_tensor::{Error, Result};
+
+/// Writes records as tokens: chats by a template, plain texts as they are, followed by the token that ends a text. These are TRL's rules.
+///
+/// An answer ends with the tokenizer's end token if it holds one: what a template writes behind it is left out, as a model's own answers lack it.
+///
+/// ```
+/// # use kiln_models::align::RecordEncoder;
+/// # use kiln_models::data::Turns;
+/// # use kiln_models::text::{ChatTemplate, Message, train_bpe};
+/// # fn main() -> kiln_tensor::Result<()> {
+/// let tokenizer = train_bpe(["hello"], 300, &["<|im_end|>", "<|im_start|>"])?;
+/// let template = ChatTemplate::chatml();
+/// let encoder = RecordEncoder::new(&tokenizer, &template);
+/// let turn = |role: &str, text: &str| Turns::Messages(vec![Message::new(role, text)]);
+/// let sample = encoder.sample(&turn("user", "Hi"), &turn("assistant", "hello"))?;
+/// assert!(sample.tokens().starts_with(&encoder.prompt(&turn("user", "Hi"))?));
+/// assert_eq!(sample.tokens().last().copied(), tokenizer.eos());
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Copy)]
+pub struct RecordEncoder<'a> {
+    tokenizer: &'a Tokenizer,
+    template: &'a ChatTemplate,
+}
+
+impl<'a> RecordEncoder<'a> {
+    /// Of a tokenizer and the template of its chats.
+    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate) -> Self {
+        Self { tokenizer, template }
+    }
+
+    /// A prompt; of a chat, with the beginning of the answer.
+    ///
+    /// # Errors
+    /// If the template refuses it or the tokenizer cannot express it.
+    pub fn prompt(&self, prompt: &Turns) -> Result<Vec<u32>> {
+        match prompt {
+            Turns::Text(text) => self.tokenizer.encode(text),
+            Turns::Messages(messages) => self.template.encode(self.tokenizer, messages, true, &Variables::new()),
+        }
+    }
+
+    /// A prompt and its answer, which alone counts; of a chat, what the assistant says in it.
+    ///
+    /// # Errors
+    /// If one is a text and the other a chat, and as [`prompt`](Self::prompt).
+    pub fn sample(&self, prompt: &Turns, completion: &Turns) -> Result<TokenSequence> {
+        match (prompt, completion) {
+            (Turns::Text(prompt), Turns::Text(completion)) => {
+                let mut answer = self.tokenizer.encode(completion)?;
+                answer.extend(self.tokenizer.eos().filter(|eos| answer.last() != Some(eos)));
+                Ok(TokenSequence::completion(&self.tokenizer.encode(prompt)?, &answer))
+            }
+            (Turns::Messages(prompt), Turns::Messages(completion)) => {
+                let given = self.template.encode(self.tokenizer, prompt, true, &Variables::new())?.len();
+                self.chat(&[&prompt[..], completion].concat(), given, &Variables::new())
+            }
+            _ => Err(Error::argument("record", "prompt and answer must both be texts or both be lists of messages")),
+        }
+    }
+
+    /// [`sample`](Self::sample) of a record.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn prompt_completion(&self, record: &PromptCompletion) -> Result<TokenSequence> {
+        self.sample(&record.prompt, &record.completion)
+    }
+
+    /// A chat, in which all that the assistant says counts.
+    ///
+    /// # Errors
+    /// As [`prompt`](Self::prompt).
+    pub fn conversation(&self, record: &Conversation) -> Result<TokenSequence> {
+        let mut variables = Variables::new();
+        if !record.tools.is_empty() {
+            variables.insert("tools".into(), record.tools.clone().into());
+        }
+        self.chat(&record.messages, 0, &variables)
+    }
+
+    /// Two answers to a prompt; where the record does not say it apart, the prompt is what both begin with.
+    ///
+    /// # Errors
+    /// If some are texts and others chats, and as [`prompt`](Self::prompt).
+    pub fn preference(&self, record: &Preference) -> Result<PreferencePair> {
+        let (prompt, chosen, rejected) = match (&record.prompt, &record.chosen, &record.rejected) {
+            (Some(prompt), chosen, rejected) => (prompt.clone(), chosen.clone(), rejected.clone()),
+            (None, Turns::Text(chosen), Turns::Text(rejected)) => split_texts(chosen, rejected),
+            (None, Turns::Messages(chosen), Turns::Messages(rejected)) => split_chats(chosen, rejected),
+            _ => return Err(Error::argument("record", "both answers must be texts, or both lists of messages")),
+        };
+        let (chosen, rejected) = (self.sample(&prompt, &chosen)?, self.sample(&prompt, &rejected)?);
+        Ok(PreferencePair { chosen, rejected, ..PreferencePair::default() })
+    }
+
+    /// A chat, of which the first `given` tokens do not count.
+    fn chat(&self, messages: &[Message], given: usize, variables: &Variables) -> Result<TokenSequence> {
+        let (mut tokens, mut mask) = self.template.encode_with_mask(self.tokenizer, messages, variables)?;
+        // The last answer ends at its end token, or else with its last token.
+        let last = mask.iter().rposition(|&counts| counts);
+        let start = last.and_then(|last| mask[..last].iter().rposition(|&counts| !counts)).map_or(0, |before| before + 1);
+        let end = (start..tokens.len()).find(|&i| mask[i] && Some(tokens[i]) == self.tokenizer.eos()).or(last);
+        let length = end.map_or(tokens.len(), |end| end + 1);
+        tokens.truncate(length);
+        mask.truncate(length);
+        mask.iter_mut().take(given).for_each(|counts| *counts = false);
+        TokenSequence::masked(tokens, mask)
+    }
+}
+
+/// The common beginning of two texts, up to a character, and what follows it in each.
+fn split_texts(chosen: &str, rejected: &str) -> (Turns, Turns, Turns) {
+    let common = chosen.char_indices().zip(rejected.chars()).find(|((_, a), b)| a != b).map(|((at, _), _)| at);
+    let common = common.unwrap_or(chosen.len().min(rejected.len()));
+    // A space belongs to the word behind it, as tokenizers have it.
+    let common = chosen[..common].trim_end_matches(' ').len();
+    let text = |text: &str| Turns::Text(text.to_owned());
+    (text(&chosen[..common]), text(&chosen[common..]), text(&rejected[common..]))
+}
+
+/// The messages that two chats begin with, and what follows them in each.
+fn split_chats(chosen: &[Message], rejected: &[Message]) -> (Turns, Turns, Turns) {
+    let common = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
+    let messages = |part: &[Message]| Turns::Messages(part.to_vec());
+    (messages(&chosen[..common]), messages(&chosen[common..]), messages(&rejected[common..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::train_bpe;
+
+    fn turns(messages: &[(&str, &str)]) -> Turns {
+        Turns::Messages(messages.iter().map(|(role, text)| Message::new(*role, *text)).collect())
+    }
+
+    fn text(text: &str) -> Turns {
+        Turns::Text(text.into())
+    }
+
+    #[test]
+    fn records_become_the_tokens_that_count() {
+        let tokenizer = train_bpe(["a b"], 300, &["<|im_end|>", "<|im_start|>"]).unwrap();
+        // Without generation blocks, what the template writes behind the end token would count too.
+        let bare = ChatTemplate::new(
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        );
+        for template in [ChatTemplate::chatml(), bare.unwrap()] {
+            let encoder = RecordEncoder::new(&tokenizer, &template);
+            let counted = |sample: &TokenSequence| {
+                let tokens: Vec<u32> =
+                    (0..sample.len()).filter(|&place| sample.learns(place)).map(|place| sample.tokens()[place]).collect();
+                tokenizer.decode(&tokens, false).unwrap()
+            };
+            let prompt = turns(&[("user", "x"), ("assistant", "early"), ("user", "y")]);
+            let sample = encoder.sample(&prompt, &turns(&[("assistant", "late")])).unwrap();
+            assert_eq!(counted(&sample), "late<|im_end|>");
+            assert_eq!(sample.tokens().last().copied(), tokenizer.eos());
+            assert!(sample.tokens().starts_with(&encoder.prompt(&prompt).unwrap()));
+            let chat = Conversation { messages: vec![Message::new("user", "x"), Message::new("assistant", "y")], tools: Vec::new() };
+            assert_eq!(counted(&encoder.conversation(&chat).unwrap()), "y<|im_end|>");
+            let plain = PromptCompletion { prompt: text("1+1="), completion: text("2") };
+            assert_eq!(counted(&encoder.prompt_completion(&plain).unwrap()), "2<|im_end|>");
+            let pair = |prompt, chosen, rejected| encoder.preference(&Preference { prompt, chosen, rejected });
+            let whole = |answer| turns(&[("user", "x"), ("assistant", answer)]);
+            let implicit = pair(None, whole("good"), whole("bad")).unwrap();
+            assert_eq!(
+                implicit,
+                pair(Some(turns(&[("user", "x")])), turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])).unwrap()
+            );
+            let implicit = pair(None, text("Who? é it"), text("Who? è")).unwrap();
+            assert_eq!((counted(&implicit.chosen), counted(&implicit.rejected)), (" é it<|im_end|>".into(), " è<|im_end|>".into()));
+            assert!(pair(None, text("a"), whole("b")).is_err() && encoder.sample(&text("a"), &whole("b")).is_err());
+        }
+    }
+}
