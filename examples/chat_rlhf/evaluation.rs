@@ -94,7 +94,11 @@ impl<'a> Evaluation<'a> {
         let [before, after] = verdicts;
         let text = |tokens: &[u32]| self.road.tokenizer.decode(tokens, true);
         for (i, (before, after)) in before?.iter().zip(after?).enumerate() {
-            let sign = |verdict: &Verdict| if verdict.is_right() { "right" } else { "wrong" };
+            let sign = |verdict: &Verdict| match verdict.is_right() {
+                _ if self.road.requests.is_empty() => "",
+                true => "right",
+                false => "wrong",
+            };
             let prompt = &self.prompts[i];
             println!("\n{}", self.road.requests.get(prompt).map_or_else(|| text(prompt), |request| Ok(request.to_string()))?);
             println!("  sft     {} {}", sign(before), text(&self.answers[i].tokens)?);
@@ -110,7 +114,9 @@ impl<'a> Evaluation<'a> {
         COLUMNS.iter().for_each(|name| text += &format!("{name:>9}"));
         for (name, row) in rows {
             text += &format!("\n{name:8}");
-            row.iter().for_each(|number| text += &format!("{number:>9.3}"));
+            for number in row {
+                text += &if number.is_nan() { format!("{:>9}", "-") } else { format!("{number:>9.3}") };
+            }
             csv += &format!("{name},{}\n", row.map(|number| number.to_string()).join(","));
         }
         println!("{text}");
