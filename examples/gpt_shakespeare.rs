@@ -84,7 +84,7 @@ struct Args {
 enum Preset {
     /// 4 layers, 128 wide, characters: five minutes on two cores.
     Small,
-    /// 6 layers, 384 wide, characters: an hour or two on two cores, minutes on a GPU.
+    /// 6 layers, 384 wide, characters: hours on two cores, minutes on a GPU.
     Char,
     /// The shape of GPT-2, 124 million parameters, with a vocabulary of byte pairs learned from the text: for a GPU.
     Gpt2,
