@@ -45,6 +45,14 @@ fn a_model_learns_to_count() -> Result<()> {
 }
 
 #[test]
+fn a_scaled_loss_reports_the_norm_of_the_gradient_itself() -> Result<()> {
+    let (mut plain, mut scaled) = (trainer(options(), 0.0)?, trainer(LmTrainerOptions { autocast: Some(DType::F16), ..options() }, 0.0)?);
+    let (plain, scaled) = (plain.step(&[counting(1, 4)?])?.grad_norm, scaled.step(&[counting(1, 4)?])?.grad_norm);
+    assert!((plain - scaled).abs() < 0.02 * plain, "{plain} {scaled}");
+    Ok(())
+}
+
+#[test]
 fn accumulated_batches_are_one_batch() -> Result<()> {
     let (mut whole, mut parts) = (trainer(options(), 0.0)?, trainer(options(), 0.0)?);
     let batch = counting(1, 6)?;

@@ -205,8 +205,10 @@ impl<M: CausalLm> LmTrainer<M> {
         let _scope = profile_scope("optimizer");
         if let Some(scaler) = &mut self.scaler {
             let params = self.model.params().trainable();
+            // The step leaves the gradients scaled, and may change the scale.
+            let norm = crate::optim::grad_norm(&params)? / scaler.current_scale();
             scaler.step_clipped(&mut self.optimizer, &params, self.options.max_norm)?;
-            return crate::optim::grad_norm(&params);
+            return Ok(norm);
         }
         let norm = self.optimizer.step_clipped(self.options.max_norm)?.item_f64()?;
         if !norm.is_finite() {
