@@ -53,7 +53,9 @@
 //! ```
 
 pub use kiln_autograd as autograd;
-pub use kiln_models::{align, classifier, data, gan, generate, gguf, lora, metrics, nn, optim, report, text, transformer};
+pub use kiln_models::{
+    align, classifier, clip, data, diffusion, gan, generate, gguf, lora, metrics, nn, optim, report, text, transformer, vae,
+};
 pub use kiln_tensor::*;
 
 /// What a program usually needs: `use kiln::prelude::*;`.

@@ -2,7 +2,9 @@
 
 pub mod align;
 pub mod classifier;
+pub mod clip;
 pub mod data;
+pub mod diffusion;
 pub mod gan;
 pub mod generate;
 pub mod gguf;
@@ -13,3 +15,4 @@ pub mod optim;
 pub mod report;
 pub mod text;
 pub mod transformer;
+pub mod vae;

@@ -1,0 +1,1 @@
+//! CLIP: a text tower and an image tower that agree on what belongs together.

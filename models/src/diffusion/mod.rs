@@ -1,0 +1,4 @@
+//! Diffusion models: schedulers, networks, their training, and pipelines that draw.
+
+pub(crate) mod blocks;
+pub mod schedulers;

@@ -1,0 +1,1 @@
+//! Autoencoders of images: to a distribution of latents (KL), to a list of codes (VQ), and plain.
