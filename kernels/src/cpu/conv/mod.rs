@@ -11,6 +11,7 @@
 //! - `depthwise`: one channel a group: plain loops over channels.
 //! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16.
 //! - `tiles`: on matrix tiles, where a machine has them.
+//! - `winograd`: 3×3 taps of stride 1, with fewer multiplications.
 //! - `plain`: the same in simple loops for f64.
 //!
 //! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
@@ -27,6 +28,7 @@ mod plain;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod weight;
+mod winograd;
 
 use super::alloc::OutOfMemory;
 use super::gemm::MatmulPrecision;
@@ -236,7 +238,8 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
     } else if pairs::pay(g) {
         pairs::gather(g, x, w, bias, y)
     } else {
-        direct::gather(g, MicroKernels::get(), x, w, bias, y)
+        let windows = |g: &Gather, x: &[f32], y: &mut [f32]| direct::gather(g, MicroKernels::get(), x, w, bias, y);
+        if winograd::pays(g) { winograd::gather(g, x, w, bias, y, windows) } else { windows(g, x, y) }
     }
 }
 
@@ -266,6 +269,9 @@ impl sealed::Algorithms for f32 {
         };
         #[cfg(target_arch = "x86_64")]
         if done {
+            return Ok(());
+        }
+        if winograd::pays(forward) && winograd::weight_grad(forward, x, gy, gw)? {
             return Ok(());
         }
         if forward.is_depthwise() {

@@ -130,7 +130,8 @@ impl Panels {
         Ok(panels)
     }
 
-    fn new(kernels: &MicroKernels, groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
+    /// For `groups` matrices, not filled.
+    pub fn new(kernels: &MicroKernels, groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
         let nr = kernels.nr;
         let last = kernels.panel_width((cols - 1) % nr + 1);
         let buffer = Buffer::new(size_of::<f32>() * groups * depth * ((cols - 1) / nr * nr + last))?;
@@ -157,7 +158,7 @@ impl Panels {
     }
 
     /// Calls `pack(group, first column, columns, width, panel)` for each panel.
-    fn fill(&mut self, groups: usize, pack: impl Fn(usize, usize, usize, usize, &mut [f32]) + Sync) {
+    pub fn fill(&mut self, groups: usize, pack: impl Fn(usize, usize, usize, usize, &mut [f32]) + Sync) {
         let (depth, cols, nr, count, group_len) = (self.depth, self.cols, self.nr, self.count(), self.group_len());
         let last = self.last;
         let data = self.buffer.as_slice_mut::<f32>();

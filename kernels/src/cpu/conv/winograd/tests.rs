@@ -1,0 +1,160 @@
+//! Transformed convolutions against the definition in f64, and against windows.
+
+use super::super::tests::{each_product, narrow, shape2d, values};
+use super::super::{ConvShape, direct, weight as windows_weight};
+use super::*;
+use crate::cpu::gemm::micro::MicroKernels;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+fn shapes() -> Vec<ConvShape> {
+    vec![
+        shape2d(2, [32, 32], [8, 8], [3, 3], [1, 1, 1], 1),
+        shape2d(3, [40, 70], [7, 9], [3, 3], [1, 1, 1], 1),
+        shape2d(1, [33, 130], [14, 5], [3, 3], [1, 0, 1], 1),
+        shape2d(2, [65, 37], [5, 6], [3, 3], [1, 2, 1], 1),
+        shape2d(40, [64, 64], [7, 7], [3, 3], [1, 1, 1], 1),
+    ]
+}
+
+fn filled(len: usize, seed: u64) -> Vec<f32> {
+    narrow(&values(len, seed).iter().map(|v| v * 1.2345678 + 1e-3).collect::<Vec<_>>())
+}
+
+fn in_windows(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
+    direct::gather(g, MicroKernels::get(), x, w, bias, y).unwrap();
+}
+
+fn transformed(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
+    gather(g, x, w, bias, y, |_, _, _| panic!("these values can be transformed")).unwrap();
+}
+
+/// Root of the summed squares of the errors.
+fn error(got: &[f32], exact: &[f64]) -> f64 {
+    got.iter().zip(exact).map(|(&g, e)| (g as f64 - e).powi(2)).sum::<f64>().sqrt()
+}
+
+#[test]
+fn all_three_products_are_about_as_exact_as_in_windows() {
+    for s in shapes() {
+        let (x, gy, w) = (filled(s.input_len(), 1), filled(s.output_len(), 2), filled(s.weight_len(), 3));
+        let (bias_y, bias_x) = (filled(s.co, 4), filled(s.ci, 5));
+        let start = |bias: &[f32], len: usize| (0..len).map(|i| bias[i % bias.len()] as f64).collect::<Vec<_>>();
+        let (mut y, mut gx, mut gw) = (start(&bias_y, gy.len()), start(&bias_x, x.len()), vec![0.0; w.len()]);
+        each_product(&s, |ix, iy, iw| {
+            y[iy] += x[ix] as f64 * w[iw] as f64;
+            gx[ix] += gy[iy] as f64 * w[iw] as f64;
+            gw[iw] += x[ix] as f64 * gy[iy] as f64;
+        });
+        let compare = |name: &str, got: &[f32], plain: &[f32], exact: &[f64]| {
+            let (got, plain) = (error(got, exact), error(plain, exact));
+            assert!(got <= 2.0 * plain, "{name} of {s:?}: error {got}, {plain} in windows");
+        };
+        let (forward, back) = (s.forward_gather(), s.transposed_gather());
+        let (mut got, mut plain) = (vec![9f32; y.len()], vec![9f32; y.len()]);
+        transformed(&forward, &x, &w, Some(&bias_y), &mut got);
+        in_windows(&forward, &x, &w, Some(&bias_y), &mut plain);
+        compare("forward", &got, &plain, &y);
+        let (mut got, mut plain) = (vec![9f32; gx.len()], vec![9f32; gx.len()]);
+        transformed(&back, &gy, &w, Some(&bias_x), &mut got);
+        in_windows(&back, &gy, &w, Some(&bias_x), &mut plain);
+        compare("input_grad", &got, &plain, &gx);
+        let (mut got, mut plain) = (vec![9f32; gw.len()], vec![9f32; gw.len()]);
+        windows_weight::weight_grad(&forward, &x, &gy, &mut plain).unwrap();
+        assert!(weight_grad(&forward, &x, &gy, &mut got).unwrap());
+        compare("weight_grad", &got, &plain, &gw);
+        assert!(weight_grad(&back, &gy, &x, &mut got).unwrap());
+        compare("weight_grad from the transposed side", &got, &plain, &gw);
+    }
+}
+
+#[test]
+fn only_neighbouring_taps_in_a_plane_are_transformed() {
+    let grid = |s: ConvShape| Grid::of(&s.forward_gather()).is_some() && Grid::of(&s.transposed_gather()).is_some();
+    let plain = shape2d(4, [64, 64], [14, 14], [3, 3], [1, 1, 1], 1);
+    assert!(grid(plain) && pays(&plain.forward_gather()) && pays(&plain.transposed_gather()));
+    for other in [
+        shape2d(4, [64, 64], [14, 14], [3, 3], [2, 1, 1], 1),
+        shape2d(4, [64, 64], [14, 14], [3, 3], [1, 2, 2], 1),
+        shape2d(4, [64, 64], [14, 14], [3, 3], [1, 1, 1], 2),
+        shape2d(4, [64, 64], [14, 14], [3, 2], [1, 1, 1], 1),
+        shape2d(4, [64, 64], [14, 14], [4, 4], [1, 1, 1], 1),
+    ] {
+        assert!(!grid(other), "{other:?}");
+    }
+    // Mostly borders, and too few channels or tiles.
+    assert!(!pays(&shape2d(40, [64, 64], [2, 2], [3, 3], [1, 1, 1], 1).forward_gather()));
+    assert!(!pays(&shape2d(4, [16, 64], [14, 14], [3, 3], [1, 1, 1], 1).forward_gather()));
+    assert!(!pays(&shape2d(1, [64, 64], [4, 4], [3, 3], [1, 1, 1], 1).forward_gather()));
+}
+
+#[test]
+fn extreme_values_send_their_images_to_windows() {
+    for padding in [0, 1] {
+        let s = shape2d(3, [34, 32], [6, 6], [3, 3], [1, padding, 1], 1);
+        let (w, gy) = (filled(s.weight_len(), 1), filled(s.output_len(), 3));
+        let g = s.forward_gather();
+        let image = s.input_len() / 3;
+        for extreme in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
+            for at in [image, image + 15 * 34 + 33, 2 * image - 1] {
+                let mut x = filled(s.input_len(), 2);
+                x[at] = extreme;
+                let (mut y, mut expected) = (vec![9f32; s.output_len()], vec![9f32; s.output_len()]);
+                let seen = AtomicUsize::new(0);
+                gather(&g, &x, &w, None, &mut y, |g, x, y| {
+                    seen.fetch_add(g.n, Ordering::Relaxed);
+                    direct::gather(g, MicroKernels::get(), x, &w, None, y)
+                })
+                .unwrap();
+                assert_eq!(seen.into_inner(), 1, "{extreme} at {at}");
+                in_windows(&g, &x, &w, None, &mut expected);
+                let bits = |y: &[f32]| y[y.len() / 3..y.len() * 2 / 3].iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&y), bits(&expected));
+                let mut gw = vec![9f32; w.len()];
+                assert!(!weight_grad(&g, &x, &gy, &mut gw).unwrap());
+                assert!(gw.iter().all(|&v| v == 9.0));
+            }
+            let x = filled(s.input_len(), 2);
+            let (mut bad_w, mut bad_gy) = (w.clone(), gy.clone());
+            (bad_w[7], bad_gy[s.output_len() - 1]) = (extreme, extreme);
+            let seen = AtomicUsize::new(0);
+            let count = |g: &Gather, _: &[f32], _: &mut [f32]| {
+                seen.fetch_add(g.n, Ordering::Relaxed);
+                Ok(())
+            };
+            gather(&g, &x, &bad_w, None, &mut vec![0f32; s.output_len()], count).unwrap();
+            assert_eq!(seen.into_inner(), 3);
+            assert!(!weight_grad(&g, &x, &bad_gy, &mut vec![0f32; w.len()]).unwrap());
+        }
+    }
+}
+
+#[test]
+fn the_largest_values_that_are_transformed_do_not_overflow() {
+    let s = shape2d(1, [512, 32], [14, 14], [3, 3], [1, 1, 1], 1);
+    let most = (1u64 << 48) as f32;
+    let (x, w) = (vec![most; s.input_len()], vec![most; s.weight_len()]);
+    let (mut y, mut expected) = (vec![0f32; s.output_len()], vec![0f32; s.output_len()]);
+    transformed(&s.forward_gather(), &x, &w, None, &mut y);
+    in_windows(&s.forward_gather(), &x, &w, None, &mut expected);
+    for (got, expected) in y.iter().zip(&expected) {
+        assert!((got / expected - 1.0).abs() < 1e-5, "{got} {expected}");
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    for s in [shape2d(9, [64, 70], [14, 14], [3, 3], [1, 1, 1], 1), shape2d(1, [130, 200], [9, 12], [3, 3], [1, 1, 1], 1)] {
+        let (x, gy, w) = (filled(s.input_len(), 1), filled(s.output_len(), 2), filled(s.weight_len(), 3));
+        let run = |threads| {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+                let (mut y, mut gx, mut gw) = (gy.clone(), x.clone(), w.clone());
+                transformed(&s.forward_gather(), &x, &w, None, &mut y);
+                transformed(&s.transposed_gather(), &gy, &w, None, &mut gx);
+                assert!(weight_grad(&s.forward_gather(), &x, &gy, &mut gw).unwrap());
+                [y, gx, gw].map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            })
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(7));
+    }
+}
