@@ -8,6 +8,7 @@
 //! - `direct`: tiles of target pixels × target channels in the registers of the GEMM's micro-kernel, one segment a tap;
 //!   with few source channels the taps of a tile are copied side by side first, so that the inner loop stays long.
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
+//! - `few`: with few targets the weights are read where they lie, by one product.
 //! - `depthwise`: one channel a group: plain loops over channels.
 //! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16.
 //! - `tiles`: on matrix tiles, where a machine has them.
@@ -20,6 +21,7 @@ mod axis;
 mod class;
 mod depthwise;
 mod direct;
+mod few;
 mod fold;
 mod pack;
 mod pairs;
@@ -235,6 +237,8 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
         depthwise::gather(g, x, w, bias, y)
     } else if fold::pays(g) {
         fold::gather(g, x, w, bias, y)
+    } else if few::pays(g) {
+        few::gather(g, x, w, bias, y)
     } else if pairs::pay(g) {
         pairs::gather(g, x, w, bias, y)
     } else {

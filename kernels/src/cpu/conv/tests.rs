@@ -89,6 +89,9 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         shape2d(1, [8, 8], [3, 3], [2, 2], [1, 2, 1], 1),
         shape2d(4, [130, 100], [4, 4], [3, 3], [1, 1, 1], 1),
         shape2d(1, [2, 1], [1, 300], [1, 31], [2, 15, 1], 1),
+        // Few targets, many weights.
+        shape2d(2, [130, 120], [5, 6], [3, 3], [1, 1, 1], 1),
+        shape2d(1, [120, 130], [9, 7], [3, 3], [2, 1, 1], 1),
     ];
     let volume = ConvShape {
         n: 2,

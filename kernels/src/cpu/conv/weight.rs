@@ -8,7 +8,7 @@
 use super::super::alloc::{Buffer, OutOfMemory};
 use super::super::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, OuterTile, Output};
 use super::super::isa::dispatch;
-use super::super::parallel;
+use super::super::parallel::{self, SharedMut};
 use super::class::{self, Class};
 use super::patch::Patches;
 use super::{Gather, part_start};
@@ -21,7 +21,7 @@ pub(super) const PATCH_CHANNELS: usize = 33;
 const CHUNK: usize = 256;
 
 /// Target channels of a task: two panels of AVX-512.
-const TASK_COLS: usize = 64;
+pub(super) const TASK_COLS: usize = 64;
 
 /// Tasks that a call is cut into if it has the pixels for it.
 const MIN_TASKS: usize = 16;
@@ -108,7 +108,7 @@ impl Outer<'_> {
             let cols = self.cols(block);
             self.tap(group, tap, cols.clone(), (split, splits), &mut Sum { values, rows: g.cin, cols: cols.len() });
         });
-        self.merge(&part, sums, g.cin, |tap, row| (tap, row), gw);
+        self.merge(&part, sums, g.cin, |tap, c| Some((tap, c)), gw);
         Ok(())
     }
 
@@ -172,10 +172,8 @@ impl Outer<'_> {
                 self.patches(class, group, cols.clone(), (split, splits), &mut Sum { values: own, rows, cols: cols.len() });
             }
         });
-        if order.len() < g.taps() {
-            gw.fill(0.0);
-        }
-        self.merge(&part, sums, order.len() * g.cin, |_, row| (order[row / g.cin], row % g.cin), gw);
+        let slots: Vec<Option<usize>> = (0..g.taps()).map(|tap| order.iter().position(|&t| t == tap)).collect();
+        self.merge(&part, sums, order.len() * g.cin, |tap, c| slots[tap].map(|slot| (0, slot * g.cin + c)), gw);
         Ok(())
     }
 
@@ -207,33 +205,69 @@ impl Outer<'_> {
         tiles.finish();
     }
 
-    /// Adds the parts of each task in order and puts the sums where they belong; `place(tap, row)` gives the tap and source
-    /// channel of a task's row.
-    fn merge(&self, part: &Parts, sums: &[f32], rows: usize, place: impl Fn(usize, usize) -> (usize, usize), gw: &mut [f32]) {
-        let g = self.g;
-        let task_len = rows * TASK_COLS;
-        for group in 0..part.groups {
-            for tap in 0..part.taps {
-                for block in 0..part.blocks {
-                    let cols = self.cols(block);
-                    for row in 0..rows {
-                        let (tap_of_row, c) = place(tap, row);
-                        let start = g.group_start(group) + c * g.in_stride + tap_of_row + cols.start * g.out_stride;
-                        let mut sum = [0f32; TASK_COLS];
-                        let sum = &mut sum[..cols.len()];
-                        for split in 0..part.splits {
-                            let at = part.index(split, group, tap, block) * task_len + row * cols.len();
-                            for (sum, value) in sum.iter_mut().zip(&sums[at..at + cols.len()]) {
-                                *sum += value;
-                            }
-                        }
-                        for (j, &sum) in sum.iter().enumerate() {
-                            gw[start + j * g.out_stride] = sum;
-                        }
+    /// Adds the parts of each task in order and puts the sums where they belong; `place(tap, c)` gives the task and its row where the sums of a
+    /// tap and source channel are, if there are any.
+    fn merge(
+        &self,
+        part: &Parts,
+        sums: &[f32],
+        rows: usize,
+        place: impl Fn(usize, usize) -> Option<(usize, usize)> + Sync,
+        gw: &mut [f32],
+    ) {
+        let (g, taps, chunks) = (self.g, self.g.taps(), self.g.cin.div_ceil(MERGED_CHANNELS));
+        let (task_len, elements) = (rows * TASK_COLS, gw.len());
+        let out = SharedMut::new(gw);
+        parallel::for_each(part.groups * part.blocks * chunks, elements * (part.splits + 1) / 2, |i| {
+            let (i, chunk) = (i / chunks, i % chunks);
+            let (group, block) = (i / part.blocks, i % part.blocks);
+            let channels = chunk * MERGED_CHANNELS..((chunk + 1) * MERGED_CHANNELS).min(g.cin);
+            let cols = self.cols(block);
+            let mut merged = vec![0f32; channels.len() * taps * TASK_COLS];
+            for (i, sum) in merged.chunks_exact_mut(TASK_COLS).enumerate() {
+                let Some((tap, row)) = place(i % taps, channels.start + i / taps) else { continue };
+                for split in 0..part.splits {
+                    let at = part.index(split, group, tap, block) * task_len + row * cols.len();
+                    for (sum, value) in sum.iter_mut().zip(&sums[at..at + cols.len()]) {
+                        *sum += value;
                     }
                 }
             }
+            // SAFETY: each pair of channels belongs to one task.
+            unsafe { put(g, group, channels, cols, &merged, out) };
+        });
+    }
+}
+
+/// Source channels that are merged at once: with all taps they are some lines of memory.
+pub(super) const MERGED_CHANNELS: usize = 16;
+
+/// Writes `weights`, `[source channel][tap][target channel]` with rows of [`TASK_COLS`], where they lie in a gradient that starts at `out`, in
+/// the order of its memory.
+///
+/// # Safety
+/// The gradient must be writable and these weights of it be nobody else's.
+pub(super) unsafe fn put(
+    g: &Gather,
+    group: usize,
+    channels: std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+    weights: &[f32],
+    out: SharedMut<f32>,
+) {
+    let taps = g.taps();
+    assert!(weights.len() == channels.len() * taps * TASK_COLS && cols.len() <= TASK_COLS && channels.end <= g.cin && cols.end <= g.cout);
+    let pair = |c: usize, j: usize| {
+        let start = g.group_start(group) + (channels.start + c) * g.in_stride + (cols.start + j) * g.out_stride;
+        for tap in 0..taps {
+            // SAFETY: the weight lies between existing channels; the rest is the caller's word.
+            unsafe { out.add(start + tap).get().write(weights[(c * taps + tap) * TASK_COLS + j]) };
         }
+    };
+    if g.in_stride < g.out_stride {
+        (0..cols.len()).for_each(|j| (0..channels.len()).for_each(|c| pair(c, j)));
+    } else {
+        (0..channels.len()).for_each(|c| (0..cols.len()).for_each(|j| pair(c, j)));
     }
 }
 

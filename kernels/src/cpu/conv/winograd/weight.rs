@@ -1,9 +1,10 @@
 //! The weight gradient: outer products of transformed patches and transformed targets, summed place by place over all tiles.
 
+use super::super::weight::{MERGED_CHANNELS, TASK_COLS, put};
 use super::super::{Gather, part_start};
 use super::gather::{place_len, row_len, transform};
 use super::transform::{Check, load_places, of_targets, store_places, to_taps};
-use super::{Grid, PLACES, SIDE};
+use super::{Grid, PATCH, PLACES, SIDE};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -14,7 +15,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Source and target channels of a task: its sums, and the patches and targets of a chunk, fit an L2 of 1 MiB.
-const CHANNELS: usize = 64;
+const CHANNELS: usize = TASK_COLS;
 
 /// Tiles that are transformed at once.
 const CHUNK: usize = 64;
@@ -51,13 +52,19 @@ pub(in super::super) fn weight_grad(g: &Gather, x: &[f32], gy: &[f32], gw: &mut 
     if failed.into_inner() {
         return Ok(false);
     }
-    let out = SharedMut::new(gw);
-    parallel::for_each(count * CHANNELS, count * splits * TASK / 4, |i| {
-        let (block, row) = (i / CHANNELS, i % CHANNELS);
+    let (out, chunks) = (SharedMut::new(gw), CHANNELS / MERGED_CHANNELS);
+    parallel::for_each(count * chunks, count * splits * TASK / 4, |i| {
+        let (block, first) = (i / chunks, i % chunks * MERGED_CHANNELS);
         let (from, to) = (channels(block / blocks[1], g.cin), channels(block % blocks[1], g.cout));
-        if row < from.len() {
-            let parts = (0..splits).map(|split| &sums[(split * count + block) * TASK + row * CHANNELS..]);
-            dispatch(Merge { g, grid: &grid, parts: parts.collect(), channel: from.start + row, cols: to, out });
+        if first < from.len() {
+            let rows = first..from.len().min(first + MERGED_CHANNELS);
+            let mut merged = vec![0f32; rows.len() * 9 * CHANNELS];
+            for (row, weights) in rows.clone().zip(merged.chunks_exact_mut(9 * CHANNELS)) {
+                let parts = (0..splits).map(|split| &sums[(split * count + block) * TASK + row * CHANNELS..]);
+                dispatch(Merge { grid: &grid, parts: parts.collect(), weights });
+            }
+            // SAFETY: each pair of channels belongs to one task.
+            unsafe { put(g, 0, from.start + rows.start..from.start + rows.end, to, &merged, out) };
         }
     });
     Ok(true)
@@ -178,14 +185,11 @@ impl WithSimd for Targets<'_> {
     }
 }
 
-/// Adds the parts of a source channel's sums in order, transforms them to taps and puts them where they belong.
+/// Adds the parts of a source channel's sums in order and transforms them to its weights, `[tap][target channel]`.
 struct Merge<'a> {
-    g: &'a Gather,
     grid: &'a Grid,
     parts: Vec<&'a [f32]>,
-    channel: usize,
-    cols: Range<usize>,
-    out: SharedMut<f32>,
+    weights: &'a mut [f32],
 }
 
 impl WithSimd for Merge<'_> {
@@ -193,30 +197,23 @@ impl WithSimd for Merge<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let (g, half) = (self.g, s.splat(0.5));
         const STRIDE: usize = CHANNELS * CHANNELS;
-        assert!(self.parts.iter().all(|part| part.len() >= (PLACES - 1) * STRIDE + CHANNELS));
-        let mut lanes = [[0f32; crate::cpu::simd::MAX_LANES]; 9];
-        for at in (0..self.cols.len()).step_by(S::LANES) {
-            let mut sum = [[s.zero(); 4]; 4];
+        assert!(self.weights.len() == 9 * CHANNELS && self.parts.iter().all(|part| part.len() >= (PLACES - 1) * STRIDE + CHANNELS));
+        for at in (0..CHANNELS).step_by(S::LANES) {
+            let mut sum = [[s.zero(); PATCH]; PATCH];
             for part in &self.parts {
                 // SAFETY: a row has CHANNELS values, which are whole vectors, at every place.
                 let part = unsafe { load_places(s, part.as_ptr().add(at), STRIDE) };
-                for i in 0..4 {
-                    for j in 0..4 {
+                for i in 0..PATCH {
+                    for j in 0..PATCH {
                         sum[i][j] = sum[i][j] + part[i][j];
                     }
                 }
             }
-            let taps = to_taps(sum, half);
-            for tap in 0..9 {
-                taps[tap / 3][tap % 3].store_slice(&mut lanes[tap], S::LANES);
-            }
-            for j in 0..S::LANES.min(self.cols.len() - at) {
-                let start = self.channel * g.in_stride + (self.cols.start + at + j) * g.out_stride;
-                for (tap, lanes) in lanes.iter().enumerate() {
-                    // SAFETY: the weight lies between existing channels; each is written by the task of its source channel alone.
-                    unsafe { self.out.add(start + self.grid.tap(tap / 3, tap % 3)).get().write(lanes[j]) };
+            let taps = to_taps(sum, s.splat(0.5));
+            for i in 0..3 {
+                for j in 0..3 {
+                    taps[i][j].store_slice(&mut self.weights[self.grid.tap(i, j) * CHANNELS + at..], S::LANES);
                 }
             }
         }
