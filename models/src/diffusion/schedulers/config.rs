@@ -278,7 +278,7 @@ impl SchedulerClass {
             Self::EulerAncestral => vec![BETAS, STEPS, ZERO_SNR],
             Self::Heun => vec![BETAS, STEPS, CLIP, SIGMAS],
             Self::DpmSolverMultistep => {
-                let own: &[&str] = &["algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped", "variance_type"];
+                let own: &[&str] = &["algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped"];
                 vec![BETAS, STEPS, ZERO_SNR, THRESHOLD, SIGMAS, MULTISTEP, own]
             }
             Self::UniPcMultistep => {
