@@ -120,6 +120,25 @@ fn trajectories_are_those_of_diffusers() {
     assert!(failed.is_empty(), "{} of {} cases:\n{}", failed.len(), cases.len(), failed.join("\n"));
 }
 
+#[test]
+fn timesteps_of_every_spacing_are_those_of_diffusers() {
+    let rows: Vec<(String, String, usize, usize, f64, f64)> = from_str(&file().metadata()["timesteps"]).unwrap();
+    assert_eq!(rows.len(), 240);
+    for (class, spacing, steps, count, total, scale) in rows {
+        let text = format!(
+            r#"{{"_class_name": "{class}", "timestep_spacing": "{spacing}", "steps_offset": 1, "skip_prk_steps": true, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear"}}"#
+        );
+        let mut scheduler = from_config(&text).unwrap();
+        scheduler.set_timesteps(steps).unwrap();
+        let ours: f64 = scheduler.timesteps().iter().enumerate().map(|(i, t)| (i + 1) as f64 * t).sum();
+        assert_eq!(scheduler.timesteps().len(), count, "{class} {spacing} {steps}");
+        // Sums of whole numbers are exact; those of linspace's parts are to the order of summation.
+        assert!((ours - total).abs() <= 1e-12 * total, "{class} {spacing} {steps}: {ours}, expected {total}");
+        assert!((scheduler.init_noise_sigma() - scale).abs() < 2e-5, "{class} {spacing} {steps}");
+    }
+}
+
 fn config(text: &str) -> SchedulerConfig {
     SchedulerConfig::from_json(text).unwrap()
 }
@@ -402,6 +421,8 @@ fn a_configuration_is_written_back_and_made_into_another_kind() {
         (Some(true), Some(3.0), Some(PredictionType::FlowPrediction))
     );
     flow.build().unwrap().set_timesteps(5).unwrap();
+    assert_eq!((flow.mu(256).unwrap(), flow.mu(4096).unwrap()), (0.5, 1.15));
+    assert!(SchedulerConfig { max_image_seq_len: Some(256), ..flow.clone() }.mu(1).is_err());
     assert!(flow.with_kind(SchedulerKind::Ddim).build().is_err());
     assert_eq!("euler-ancestral".parse::<SchedulerKind>().unwrap(), SchedulerKind::EulerAncestral);
     let karras = given.with_kind(SchedulerKind::EulerKarras);

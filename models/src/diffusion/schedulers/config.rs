@@ -377,6 +377,20 @@ impl SchedulerConfig {
         write_atomic(path, |file| file.write_all(text.as_bytes()).map_err(|e| Error::io(OP, path.display(), e)))
     }
 
+    /// The shift μ of a flow for a picture of so many tokens: on the line through `base_shift` at `base_image_seq_len` and `max_shift` at
+    /// `max_image_seq_len` (Flux's way), to be [set](super::Scheduler::set_mu).
+    ///
+    /// # Errors
+    /// If the two lengths are equal.
+    pub fn mu(&self, tokens: usize) -> Result<f64> {
+        let settings = self.settings();
+        let (from, to) = (settings.base_image_seq_len as f64, settings.max_image_seq_len as f64);
+        if from == to {
+            return Err(Error::argument(OP, format!("base_image_seq_len and max_image_seq_len are both {to}; expected two lengths")));
+        }
+        Ok(settings.base_shift + (settings.max_shift - settings.base_shift) * (tokens as f64 - from) / (to - from))
+    }
+
     /// The configuration of another scheduler for the same model: what was given stays, the rest has the defaults of the new class, as
     /// in `NewScheduler.from_config(scheduler.config)`. What the kind's name says is set, and the repeated step of PLMS in place of its
     /// Runge–Kutta start. A flow's configuration becomes that of a flow.

@@ -48,7 +48,7 @@ pub(super) struct Choice {
     pub last: usize,
     /// The level that a run of respaced levels ends at; that of training if none.
     pub ends_at_last_level: bool,
-    /// Where the levels of a flow begin: a run's own, falling.
+    /// The levels of a flow, falling, without the final one: for `use_flow_sigmas`.
     pub flow: Vec<f64>,
     /// Whether timesteps of Karras's levels are rounded with every schedule.
     pub always_rounds: bool,
@@ -78,7 +78,7 @@ impl Multistep {
             (false, false) => self.levels.sigma_min(),
         });
         let sigmas = sigmas.into_iter().map(round32).collect::<Vec<_>>();
-        let body = sigmas.get(..steps).unwrap_or(&[]);
+        let body = sigmas.split_last().map_or(&[][..], |(_, body)| body);
         if let Some((a, b)) = body.iter().zip(body.iter().skip(1)).find(|(a, b)| a <= b) {
             let message = format!("{steps} steps give the noise levels {a} and {b} in a row, expected to fall; take fewer steps");
             return Err(Error::argument("set_timesteps", message));
