@@ -5,7 +5,7 @@ use kiln::nn::{Conv2d, ConvOptions, GroupNorm, Linear};
 use kiln::ops::upsample::Interpolation;
 use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
-use kiln::{Activation, AttentionOptions, Result};
+use kiln::{Activation, AttentionOptions, Result, autocast};
 
 fn conv(params: &Params, inputs: usize, outputs: usize, kernel: usize, stride: usize) -> Result<Conv2d> {
     Conv2d::new(params, inputs, outputs, kernel, ConvOptions::new().with_stride(stride).with_padding(kernel / 2))
@@ -131,20 +131,31 @@ impl UNet {
 }
 
 pub fn run(bench: &Bench) -> Result<()> {
-    let (train, infer) = ("train_unet28_c64_b32", "infer_unet28_c64_b32");
-    if !bench.wants(&format!("{train} {infer}")) {
-        return Ok(());
+    for (train, infer, half) in
+        [("train_unet28_c64_b32", "infer_unet28_c64_b32", false), ("train_unet28_bf16_c64_b32", "infer_unet28_bf16_c64_b32", true)]
+    {
+        if bench.wants(&format!("{train} {infer}")) {
+            step(bench, train, infer, half)?;
+        }
     }
+    Ok(())
+}
+
+fn step(bench: &Bench, train: &str, infer: &str, half: bool) -> Result<()> {
     let params = Params::new();
     let model = UNet::new(&params, 64)?;
     let mut optimizer = AdamW::new(params.params(), AdamWOptions { lr: 2e-4, ..AdamWOptions::default() })?;
     let x = Tensor::randn([32, 1, 28, 28], DType::F32)?;
     let steps = || Tensor::randint(0, 1000, [32])?.to_dtype(DType::F32);
+    let forward = |x: &Tensor| {
+        let steps = steps()?;
+        if half { autocast(DType::BF16, || model.forward(x, &steps))? } else { model.forward(x, &steps) }
+    };
     bench.run(train, || {
         params.zero_grad();
         let noise = x.randn_like()?;
-        model.forward(&x.add(&noise)?, &steps()?)?.mse_loss(&noise)?.backward()?;
+        forward(&x.add(&noise)?)?.to_dtype(DType::F32)?.mse_loss(&noise)?.backward()?;
         optimizer.step()
     })?;
-    bench.run(infer, || no_grad(|| model.forward(&x, &steps()?)))
+    bench.run(infer, || no_grad(|| forward(&x)))
 }
