@@ -2,3 +2,4 @@
 
 pub(crate) mod blocks;
 pub mod schedulers;
+pub mod unet;
