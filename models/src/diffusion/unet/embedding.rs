@@ -1,5 +1,6 @@
 //! The conditions of the whole image, the time above all, as one vector.
 
+use super::config::expect_extent;
 use crate::diffusion::blocks::{TimestepEmbedding, timestep_waves};
 use crate::nn::{Embedding, Linear, Module, Params};
 use kiln_tensor::{DType, Error, Result, Tensor};
@@ -99,12 +100,15 @@ impl ClassEmbedding {
         let &ClassPlan { kind, num_classes, projected, waves, width } = plan;
         Ok(match (kind, num_classes) {
             (None, None) => ClassEmbedding::None,
-            (None, Some(classes)) => ClassEmbedding::Table { table: Embedding::new(params, classes, width)?, classes },
+            (None, Some(classes)) => {
+                let classes = expect_extent("num_class_embeds", classes)?;
+                ClassEmbedding::Table { table: Embedding::new(params, classes, width)?, classes }
+            }
             (Some("timestep"), _) => ClassEmbedding::Timestep { waves, layers: TimestepEmbedding::new(params, waves.width, width)? },
             (Some("identity"), _) => ClassEmbedding::Identity { width },
             (Some("projection"), _) => {
                 let missing = || Error::format("unet", "class_embed_type `projection` needs projection_class_embeddings_input_dim");
-                let inputs = projected.ok_or_else(missing)?;
+                let inputs = expect_extent("projection_class_embeddings_input_dim", projected.ok_or_else(missing)?)?;
                 ClassEmbedding::Projection { inputs, layers: TimestepEmbedding::new(params, inputs, width)? }
             }
             (Some(other), _) => {
