@@ -1,6 +1,6 @@
 //! What the U-Net of Stable Diffusion and its ControlNet share: their options, and how the conditions of a pass become its [`Signal`].
 
-use super::config::{Common, OneOrMore, expect_extent, expect_supported, time_extents, unsupported, wrong};
+use super::config::{Common, OneOrMore, expect_extent, expect_scale, expect_supported, time_extents, unsupported, wrong};
 use super::embedding::{ClassEmbedding, ClassPlan, TimeEmbedding, Waves};
 use super::network::Plan;
 use super::stage::{AttentionPlan, Signal, StagePlan};
@@ -109,7 +109,8 @@ impl Fields<'_> {
     }
 
     fn mid(&self, attention: AttentionPlan, resnet: ResnetOptions) -> Result<Option<(usize, StagePlan)>> {
-        let resnet = ResnetOptions { output_scale: self.mid_block_scale_factor, ..resnet };
+        let output_scale = expect_scale("mid_block_scale_factor", self.mid_block_scale_factor)?;
+        let resnet = ResnetOptions { output_scale, ..resnet };
         match self.mid_block_type {
             None => Ok(None),
             Some("UNetMidBlock2DCrossAttn") => Ok(Some((1, StagePlan { attention, resnet }))),

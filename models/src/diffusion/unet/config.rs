@@ -155,6 +155,11 @@ pub(super) fn expect_extent(field: &str, value: usize) -> Result<usize> {
     if (1..=MAX_EXTENT).contains(&value) { Ok(value) } else { Err(wrong(format!("{field} {value} must lie in 1..={MAX_EXTENT}"))) }
 }
 
+/// What sums are divided by: an error unless that can be done.
+pub(super) fn expect_scale(field: &str, value: f64) -> Result<f64> {
+    if value.is_normal() { Ok(value) } else { Err(unsupported(field, value, "a number other than 0")) }
+}
+
 /// The waves of the timesteps, and the width of their embedding: four times that of the first stage if the configuration has no other.
 pub(super) fn time_extents(channels: &[usize], width: Option<usize>, flip: bool, shift: i64) -> Result<(Waves, usize)> {
     let first = *channels.first().ok_or_else(|| wrong("block_out_channels is empty: there must be one stage at least"))?;

@@ -68,7 +68,7 @@ impl Recomputes {
 
 enum AttentionLayer {
     Pixels(SpatialAttention),
-    Context(Transformer2d),
+    Context(Box<Transformer2d>),
 }
 
 impl AttentionLayer {
@@ -93,7 +93,7 @@ impl AttentionLayer {
                 let head_width = channels / heads;
                 let groups = resnet_groups;
                 let options = Transformer2dOptions { channels, context_width, heads, head_width, layers, groups, linear_projection };
-                Some(AttentionLayer::Context(Transformer2d::new(params, options)?))
+                Some(AttentionLayer::Context(Box::new(Transformer2d::new(params, options)?)))
             }
         })
     }

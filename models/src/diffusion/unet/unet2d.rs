@@ -1,6 +1,6 @@
 //! The U-Net of DDPM: pixels in, pixels out, attention between pixels at the low resolutions.
 
-use super::config::{Common, OneOrMore, expect_count, expect_extent, expect_supported, time_extents, unsupported};
+use super::config::{Common, OneOrMore, expect_count, expect_extent, expect_scale, expect_supported, time_extents, unsupported};
 use super::embedding::{ClassEmbedding, ClassPlan, TimeEmbedding};
 use super::network::{Additions, Network, Plan, UpPlan};
 use super::stage::{AttentionPlan, Signal, StagePlan};
@@ -139,7 +139,8 @@ impl UNet2dConfig {
         let groups = self.attn_norm_num_groups.or((!resnet.scale_shift).then_some(self.norm_num_groups));
         let last = self.block_out_channels.len().saturating_sub(1);
         let attention = if self.add_attention { self.attention(last, groups) } else { AttentionPlan::None };
-        Ok(Some((1, StagePlan { attention, resnet: ResnetOptions { output_scale: self.mid_block_scale_factor, ..resnet } })))
+        let output_scale = expect_scale("mid_block_scale_factor", self.mid_block_scale_factor)?;
+        Ok(Some((1, StagePlan { attention, resnet: ResnetOptions { output_scale, ..resnet } })))
     }
 
     fn plans(&self, time_width: usize) -> Result<(Plan, UpPlan)> {
