@@ -6,7 +6,7 @@ use kiln_models::diffusion::unet::{
     Control, ControlNetInput, ControlNetModel, MultiControlNet, Residuals, UNet2dConditionConfig, UNet2dConditionModel, UNet2dModel,
     UNetConditions,
 };
-use kiln_models::nn::{LoadMode, Params};
+use kiln_models::nn::{LoadMode, Params, StateDict};
 use kiln_tensor::io::safetensors;
 use kiln_tensor::{DType, Result, Tensor, autocast};
 use serde::de::DeserializeOwned;
@@ -478,5 +478,43 @@ fn configurations_that_do_not_fit_are_errors() {
         let mut fields = control["nets"][0].clone();
         fields[field] = value;
         expect_error(ControlNetModel::new(&Params::new(), &serde_json::from_value(fields).unwrap()), &[field]);
+    }
+}
+
+/// Whatever a file claims, building from it is an error at worst, and takes no memory for weights that are not there.
+#[test]
+fn hostile_configurations_do_no_harm() {
+    let values = [
+        json!(null),
+        json!(-1),
+        json!(0),
+        json!(1),
+        json!(u64::MAX),
+        json!(1u64 << 33),
+        json!(-1e308),
+        json!("x"),
+        json!([]),
+        json!([[1]]),
+        json!([0, u64::MAX]),
+        json!(["DownBlock2D", 3]),
+        json!({"a": 1}),
+    ];
+    fn build<C: DeserializeOwned, M>(fields: Value, new: impl Fn(&Params, &C) -> Result<M>) {
+        let Ok(config) = serde_json::from_value::<C>(fields) else { return };
+        assert!(Params::new().build_from(StateDict::new(), LoadMode::Strict, |params| new(params, &config)).is_err());
+    }
+    let files = [config("ddpm"), config("sdxl"), config::<Value>("controlnet_sdxl")["nets"][0].clone()];
+    for (i, file) in files.into_iter().enumerate() {
+        for (field, _) in file.as_object().unwrap() {
+            for value in &values {
+                let mut fields = file.clone();
+                fields[field] = value.clone();
+                match i {
+                    0 => build(fields, UNet2dModel::new),
+                    1 => build(fields, UNet2dConditionModel::new),
+                    _ => build(fields, ControlNetModel::new),
+                }
+            }
+        }
     }
 }
