@@ -4,6 +4,7 @@
 
 use super::blocks::{Attention, AttentionShape, TimestepEmbedding, timestep_waves};
 use crate::nn::{Conv2d, ConvOptions, Dropout, Embedding, Init, LayerNorm, Linear, Module, Params};
+use crate::pretrained::{Layout, Library, Pretrained};
 use kiln_tensor::{Activation, DType, Device, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, PoisonError};
@@ -117,6 +118,18 @@ impl DitConfig {
             return wrong(format!("num_layers = {}, num_embeds_ada_norm = {}", self.num_layers, self.num_embeds_ada_norm));
         }
         Ok(Plan { width, heads, head_width, outputs, activation })
+    }
+}
+
+impl Pretrained for DitConfig {
+    type Model = Dit;
+
+    fn layout(&self) -> Layout {
+        Layout::new(Library::Diffusers, "DiTTransformer2DModel")
+    }
+
+    fn build_model(&self, params: &Params) -> Result<Dit> {
+        Dit::new(params, self)
     }
 }
 
