@@ -3,5 +3,6 @@
 pub(crate) mod blocks;
 mod dit;
 pub mod schedulers;
+pub mod unet;
 
 pub use dit::{Dit, DitConfig};
