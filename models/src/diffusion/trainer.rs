@@ -20,7 +20,7 @@ pub struct DiffusionTrainerOptions {
     pub min_snr_gamma: Option<f64>,
     /// The row that stands for no condition: the label of no class (), or what an empty text becomes (S, C).
     pub unconditional: Option<Tensor>,
-    /// The share of samples whose condition is replaced by that row, so that the network can be guided.
+    /// The share of samples whose condition is replaced by that row, if there is one, so that the network can be guided.
     pub condition_dropout: f64,
     /// AdamW's learning rate at its height.
     pub lr: f64,
@@ -196,7 +196,7 @@ impl<N: Denoiser> DiffusionTrainer<N> {
     /// A trainer of the parameters of `params` that are not frozen, and of its adapters: those that `network` reads.
     ///
     /// # Errors
-    /// If an option is out of its domain, or conditions are to be dropped and there is no row to put in their place.
+    /// If an option is out of its domain.
     pub fn new(network: N, params: &Params, options: DiffusionTrainerOptions) -> Result<Self> {
         if !(0.0..=1.0).contains(&options.condition_dropout) {
             let message = format!("condition_dropout = {}, expected 0 to 1", options.condition_dropout);
@@ -267,14 +267,12 @@ impl<N: Denoiser> DiffusionTrainer<N> {
 
     /// The conditions with some rows replaced by that for none.
     fn with_dropout(&self, condition: &Tensor, generator: &Generator) -> Result<Tensor> {
-        let (Some(unconditional), share) = (&self.options.unconditional, self.options.condition_dropout) else {
-            return Ok(condition.clone());
-        };
+        let Some(unconditional) = &self.options.unconditional else { return Ok(condition.clone()) };
         let nothing = rows_of(unconditional, condition)?;
         let mut shape = vec![1; condition.rank()];
         shape[0] = condition.dim(0)?;
-        let is_dropped = generator.rand(&shape[..], (DType::F32, condition.device()))?.lt_scalar(share)?;
-        nothing.where_cond(&is_dropped, condition)
+        let is_dropped = generator.rand(&shape[..], (DType::F32, condition.device()))?.lt_scalar(self.options.condition_dropout)?;
+        is_dropped.where_cond(&nothing, condition)
     }
 
     /// One step from a batch of samples (B, C, …) and what each shows, a row for each.
