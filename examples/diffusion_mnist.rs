@@ -14,9 +14,9 @@ use kiln::metrics::DigitJudge;
 use kiln::nn::Params;
 use kiln::prelude::*;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid, stop_on_ctrl_c};
-use kiln::{Error, Result, io, set_default_device};
+use kiln::{Error, Profiler, Result, io, set_default_device};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Rows and columns of a sample grid; a column is a class.
@@ -31,6 +31,8 @@ const SIDE: usize = 28;
 const BLOCK: usize = 2;
 /// Steps between checkpoints within an epoch.
 const SAVE_EVERY: u64 = 50;
+/// Steps before a profile begins: the first ones fill the allocator's cache.
+const PROFILE_AFTER: u64 = 10;
 /// Pictures drawn at a time when many are judged.
 const CHUNK: usize = 100;
 
@@ -130,6 +132,9 @@ struct Args {
     /// Samples to judge at the end; 0 leaves the judgement out.
     #[arg(long, default_value_t = 500)]
     judge_samples: usize,
+    /// Print what this many steps spend their time on, and write it to trace.json in --out for chrome://tracing or ui.perfetto.dev.
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "20")]
+    profile: Option<u64>,
 }
 
 fn main() -> Result<()> {
@@ -302,9 +307,14 @@ impl Run {
         let stop = stop_on_ctrl_c()?;
         println!("{} steps of {} pictures", self.total, args.batch_size);
         let progress = Progress::new(self.total, "training");
+        let mut profile = args.profile.map(|steps| ProfiledSteps::new(self.trainer.steps() + PROFILE_AFTER, steps));
         while self.trainer.steps() < self.total {
             let epoch = self.loader.state().epoch;
-            while let Some(batch) = self.loader.next().transpose()? {
+            loop {
+                if let Some(profile) = &mut profile {
+                    profile.before_step(self.trainer.steps(), &self.out)?;
+                }
+                let Some(batch) = self.loader.next().transpose()? else { break };
                 let done = self.trainer.step(&to_blocks(&batch.images)?, Some(&batch.labels))?;
                 let step = self.trainer.steps();
                 self.metrics.write(&[step as f64, epoch as f64, done.loss, done.grad_norm, done.lr])?;
@@ -381,5 +391,32 @@ impl Run {
         // What was written after the checkpoint will be written again.
         let steps = self.trainer.steps() as f64;
         self.metrics.restore(|row| row[0] <= steps)
+    }
+}
+
+/// The steps of `--profile`.
+struct ProfiledSteps {
+    first: u64,
+    end: u64,
+    running: Option<Profiler>,
+}
+
+impl ProfiledSteps {
+    fn new(first: u64, count: u64) -> Self {
+        Self { first, end: first.saturating_add(count), running: None }
+    }
+
+    /// Starts before the first step; prints and writes before the one after the last.
+    fn before_step(&mut self, step: u64, out: &Path) -> Result<()> {
+        if step == self.first {
+            self.running = Some(Profiler::start());
+        }
+        if step < self.end {
+            return Ok(());
+        }
+        let Some(profiler) = self.running.take() else { return Ok(()) };
+        let report = profiler.stop();
+        println!("\nsteps {} to {}:\n{report}\n", self.first + 1, self.end);
+        report.write_chrome_trace(out.join("trace.json"))
     }
 }
