@@ -63,7 +63,7 @@ impl From<Prediction> for PredictionType {
 /// The network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 enum Model {
-    /// Convolutions at two resolutions, attention at the lower one.
+    /// Convolutions at two resolutions, attention in the middle.
     Unet,
     /// A transformer of patches.
     Dit,
@@ -218,15 +218,14 @@ fn class_labels(count: usize) -> Result<Tensor> {
 
 fn network(model: Model, params: &Params) -> Result<Box<dyn Denoiser>> {
     let channels = BLOCK * BLOCK;
-    let names = |names: [&str; 2]| names.map(str::to_owned).to_vec();
     Ok(match model {
         Model::Unet => {
             let config = UNet2dConfig {
                 in_channels: channels,
                 out_channels: channels,
                 block_out_channels: vec![32, 64],
-                down_block_types: names(["DownBlock2D", "AttnDownBlock2D"]),
-                up_block_types: names(["AttnUpBlock2D", "UpBlock2D"]),
+                down_block_types: vec!["DownBlock2D".into(); 2],
+                up_block_types: vec!["UpBlock2D".into(); 2],
                 norm_num_groups: 16,
                 attention_head_dim: Some(32),
                 num_class_embeds: Some(CLASSES as usize + 1),

@@ -1,9 +1,9 @@
 //! What a network is to those who train it and draw with it, and drawing: from noise to pictures along any scheduler, with guidance.
 
+use super::Dit;
 use super::guidance::{classifier_free, rescale};
 use super::schedulers::Scheduler;
 use super::unet::UNet2dModel;
-use super::Dit;
 use kiln_autograd::no_grad;
 use kiln_tensor::{DType, Error, Generator, Result, Tensor, autocast};
 
@@ -153,7 +153,10 @@ impl<'a, N: Denoiser + ?Sized> Guide<'a, N> {
         if let Some(condition) = &sampling.condition
             && (condition.rank() == 0 || condition.dim(0)? != batch)
         {
-            return Err(Error::shape("sample", format!("the condition is {}, expected a row for each of {batch} pictures", condition.shape())));
+            return Err(Error::shape(
+                "sample",
+                format!("the condition is {}, expected a row for each of {batch} pictures", condition.shape()),
+            ));
         }
         if !sampling.guidance.is_finite() {
             return Err(Error::argument("sample", format!("guidance = {}, expected a number", sampling.guidance)));
@@ -202,7 +205,8 @@ pub(super) fn rows_of(unconditional: &Tensor, condition: &Tensor) -> Result<Tens
     let fits = condition.rank() > 0 && unconditional.dims() == &condition.dims()[1..] && unconditional.dtype() == condition.dtype();
     if !fits {
         let (dtype, shape) = (unconditional.dtype(), unconditional.shape());
-        let message = format!("the row for no condition is {dtype} {shape}, the conditions are {} {}", condition.dtype(), condition.shape());
+        let message =
+            format!("the row for no condition is {dtype} {shape}, the conditions are {} {}", condition.dtype(), condition.shape());
         return Err(Error::shape("condition", message));
     }
     unconditional.to_device(condition.device())?.expand(*condition.shape())

@@ -83,9 +83,16 @@ pub struct DiffusionStep {
 
 /// How a sample becomes noise, and what the network is to say on the way.
 enum Path {
-    Noise { schedule: NoiseSchedule, prediction: PredictionType, gamma: Option<f64> },
+    Noise {
+        schedule: NoiseSchedule,
+        prediction: PredictionType,
+        gamma: Option<f64>,
+    },
     /// Straight, with as many timesteps and this shift of the times.
-    Flow { timesteps: f64, shift: f64 },
+    Flow {
+        timesteps: f64,
+        shift: f64,
+    },
 }
 
 /// A batch on its way to noise.
@@ -324,13 +331,7 @@ impl<N: Denoiser> DiffusionTrainer<N> {
     ///
     /// # Errors
     /// As [`sample`].
-    pub fn sample(
-        &mut self,
-        scheduler: &mut dyn Scheduler,
-        noise: &Tensor,
-        sampling: &Sampling,
-        generator: &Generator,
-    ) -> Result<Samples> {
+    pub fn sample(&mut self, scheduler: &mut dyn Scheduler, noise: &Tensor, sampling: &Sampling, generator: &Generator) -> Result<Samples> {
         let sampling = Sampling {
             unconditional: sampling.unconditional.clone().or_else(|| self.options.unconditional.clone()),
             autocast: sampling.autocast.or(self.options.autocast),
