@@ -49,16 +49,27 @@ fn distance(ours: &Tensor, expected: &Tensor) -> f64 {
     if worst.is_nan() { f64::INFINITY } else { worst / largest }
 }
 
-fn fixture() -> (Vec<Value>, SafetensorsFile) {
+/// The cases, each with its timesteps and the samples after its steps.
+fn fixture() -> Vec<(Value, Vec<f64>, Vec<Tensor>)> {
     let file = SafetensorsFile::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/schedulers.safetensors")).unwrap();
-    (from_str(&file.metadata()["cases"]).unwrap(), file)
+    let cases: Vec<Value> = from_str(&file.metadata()["cases"]).unwrap();
+    let (samples, times) = (file.tensor("samples").unwrap(), values(&file.tensor("timesteps").unwrap()));
+    let mut from = 0;
+    let part = |case: Value| {
+        let to = from + case["rows"].as_u64().unwrap() as usize;
+        let rows = (from..to).map(|row| samples.select(0, row as isize).unwrap().reshape(&SHAPE[..]).unwrap()).collect();
+        let result = (case, times[from..to].to_vec(), rows);
+        from = to;
+        result
+    };
+    cases.into_iter().map(part).collect()
 }
 
 #[test]
 fn trajectories_are_those_of_diffusers() {
-    let (cases, file) = fixture();
+    let cases = fixture();
     let mut failed = Vec::new();
-    for (n, case) in cases.iter().enumerate() {
+    for (case, expected_times, expected) in &cases {
         if case.get("random").is_some() || case.get("eta").is_some() {
             continue;
         }
@@ -70,25 +81,26 @@ fn trajectories_are_those_of_diffusers() {
             scheduler.set_mu(mu).unwrap();
         }
         scheduler.set_timesteps(case["steps"].as_u64().unwrap() as usize).unwrap();
-        let expected_times = values(&file.tensor(&format!("{n}.t")).unwrap());
+        // Where timesteps are computed from noise levels, f32 shows in them.
         let whole = expected_times.iter().all(|t| t.fract() == 0.0);
         let tolerance = if whole { 0.0 } else { 1e-3 };
         let times = scheduler.timesteps().to_vec();
-        let same = times.len() == expected_times.len() && times.iter().zip(&expected_times).all(|(a, b)| (a - b).abs() <= tolerance);
+        let same = times.len() == expected_times.len() && times.iter().zip(expected_times).all(|(a, b)| (a - b).abs() <= tolerance);
         if !same {
-            failed.push(format!("{n} {case}: timesteps {times:?}, expected {expected_times:?}"));
+            failed.push(format!("{case}: timesteps {times:?}, expected {expected_times:?}"));
             continue;
         }
         let learned = case["config"]["variance_type"].as_str().is_some_and(|v| v.starts_with("learned"));
         let samples = sampled(scheduler.as_mut(), &wave(0.5, 1.5), learned, &Generator::new(7)).unwrap();
-        let expected = file.tensor(&n.to_string()).unwrap();
-        assert_eq!(samples.len(), expected.dim(0).unwrap());
-        // From σ = 4096, the other side's f32 loses digits in x − σ ε.
-        let tolerance = if case["config"]["rescale_betas_zero_snr"] == true { 1e-4 } else { 1e-5 };
-        for (step, ours) in samples.iter().enumerate() {
-            let error = distance(ours, &expected.select(0, step as isize).unwrap());
+        assert_eq!(samples.len(), expected.len());
+        // The other side's f32 loses digits in x − σ ε from σ = 4096, and in UniPC's differences of ε: there it is as far from its own
+        // result in f64.
+        let loose = case["config"]["rescale_betas_zero_snr"] == true || case["config"]["predict_x0"] == false;
+        let tolerance = if loose { 1e-4 } else { 1e-5 };
+        for (step, (ours, expected)) in samples.iter().zip(expected).enumerate() {
+            let error = distance(ours, expected);
             if error > tolerance {
-                failed.push(format!("{n} {case}: step {step} is off by {error:.1e}"));
+                failed.push(format!("{case}: step {step} is off by {error:.1e}"));
             }
         }
     }
@@ -216,7 +228,7 @@ fn what_makes_no_sense_is_an_error_that_says_so() {
     let x = wave(0.0, 1.0);
     let g = Generator::new(1);
     for &class in SchedulerClass::ALL {
-        let mut scheduler = SchedulerConfig::new(class).build().unwrap();
+        let mut scheduler = plain(class).build().unwrap();
         contains(error(scheduler.step(&x, 0, &x, &g)), "set_timesteps");
         assert!(scheduler.set_timesteps(0).is_err() && scheduler.set_timesteps(1001).is_err(), "{class}");
         assert!(scheduler.set_timesteps(usize::MAX).is_err(), "{class}");
@@ -244,11 +256,16 @@ fn what_makes_no_sense_is_an_error_that_says_so() {
     assert!(schedule.min_snr_weights(PredictionType::FlowPrediction, 5.0, &timesteps(&[1])).is_err());
 }
 
+/// A configuration with which any number of steps will do.
+fn plain(class: SchedulerClass) -> SchedulerConfig {
+    SchedulerConfig { skip_prk_steps: Some(true), ..SchedulerConfig::new(class) }
+}
+
 #[test]
 fn samples_keep_their_dtype() {
     for &class in SchedulerClass::ALL {
         for dtype in [DType::F64, DType::BF16, DType::F16] {
-            let mut scheduler = SchedulerConfig::new(class).build().unwrap();
+            let mut scheduler = plain(class).build().unwrap();
             scheduler.set_timesteps(3).unwrap();
             let start = wave(0.3, 1.0).to_dtype(dtype).unwrap();
             let samples = sampled(scheduler.as_mut(), &start, false, &Generator::new(1)).unwrap();
