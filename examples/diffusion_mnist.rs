@@ -7,7 +7,7 @@
 
 use clap::{Parser, ValueEnum};
 use kiln::data::{Dataset, ImageSet, Loader, LoaderOptions, LoaderState, Mnist, Scale, Source};
-use kiln::diffusion::schedulers::{BetaSchedule, PredictionType, SchedulerConfig, SchedulerKind, TimestepSpacing};
+use kiln::diffusion::schedulers::{BetaSchedule, PredictionType, SchedulerClass, SchedulerConfig, SchedulerKind, TimestepSpacing};
 use kiln::diffusion::unet::{UNet2dConfig, UNet2dModel};
 use kiln::diffusion::{Denoiser, DiffusionTrainer, DiffusionTrainerOptions, Dit, DitConfig, Sampling};
 use kiln::metrics::DigitJudge;
@@ -105,7 +105,7 @@ struct Args {
     /// Weigh timesteps by min-SNR with this γ (5 in the paper) instead of all alike.
     #[arg(long)]
     min_snr_gamma: Option<f64>,
-    /// How pictures are drawn: ddpm, ddim, euler, …; ddim if absent, the Euler steps of a flow with --prediction flow.
+    /// How pictures are drawn: ddpm, ddim, euler-a, dpm++-2m, unipc, …; ddim if absent, flow-euler with --prediction flow.
     #[arg(long)]
     scheduler: Option<SchedulerKind>,
     /// Steps from noise to a picture.
@@ -248,6 +248,23 @@ fn network(model: Model, params: &Params) -> Result<Box<dyn Denoiser>> {
     })
 }
 
+/// The noise of training, as the configuration of the default way to draw.
+fn noise_schedule(args: &Args) -> SchedulerConfig {
+    if args.prediction == Prediction::Flow {
+        return SchedulerConfig::new(SchedulerClass::FlowEuler);
+    }
+    SchedulerConfig {
+        beta_schedule: Some(args.beta_schedule),
+        // Said, because not every scheduler has these for its defaults.
+        beta_start: Some(1e-4),
+        beta_end: Some(0.02),
+        prediction_type: Some(args.prediction.into()),
+        // From the last timestep, where nothing but noise is left.
+        timestep_spacing: Some(TimestepSpacing::Trailing),
+        ..SchedulerConfig::new(SchedulerClass::Ddim)
+    }
+}
+
 /// A training run: everything that a checkpoint holds, and where results go.
 struct Run {
     trainer: DiffusionTrainer<Box<dyn Denoiser>>,
@@ -270,14 +287,8 @@ impl Run {
             return Err(Error::argument("diffusion_mnist", message));
         }
         let total = args.epochs.map_or(args.steps, |epochs| epochs * loader.batches());
-        let noise = SchedulerConfig {
-            beta_schedule: Some(args.beta_schedule),
-            prediction_type: Some(args.prediction.into()),
-            // From the last timestep, where nothing but noise is left.
-            timestep_spacing: Some(TimestepSpacing::Trailing),
-            ..SchedulerConfig::new(SchedulerKind::Ddpm.class())
-        };
-        let scheduler = noise.with_kind(args.scheduler.unwrap_or(SchedulerKind::Ddim));
+        let noise = noise_schedule(args);
+        let scheduler = args.scheduler.map_or_else(|| noise.clone(), |kind| noise.with_kind(kind));
         let params = Params::seeded(args.seed);
         let options = DiffusionTrainerOptions {
             min_snr_gamma: args.min_snr_gamma,

@@ -3,7 +3,7 @@
 
 use super::denoiser::{Denoiser, Samples, Sampling, in_half, rows_of, sample};
 use super::objective::{NoiseSchedule, flow_interpolate, flow_target};
-use super::schedulers::{PredictionType, Scheduler, SchedulerConfig};
+use super::schedulers::{PredictionType, Scheduler, SchedulerClass, SchedulerConfig};
 use crate::nn::{LoadMode, Param, Params, StateDict};
 use crate::optim::{AdamW, AdamWOptions, Ema, GradScaler, GradScalerOptions, Optimizer, Schedule, grad_norm};
 use kiln_autograd::TensorExt;
@@ -14,7 +14,8 @@ use kiln_tensor::{DType, Dims, Error, Generator, Result, Tensor, profile_scope};
 #[derive(Clone, Debug)]
 pub struct DiffusionTrainerOptions {
     /// The noise of each timestep, and what the network predicts. A flow goes straight from the sample to the noise instead: of the schedule
-    /// it has the number of timesteps and the shift.
+    /// it has the number of timesteps and the shift. To draw with another class of scheduler, say `beta_start` and `beta_end`: the defaults
+    /// of the classes differ.
     pub noise: SchedulerConfig,
     /// γ of the weights of [`NoiseSchedule::min_snr_weights`]; all timesteps count alike without it. Not for flows.
     pub min_snr_gamma: Option<f64>,
@@ -108,7 +109,8 @@ struct Noisy {
 impl Path {
     fn new(options: &DiffusionTrainerOptions) -> Result<Self> {
         let settings = options.noise.settings();
-        if settings.prediction_type != PredictionType::FlowPrediction {
+        let of_flows = options.noise.class == SchedulerClass::FlowEuler;
+        if !of_flows && settings.prediction_type != PredictionType::FlowPrediction {
             let schedule = NoiseSchedule::new(&options.noise)?;
             let path = Path::Noise { prediction: settings.prediction_type, schedule, gamma: options.min_snr_gamma };
             if let Path::Noise { schedule, prediction, gamma: Some(gamma) } = &path {
@@ -120,11 +122,12 @@ impl Path {
         if options.min_snr_gamma.is_some() {
             return Err(Error::argument("diffusion_trainer", "min_snr_gamma: a flow has no such weights"));
         }
-        if !(settings.shift.is_finite() && settings.shift > 0.0) || settings.num_train_timesteps == 0 {
-            let message = format!("shift = {}, num_train_timesteps = {}", settings.shift, settings.num_train_timesteps);
+        let shift = if of_flows { settings.shift } else { settings.flow_shift };
+        if !(shift.is_finite() && shift > 0.0) || settings.num_train_timesteps == 0 {
+            let message = format!("shift = {shift}, num_train_timesteps = {}", settings.num_train_timesteps);
             return Err(Error::argument("diffusion_trainer", format!("{message}: a flow needs both above 0")));
         }
-        Ok(Path::Flow { timesteps: settings.num_train_timesteps as f64, shift: settings.shift })
+        Ok(Path::Flow { timesteps: settings.num_train_timesteps as f64, shift })
     }
 
     /// Draws a timestep for each sample, and then the noise.
