@@ -12,6 +12,7 @@ pub mod lora;
 pub mod metrics;
 pub mod nn;
 pub mod optim;
+pub mod pretrained;
 pub mod report;
 pub mod text;
 pub mod transformer;

@@ -1,7 +1,14 @@
 //! Diffusion models: schedulers, networks, their training, and pipelines that draw.
 
 pub(crate) mod blocks;
+mod denoiser;
+mod dit;
 pub mod guidance;
 pub mod objective;
 pub mod schedulers;
+mod trainer;
 pub mod unet;
+
+pub use denoiser::{Denoiser, Samples, Sampling, sample};
+pub use dit::{Dit, DitConfig};
+pub use trainer::{DiffusionStep, DiffusionTrainer, DiffusionTrainerOptions};

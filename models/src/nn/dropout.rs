@@ -21,11 +21,16 @@ impl Dropout {
     pub fn new(params: &Params, p: f64) -> Result<Self> {
         Ok(Self { p: probability(p)?, mode: params.mode(), generator: params.generator().clone() })
     }
+
+    /// With a probability of 0 there is nothing to draw.
+    fn is_active(&self) -> bool {
+        self.p > 0.0 && self.mode.is_training()
+    }
 }
 
 impl Module for Dropout {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if self.mode.is_training() { self.generator.dropout(x, self.p) } else { Ok(x.clone()) }
+        if self.is_active() { self.generator.dropout(x, self.p) } else { Ok(x.clone()) }
     }
 }
 
@@ -46,7 +51,7 @@ impl Module for ChannelDropout {
         let &[batch, channels, ref spatial @ ..] = x.dims() else {
             return Err(Error::shape("channel_dropout", format!("expected (B, C, …), got shape {}", x.shape())));
         };
-        if !self.0.mode.is_training() {
+        if !self.0.is_active() {
             return Ok(x.clone());
         }
         let shape = [&[batch, channels][..], &vec![1; spatial.len()]].concat();

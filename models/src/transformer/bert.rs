@@ -7,7 +7,7 @@
 use super::attention::{Attention, AttentionParts, Projection};
 use super::block::{Block, Mlp, Norm, NormalInit, activation};
 use super::context::{Context, Visible, expect_mask, expect_tokens};
-use super::{Layout, Pretrained};
+use super::{Layout, Library, Pretrained};
 use crate::nn::{Dropout, Embedding, Init, Linear, Module, Param, Params, StateDict};
 use kiln_tensor::{Activation, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -295,12 +295,10 @@ pub struct MaskedLm<C>(pub C);
 pub struct SequenceClassifier<C>(pub C);
 
 const LAYOUT: Layout = Layout {
-    architecture: "",
     prefix: "bert.",
     heads: &["cls.", "classifier."],
-    transposed: &[],
     ignored: &["embeddings.position_ids"],
-    tied: &[],
+    ..Layout::new(Library::Transformers, "")
 };
 
 impl Pretrained for MaskedLm<BertConfig> {

@@ -22,10 +22,11 @@ mod seq2seq;
 mod t5;
 mod trainer;
 
+use crate::pretrained::cannot_untie;
+pub use crate::pretrained::{Layout, Library, Pretrained, load_for_tuning, load_pretrained, load_pretrained_variant, save_pretrained};
 pub use bert::{BertConfig, BertForMaskedLm, BertForSequenceClassification, MaskedLm, SequenceClassifier};
 pub use cache::{KvCache, Seq2SeqCache};
-use checkpoint::cannot_untie;
-pub use checkpoint::{CausalConfig, Layout, Pretrained, load, load_for_tuning, load_pretrained, save_pretrained};
+pub use checkpoint::{CausalConfig, load};
 pub use decoder::Decoder;
 pub use gguf::{gguf_config, load_gguf};
 pub use gpt2::Gpt2Config;

@@ -13,8 +13,9 @@ pub(crate) fn timestep_waves(timesteps: &Tensor, width: usize, flip: bool, shift
     if half == 0 || width % 2 == 1 || half as f64 - shift <= 0.0 {
         return Err(Error::argument("timestep embedding", format!("{width} is no width for sines and cosines with shift {shift}")));
     }
-    let exponents = (0..half).map(|i| (-(1e4f64.ln()) * i as f64 / (half as f64 - shift)) as f32).collect::<Vec<_>>();
-    let frequencies = Tensor::from_vec(exponents, half)?.exp()?;
+    // Exponents in f32, as the reference has them: at timesteps of hundreds their rounding moves the waves by 1e-4.
+    let exponent = |i: usize| -(1e4f64.ln() as f32) * i as f32 / (half as f64 - shift) as f32;
+    let frequencies = Tensor::from_vec((0..half).map(|i| f64::from(exponent(i)).exp() as f32).collect(), half)?;
     let angles = timesteps.to_dtype(kiln_tensor::DType::F32)?.unsqueeze(-1)?.mul(&frequencies)?;
     let (sin, cos) = (angles.sin()?, angles.cos()?);
     if flip { Tensor::cat(&[&cos, &sin], -1) } else { Tensor::cat(&[&sin, &cos], -1) }
