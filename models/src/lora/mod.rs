@@ -4,6 +4,7 @@
 
 mod adapter;
 mod config;
+mod conv;
 mod embedding;
 mod files;
 mod host;

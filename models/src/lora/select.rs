@@ -144,7 +144,7 @@ impl LoraConfig {
             {
                 return Err(Error::argument(
                     "lora",
-                    format!("target_modules: `{entry}` means `{name}`, which is no Linear or Embedding layer"),
+                    format!("target_modules: `{entry}` means `{name}`, which is no Linear, Embedding or Conv2d layer"),
                 ));
             }
         }
