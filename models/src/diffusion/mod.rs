@@ -1,4 +1,6 @@
 //! Diffusion models: schedulers, networks, their training, and pipelines that draw.
 
 pub(crate) mod blocks;
+pub mod guidance;
+pub mod objective;
 pub mod schedulers;

@@ -1,6 +1,48 @@
 //! Schedulers: which noise levels a sampler visits, and how it steps from one to the next. The rules are those of `diffusers`, a file each.
 
-use kiln_tensor::{Generator, Result, Tensor};
+mod config;
+mod ddim;
+mod ddpm;
+mod euler;
+mod names;
+pub(crate) mod sampling;
+pub(crate) mod schedules;
+mod sigmas;
+
+pub use config::SchedulerConfig;
+pub use ddim::Ddim;
+pub use ddpm::Ddpm;
+pub use euler::Euler;
+pub use names::{
+    AlgorithmType, BetaSchedule, FinalSigmas, InterpolationType, PredictionType, SchedulerClass, SchedulerKind, SolverType, TimeShiftType,
+    TimestepSpacing, TimestepType, VarianceType,
+};
+
+use kiln_tensor::{Error, Generator, Result, Tensor};
+
+impl SchedulerConfig {
+    /// The scheduler that it configures.
+    ///
+    /// # Errors
+    /// If a field is out of its domain, or the scheduler knows no such prediction type.
+    pub fn build(&self) -> Result<Box<dyn Scheduler>> {
+        Ok(match self.class {
+            SchedulerClass::Ddpm => Box::new(Ddpm::new(self)?),
+            SchedulerClass::Ddim => Box::new(Ddim::new(self)?),
+            SchedulerClass::Euler => Box::new(Euler::new(self)?),
+        })
+    }
+}
+
+/// The scheduler of a configuration: the text of a `scheduler_config.json` (it starts with a brace), or the path of one or of its folder.
+///
+/// # Errors
+/// As [`SchedulerConfig::load`] and [`SchedulerConfig::build`].
+pub fn from_config(text_or_path: &str) -> Result<Box<dyn Scheduler>> {
+    let is_text = text_or_path.trim_start().starts_with('{');
+    let config = if is_text { SchedulerConfig::from_json(text_or_path)? } else { SchedulerConfig::load(text_or_path)? };
+    config.build()
+}
 
 /// A way from noise to a sample in a given number of steps.
 ///
@@ -14,6 +56,34 @@ use kiln_tensor::{Generator, Result, Tensor};
 /// }
 /// ```
 pub trait Scheduler: Send {
+    /// What it was made from: to save, or to make [another kind](SchedulerConfig::with_kind) for the same model.
+    fn config(&self) -> &SchedulerConfig;
+
+    /// How many timesteps one step of a run has: a run that starts later starts at a multiple of it.
+    fn order(&self) -> usize {
+        1
+    }
+
+    /// The share η of DDPM's noise that DDIM adds, from 0 to 1.
+    ///
+    /// # Errors
+    /// If it is out of range, or not 0 and the scheduler has none.
+    fn set_eta(&mut self, eta: f64) -> Result<()> {
+        if eta == 0.0 {
+            return Ok(());
+        }
+        Err(Error::argument(self.config().class.name(), "only DDIM has an eta"))
+    }
+
+    /// The shift μ of the next runs of a flow whose configuration says `use_dynamic_shifting`; without it their
+    /// [`set_timesteps`](Self::set_timesteps) is an error.
+    ///
+    /// # Errors
+    /// If the scheduler has none.
+    fn set_mu(&mut self, _mu: f64) -> Result<()> {
+        Err(Error::argument(self.config().class.name(), "has no shift that depends on the picture: use_dynamic_shifting is not set"))
+    }
+
     /// Chooses the timesteps of a run of `steps` steps and forgets what earlier steps left.
     ///
     /// # Errors
