@@ -4,3 +4,4 @@ pub(crate) mod blocks;
 pub mod guidance;
 pub mod objective;
 pub mod schedulers;
+pub mod unet;

@@ -72,28 +72,51 @@ fn to_image(x: &Tensor, [h, w]: [usize; 2]) -> Result<Tensor> {
     x.transpose(1, 2)?.reshape([b, c, h, w])
 }
 
+/// How a [`SpatialAttention`] is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpatialAttentionOptions {
+    /// Channels of the image.
+    pub channels: usize,
+    /// Number of heads, which divides the channels.
+    pub heads: usize,
+    /// Groups of the norm; there is none if absent.
+    pub groups: Option<usize>,
+    /// ε of the norm.
+    pub eps: f64,
+    /// The sum of both ways is divided by this.
+    pub output_scale: f64,
+}
+
 /// x + attention(group_norm(x)) between all pixels, named as one `Attention` of `diffusers`: (B, C, H, W) → (B, C, H, W).
 pub(crate) struct SpatialAttention {
-    group_norm: GroupNorm,
+    group_norm: Option<GroupNorm>,
     attention: Attention,
+    output_scale: f64,
 }
 
 impl SpatialAttention {
     pub fn new(params: &Params, channels: usize, heads: usize, groups: usize, eps: f64) -> Result<Self> {
+        Self::with_options(params, SpatialAttentionOptions { channels, heads, groups: Some(groups), eps, output_scale: 1.0 })
+    }
+
+    pub fn with_options(params: &Params, options: SpatialAttentionOptions) -> Result<Self> {
+        let SpatialAttentionOptions { channels, heads, groups, eps, output_scale } = options;
         if heads == 0 || !channels.is_multiple_of(heads) {
             return Err(Error::argument("attention", format!("{heads} heads do not divide {channels} channels")));
         }
         let shape = AttentionShape { width: channels, context_width: channels, heads, head_width: channels / heads, bias: true };
-        let group_norm = GroupNorm::with_options(&params.scope("group_norm"), groups, channels, eps, true)?;
-        Ok(Self { group_norm, attention: Attention::new(params, shape)? })
+        let norm = |groups| GroupNorm::with_options(&params.scope("group_norm"), groups, channels, eps, true);
+        Ok(Self { group_norm: groups.map(norm).transpose()?, attention: Attention::new(params, shape)?, output_scale })
     }
 }
 
 impl Module for SpatialAttention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [_, _, h, w] = x.dims_n("attention")?;
-        let y = self.attention.forward(&to_sequence(&self.group_norm.forward(x)?)?, None)?;
-        x.add(&to_image(&y, [h, w])?)
+        let normed = self.group_norm.as_ref().map(|norm| norm.forward(x)).transpose()?;
+        let y = self.attention.forward(&to_sequence(normed.as_ref().unwrap_or(x))?, None)?;
+        let sum = x.add(&to_image(&y, [h, w])?)?;
+        if self.output_scale == 1.0 { Ok(sum) } else { sum.mul_scalar(1.0 / self.output_scale) }
     }
 }
 
