@@ -2,6 +2,7 @@
 
 pub(crate) mod blocks;
 pub mod guidance;
+pub mod ldm;
 pub mod objective;
 pub mod schedulers;
 pub mod unet;
