@@ -6,7 +6,7 @@ use crate::nn::{Linear, Mode, Module, Params, RmsNorm};
 use kiln_tensor::{AttentionOptions, Error, Generator, Result, Tensor};
 
 /// Query, key and value from the input.
-pub(super) enum Projection {
+pub(crate) enum Projection {
     /// One matrix; its output is q|k|v.
     Fused(Linear),
     /// One each.
@@ -14,7 +14,7 @@ pub(super) enum Projection {
 }
 
 /// What an attention is made of.
-pub(super) struct AttentionParts {
+pub(crate) struct AttentionParts {
     pub projection: Projection,
     pub out: Linear,
     /// Of each head's query and key, before they are turned.
@@ -32,7 +32,7 @@ pub(super) struct AttentionParts {
 /// softmax(q kᵀ · scale) v of each head, between projections.
 ///
 /// Source: Vaswani et al., *Attention Is All You Need*, 2017; grouped queries: Ainslie et al., *GQA*, 2023.
-pub(super) struct Attention {
+pub(crate) struct Attention {
     parts: AttentionParts,
     mode: Mode,
     generator: Generator,

@@ -7,7 +7,7 @@ use crate::nn::{Dropout, Embedding, Init, LayerNorm, Linear, Module, Params, Rms
 use kiln_tensor::{Activation, Error, Result, Tensor};
 
 /// A norm of the hidden states.
-pub(super) enum Norm {
+pub(crate) enum Norm {
     Layer(LayerNorm),
     Rms(RmsNorm),
 }
@@ -30,18 +30,25 @@ impl Norm {
 }
 
 /// The position-wise feed-forward part.
-pub(super) enum Mlp {
+pub(crate) enum Mlp {
     /// down(act(up(x)))
     Plain { up: Linear, down: Linear, activation: Activation },
+    /// down(y σ(1.702 y)) with y = up(x): the approximation of GELU that OpenAI's CLIP was trained with.
+    QuickGelu { up: Linear, down: Linear },
     /// down(act(gate(x)) · up(x)): Shazeer, *GLU Variants Improve Transformer*, 2020.
     Gated { gate: Linear, up: Linear, down: Linear, activation: Activation },
 }
+
+/// The constant of [`Mlp::QuickGelu`].
+const QUICK: f64 = 1.702;
 
 impl Mlp {
     /// `inner` is applied before the last matrix.
     pub fn forward(&self, x: &Tensor, inner: Option<&Dropout>) -> Result<Tensor> {
         let (hidden, down) = match self {
             Mlp::Plain { up, down, activation } => (up.forward_activated(x, *activation)?, down),
+            // y σ(c y) = silu(c y) / c.
+            Mlp::QuickGelu { up, down } => (up.forward(x)?.mul_scalar(QUICK)?.silu()?.mul_scalar(1.0 / QUICK)?, down),
             Mlp::Gated { gate, up, down, activation } => {
                 let (gate, up) = (gate.forward(x)?, up.forward(x)?);
                 let hidden = match activation {
@@ -61,7 +68,7 @@ impl Mlp {
 }
 
 /// Attention and feed-forward part.
-pub(super) struct Block {
+pub(crate) struct Block {
     pub attention: Attention,
     pub mlp: Mlp,
     pub norms: [Norm; 2],
@@ -98,14 +105,14 @@ impl Block {
 }
 
 /// A block that looks at a source as well, between its two parts.
-pub(super) struct CrossBlock {
+pub(crate) struct CrossBlock {
     pub block: Block,
     pub cross: Attention,
     pub norm: Norm,
 }
 
 /// The sequence that cross-attention looks at.
-pub(super) struct Source<'a> {
+pub(crate) struct Source<'a> {
     /// (B, S, C)
     pub hidden: &'a Tensor,
     pub visible: Visible,
@@ -133,7 +140,7 @@ impl CrossBlock {
 
 /// Makes layers whose weights start normal with one deviation, as language models do.
 #[derive(Clone, Copy)]
-pub(super) struct NormalInit(pub f64);
+pub(crate) struct NormalInit(pub f64);
 
 impl NormalInit {
     fn init(self) -> Init {
@@ -150,7 +157,7 @@ impl NormalInit {
 }
 
 /// The activation that a `config.json` names.
-pub(super) fn activation(name: &str) -> Result<Activation> {
+pub(crate) fn activation(name: &str) -> Result<Activation> {
     match name {
         "relu" => Ok(Activation::Relu),
         "gelu" => Ok(Activation::Gelu),

@@ -6,7 +6,7 @@ use kiln_tensor::{DType, Device, Error, Result, Tensor};
 
 /// Which keys the queries of a pass see.
 #[derive(Clone, Default)]
-pub(super) struct Visible {
+pub(crate) struct Visible {
     /// Bool, broadcast to (B, nh, T, S); `None` if all that `causal` leaves.
     pub mask: Option<Tensor>,
     /// Query i sees the keys 0 to i only.
@@ -22,7 +22,7 @@ impl Visible {
 }
 
 /// The batch and the length of tokens (B, T), which must be i64 and not empty.
-pub(super) fn expect_tokens(tokens: &Tensor) -> Result<[usize; 2]> {
+pub(crate) fn expect_tokens(tokens: &Tensor) -> Result<[usize; 2]> {
     let [batch, len] = tokens.dims_n("transformer")?;
     if tokens.dtype() != DType::I64 {
         return Err(Error::unsupported_dtype("transformer", tokens.dtype(), "tokens of i64"));
@@ -35,7 +35,7 @@ pub(super) fn expect_tokens(tokens: &Tensor) -> Result<[usize; 2]> {
 }
 
 /// The mask of a batch of tokens (B, S), checked; `None` if it hides nothing.
-pub(super) fn expect_mask(mask: Option<&Tensor>, tokens: &Tensor) -> Result<Option<Tensor>> {
+pub(crate) fn expect_mask(mask: Option<&Tensor>, tokens: &Tensor) -> Result<Option<Tensor>> {
     let Some(mask) = mask else { return Ok(None) };
     if mask.shape() != tokens.shape() || mask.dtype() != DType::Bool {
         let message = format!("the mask {} {} must be bool {}", mask.dtype(), mask.shape(), tokens.shape());
@@ -46,7 +46,7 @@ pub(super) fn expect_mask(mask: Option<&Tensor>, tokens: &Tensor) -> Result<Opti
 
 /// Shared by all blocks of a pass.
 #[derive(Clone, Default)]
-pub(super) struct Context {
+pub(crate) struct Context {
     /// For layers that look at the whole sequence.
     pub full: Visible,
     /// For layers of a sliding window.
@@ -168,7 +168,13 @@ pub(super) fn visible(extent: Extent, pass: &Pass<'_>, window: Option<usize>) ->
 
 impl Context {
     /// The context of a causal pass.
-    pub fn causal(extent: Extent, pass: &Pass<'_>, positions: &Positions, rope: Option<&Rope>, window: Option<usize>) -> Result<Self> {
+    pub(super) fn causal(
+        extent: Extent,
+        pass: &Pass<'_>,
+        positions: &Positions,
+        rope: Option<&Rope>,
+        window: Option<usize>,
+    ) -> Result<Self> {
         let rotary = rope.map(|rope| rope.tables(positions, extent.added, extent.device)).transpose()?;
         let windowed = window.map(|window| visible(extent, pass, Some(window))).transpose()?;
         Ok(Self { full: visible(extent, pass, None)?, windowed, rotary })

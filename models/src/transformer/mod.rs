@@ -3,12 +3,12 @@
 //! A decoder-only model of any family is a [`CausalLm`], one with an encoder a [`Seq2SeqLm`]: generation, training and alignment know
 //! no more of it.
 
-mod attention;
+pub(crate) mod attention;
 mod bert;
-mod block;
+pub(crate) mod block;
 mod cache;
 mod checkpoint;
-mod context;
+pub(crate) mod context;
 mod decoder;
 mod gguf;
 mod gpt2;
