@@ -19,6 +19,7 @@ pub mod profile;
 mod shape;
 mod storage;
 mod tensor;
+mod torch_cpu;
 
 pub use autocast::{autocast, autocast_dtype, with_autocast};
 pub use creation::TensorOptions;

@@ -104,7 +104,7 @@ impl Problem {
         let dropout = if options.dropout_p > 0.0 {
             let weights = Shape::new(&[&batch[..], &[queries, keys]].concat())?;
             let groups = random::groups_of_words(weights.numel());
-            let state = options.generator.map_or_else(|| Generator::global().reserve(groups), |generator| generator.reserve(groups));
+            let state = options.generator.unwrap_or(Generator::global()).counters(NAME, groups)?;
             Some(Dropout { stream: stream(state), p: options.dropout_p })
         } else {
             None

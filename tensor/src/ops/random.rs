@@ -7,6 +7,7 @@ use crate::device::default_device;
 use crate::generator::GeneratorState;
 use crate::graph::{Ctx, Grads, Op, record, refuse_tracked};
 use crate::profile::{Cost, operation};
+use crate::torch_cpu::{self, TorchCpu};
 use crate::{DType, Device, Dims, Error, Generator, IntoShape, Layout, Result, Shape, Tensor, TensorOptions};
 use kiln_kernels::cpu::random::{self, RandomFloat, Stream};
 use kiln_kernels::cuda::random as gpu_random;
@@ -19,6 +20,11 @@ pub(super) fn stream(state: GeneratorState) -> Stream {
 impl Generator {
     fn float(&self, op: &'static str, shape: Shape, options: TensorOptions, draw: Draw) -> Result<Tensor> {
         let _running = operation(op, &[], || Cost::NONE);
+        if options.dtype.is_float()
+            && let Some(drawn) = self.torch(|generator| torch_floats(generator, &shape, options.dtype, draw))
+        {
+            return drawn?.to_device(options.device);
+        }
         for_float!(options.dtype, op, T => {
             let stream = stream(self.reserve(<T as RandomFloat>::groups(shape.numel())));
             if let Some(gpu) = options.device.gpu()? {
@@ -60,6 +66,16 @@ impl Generator {
         if low >= high {
             return Err(Error::argument("randint", format!("the range {low}..{high} is empty")));
         }
+        let range = high.wrapping_sub(low) as u64;
+        let drawn = self.torch(|generator| {
+            Tensor::build::<i64>(Device::Cpu, &shape, |out| {
+                out.iter_mut().for_each(|x| *x = generator.integer(low, range));
+                Ok(())
+            })
+        });
+        if let Some(drawn) = drawn {
+            return drawn?.to_device(default_device());
+        }
         let stream = stream(self.reserve(random::groups_of_longs(shape.numel())));
         if let Some(gpu) = default_device().gpu()? {
             let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
@@ -77,6 +93,15 @@ impl Generator {
     pub fn randperm(&self, n: usize) -> Result<Tensor> {
         let _running = operation("randperm", &[], || Cost::NONE);
         let shape = Shape::new(&[n])?;
+        let drawn = self.torch(|generator| {
+            Tensor::build::<i64>(Device::Cpu, &shape, |out| {
+                generator.permutation(out);
+                Ok(())
+            })
+        });
+        if let Some(drawn) = drawn {
+            return drawn?.to_device(default_device());
+        }
         let stream = stream(self.reserve(random::groups_of_longs(n)));
         if let Some(gpu) = default_device().gpu()? {
             let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::I64, |mut out| {
@@ -94,6 +119,7 @@ impl Generator {
     pub fn bernoulli(&self, probabilities: &Tensor) -> Result<Tensor> {
         let _running = operation("bernoulli", &[probabilities], || Cost::NONE);
         refuse_tracked("bernoulli", &[probabilities])?;
+        self.counters("bernoulli", 0)?;
         let p = probabilities.detach().contiguous()?;
         let uniform = self.rand(p.shape(), (DType::F32, p.device()))?;
         if p.device() != Device::Cpu {
@@ -122,7 +148,7 @@ impl Generator {
     fn booleans(&self, p: f64, shape: Shape) -> Result<Tensor> {
         let _running = operation("rand_bool", &[], || Cost::NONE);
         check_probability("rand_bool", p)?;
-        let stream = stream(self.reserve(random::groups_of_words(shape.numel())));
+        let stream = stream(self.counters("rand_bool", random::groups_of_words(shape.numel()))?);
         if let Some(gpu) = default_device().gpu()? {
             return Tensor::build_on_gpu(gpu, Layout::contiguous(shape), DType::Bool, |mut out| {
                 Ok(gpu_random::bernoulli(gpu, stream, p, &mut out)?)
@@ -138,7 +164,7 @@ impl Generator {
     /// draws it again.
     pub fn dropout(&self, x: &Tensor, p: f64) -> Result<Tensor> {
         check_probability("dropout", p)?;
-        let stream = stream(self.reserve(random::groups_of_words(x.numel())));
+        let stream = stream(self.counters("dropout", random::groups_of_words(x.numel()))?);
         dropped(x, stream, p)
     }
 }
@@ -155,6 +181,27 @@ fn drawn_on_gpu(uniform: &Tensor, p: &Tensor) -> Result<Tensor> {
     uniform.to_dtype(DType::F64)?.lt(&wide)?.to_dtype(p.dtype())
 }
 
+/// What PyTorch draws in a dtype, on the host. But for f64, and for normals that come in pairs, it computes in f32 and rounds; a uniform
+/// number that would round to 1 becomes 0.
+fn torch_floats(generator: &mut TorchCpu, shape: &Shape, dtype: DType, draw: Draw) -> Result<Tensor> {
+    let drawn = Tensor::build::<f64>(Device::Cpu, shape, |out| {
+        match draw {
+            Draw::Uniform => generator.fill_uniform(out, dtype),
+            Draw::Normal => generator.fill_normal(out, dtype),
+        }
+        Ok(())
+    })?;
+    match draw {
+        Draw::Uniform => {
+            let rounded = drawn.to_dtype(dtype)?;
+            rounded.masked_fill(&rounded.ge_scalar(1.0)?, 0.0)
+        }
+        Draw::Normal if dtype == DType::F64 || shape.numel() < torch_cpu::BLOCK => drawn.to_dtype(dtype),
+        Draw::Normal => drawn.to_dtype(DType::F32)?.to_dtype(dtype),
+    }
+}
+
+#[derive(Clone, Copy)]
 enum Draw {
     Uniform,
     Normal,

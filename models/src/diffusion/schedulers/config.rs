@@ -213,13 +213,55 @@ const CLIP: &[&str] = &["clip_sample", "clip_sample_range"];
 const THRESHOLD: &[&str] = &["thresholding", "dynamic_thresholding_ratio", "sample_max_value"];
 const SIGMAS: &[&str] = &["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"];
 
+const MULTISTEP: &[&str] = &[
+    "solver_order",
+    "solver_type",
+    "lower_order_final",
+    "use_flow_sigmas",
+    "flow_shift",
+    "final_sigmas_type",
+    "use_dynamic_shifting",
+    "time_shift_type",
+];
+const FLOW: &[&str] = &[
+    "num_train_timesteps",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "invert_sigmas",
+    "shift_terminal",
+    "time_shift_type",
+    "stochastic_sampling",
+];
+
 impl SchedulerClass {
     /// What this class sets otherwise than the rest.
     fn defaults(self) -> SchedulerConfig {
         let base = SchedulerConfig::new(self);
+        let linspace = Some(TimestepSpacing::Linspace);
         match self {
             Self::Ddpm | Self::Ddim => base,
-            Self::Euler => SchedulerConfig { timestep_spacing: Some(TimestepSpacing::Linspace), ..base },
+            Self::Pndm => SchedulerConfig { set_alpha_to_one: Some(false), ..base },
+            Self::Euler | Self::EulerAncestral | Self::DpmSolverMultistep => SchedulerConfig { timestep_spacing: linspace, ..base },
+            Self::UniPcMultistep => SchedulerConfig { timestep_spacing: linspace, solver_type: Some(SolverType::Bh2), ..base },
+            Self::Heun => SchedulerConfig {
+                beta_start: Some(0.00085),
+                beta_end: Some(0.012),
+                clip_sample: Some(false),
+                timestep_spacing: linspace,
+                ..base
+            },
+            Self::Lcm => SchedulerConfig {
+                beta_start: Some(0.00085),
+                beta_end: Some(0.012),
+                beta_schedule: Some(BetaSchedule::ScaledLinear),
+                clip_sample: Some(false),
+                ..base
+            },
+            Self::FlowEuler => base,
         }
     }
 
@@ -228,10 +270,26 @@ impl SchedulerClass {
         match self {
             Self::Ddpm => vec![BETAS, STEPS, ZERO_SNR, CLIP, THRESHOLD, &["variance_type"]],
             Self::Ddim => vec![BETAS, STEPS, ZERO_SNR, CLIP, THRESHOLD, &["set_alpha_to_one"]],
+            Self::Pndm => vec![BETAS, STEPS, &["skip_prk_steps", "set_alpha_to_one"]],
             Self::Euler => {
                 let own: &[&str] = &["interpolation_type", "sigma_min", "sigma_max", "timestep_type", "final_sigmas_type"];
                 vec![BETAS, STEPS, ZERO_SNR, SIGMAS, own]
             }
+            Self::EulerAncestral => vec![BETAS, STEPS, ZERO_SNR],
+            Self::Heun => vec![BETAS, STEPS, CLIP, SIGMAS],
+            Self::DpmSolverMultistep => {
+                let own: &[&str] = &["algorithm_type", "euler_at_final", "use_lu_lambdas", "lambda_min_clipped"];
+                vec![BETAS, STEPS, ZERO_SNR, THRESHOLD, SIGMAS, MULTISTEP, own]
+            }
+            Self::UniPcMultistep => {
+                let own: &[&str] = &["predict_x0", "disable_corrector", "sigma_min", "sigma_max", "shift_terminal"];
+                vec![BETAS, STEPS, ZERO_SNR, THRESHOLD, SIGMAS, MULTISTEP, own]
+            }
+            Self::Lcm => {
+                let own: &[&str] = &["set_alpha_to_one", "original_inference_steps", "timestep_scaling"];
+                vec![BETAS, STEPS, ZERO_SNR, CLIP, THRESHOLD, own]
+            }
+            Self::FlowEuler => vec![SIGMAS, FLOW],
         }
     }
 
@@ -246,12 +304,32 @@ impl SchedulerKind {
         match self {
             Self::Ddpm => SchedulerClass::Ddpm,
             Self::Ddim => SchedulerClass::Ddim,
+            Self::Pndm => SchedulerClass::Pndm,
             Self::Euler | Self::EulerKarras => SchedulerClass::Euler,
+            Self::EulerAncestral => SchedulerClass::EulerAncestral,
+            Self::Heun | Self::HeunKarras => SchedulerClass::Heun,
+            Self::DpmSolver2M | Self::DpmSolver2MKarras | Self::DpmSolver2MSde | Self::DpmSolver2MSdeKarras | Self::DpmSolver3M => {
+                SchedulerClass::DpmSolverMultistep
+            }
+            Self::UniPc | Self::UniPcKarras => SchedulerClass::UniPcMultistep,
+            Self::Lcm => SchedulerClass::Lcm,
+            Self::FlowEuler => SchedulerClass::FlowEuler,
         }
     }
 
     fn karras(self) -> bool {
-        matches!(self, Self::EulerKarras)
+        let with = [Self::EulerKarras, Self::HeunKarras, Self::DpmSolver2MKarras, Self::DpmSolver2MSdeKarras, Self::UniPcKarras];
+        with.contains(&self)
+    }
+
+    /// What the name says of DPM-Solver++: its order and whether it is that of the SDE.
+    fn dpm_solver(self) -> Option<(usize, AlgorithmType)> {
+        match self {
+            Self::DpmSolver2M | Self::DpmSolver2MKarras => Some((2, AlgorithmType::DpmSolverPlusPlus)),
+            Self::DpmSolver2MSde | Self::DpmSolver2MSdeKarras => Some((2, AlgorithmType::SdeDpmSolverPlusPlus)),
+            Self::DpmSolver3M => Some((3, AlgorithmType::DpmSolverPlusPlus)),
+            _ => None,
+        }
     }
 }
 
@@ -300,14 +378,25 @@ impl SchedulerConfig {
     }
 
     /// The configuration of another scheduler for the same model: what was given stays, the rest has the defaults of the new class, as
-    /// in `NewScheduler.from_config(scheduler.config)`.
+    /// in `NewScheduler.from_config(scheduler.config)`. What the kind's name says is set, and the repeated step of PLMS in place of its
+    /// Runge–Kutta start. A flow's configuration becomes that of a flow.
     pub fn with_kind(&self, kind: SchedulerKind) -> Self {
         let mut config = Self { class: kind.class(), ..self.clone() };
-        if config.class.knows("use_karras_sigmas") {
+        if config.class != self.class && self.class == SchedulerClass::FlowEuler {
+            config.prediction_type = Some(PredictionType::FlowPrediction);
+            (config.use_flow_sigmas, config.flow_shift) = (Some(true), self.shift.or(self.flow_shift));
+        }
+        if config.class.knows("use_karras_sigmas") && config.class != SchedulerClass::FlowEuler {
             config.use_karras_sigmas = Some(kind.karras());
             if kind.karras() {
                 (config.use_exponential_sigmas, config.use_lu_lambdas) = (Some(false), Some(false));
             }
+        }
+        if let Some((order, algorithm)) = kind.dpm_solver() {
+            (config.solver_order, config.algorithm_type) = (Some(order), Some(algorithm));
+        }
+        if kind == SchedulerKind::Pndm {
+            config.skip_prk_steps = Some(true);
         }
         config
     }

@@ -3,20 +3,35 @@
 mod config;
 mod ddim;
 mod ddpm;
+mod dpm_solver;
 mod euler;
+mod euler_ancestral;
+mod flow;
+mod heun;
+mod lcm;
+mod multistep;
 mod names;
+mod pndm;
 pub(crate) mod sampling;
 pub(crate) mod schedules;
 mod sigmas;
+mod unipc;
 
 pub use config::SchedulerConfig;
 pub use ddim::Ddim;
 pub use ddpm::Ddpm;
+pub use dpm_solver::DpmSolverMultistep;
 pub use euler::Euler;
+pub use euler_ancestral::EulerAncestral;
+pub use flow::FlowEuler;
+pub use heun::Heun;
+pub use lcm::Lcm;
 pub use names::{
     AlgorithmType, BetaSchedule, FinalSigmas, InterpolationType, PredictionType, SchedulerClass, SchedulerKind, SolverType, TimeShiftType,
     TimestepSpacing, TimestepType, VarianceType,
 };
+pub use pndm::Pndm;
+pub use unipc::UniPcMultistep;
 
 use kiln_tensor::{Error, Generator, Result, Tensor};
 
@@ -29,7 +44,14 @@ impl SchedulerConfig {
         Ok(match self.class {
             SchedulerClass::Ddpm => Box::new(Ddpm::new(self)?),
             SchedulerClass::Ddim => Box::new(Ddim::new(self)?),
+            SchedulerClass::Pndm => Box::new(Pndm::new(self)?),
             SchedulerClass::Euler => Box::new(Euler::new(self)?),
+            SchedulerClass::EulerAncestral => Box::new(EulerAncestral::new(self)?),
+            SchedulerClass::Heun => Box::new(Heun::new(self)?),
+            SchedulerClass::DpmSolverMultistep => Box::new(DpmSolverMultistep::new(self)?),
+            SchedulerClass::UniPcMultistep => Box::new(UniPcMultistep::new(self)?),
+            SchedulerClass::Lcm => Box::new(Lcm::new(self)?),
+            SchedulerClass::FlowEuler => Box::new(FlowEuler::new(self)?),
         })
     }
 }

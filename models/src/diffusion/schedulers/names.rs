@@ -191,8 +191,22 @@ names! {
         Ddpm = "DDPMScheduler",
         /// [`Ddim`](super::Ddim).
         Ddim = "DDIMScheduler",
+        /// [`Pndm`](super::Pndm).
+        Pndm = "PNDMScheduler",
         /// [`Euler`](super::Euler).
         Euler = "EulerDiscreteScheduler",
+        /// [`EulerAncestral`](super::EulerAncestral).
+        EulerAncestral = "EulerAncestralDiscreteScheduler",
+        /// [`Heun`](super::Heun).
+        Heun = "HeunDiscreteScheduler",
+        /// [`DpmSolverMultistep`](super::DpmSolverMultistep).
+        DpmSolverMultistep = "DPMSolverMultistepScheduler",
+        /// [`UniPcMultistep`](super::UniPcMultistep).
+        UniPcMultistep = "UniPCMultistepScheduler",
+        /// [`Lcm`](super::Lcm).
+        Lcm = "LCMScheduler",
+        /// [`FlowEuler`](super::FlowEuler).
+        FlowEuler = "FlowMatchEulerDiscreteScheduler",
     }
 }
 
@@ -203,9 +217,35 @@ names! {
         Ddpm = "ddpm",
         /// Deterministic, fewer steps.
         Ddim = "ddim",
+        /// Linear multistep after one repeated step.
+        Pndm = "pndm" | "plms",
         /// Euler steps along the ODE.
         Euler = "euler",
         /// The same at the noise levels of Karras et al.
         EulerKarras = "euler-karras",
+        /// Euler steps with fresh noise.
+        EulerAncestral = "euler-a" | "euler-ancestral",
+        /// Heun's method, two calls of the network for each step.
+        Heun = "heun",
+        /// The same at the noise levels of Karras et al.
+        HeunKarras = "heun-karras",
+        /// DPM-Solver++ of second order, multistep.
+        DpmSolver2M = "dpm++-2m" | "dpm++",
+        /// The same at the noise levels of Karras et al.
+        DpmSolver2MKarras = "dpm++-2m-karras",
+        /// DPM-Solver++ of second order for the SDE.
+        DpmSolver2MSde = "dpm++-2m-sde",
+        /// The same at the noise levels of Karras et al.
+        DpmSolver2MSdeKarras = "dpm++-2m-sde-karras",
+        /// DPM-Solver++ of third order.
+        DpmSolver3M = "dpm++-3m",
+        /// Predictor and corrector.
+        UniPc = "unipc",
+        /// The same at the noise levels of Karras et al.
+        UniPcKarras = "unipc-karras",
+        /// For consistency models.
+        Lcm = "lcm",
+        /// Euler steps along a rectified flow.
+        FlowEuler = "flow-euler",
     }
 }

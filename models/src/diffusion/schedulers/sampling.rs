@@ -35,11 +35,6 @@ impl Run {
         }
     }
 
-    /// Whether no step has been made.
-    pub fn fresh(&self) -> bool {
-        self.next.is_none()
-    }
-
     /// The step at `index` is done.
     pub fn advance(&mut self, index: usize) {
         self.next = Some(index + 1);

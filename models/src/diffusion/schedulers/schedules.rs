@@ -26,11 +26,15 @@ pub(super) fn linspace(start: f64, end: f64, count: usize) -> Vec<f64> {
     (0..count).map(|i| if i == last && i > 0 { end } else { start + step * i as f64 }).collect()
 }
 
-/// [`linspace`] in f32, counted from both ends as PyTorch does it.
+/// [`linspace`] in f32, counted from both ends with fused multiplications, as PyTorch does it.
 fn linspace32(start: f64, end: f64, count: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     let step = (end - start) / count.saturating_sub(1).max(1) as f32;
-    (0..count).map(|i| if i < count.div_ceil(2) { start + step * i as f32 } else { end - step * (count - 1 - i) as f32 }).collect()
+    let value = |i: usize| {
+        if i < count / 2 { step.mul_add(i as f32, start) } else { (-step).mul_add((count - 1 - i) as f32, end) }
+    };
+    // Of one number PyTorch takes the start.
+    (0..count).map(|i| if count == 1 { start } else { value(i) }).collect()
 }
 
 fn squared_cosine(count: usize) -> Vec<f32> {
@@ -99,9 +103,8 @@ pub(crate) fn alphas_cumprod(settings: &Settings, rescaled: bool) -> Result<Vec<
     }
 }
 
-/// ᾱ and σ of every timestep of training, for the schedulers that think in σ.
+/// σ of every timestep of training, for the schedulers that think in σ.
 pub(super) struct Levels {
-    pub alphas_cumprod: Vec<f64>,
     pub sigmas: Vec<f64>,
 }
 
@@ -115,7 +118,7 @@ impl Levels {
         let sigmas = alphas_cumprod.iter().map(sigma).collect::<Vec<_>>();
         match sigmas.iter().find(|sigma| !sigma.is_finite()) {
             Some(_) => Err(Error::argument(OP, "the betas leave nothing of the sample at some timestep; set rescale_betas_zero_snr")),
-            None => Ok(Self { alphas_cumprod, sigmas }),
+            None => Ok(Self { sigmas }),
         }
     }
 
