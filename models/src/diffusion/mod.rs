@@ -4,5 +4,6 @@ pub(crate) mod blocks;
 pub mod guidance;
 pub mod ldm;
 pub mod objective;
+pub mod pipeline;
 pub mod schedulers;
 pub mod unet;

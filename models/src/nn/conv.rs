@@ -145,11 +145,13 @@ impl Taps {
         kernel: [usize; N],
         outputs: usize,
         options: &ConvOptions<N>,
+        init: Option<[Init; 2]>,
     ) -> Result<Self> {
         let shape = [&channels[..], &kernel].concat();
         let lowered = options.lower()?;
-        let weight = params.param("weight", &shape, Init::default_weight())?;
-        let bias = options.bias.then(|| params.param("bias", [outputs], Init::default_bias(&shape))).transpose()?;
+        let [of_weight, of_bias] = init.unwrap_or_else(|| [Init::default_weight(), Init::default_bias(&shape)]);
+        let weight = params.param("weight", &shape, of_weight)?;
+        let bias = options.bias.then(|| params.param("bias", [outputs], of_bias)).transpose()?;
         Ok(Self { weight, bias, options: lowered, groups: options.groups })
     }
 }
@@ -197,12 +199,33 @@ impl<const N: usize> Conv<N> {
         kernel: impl IntoKernel<N>,
         options: impl Into<ConvOptions<N>>,
     ) -> Result<Self> {
-        let options = options.into();
+        Self::make(params, [inputs, outputs], kernel.into_kernel(), &options.into(), None)
+    }
+
+    /// A layer whose weight and bias (if it has one) start as `init` says.
+    pub fn with_init(
+        params: &Params,
+        inputs: usize,
+        outputs: usize,
+        kernel: impl IntoKernel<N>,
+        options: impl Into<ConvOptions<N>>,
+        init: [Init; 2],
+    ) -> Result<Self> {
+        Self::make(params, [inputs, outputs], kernel.into_kernel(), &options.into(), Some(init))
+    }
+
+    fn make(
+        params: &Params,
+        [inputs, outputs]: [usize; 2],
+        kernel: [usize; N],
+        options: &ConvOptions<N>,
+        init: Option<[Init; 2]>,
+    ) -> Result<Self> {
         if options.output_padding != [0; N] {
             return Err(Error::argument("conv", "output padding is for transposed convolutions"));
         }
         let (inputs, _) = per_group(inputs, outputs, options.groups)?;
-        let taps = Taps::new(params, [outputs, inputs], kernel.into_kernel(), outputs, &options)?;
+        let taps = Taps::new(params, [outputs, inputs], kernel, outputs, options, init)?;
         let layer = Self(Arc::new(Layer { name: params.name().to_owned(), taps, adapter: RwLock::default() }));
         if let Some(layer) = (&layer as &dyn Any).downcast_ref::<Conv2d>() {
             params.register_conv(layer);
@@ -307,7 +330,7 @@ impl<const N: usize> ConvTranspose<N> {
     ) -> Result<Self> {
         let options = options.into();
         let (_, group_outputs) = per_group(inputs, outputs, options.groups)?;
-        Ok(Self(Taps::new(params, [inputs, group_outputs], kernel.into_kernel(), outputs, &options)?))
+        Ok(Self(Taps::new(params, [inputs, group_outputs], kernel.into_kernel(), outputs, &options, None)?))
     }
 
     /// The weight, (inputs, outputs / groups, kernel…).

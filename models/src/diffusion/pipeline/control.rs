@@ -47,7 +47,8 @@ impl ControlInput {
         params.eval();
         let config: ControlNetConfig = read_config(folder.as_ref())?;
         let tensors = safetensors::load(file)?;
-        let own: StateDict = tensors.into_iter().map(|(name, t)| (name.strip_prefix("control_model.").unwrap_or(&name).to_owned(), t)).collect();
+        let own: StateDict =
+            tensors.into_iter().map(|(name, t)| (name.strip_prefix("control_model.").unwrap_or(&name).to_owned(), t)).collect();
         let state = controlnet_from_ldm(own, config.layers_per_block.first().unwrap_or(2))?;
         Ok(Arc::new(build_pretrained(config, state, params)?.1))
     }

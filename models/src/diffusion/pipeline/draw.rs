@@ -257,7 +257,8 @@ impl StableDiffusion {
         let condition = self.condition(options)?;
         tell(Phase::Prompt, 1, 1, None)?;
         let config = self.folder.unet_config()?;
-        let start = self.start(options, size, config.in_channels, scheduler.as_ref(), &generator, &mut |done| tell(Phase::Encode, done, 1, None))?;
+        let start =
+            self.start(options, size, config.in_channels, scheduler.as_ref(), &generator, &mut |done| tell(Phase::Encode, done, 1, None))?;
         let controls = sized_controls(&options.controls, size)?;
         let unet = self.unet()?;
         let ids = is_xl.then(|| time_ids(size, self.folder.dtype())?.to_device(self.folder.device())).transpose()?;
@@ -272,7 +273,8 @@ impl StableDiffusion {
             noise: start.noise,
             first: start.first,
         };
-        let latents = run.run(scheduler.as_mut(), start.latents, &mut |done, total, latents| tell(Phase::Denoise, done, total, Some(latents)))?;
+        let latents =
+            run.run(scheduler.as_mut(), start.latents, &mut |done, total, latents| tell(Phase::Denoise, done, total, Some(latents)))?;
         drop(unet);
         tell(Phase::Decode, 0, 1, None)?;
         let vae = self.vae()?;
@@ -284,7 +286,8 @@ impl StableDiffusion {
     /// Height and width, multiples of 8.
     fn size(&self, options: &DrawOptions) -> Result<[usize; 2]> {
         let factor = self.folder.vae_config()?.vae_scale_factor();
-        let trained = || Ok::<_, Error>(self.folder.unet_config()?.sample_size.and_then(|size| size.first()).unwrap_or(64).saturating_mul(factor));
+        let trained =
+            || Ok::<_, Error>(self.folder.unet_config()?.sample_size.and_then(|size| size.first()).unwrap_or(64).saturating_mul(factor));
         let default = match &options.image {
             Some(image) => {
                 let [_, _, h, w] = image.dims_n("draw")?;

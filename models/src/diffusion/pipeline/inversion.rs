@@ -49,7 +49,8 @@ impl TextualInversion {
         let width = weight.dim(1)?;
         if like.is_empty() {
             let params = Params::with(crate::nn::ParamsOptions { generator: generator.clone(), ..Default::default() });
-            let drawn = params.param("vectors", [count, width], Init::Normal { mean: 0.0, std: weight.std((), 1.0)?.item::<f32>()?.into() })?;
+            let drawn =
+                params.param("vectors", [count, width], Init::Normal { mean: 0.0, std: weight.std((), 1.0)?.item::<f32>()?.into() })?;
             return Self::new(token, &[drawn.get().detach()]);
         }
         let ids: Vec<i64> = (0..count).filter_map(|i| like.get(i % like.len())).map(|&id| i64::from(id)).collect();
@@ -113,7 +114,8 @@ impl TextualInversion {
         let [entries, width] = table.weight().get().dims_n("textual inversion")?;
         let own = |word: &TextualInversion| {
             let vectors = word.vectors.get(encoder).filter(|vectors| vectors.shape().dims().last() == Some(&width));
-            let wrong = || Error::argument("textual inversion", format!("`{}` has no vectors of width {width} for this encoder", word.token));
+            let wrong =
+                || Error::argument("textual inversion", format!("`{}` has no vectors of width {width} for this encoder", word.token));
             vectors.cloned().ok_or_else(wrong)
         };
         let vectors = words.iter().map(own).collect::<Result<Vec<_>>>()?;
@@ -177,7 +179,8 @@ impl Adapter<Embedding> for Words {
         if ids.iter().all(|&id| id < entries) {
             return Ok(old);
         }
-        let contents: Vec<Tensor> = self.vectors.iter().map(|v| v.get().to_dtype(old.dtype())?.to_device(old.device())).collect::<Result<_>>()?;
+        let contents: Vec<Tensor> =
+            self.vectors.iter().map(|v| v.get().to_dtype(old.dtype())?.to_device(old.device())).collect::<Result<_>>()?;
         let table = Tensor::cat(&contents.iter().collect::<Vec<_>>(), 0)?;
         let new = made(ids.iter().map(|&id| (id - entries).max(0)).collect())?.embedding(&table)?;
         let is_new = made(ids.iter().map(|&id| i64::from(id >= entries)).collect())?.to_dtype(old.dtype())?.unsqueeze(-1)?;

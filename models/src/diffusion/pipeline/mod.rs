@@ -8,11 +8,12 @@ mod inversion;
 mod options;
 mod picture;
 mod png;
+mod pretrained;
 mod preview;
 mod prompt;
 
 pub use control::ControlInput;
-pub use draw::{Drawn, Phase, Step, StableDiffusion};
+pub use draw::{Drawn, Phase, StableDiffusion, Step};
 pub use folder::LoadOptions;
 pub use inversion::TextualInversion;
 pub use options::DrawOptions;

@@ -27,7 +27,7 @@ pub fn load_picture(path: impl AsRef<Path>) -> Result<Tensor> {
 fn to_tensor(picture: &RgbImage) -> Result<Tensor> {
     let (w, h) = (picture.width() as usize, picture.height() as usize);
     let values: Vec<f32> = picture.as_raw().iter().map(|&pixel| f32::from(pixel) / 127.5 - 1.0).collect();
-    Tensor::from_vec(values, [h, w, 3])?.permute([2, 0, 1])?.unsqueeze(0)?.contiguous()
+    Tensor::from_vec(values, [h, w, 3])?.permute(&[2, 0, 1])?.unsqueeze(0)?.contiguous()
 }
 
 /// The pixels of a picture (1, 3, H, W) in [−1, 1], row by row, with its height and width: ½ (x + 1) · 255, rounded.
@@ -39,7 +39,7 @@ pub fn picture_bytes(picture: &Tensor) -> Result<(Vec<u8>, [usize; 2])> {
     if b != 1 || c != 3 {
         return Err(Error::shape("picture", format!("expected (1, 3, H, W), got {}", picture.shape())));
     }
-    let rows = picture.detach().to_dtype(DType::F32)?.squeeze(0)?.permute([1, 2, 0])?.contiguous()?.to_vec::<f32>()?;
+    let rows = picture.detach().to_dtype(DType::F32)?.squeeze(0)?.permute(&[1, 2, 0])?.contiguous()?.to_vec::<f32>()?;
     Ok((rows.into_iter().map(|x| ((x + 1.0) * 127.5).round_ties_even().clamp(0.0, 255.0) as u8).collect(), [h, w]))
 }
 
