@@ -324,7 +324,7 @@ fn names_patterns_and_heads_select() {
     assert_eq!(select(r".*\.(q|v)_proj".into()).unwrap(), "layers.0.q_proj layers.1.q_proj");
     for (modules, message) in [
         (Modules::from(["proj"]), "matches no layer; there are layers.0.q_proj"),
-        (Modules::from(["norm", "q_proj"]), "`norm` means `layers.0.norm`, which is no Linear or Embedding layer"),
+        (Modules::from(["norm", "q_proj"]), "`norm` means `layers.0.norm`, which is no Linear, Embedding or Conv2d layer"),
         (Modules::from("q_proj"), "matches no layer"),
         (Modules::from("(q_proj"), "no regular expression"),
     ] {

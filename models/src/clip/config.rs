@@ -2,7 +2,7 @@
 
 use super::{ClipModel, ClipTextModel, ClipVisionModel};
 use crate::nn::Params;
-use crate::transformer::{Layout, Pretrained};
+use crate::pretrained::{Layout, Library, Pretrained};
 use kiln_tensor::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -166,14 +166,8 @@ pub struct WithProjection<C>(pub C);
 /// Buffers that older files hold.
 const IGNORED: &[&str] = &["embeddings.position_ids"];
 
-const TEXT: Layout = Layout {
-    architecture: "CLIPTextModel",
-    prefix: "text_model.",
-    heads: &["text_projection."],
-    transposed: &[],
-    ignored: IGNORED,
-    tied: &[],
-};
+const TEXT: Layout =
+    Layout { prefix: "text_model.", heads: &["text_projection."], ignored: IGNORED, ..Layout::new(Library::Transformers, "CLIPTextModel") };
 
 const VISION: Layout = Layout { architecture: "CLIPVisionModel", prefix: "vision_model.", heads: &["visual_projection."], ..TEXT };
 

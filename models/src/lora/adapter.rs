@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A low-rank adapter in a model: y = W·x + b + s·B·A·dropout(x) in each adapted [`Linear`](crate::nn::Linear), where only A
 /// (r, inputs), B (outputs, r) and, with DoRA, a magnitude (outputs) are trained. The table of an adapted
-/// [`Embedding`](crate::nn::Embedding) is W + s·(B·A)ᵀ; an output head that is tied to it keeps W, until they are merged.
+/// [`Embedding`](crate::nn::Embedding) is W + s·(B·A)ᵀ; an output head that is tied to it keeps W, until they are merged. In a
+/// [`Conv2d`](crate::nn::Conv2d), A is a convolution as its own to r channels, and B one of 1×1 from them.
 ///
 /// The base model is frozen, whether its weights are dense or quantised; a gradient passes through it. The matrices are in f32 (in f64 for
 /// models in f64), in a scope of their own under the names of the file: the model's own state dictionary stays what it was.

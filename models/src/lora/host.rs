@@ -1,10 +1,11 @@
 //! The layers that an adapter can change, as one thing.
 
 use super::config::LoraConfig;
+use super::conv::{LoraConv, extents};
 use super::embedding::LoraEmbedding;
 use super::layer::{LoraLinear, Shared};
 use super::select::{PREFIX, Target};
-use crate::nn::{Embedding, Linear, Param, Params};
+use crate::nn::{Conv2d, Embedding, Linear, Param, Params};
 use kiln_tensor::{Error, Result, Shape, Tensor};
 use std::sync::Arc;
 
@@ -13,13 +14,15 @@ use std::sync::Arc;
 pub(super) enum Host {
     Linear(Linear),
     Embedding(Embedding),
+    Conv(Conv2d),
 }
 
 impl Host {
     /// The layers below `params`.
     pub fn all(params: &Params) -> Vec<Host> {
         let linears = params.linears().into_iter().map(Host::Linear);
-        linears.chain(params.embeddings().into_iter().map(Host::Embedding)).collect()
+        let embeddings = params.embeddings().into_iter().map(Host::Embedding);
+        linears.chain(embeddings).chain(params.convs().into_iter().map(Host::Conv)).collect()
     }
 
     /// The full name.
@@ -27,6 +30,7 @@ impl Host {
         match self {
             Host::Linear(layer) => layer.name(),
             Host::Embedding(layer) => layer.name(),
+            Host::Conv(layer) => layer.name(),
         }
     }
 
@@ -38,6 +42,7 @@ impl Host {
         match self {
             Host::Linear(layer) => layer.bias(),
             Host::Embedding(_) => None,
+            Host::Conv(layer) => layer.bias(),
         }
     }
 
@@ -46,6 +51,7 @@ impl Host {
         match self {
             Host::Linear(layer) => layer.weight_values(),
             Host::Embedding(layer) => Ok(layer.weight().get()),
+            Host::Conv(layer) => Ok(layer.weight().get()),
         }
     }
 
@@ -53,21 +59,27 @@ impl Host {
         match self {
             Host::Linear(layer) => layer.adapter().is_some(),
             Host::Embedding(layer) => layer.adapter().is_some(),
+            Host::Conv(layer) => layer.adapter().is_some(),
         }
     }
 
     /// Names and shapes of the tensors of an adapter of this rank, as the file has them below the layer's name.
     pub fn tensors(&self, rank: usize, use_dora: bool) -> Result<Vec<(&'static str, Shape)>> {
-        let (names, inputs, outputs, magnitudes) = match self {
-            Host::Linear(layer) => (["lora_A.weight", "lora_B.weight"], layer.inputs(), layer.outputs(), layer.outputs()),
+        let matrices = ["lora_A.weight", "lora_B.weight"];
+        let (names, a, b, magnitudes): (_, &[usize], &[usize], &[usize]) = match self {
+            Host::Linear(layer) => (matrices, &[rank, layer.inputs()], &[layer.outputs(), rank], &[layer.outputs()]),
             Host::Embedding(layer) => {
                 let [entries, width] = layer.weight().get().dims_n("lora")?;
-                (["lora_embedding_A", "lora_embedding_B"], entries, width, width)
+                (["lora_embedding_A", "lora_embedding_B"], &[rank, entries], &[width, rank], &[width])
+            }
+            Host::Conv(layer) => {
+                let [outputs, inputs, kh, kw] = extents(layer)?;
+                (matrices, &[rank, inputs, kh, kw], &[outputs, rank, 1, 1], &[1, outputs, 1, 1])
             }
         };
-        let mut all = vec![(names[0], Shape::new(&[rank, inputs])?), (names[1], Shape::new(&[outputs, rank])?)];
+        let mut all = vec![(names[0], Shape::new(a)?), (names[1], Shape::new(b)?)];
         if use_dora {
-            all.push(("lora_magnitude_vector", Shape::new(&[magnitudes])?));
+            all.push(("lora_magnitude_vector", Shape::new(magnitudes)?));
         }
         Ok(all)
     }
@@ -83,6 +95,7 @@ pub(super) struct Adapted {
 enum Pair {
     Linear(Linear, Arc<LoraLinear>),
     Embedding(Embedding, Arc<LoraEmbedding>),
+    Conv(Conv2d, Arc<LoraConv>),
 }
 
 impl Adapted {
@@ -92,6 +105,7 @@ impl Adapted {
         let pair = match &target.layer {
             Host::Linear(layer) => Pair::Linear(layer.clone(), Arc::new(LoraLinear::new(&scope, layer, &target, config, shared)?)),
             Host::Embedding(layer) => Pair::Embedding(layer.clone(), Arc::new(LoraEmbedding::new(&scope, layer, &target, config, shared)?)),
+            Host::Conv(layer) => Pair::Conv(layer.clone(), Arc::new(LoraConv::new(&scope, layer, &target, config, shared)?)),
         };
         Ok(Self { name: target.name, pair })
     }
@@ -101,6 +115,7 @@ impl Adapted {
         match &self.pair {
             Pair::Linear(layer, adapter) => drop(layer.set_adapter(Some(adapter.clone()))),
             Pair::Embedding(layer, adapter) => drop(layer.set_adapter(Some(adapter.clone()))),
+            Pair::Conv(layer, adapter) => drop(layer.set_adapter(Some(adapter.clone()))),
         }
     }
 
@@ -109,6 +124,7 @@ impl Adapted {
         match &self.pair {
             Pair::Linear(layer, _) => drop(layer.set_adapter(None)),
             Pair::Embedding(layer, _) => drop(layer.set_adapter(None)),
+            Pair::Conv(layer, _) => drop(layer.set_adapter(None)),
         }
     }
 
@@ -124,6 +140,7 @@ impl Adapted {
                 (layer.weight().ok_or_else(quantised)?, adapter.merged(layer)?)
             }
             Pair::Embedding(layer, adapter) => (layer.weight().clone(), adapter.merged(layer)?),
+            Pair::Conv(layer, adapter) => (layer.weight().clone(), adapter.merged(layer)?),
         };
         let merged = merged.to_dtype(weight.dtype())?;
         Ok((weight, merged))

@@ -18,6 +18,14 @@ pub(super) struct Shared {
     pub dropout: f64,
 }
 
+impl Shared {
+    /// The input of an update with dropout, in training.
+    pub fn dropped(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let drops = self.dropout > 0.0 && self.mode.is_training();
+        drops.then(|| self.generator.dropout(x, self.dropout)).transpose()
+    }
+}
+
 /// ΔW = s·B·A for the weight W (outputs, inputs), with A (r, inputs) and B (outputs, r).
 pub(super) struct LoraLinear {
     a: Param,
@@ -73,12 +81,6 @@ impl LoraLinear {
         }
     }
 
-    /// The input of the update: with dropout, in training.
-    fn dropped(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        let drops = self.shared.dropout > 0.0 && self.shared.mode.is_training();
-        drops.then(|| self.shared.generator.dropout(x, self.shared.dropout)).transpose()
-    }
-
     /// s·B·(A·x), (…, outputs).
     fn update(&self, x: &Tensor) -> Result<Tensor> {
         let x = if autocast_dtype().is_some() { x.clone() } else { x.to_dtype(self.dtype())? };
@@ -89,7 +91,7 @@ impl LoraLinear {
     fn dora(&self, layer: &Linear, x: &Tensor, magnitude: &Param) -> Result<Tensor> {
         let ratio = magnitude.get().div(&self.norms(layer)?)?;
         let dtype = ratio.dtype();
-        if let Some(dropped) = self.dropped(x)? {
+        if let Some(dropped) = self.shared.dropped(x)? {
             // Dropout concerns what differs from the base layer, whose own product sees all of x.
             let base = layer.base(x)?;
             let product = layer.base_product(&dropped)?.to_dtype(dtype)?;
@@ -116,7 +118,7 @@ impl Adapter<Linear> for LoraLinear {
             return self.dora(layer, x, magnitude);
         }
         let y = layer.base(x)?;
-        let update = self.update(self.dropped(x)?.as_ref().unwrap_or(x))?;
+        let update = self.update(self.shared.dropped(x)?.as_ref().unwrap_or(x))?;
         y.add(&update.to_dtype(y.dtype())?)
     }
 

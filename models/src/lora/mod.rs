@@ -4,13 +4,21 @@
 
 mod adapter;
 mod config;
+mod conv;
 mod embedding;
 mod files;
 mod host;
 mod layer;
+pub(crate) mod nearest;
 mod reference;
+mod save;
 mod select;
+mod stack;
+mod weights;
 
 pub use adapter::{Disabled, Lora};
 pub use config::{Bias, LoraConfig, LoraInit, Modules};
 pub use reference::WithoutAdapter;
+pub use save::save_lora_weights;
+pub use stack::LoraStack;
+pub use weights::{LoraPart, LoraWeights};

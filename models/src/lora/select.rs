@@ -144,7 +144,7 @@ impl LoraConfig {
             {
                 return Err(Error::argument(
                     "lora",
-                    format!("target_modules: `{entry}` means `{name}`, which is no Linear or Embedding layer"),
+                    format!("target_modules: `{entry}` means `{name}`, which is no Linear, Embedding or Conv2d layer"),
                 ));
             }
         }
@@ -183,7 +183,7 @@ impl LoraConfig {
 pub(super) const PREFIX: &str = "base_model.model";
 
 /// A full name as seen from the scope of the model.
-fn below<'a>(params: &Params, name: &'a str) -> &'a str {
+pub(super) fn below<'a>(params: &Params, name: &'a str) -> &'a str {
     let rest = name.strip_prefix(params.name()).unwrap_or(name);
     rest.strip_prefix('.').unwrap_or(rest)
 }

@@ -3,8 +3,8 @@
 use super::Param;
 use kiln_tensor::{Result, Tensor};
 
-/// What changes the function of a layer `L` ([`Linear`](super::Linear), [`Embedding`](super::Embedding)) while its own weight stays as it
-/// is, such as a low-rank adapter.
+/// What changes the function of a layer `L` ([`Linear`](super::Linear), [`Embedding`](super::Embedding), [`Conv`](super::Conv)) while its own
+/// weight stays as it is, such as a low-rank adapter.
 pub trait Adapter<L>: Send + Sync {
     /// Whether the layer asks it at all. If not, the layer computes what it does without one, as fast.
     fn is_active(&self) -> bool;

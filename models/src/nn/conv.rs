@@ -1,8 +1,11 @@
 //! Convolutions and transposed convolutions in one, two and three dimensions.
 
-use super::{Init, Module, Param, Params};
+use super::{Adapter, Init, Module, Param, Params};
 use kiln_tensor::ops::{PerAxis, conv};
 use kiln_tensor::{Error, Result, Tensor};
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// How a convolutional layer of `N` spatial dimensions slides. The `with_…` methods set all axes alike; the fields differ by axis.
 ///
@@ -132,6 +135,7 @@ struct Taps {
     weight: Param,
     bias: Option<Param>,
     options: conv::ConvOptions,
+    groups: usize,
 }
 
 impl Taps {
@@ -148,7 +152,7 @@ impl Taps {
         let [of_weight, of_bias] = init.unwrap_or_else(|| [Init::default_weight(), Init::default_bias(&shape)]);
         let weight = params.param("weight", &shape, of_weight)?;
         let bias = options.bias.then(|| params.param("bias", [outputs], of_bias)).transpose()?;
-        Ok(Self { weight, bias, options: lowered })
+        Ok(Self { weight, bias, options: lowered, groups: options.groups })
     }
 }
 
@@ -159,6 +163,9 @@ impl Taps {
 ///
 /// Parameters: `weight` (outputs, inputs / groups, kernel…) and `bias` (outputs), uniform in ±1/√(inputs / groups · taps) at first.
 ///
+/// Clones are one layer; [`Params::convs`] lists a model's convolutions of images, and [`set_adapter`](Conv::set_adapter) changes one for
+/// every holder.
+///
 /// ```
 /// # use kiln_models::nn::{Conv2d, ConvOptions, Module, Params};
 /// # use kiln_tensor::{Result, Tensor};
@@ -167,8 +174,14 @@ impl Taps {
 /// assert_eq!(layer.forward(&Tensor::ones([1, 3, 8, 6], ())?)?.dims(), [1, 8, 4, 3]);
 /// # Ok(()) }
 /// ```
-#[derive(Clone, Debug)]
-pub struct Conv<const N: usize>(Taps);
+#[derive(Clone)]
+pub struct Conv<const N: usize>(Arc<Layer<N>>);
+
+struct Layer<const N: usize> {
+    name: String,
+    taps: Taps,
+    adapter: RwLock<Option<Arc<dyn Adapter<Conv<N>>>>>,
+}
 
 /// Convolution of sequences (B, C, L): see [`Conv`].
 pub type Conv1d = Conv<1>;
@@ -212,29 +225,74 @@ impl<const N: usize> Conv<N> {
             return Err(Error::argument("conv", "output padding is for transposed convolutions"));
         }
         let (inputs, _) = per_group(inputs, outputs, options.groups)?;
-        Ok(Self(Taps::new(params, [outputs, inputs], kernel, outputs, options, init)?))
+        let taps = Taps::new(params, [outputs, inputs], kernel, outputs, options, init)?;
+        let layer = Self(Arc::new(Layer { name: params.name().to_owned(), taps, adapter: RwLock::default() }));
+        if let Some(layer) = (&layer as &dyn Any).downcast_ref::<Conv2d>() {
+            params.register_conv(layer);
+        }
+        Ok(layer)
+    }
+
+    /// The full name of the layer's scope, e.g. `down_blocks.0.resnets.0.conv1`.
+    pub fn name(&self) -> &str {
+        &self.0.name
     }
 
     /// The weight, (outputs, inputs / groups, kernel…).
     pub fn weight(&self) -> &Param {
-        &self.0.weight
+        &self.0.taps.weight
     }
 
     /// The bias, (outputs).
     pub fn bias(&self) -> Option<&Param> {
-        self.0.bias.as_ref()
+        self.0.taps.bias.as_ref()
+    }
+
+    /// Groups of channels that are convolved apart.
+    pub(crate) fn groups(&self) -> usize {
+        self.0.taps.groups
+    }
+
+    /// Puts an adapter into the layer, for all who hold it, or takes it away; returns the one that was there.
+    pub fn set_adapter(&self, adapter: Option<Arc<dyn Adapter<Conv<N>>>>) -> Option<Arc<dyn Adapter<Conv<N>>>> {
+        std::mem::replace(&mut *self.0.adapter.write().unwrap_or_else(PoisonError::into_inner), adapter)
+    }
+
+    /// The adapter that is in the layer.
+    pub fn adapter(&self) -> Option<Arc<dyn Adapter<Conv<N>>>> {
+        self.0.adapter.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The convolution with bias, as without an adapter.
+    pub fn base(&self, x: &Tensor) -> Result<Tensor> {
+        self.convolve(x, &self.weight().get(), self.bias().map(Param::get).as_ref())
+    }
+
+    /// The convolution with another weight, that slides over `x` as this layer's own.
+    pub fn convolve(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let options = self.0.taps.options;
+        match N {
+            1 => x.conv1d(weight, bias, options),
+            2 => x.conv2d(weight, bias, options),
+            3 => x.conv3d(weight, bias, options),
+            _ => Err(dimensions::<N>()),
+        }
     }
 }
 
 impl<const N: usize> Module for Conv<N> {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (self.0.weight.get(), self.0.bias.as_ref().map(Param::get));
-        match N {
-            1 => x.conv1d(&weight, bias.as_ref(), self.0.options),
-            2 => x.conv2d(&weight, bias.as_ref(), self.0.options),
-            3 => x.conv3d(&weight, bias.as_ref(), self.0.options),
-            _ => Err(dimensions::<N>()),
+        match self.adapter().filter(|adapter| adapter.is_active()) {
+            Some(adapter) => adapter.forward(self, x),
+            None => self.base(x),
         }
+    }
+}
+
+impl<const N: usize> fmt::Debug for Conv<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Taps { weight, bias, options, .. } = &self.0.taps;
+        write!(f, "Conv({weight:?}, {bias:?}, {options:?}, adapter {})", self.adapter().is_some())
     }
 }
 

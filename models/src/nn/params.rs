@@ -3,7 +3,7 @@
 use super::linear::Weight;
 use super::load::{LoadMode, LoadReport, StateDict};
 use super::quantize::{QuantizedWeight, restore};
-use super::{Buffer, Embedding, Init, Linear, Param};
+use super::{Buffer, Conv2d, Embedding, Init, Linear, Param};
 use kiln_tensor::{DType, Device, Error, Generator, IntoShape, QuantizedMatrix, Result, Shape, Tensor, TensorOptions, default_device};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -107,6 +107,7 @@ struct Registry {
     names: HashSet<String>,
     linears: Vec<Linear>,
     embeddings: Vec<Embedding>,
+    convs: Vec<Conv2d>,
     loading: Option<Loading>,
 }
 
@@ -285,6 +286,10 @@ impl Params {
         self.registry().embeddings.push(layer.clone());
     }
 
+    pub(super) fn register_conv(&self, layer: &Conv2d) {
+        self.registry().convs.push(layer.clone());
+    }
+
     /// Whether a layer of that name is this scope or below it.
     fn holds(&self, name: &str) -> bool {
         name == self.name() || name.starts_with(&self.prefix)
@@ -352,11 +357,12 @@ impl Params {
         self.params().into_iter().chain(self.adapter_params()).filter(|param| !param.is_frozen()).collect()
     }
 
-    /// The parameters of the adapters in the [`Linear`] and [`Embedding`] layers. They have names of their own and are in no other list.
+    /// The parameters of the adapters in the [`Linear`], [`Embedding`] and [`Conv2d`] layers. They have names of their own and are in no other list.
     pub fn adapter_params(&self) -> Vec<Param> {
         let linears = self.linears().into_iter().filter_map(|layer| Some(layer.adapter()?.params()));
         let embeddings = self.embeddings().into_iter().filter_map(|layer| Some(layer.adapter()?.params()));
-        linears.chain(embeddings).flatten().collect()
+        let convs = self.convs().into_iter().filter_map(|layer| Some(layer.adapter()?.params()));
+        linears.chain(embeddings).chain(convs).flatten().collect()
     }
 
     /// The buffers in the order in which they were made.
@@ -378,6 +384,11 @@ impl Params {
     /// The [`Embedding`] layers of this scope and below it, in the order in which they were made.
     pub fn embeddings(&self) -> Vec<Embedding> {
         self.registry().embeddings.iter().filter(|layer| self.holds(layer.name())).cloned().collect()
+    }
+
+    /// The [`Conv2d`] layers of this scope and below it, in the order in which they were made.
+    pub fn convs(&self) -> Vec<Conv2d> {
+        self.registry().convs.iter().filter(|layer| self.holds(layer.name())).cloned().collect()
     }
 
     /// The [`Linear`] layer of that full name.

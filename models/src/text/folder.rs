@@ -19,6 +19,9 @@ pub(super) const CHARACTERS: &str = "characters.json";
 /// Classes of `tokenizer_config.json` whose `vocab.json` and `merges.txt` mean what GPT-2's do.
 const GPT2_CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
+/// Classes whose two files are CLIP's.
+const CLIP_CLASSES: [&str; 2] = ["CLIPTokenizer", "CLIPTokenizerFast"];
+
 /// The tokenizer of `folder` with its special tokens.
 pub(super) fn load(folder: &Path) -> Result<Tokenizer> {
     let json = folder.join("tokenizer.json");
@@ -52,9 +55,15 @@ pub(super) fn load_json(path: &Path) -> Result<tokenizers::Tokenizer> {
 /// Byte-level BPE from a vocabulary and a list of merges, with the tokens that `tokenizer_config.json` and `added_tokens.json` add.
 fn load_gpt2(folder: &Path, vocabulary: &Path, merges: &Path) -> Result<tokenizers::Tokenizer> {
     let config = read_object(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
-    if let Some(class) = config.get("tokenizer_class").and_then(Value::as_str)
-        && !GPT2_CLASSES.contains(&class)
-    {
+    let class = config.get("tokenizer_class").and_then(Value::as_str);
+    if class.is_some_and(|class| CLIP_CLASSES.contains(&class)) {
+        let vocab = read_vocabulary(vocabulary)?;
+        let merge_list = read_merges(merges, &vocab)?;
+        let mut inner = super::clip::clip(vocab, merge_list).map_err(|e| wrong(folder, e.to_string()))?;
+        add_tokens(folder, &config, &mut inner)?;
+        return Ok(inner);
+    }
+    if let Some(class) = class.filter(|class| !GPT2_CLASSES.contains(class)) {
         let problem = format!("tokenizer_config.json: tokenizer_class: {class:?} needs a tokenizer.json, which is missing");
         return Err(wrong(folder, problem));
     }

@@ -5,6 +5,7 @@ mod assistant;
 mod bpe;
 mod character;
 mod chat;
+mod clip;
 mod folder;
 mod python;
 mod special;

@@ -34,6 +34,14 @@ impl<T, const N: usize> From<[T; N]> for OneOrMore<T> {
 }
 
 impl<T: Copy> OneOrMore<T> {
+    /// The value, or the first of several.
+    pub(crate) fn first(&self) -> Option<T> {
+        match self {
+            OneOrMore::One(value) => Some(*value),
+            OneOrMore::More(values) => values.first().copied(),
+        }
+    }
+
     /// One value for each of `stages`.
     pub(super) fn each(&self, field: &str, stages: usize) -> Result<Vec<T>> {
         match self {
