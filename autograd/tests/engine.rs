@@ -173,3 +173,30 @@ fn anomalies_are_reported_with_their_operation() -> Result<()> {
     assert!(error.starts_with("exp: anomaly: the result of shape [1] holds inf; all inputs were finite"), "{error}");
     Ok(())
 }
+
+/// Halves with few targets are convolved as they are: result and gradients are those of f32, rounded.
+#[test]
+fn a_convolution_of_halves_with_few_targets_rounds_once() -> Result<()> {
+    let generator = Generator::new(3);
+    for dtype in [DType::BF16, DType::F16] {
+        let draw = |shape: &[usize], scale: f64| generator.randn(shape, DType::F32)?.mul_scalar(scale)?.to_dtype(dtype);
+        let (x, w, bias) = (draw(&[1, 160, 4, 5], 1.0)?, draw(&[128, 160, 3, 3], 0.03)?, draw(&[128], 1.0)?);
+        let run = |dtype: DType| -> Result<Vec<Tensor>> {
+            let leaves = [&x, &w, &bias].map(|t| t.to_dtype(dtype).and_then(|t| t.requires_grad_()));
+            let [x, w, bias] = leaves;
+            let (x, w, bias) = (x?, w?, bias?);
+            let y = x.conv2d(&w, Some(&bias), kiln_tensor::ops::conv::ConvOptions::new().padding(1))?;
+            assert_eq!(y.dtype(), dtype);
+            let mut out = vec![y.detach()];
+            out.extend(grad(&y.square()?.sum(())?, &[&x, &w, &bias])?);
+            Ok(out)
+        };
+        for (half, full) in run(dtype)?.iter().zip(run(DType::F32)?) {
+            assert_eq!(half.dtype(), dtype);
+            let error = half.to_dtype(DType::F32)?.sub(&full)?.abs()?.max(())?.item_f64()?;
+            let largest = full.abs()?.max(())?.item_f64()?;
+            assert!(error <= 0.006 * largest, "{dtype}: {error} of {largest}");
+        }
+    }
+    Ok(())
+}

@@ -4,6 +4,7 @@
 //! shapes that are too large for a processor.
 
 mod decode;
+mod diffusion;
 mod gpt;
 mod gpu;
 mod layers;
@@ -116,6 +117,7 @@ fn main() -> Result<()> {
         gpt::run(&bench)?;
         decode::run(&bench)?;
         unet::run(&bench)?;
+        diffusion::run(&bench)?;
         gpu::run(&bench)
     })
 }

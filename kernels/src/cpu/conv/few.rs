@@ -2,7 +2,7 @@
 //! factor of one product, whose left factor is the targets' sources under all taps.
 
 use super::super::alloc::{Buffer, OutOfMemory};
-use super::super::gemm::Gemm;
+use super::super::gemm::{Gemm, GemmElement};
 use super::super::parallel;
 use super::Gather;
 use crate::view::MatView;
@@ -19,11 +19,11 @@ pub(super) fn pays(g: &Gather) -> bool {
     g.groups == 1 && g.in_stride == g.taps() && g.taps() > 1 && g.target_pixels() <= MOST_TARGETS && weights >= FEWEST_WEIGHTS
 }
 
-/// See [`super::forward`].
-pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
+/// See [`super::forward`], here for any element that matrices are multiplied in: halves are summed in f32 and rounded once.
+pub(super) fn gather<T: GemmElement>(g: &Gather, x: &[T], w: &[T], bias: Option<&[T]>, y: &mut [T]) -> Result<(), OutOfMemory> {
     let (targets, len) = (g.target_pixels(), g.cin * g.taps());
-    let mut rows = Buffer::new(size_of::<f32>() * targets * len)?;
-    let rows = rows.as_slice_mut::<f32>();
+    let mut rows = Buffer::new(size_of::<T>() * targets * len)?;
+    let rows = rows.as_slice_mut::<T>();
     parallel::for_each_chunk(rows, len, targets * len, |target, row| sources(g, x, target, row));
     let factors = MatView::row_major(rows, targets, len).zip(MatView::row_major(w, g.cout, len));
     let Some((a, b)) = factors else { unreachable!("lengths were checked against the shape") };
@@ -31,7 +31,7 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
 }
 
 /// The sources of a target as its weights lie: `[channel][tap]`, with zeros for the padding.
-fn sources(g: &Gather, x: &[f32], target: usize, row: &mut [f32]) {
+fn sources<T: Copy + Default>(g: &Gather, x: &[T], target: usize, row: &mut [T]) {
     let [depth, height, width] = g.target;
     let (image, at) = (target / (depth * height * width), [target / (height * width) % depth, target / width % height, target % width]);
     let taps = g.taps();
@@ -47,7 +47,7 @@ fn sources(g: &Gather, x: &[f32], target: usize, row: &mut [f32]) {
                 let pixel = ((image * g.source[0] + d) * g.source[1] + h) * g.source[2] + w;
                 to.zip(&x[pixel * g.cin..][..g.cin]).for_each(|(to, &from)| *to = from);
             }
-            _ => to.for_each(|to| *to = 0.0),
+            _ => to.for_each(|to| *to = T::default()),
         }
     }
 }

@@ -33,8 +33,8 @@ mod weight;
 mod winograd;
 
 use super::alloc::OutOfMemory;
-use super::gemm::MatmulPrecision;
 use super::gemm::micro::MicroKernels;
+use super::gemm::{GemmElement, MatmulPrecision};
 use super::resample::Real;
 use axis::Axis;
 
@@ -311,6 +311,24 @@ pub fn forward<T: ConvElement>(shape: &ConvShape, x: &[T], w: &[T], bias: Option
         return Ok(());
     }
     T::gather(&shape.forward_gather(), x, w, bias, y)
+}
+
+/// Whether [`forward_few`] computes this convolution, and faster than `forward` on widened halves.
+pub fn has_few_targets(shape: &ConvShape) -> bool {
+    shape.assert_valid();
+    few::pays(&shape.forward_gather())
+}
+
+/// [`forward`] of a convolution that [has few targets](has_few_targets), for halves too: they are not widened before, summed in f32, and rounded
+/// once.
+pub fn forward_few<T: GemmElement>(shape: &ConvShape, x: &[T], w: &[T], bias: Option<&[T]>, y: &mut [T]) -> Result<(), OutOfMemory> {
+    assert!(has_few_targets(shape));
+    assert!(x.len() == shape.input_len() && w.len() == shape.weight_len() && y.len() == shape.output_len());
+    assert!(bias.is_none_or(|b| b.len() == shape.co));
+    if y.is_empty() {
+        return Ok(());
+    }
+    few::gather(&shape.forward_gather(), x, w, bias, y)
 }
 
 /// The gradient of [`forward`] by its input, given `gy` by its output: the transposed convolution of `gy`, to which a `bias` of

@@ -5,8 +5,8 @@ use super::super::alloc::{Buffer, OutOfMemory};
 use super::super::gemm::MatmulPrecision;
 use super::super::gemm::micro::MicroKernels;
 use super::super::isa::{WithSimd, dispatch};
-use super::super::parallel::{self, SharedMut};
-use super::super::simd::Simd;
+use super::super::parallel;
+use super::super::simd::{F32s, I32s, Simd};
 use super::{Gather, direct};
 
 /// Values that a task converts: some 10 µs.
@@ -24,23 +24,23 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     parallel::for_each_chunk(sources, CHUNK / 2, x.len() / 8, |i, to| {
         dispatch(Pairs { from: &x[i * CHUNK..][..2 * to.len()], to });
     });
-    let mut weights = Buffer::new(size_of_val(w) / 2)?;
-    let weights = weights.as_slice_mut::<f32>();
     // A target channel's weights lie apart from the next one's by those of all source channels, or of none.
     let out_stride = if g.out_stride > g.in_stride { g.out_stride / 2 } else { g.out_stride };
     let words = Gather { cin: g.cin / 2, out_stride, ..g.clone() };
-    let to = SharedMut::new(weights);
-    parallel::for_each(g.groups * g.cout, w.len(), |i| {
-        let (group, j) = (i / g.cout, i % g.cout);
-        for c in 0..words.cin {
-            let first = g.group_start(group) + 2 * c * g.in_stride + j * g.out_stride;
-            let at = words.group_start(group) + c * words.in_stride + j * words.out_stride;
-            for tap in 0..g.taps() {
-                // SAFETY: the words are as many as the pairs of weights, and each is written once.
-                unsafe { to.add(at + tap).get().write(pair(w[first + tap], w[first + g.in_stride + tap])) };
-            }
-        }
-    });
+    let mut weights = Buffer::new(size_of_val(w) / 2)?;
+    let weights = weights.as_slice_mut::<f32>();
+    // What follows one another of both channels of a pair: a target channel's taps, or all target channels'.
+    let run = if g.in_stride == g.taps() { g.taps() } else { g.in_stride };
+    if run == 1 {
+        parallel::for_each_chunk(weights, CHUNK / 2, w.len() / 8, |i, to| {
+            dispatch(Pairs { from: &w[i * CHUNK..][..2 * to.len()], to });
+        });
+    } else {
+        let per_chunk = (CHUNK / 2 / run).max(1);
+        parallel::for_each_chunk(weights, per_chunk * run, w.len() / 8, |i, to| {
+            dispatch(Runs { from: &w[2 * i * per_chunk * run..][..2 * to.len()], run, to });
+        });
+    }
     direct::gather(&words, MicroKernels::bf16_pairs(), sources, weights, bias, y)
 }
 
@@ -59,6 +59,42 @@ impl WithSimd for Pairs<'_> {
             *to = pair(from[0], from[1]);
         }
     }
+}
+
+/// Runs of values and the runs after them as words.
+struct Runs<'a> {
+    from: &'a [f32],
+    run: usize,
+    to: &'a mut [f32],
+}
+
+impl WithSimd for Runs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        for (from, to) in self.from.chunks_exact(2 * self.run).zip(self.to.chunks_exact_mut(self.run)) {
+            let (first, second) = from.split_at(self.run);
+            for at in (0..self.run).step_by(S::LANES) {
+                let count = S::LANES.min(self.run - at);
+                // SAFETY: `count` values follow in both halves and in the words.
+                unsafe {
+                    let low = rounded_lanes(s, s.load_partial(first.as_ptr().add(at), count));
+                    let high = rounded_lanes(s, s.load_partial(second.as_ptr().add(at), count));
+                    let words = low.shr_logical::<16>() | high & s.splat_i32(0xFFFF_0000u32 as i32);
+                    words.from_bits().store_partial(to.as_mut_ptr().add(at), count);
+                }
+            }
+        }
+    }
+}
+
+/// [`rounded`], of each lane.
+#[inline(always)]
+fn rounded_lanes<S: Simd>(s: S, x: S::F32) -> S::I32 {
+    let bits = x.to_bits();
+    let nearest = bits + s.splat_i32(0x7FFF) + (bits.shr_logical::<16>() & s.splat_i32(1));
+    (bits | s.splat_i32(1 << 22)).or_else(x.is_nan(), nearest)
 }
 
 /// The nearest bf16 of both, the first in the lower half.

@@ -211,6 +211,15 @@ impl Tensor {
         let (input, weight, bias) = (lowered(self)?, lowered(weight)?, lowered_option(bias)?);
         let (input, weight, bias) = (&*input, &*weight, bias.as_deref());
         input.expect_same(op, weight)?;
+        let is_half = matches!(input.dtype(), DType::BF16 | DType::F16);
+        if is_half && !transposed && input.rank() == rank + 2 && input.gpu()?.is_none() {
+            check_bias(op, input, bias, weight.dims().first().copied().unwrap_or(0))?;
+            let geometry = Geometry::new(op, input, weight, rank, options, false)?;
+            let conv = Conv { name: op, geometry, dtype: input.dtype() };
+            if conv.takes_halves() {
+                return conv.forward(input, weight, bias);
+            }
+        }
         by_image(op, input, rank, |x| {
             // Halves compute in f32 and round once, after the bias.
             let half = weight.dtype() != x.dtype();

@@ -5,9 +5,9 @@ use super::Geometry;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::spatial::{Extents, for_real, pixels};
 use crate::profile::{Cost, convolution, operation, operation_with};
-use crate::{DType, Layout, Result, Shape, Tensor};
+use crate::{DType, Layout, Result, Shape, Tensor, WithDType, bf16, f16};
 use kiln_kernels::cpu::conv::{self, ConvShape};
-use kiln_kernels::cpu::gemm::{MatmulPrecision, matmul_precision};
+use kiln_kernels::cpu::gemm::{GemmElement, MatmulPrecision, matmul_precision};
 use kiln_kernels::cuda::conv as gpu_conv;
 
 /// The convolution from which all three operations are derived, and the name under which they are recorded.
@@ -44,6 +44,8 @@ impl Conv {
                 let bias = shift.as_ref().map(Tensor::gpu_slice).transpose()?;
                 Ok(gpu_conv::forward(gpu, &self.shape(), source.gpu_slice()?, weight.gpu_slice()?, bias, &mut y)?)
             }),
+            None if x.dtype() == DType::BF16 => self.forward_few::<bf16>(&source, &weight, shift.as_ref()),
+            None if x.dtype() == DType::F16 => self.forward_few::<f16>(&source, &weight, shift.as_ref()),
             None => for_real!(x.dtype(), self.name, T => {
                 let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
                 let narrow = &self.geometry.narrow;
@@ -57,6 +59,17 @@ impl Conv {
             x: needs.save_for(1, x),
             w: needs.save_for(0, w),
         })
+    }
+
+    /// Whether halves are convolved on the CPU as they are, from the wide image to the narrow one.
+    pub(super) fn takes_halves(self) -> bool {
+        conv::has_few_targets(&self.shape())
+    }
+
+    fn forward_few<T: WithDType + GemmElement>(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let bias = bias.map(Tensor::as_slice::<T>).transpose()?;
+        let fill = |y: &mut [T]| Ok(conv::forward_few(&self.shape(), x.as_slice()?, w.as_slice()?, bias, y)?);
+        self.geometry.narrow.build::<T>(x.device(), fill)
     }
 
     /// The gradient of [`forward`](Conv::forward) by `x` at `g`, plus `bias`: from the narrow image to the wide one.
@@ -101,6 +114,12 @@ impl Conv {
     }
 }
 
+/// Halves on the CPU, where only a forward pass may take them as they are, in f32.
+fn widened(x: &Tensor) -> Result<Tensor> {
+    let is_half = matches!(x.dtype(), DType::BF16 | DType::F16);
+    if is_half && x.gpu()?.is_none() { x.to_dtype(DType::F32) } else { Ok(x.clone()) }
+}
+
 /// The gradient by a bias, if there is one: the sum over images and positions.
 fn bias_grad(ctx: &Ctx, bias: bool, extents: &Extents, grad: &Tensor) -> Result<Grads> {
     let dims: Vec<usize> = [0].into_iter().chain(2..extents.rank + 2).collect();
@@ -125,8 +144,9 @@ impl Op for Forward {
         self.conv.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(grad, w, None))?;
-        let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(x, grad))?;
+        let (wide, dtype) = (widened(grad)?, grad.dtype());
+        let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(&wide, &widened(w)?, None)?.to_dtype(dtype))?;
+        let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(&widened(x)?, &wide)?.to_dtype(dtype))?;
         Ok([vec![gx, gw], bias_grad(ctx, self.bias, &self.conv.geometry.narrow, grad)?].concat())
     }
 }
