@@ -25,7 +25,7 @@ impl Dropout {
 
 impl Module for Dropout {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if self.mode.is_training() { self.generator.dropout(x, self.p) } else { Ok(x.clone()) }
+        if self.mode.is_training() && self.p > 0.0 { self.generator.dropout(x, self.p) } else { Ok(x.clone()) }
     }
 }
 

@@ -15,7 +15,7 @@ use std::path::Path;
 /// ```
 /// let tokenizer = kiln_models::text::WordTokenizer::new("a red seven on the left".split(' '))?;
 /// let ids = tokenizer.encode_padded("A seven, on the left.", 8)?;
-/// assert_eq!(ids, [2, 3, 7, 6, 8, 4, 1, 0]);
+/// assert_eq!(ids, [2, 3, 7, 5, 8, 4, 1, 0]);
 /// assert_eq!(tokenizer.decode(&ids)?, "a seven on the left");
 /// assert!(tokenizer.encode("a green seven").is_err());
 /// # Ok::<(), kiln_tensor::Error>(())

@@ -53,7 +53,7 @@ const RGB: [[f32; 3]; 6] =
 /// Height and width of small and of large objects, as shares of the canvas.
 const EXTENT: [f32; 2] = [0.36, 0.56];
 /// The middles of the three columns (and rows) of places, as shares of the canvas.
-const MIDDLES: [f32; 3] = [0.30, 0.5, 0.70];
+const MIDDLES: [f32; 3] = [0.32, 0.5, 0.68];
 /// Points along each axis of a pixel at which its coverage is sampled.
 const SAMPLES: usize = 3;
 /// A digit's height in its own picture: MNIST's box.
