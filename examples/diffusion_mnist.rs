@@ -261,6 +261,8 @@ fn noise_schedule(args: &Args) -> SchedulerConfig {
         prediction_type: Some(args.prediction.into()),
         // From the last timestep, where nothing but noise is left.
         timestep_spacing: Some(TimestepSpacing::Trailing),
+        // DDIM takes the noise of the picture before it is clipped: with guidance, whose pictures often leave the range, each step would add ink.
+        clip_sample: Some(false),
         ..SchedulerConfig::new(SchedulerClass::Ddim)
     }
 }
