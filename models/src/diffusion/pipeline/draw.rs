@@ -155,6 +155,13 @@ impl StableDiffusion {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Drops the networks that updates change, so that they are read anew.
+    fn forget_adapted(&self) {
+        let mut kept = self.kept();
+        kept.encoders = Default::default();
+        kept.unet = None;
+    }
+
     /// Adds low-rank updates to the networks, times `weight`; several add up. Whether each fits a module is seen as its network is read.
     ///
     /// # Errors
@@ -167,14 +174,14 @@ impl StableDiffusion {
             return Err(Error::argument("lora", format!("{name} has updates of a second text encoder: it was made for SDXL")));
         }
         self.updates.push(Update { name: name.to_owned(), weights: weights.clone(), weight });
-        *self.kept() = Kept { vae: self.kept().vae.take(), ..Kept::default() };
+        self.forget_adapted();
         Ok(())
     }
 
     /// Takes all low-rank updates away.
     pub fn clear_loras(&mut self) {
         self.updates.clear();
-        *self.kept() = Kept { vae: self.kept().vae.take(), ..Kept::default() };
+        self.forget_adapted();
     }
 
     /// Adds a word that prompts can hold.

@@ -1,0 +1,330 @@
+//! Whole runs of Stable Diffusion against `diffusers`: fixtures/pipeline/make.py.
+
+use kiln_models::diffusion::pipeline::{
+    ControlInput, DrawOptions, LoadOptions, StableDiffusion, TextualInversion, load_picture, read_png_text,
+};
+use kiln_models::diffusion::schedulers::SchedulerKind;
+use kiln_models::lora::LoraWeights;
+use kiln_models::nn::{Params, StateDict};
+use kiln_models::text::Tokenizer;
+use kiln_tensor::io::safetensors;
+use kiln_tensor::{DType, Result, Tensor};
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+/// On the final picture, in [0, 1].
+const TOLERANCE: f32 = 1e-3;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pipeline")
+}
+
+static EXPECTED: LazyLock<StateDict> = LazyLock::new(|| safetensors::load(fixtures().join("expected.safetensors")).unwrap());
+
+/// A folder of the test's own, removed at its end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kiln-pipeline-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// A copy of a fixture's folder.
+    fn copy(name: &str, of: &str) -> Self {
+        fn copy(from: &Path, to: &Path) {
+            std::fs::create_dir_all(to).unwrap();
+            for entry in std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()) {
+                let target = to.join(entry.file_name().unwrap());
+                if entry.is_dir() { copy(&entry, &target) } else { drop(std::fs::copy(&entry, &target).unwrap()) }
+            }
+        }
+        let scratch = Self::new(name);
+        copy(&fixtures().join(of), &scratch.0);
+        scratch
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn pipeline(name: &str) -> StableDiffusion {
+    StableDiffusion::load(fixtures().join(name), LoadOptions { keep: true, ..LoadOptions::default() }).unwrap()
+}
+
+fn options() -> DrawOptions {
+    DrawOptions {
+        prompt: "A lighthouse,  at DUSK (it's 1903)".into(),
+        num_inference_steps: 10,
+        guidance_scale: 5.0,
+        ..DrawOptions::default()
+    }
+}
+
+fn from_latents() -> DrawOptions {
+    DrawOptions { latents: Some(EXPECTED["latents"].clone()), ..options() }
+}
+
+fn signed(name: &str) -> Tensor {
+    EXPECTED[name].mul_scalar(2.0).unwrap().add_scalar(-1.0).unwrap()
+}
+
+/// Every second pixel, in [0, 1].
+fn sampled(picture: &Tensor) -> Vec<f32> {
+    let [_, _, h, w] = picture.dims_n("test").unwrap();
+    let all = picture.to_vec::<f32>().unwrap();
+    let at = |c: usize, y: usize, x: usize| (all[(c * h + y) * w + x] + 1.0) / 2.0;
+    (0..3).flat_map(|c| (0..h).step_by(2).flat_map(move |y| (0..w).step_by(2).map(move |x| at(c, y, x)))).collect::<Vec<f32>>()
+}
+
+fn assert_drawn(pipeline: &StableDiffusion, options: &DrawOptions, case: &str) {
+    let drawn = pipeline.draw(options, &mut |_| Ok(())).unwrap_or_else(|e| panic!("{case}: {e}"));
+    let (found, expected) = (sampled(&drawn.picture), EXPECTED[case].to_vec::<f32>().unwrap());
+    assert_eq!(found.len(), expected.len(), "{case}");
+    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    // A picture of one colour would prove nothing.
+    let spread = expected.iter().fold(0.0f32, |m, x| m.max(*x)) - expected.iter().fold(1.0f32, |m, x| m.min(*x));
+    assert!(spread > 0.05, "{case}: {spread}");
+    println!("{case}: {worst:.1e}");
+    assert!(worst < TOLERANCE, "{case}: {worst}");
+}
+
+#[test]
+fn sd1_is_the_reference_with_each_scheduler() {
+    let pipeline = pipeline("sd1");
+    for (name, kind) in [
+        ("pndm", None),
+        ("ddim", Some(SchedulerKind::Ddim)),
+        ("euler", Some(SchedulerKind::Euler)),
+        ("dpm", Some("dpmpp-2m".parse().unwrap())),
+        ("euler_a", Some("euler-a".parse().unwrap())),
+    ] {
+        if name != "euler_a" {
+            let given = DrawOptions { scheduler: kind, negative_prompt: Some("blurry".into()), ..from_latents() };
+            assert_drawn(&pipeline, &given, &format!("sd1.{name}"));
+        }
+        assert_drawn(&pipeline, &DrawOptions { scheduler: kind, seed: 7, ..options() }, &format!("sd1.{name}.seed"));
+    }
+}
+
+#[test]
+fn guidance_clip_skip_eta_and_size_are_the_references() {
+    let pipeline = pipeline("sd1");
+    let ddim = |options| DrawOptions { scheduler: Some(SchedulerKind::Ddim), ..options };
+    assert_drawn(&pipeline, &DrawOptions { guidance_rescale: 0.7, ..ddim(from_latents()) }, "sd1.rescaled");
+    assert_drawn(&pipeline, &DrawOptions { guidance_scale: 1.0, ..ddim(from_latents()) }, "sd1.unguided");
+    assert_drawn(&pipeline, &DrawOptions { clip_skip: 1, ..ddim(from_latents()) }, "sd1.skip");
+    assert_drawn(&pipeline, &DrawOptions { eta: 1.0, seed: 5, ..ddim(options()) }, "sd1.eta");
+    assert_drawn(&pipeline, &DrawOptions { seed: 5, height: Some(32), width: Some(40), ..ddim(options()) }, "sd1.wide");
+}
+
+#[test]
+fn pictures_are_continued_and_filled_in_as_the_reference_does() {
+    let pipeline = pipeline("sd1");
+    for (name, kind) in [("ddim", "ddim"), ("euler", "euler"), ("dpm", "dpmpp-2m"), ("euler_a", "euler-a")] {
+        let from = DrawOptions { image: Some(signed("image")), scheduler: Some(kind.parse().unwrap()), ..options() };
+        let again = DrawOptions { strength: Some(0.6), seed: 11, ..from.clone() };
+        assert_drawn(&pipeline, &again, &format!("sd1.img2img.{name}"));
+        let filled = DrawOptions { mask: Some(EXPECTED["mask"].clone()), seed: 12, ..from };
+        assert_drawn(&pipeline, &filled, &format!("sd1.inpaint.{name}"));
+        if name == "ddim" {
+            assert_drawn(&pipeline, &DrawOptions { strength: Some(0.5), ..filled }, "sd1.inpaint.part");
+        }
+    }
+}
+
+#[test]
+fn controlnets_steer_as_the_reference() {
+    let pipeline = pipeline("sd1");
+    let network = ControlInput::load_network(fixtures().join("controlnet"), &Params::seeded(0)).unwrap();
+    let edges = &EXPECTED["edges"];
+    let one = ControlInput::new(network.clone(), edges);
+    let with = |controls| DrawOptions { controls, scheduler: Some(SchedulerKind::Ddim), ..from_latents() };
+    assert_drawn(&pipeline, &with(vec![ControlInput { conditioning_scale: 0.8, ..one.clone() }]), "sd1.control");
+    assert_drawn(&pipeline, &with(vec![ControlInput { guess_mode: true, ..one.clone() }]), "sd1.control.guess");
+    let inverse = edges.mul_scalar(-1.0).unwrap().add_scalar(1.0).unwrap();
+    let span = (0.0, 0.6);
+    let two = vec![
+        ControlInput { conditioning_scale: 0.5, span, ..one },
+        ControlInput { conditioning_scale: 0.7, span, ..ControlInput::new(network, &inverse) },
+    ];
+    assert_drawn(&pipeline, &with(two), "sd1.control.two");
+}
+
+#[test]
+fn sdxl_is_the_reference() {
+    let pipeline = pipeline("xl");
+    assert!(pipeline.is_xl());
+    assert_drawn(&pipeline, &from_latents(), "xl.euler");
+    assert_drawn(&pipeline, &DrawOptions { negative_prompt: Some("blurry".into()), ..from_latents() }, "xl.negative");
+    let ddim = DrawOptions { scheduler: Some(SchedulerKind::Ddim), ..options() };
+    assert_drawn(&pipeline, &DrawOptions { seed: 7, clip_skip: 1, ..ddim.clone() }, "xl.ddim.seed");
+    let again = DrawOptions { image: Some(signed("image")), strength: Some(0.6), seed: 11, ..ddim };
+    assert_drawn(&pipeline, &again, "xl.img2img");
+}
+
+#[test]
+fn loras_of_kohya_and_diffusers_change_pictures_as_the_reference() {
+    for which in ["sd1", "xl"] {
+        let mut pipeline = pipeline(which);
+        let file = |kind: &str| LoraWeights::load(fixtures().join(format!("lora_{which}_{kind}.safetensors"))).unwrap();
+        for weights in [&[("kohya", 1.0)][..], &[("diffusers", 1.0)], &[("kohya", 0.5), ("diffusers", 0.8)]] {
+            for &(kind, weight) in weights {
+                pipeline.add_lora(kind, &file(kind), weight).unwrap();
+            }
+            let names: Vec<&str> = weights.iter().map(|(kind, _)| *kind).collect();
+            let ddim = DrawOptions { scheduler: Some(SchedulerKind::Ddim), ..from_latents() };
+            assert_drawn(&pipeline, &ddim, &format!("{which}.lora.{}", names.join("_")));
+            pipeline.clear_loras();
+        }
+    }
+}
+
+#[test]
+fn prompts_are_read_as_the_reference_reads_them() {
+    let text = std::fs::read_to_string(fixtures().join("tokens.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (name, folder) in [("sd1", "sd1/tokenizer"), ("xl_2", "xl/tokenizer_2")] {
+        let tokenizer = Tokenizer::from_folder(fixtures().join(folder)).unwrap();
+        for (prompt, ids) in expected["prompts"].as_array().unwrap().iter().zip(expected[name].as_array().unwrap()) {
+            let (mut found, _) = tokenizer.encode_truncated(prompt.as_str().unwrap(), 77).unwrap();
+            found.resize(77, tokenizer.pad().unwrap());
+            let ids: Vec<u32> = ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+            assert_eq!(found, ids, "{name} {prompt}");
+        }
+    }
+}
+
+#[test]
+fn steps_are_told_with_a_preview_and_pictures_say_how_they_were_drawn() -> Result<()> {
+    let (pipeline, scratch) = (pipeline("sd1"), Scratch::new("png"));
+    let options = DrawOptions { num_inference_steps: 4, negative_prompt: Some("trübe 雨".into()), seed: 3, ..options() };
+    let mut previews = 0;
+    let drawn = pipeline.draw(&options, &mut |step| {
+        if let Some(preview) = step.preview()? {
+            assert_eq!(preview.dims(), [1, 3, 4, 4]);
+            previews += 1;
+        }
+        Ok(())
+    })?;
+    // PNDM asks the network once more.
+    assert_eq!(previews, 5);
+    let path = scratch.0.join("out/picture.png");
+    drawn.save(&path)?;
+    let texts = read_png_text(&path)?;
+    assert_eq!(texts, drawn.texts);
+    assert_eq!((texts["prompt"].as_str(), texts["negative_prompt"].as_str()), (options.prompt.as_str(), "trübe 雨"));
+    assert_eq!((texts["seed"].as_str(), texts["size"].as_str()), ("3", "32x32"));
+    let near = load_picture(&path)?.sub(&drawn.picture)?.abs()?.max(())?.item::<f32>()?;
+    assert!(near <= 1.01 / 255.0, "{near}");
+    let again = pipeline.draw(&options, &mut |_| Ok(()))?;
+    assert_eq!(again.picture.to_vec::<f32>()?, drawn.picture.to_vec::<f32>()?);
+    let stopped =
+        pipeline.draw(&options, &mut |step| if step.done == 2 { Err(kiln_tensor::Error::argument("test", "enough")) } else { Ok(()) });
+    assert!(stopped.err().unwrap().to_string().contains("enough"));
+    Ok(())
+}
+
+#[test]
+fn half_precision_draws_nearly_the_same() -> Result<()> {
+    let exact = pipeline("sd1").draw(&from_latents(), &mut |_| Ok(()))?;
+    for dtype in [DType::BF16, DType::F16] {
+        let options = LoadOptions { dtype, ..LoadOptions::default() };
+        let drawn = StableDiffusion::load(fixtures().join("sd1"), options)?.draw(&from_latents(), &mut |_| Ok(()))?;
+        let off = drawn.picture.to_dtype(DType::F32)?.sub(&exact.picture)?.abs()?.mean(())?.item::<f32>()?;
+        assert!(off < 0.02, "{dtype}: {off}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_word_has_vectors_of_its_own() -> Result<()> {
+    let (mut pipeline, scratch) = (pipeline("sd1"), Scratch::new("word"));
+    let table = safetensors::load(fixtures().join("sd1/text_encoder/model.fp16.safetensors"))?;
+    let table = table["text_model.embeddings.token_embedding.weight"].to_dtype(DType::F32)?;
+    let tokenizer = Tokenizer::from_folder(fixtures().join("sd1/tokenizer"))?;
+    let ids = tokenizer.encode("dusk light")?;
+    let rows = Tensor::from_vec(ids.iter().map(|&id| i64::from(id)).collect(), [ids.len()])?.embedding(&table)?;
+    // A word that stands for two tokens reads as these do.
+    let path = scratch.0.join("word.safetensors");
+    TextualInversion::new("<evening>", &[rows])?.save(&path)?;
+    let spelt = pipeline.draw(&DrawOptions { prompt: "a dusk light, the".into(), ..from_latents() }, &mut |_| Ok(()))?;
+    let worded = DrawOptions { prompt: "a <evening>, the".into(), ..from_latents() };
+    let before = pipeline.draw(&worded, &mut |_| Ok(()))?;
+    pipeline.add_word(TextualInversion::load(&path, None)?)?;
+    let after = pipeline.draw(&worded, &mut |_| Ok(()))?;
+    assert_ne!(before.picture.to_vec::<f32>()?, spelt.picture.to_vec::<f32>()?);
+    assert_eq!(after.picture.to_vec::<f32>()?, spelt.picture.to_vec::<f32>()?);
+    let twice = TextualInversion::load(&path, None).and_then(|word| pipeline.add_word(word));
+    assert!(twice.unwrap_err().to_string().contains("`<evening>` already"));
+    Ok(())
+}
+
+fn expect_error<T>(result: Result<T>, parts: &[&str]) {
+    let error = result.err().expect("an error was expected").to_string();
+    for part in parts {
+        assert!(error.contains(part), "`{part}` is not in: {error}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let pipeline = pipeline("sd1");
+    let draw = |options: DrawOptions| pipeline.draw(&options, &mut |_| Ok(()));
+    expect_error(draw(DrawOptions { width: Some(36), ..options() }), &["width 36", "multiples of 8"]);
+    expect_error(draw(DrawOptions { height: Some(0), ..options() }), &["height 0"]);
+    expect_error(draw(DrawOptions { num_inference_steps: 0, ..options() }), &["one step"]);
+    expect_error(draw(DrawOptions { strength: Some(0.5), ..options() }), &["strength", "initial picture"]);
+    expect_error(draw(DrawOptions { mask: Some(EXPECTED["mask"].clone()), ..options() }), &["mask"]);
+    expect_error(draw(DrawOptions { image: Some(signed("image")), strength: Some(1.5), ..options() }), &["strength 1.5"]);
+    expect_error(draw(DrawOptions { image: Some(signed("image")), strength: Some(0.01), ..options() }), &["less than one step"]);
+    expect_error(draw(DrawOptions { clip_skip: 9, ..options() }), &["9 of 3"]);
+    expect_error(draw(DrawOptions { latents: Some(Tensor::zeros([1, 4, 9, 4], ()).unwrap()), ..options() }), &["[1, 4, 4, 4]"]);
+    expect_error("dpm9000".parse::<SchedulerKind>(), &["dpm9000", "ddim"]);
+}
+
+#[test]
+fn broken_folders_are_errors_that_name_the_part() {
+    let load = |scratch: &Scratch| StableDiffusion::load(&scratch.0, LoadOptions::default());
+    expect_error(load(&Scratch::new("empty")), &["model_index.json"]);
+    let scratch = Scratch::copy("missing", "sd1");
+    std::fs::remove_dir_all(scratch.0.join("vae")).unwrap();
+    expect_error(load(&scratch), &["vae"]);
+    let scratch = Scratch::copy("class", "sd1");
+    std::fs::write(scratch.0.join("model_index.json"), r#"{"_class_name": "FluxPipeline"}"#).unwrap();
+    expect_error(load(&scratch), &["FluxPipeline", "StableDiffusionPipeline"]);
+    let scratch = Scratch::copy("scheduler", "sd1");
+    std::fs::write(scratch.0.join("scheduler/scheduler_config.json"), r#"{"_class_name": "MagicScheduler"}"#).unwrap();
+    expect_error(load(&scratch), &["MagicScheduler"]);
+    let scratch = Scratch::copy("weights", "sd1");
+    std::fs::remove_file(scratch.0.join("unet/diffusion_pytorch_model.fp16.safetensors")).unwrap();
+    let opened = load(&scratch).unwrap();
+    expect_error(opened.draw(&options(), &mut |_| Ok(())), &["unet", "diffusion_pytorch_model.safetensors"]);
+}
+
+#[test]
+fn corrupt_pictures_are_errors() -> Result<()> {
+    let (pipeline, scratch) = (pipeline("sd1"), Scratch::new("corrupt"));
+    let path = scratch.0.join("picture.png");
+    pipeline.draw(&DrawOptions { num_inference_steps: 1, ..options() }, &mut |_| Ok(()))?.save(&path)?;
+    let sound = std::fs::read(&path).unwrap();
+    load_picture(&path)?;
+    for cut in [0, 7, 20, 60, sound.len() / 2, sound.len() - 20] {
+        std::fs::write(&path, &sound[..cut]).unwrap();
+        assert!(load_picture(&path).is_err() && read_png_text(&path).is_err(), "{cut}");
+    }
+    let mut broken = sound.clone();
+    let middle = broken.len() - 30;
+    broken[middle] ^= 0x55;
+    std::fs::write(&path, &broken).unwrap();
+    assert!(load_picture(&path).is_err() && read_png_text(&path).is_err());
+    std::fs::write(&path, b"no picture").unwrap();
+    expect_error(load_picture(&path), &["picture.png"]);
+    expect_error(load_picture(scratch.0.join("nothing.png")), &["nothing.png"]);
+    Ok(())
+}
