@@ -101,7 +101,7 @@ fn sd1_is_the_reference_with_each_scheduler() {
         ("pndm", None),
         ("ddim", Some(SchedulerKind::Ddim)),
         ("euler", Some(SchedulerKind::Euler)),
-        ("dpm", Some("dpmpp-2m".parse().unwrap())),
+        ("dpm", Some("dpm++-2m".parse().unwrap())),
         ("euler_a", Some("euler-a".parse().unwrap())),
     ] {
         if name != "euler_a" {
@@ -126,7 +126,7 @@ fn guidance_clip_skip_eta_and_size_are_the_references() {
 #[test]
 fn pictures_are_continued_and_filled_in_as_the_reference_does() {
     let pipeline = pipeline("sd1");
-    for (name, kind) in [("ddim", "ddim"), ("euler", "euler"), ("dpm", "dpmpp-2m"), ("euler_a", "euler-a")] {
+    for (name, kind) in [("ddim", "ddim"), ("euler", "euler"), ("dpm", "dpm++-2m"), ("euler_a", "euler-a")] {
         let from = DrawOptions { image: Some(signed("image")), scheduler: Some(kind.parse().unwrap()), ..options() };
         let again = DrawOptions { strength: Some(0.6), seed: 11, ..from.clone() };
         assert_drawn(&pipeline, &again, &format!("sd1.img2img.{name}"));

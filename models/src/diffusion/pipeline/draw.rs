@@ -331,7 +331,8 @@ impl StableDiffusion {
             let encoder = Encoder { model: &model, tokenizer: &tokenizer, words: &self.words };
             with.push(encoder.encode(&options.prompt, depth)?);
             if guides && !zeros {
-                without.push(encoder.encode(options.negative_prompt.as_deref().unwrap_or_default(), depth)?);
+                // As the reference does, negative prompts are read to the end.
+                without.push(encoder.encode(options.negative_prompt.as_deref().unwrap_or_default(), Depth { clip_skip: 0, ..depth })?);
             }
         }
         let with = joined(with)?;
