@@ -216,13 +216,16 @@ impl Exam {
             let hits = chosen.iter().enumerate().filter(|(picture, class)| is_right(*picture, **class as usize)).count();
             Ok(hits as f64 / chosen.len() as f64)
         };
+        // How likely each value of an attribute is: the sum over all captions that say it.
+        let captions = similarity(&images, &combinations)?.mul_scalar(model.scale()?)?.softmax(-1)?; // (B, combinations)
         let mut zero_shot = [0.0; 4];
         for (attribute, classes) in Attributes::CLASSES.into_iter().enumerate() {
-            let of_class = |class: usize| (0..all.len()).filter(move |&i| Attributes::of(i).labels()[attribute] == class);
-            let rows: Vec<i64> = (0..classes).flat_map(of_class).map(|row| row as i64).collect();
-            let sorted = combinations.index_select(0, &Tensor::from_vec(rows, all.len())?.to_device(images.device())?)?;
-            let classes = zero_shot_classes(&sorted, all.len() / classes)?;
-            zero_shot[attribute] = right(&classes, &|picture, class| self.attributes[picture].labels()[attribute] == class)?;
+            let says = |i: usize, class: usize| if Attributes::of(i).labels()[attribute] == class { 1f32 } else { 0.0 };
+            let members: Vec<f32> = (0..all.len()).flat_map(|i| (0..classes).map(move |class| says(i, class))).collect();
+            let members = Tensor::from_vec(members, [all.len(), classes])?.to_device(images.device())?;
+            let chosen = captions.matmul(&members)?.argmax(1)?.to_vec::<i64>()?;
+            let hits = chosen.iter().zip(&self.attributes).filter(|(class, truth)| truth.labels()[attribute] == **class as usize).count();
+            zero_shot[attribute] = hits as f64 / chosen.len().max(1) as f64;
         }
         Ok(Marks {
             zero_shot,

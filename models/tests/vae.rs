@@ -436,3 +436,23 @@ fn a_perceptual_loss_is_of_directions() -> Result<()> {
     assert!(perceptual_loss(&none, &x, &x).is_err());
     Ok(())
 }
+
+#[test]
+fn colours_come_apart_and_together() -> Result<()> {
+    let rgb = Tensor::from_vec(vec![1f32, 0.5, -1.0, -1.0, 0.5, 1.0, -1.0, 0.5, -1.0], [1, 3, 1, 3])?; // red, grey, green
+    let (grey, chroma) = split_colour(&rgb)?;
+    let expected = Tensor::from_vec(vec![-0.402f32, 0.5, 0.174], [1, 1, 1, 3])?;
+    expect_within("grey", &grey, &expected, 1e-5);
+    assert!(most(&chroma.narrow(3, 1, 1)?) < 1e-6);
+    expect_within("again", &join_colour(&grey, &chroma)?, &rgb, 1e-5);
+    assert!(split_colour(&grey).is_err());
+    let params = Params::seeded(1);
+    let model = Colorizer::new(&params, ColorizerConfig { width: 4, levels: 2 })?;
+    let odd = Generator::new(1).randn([1, 1, 9, 7], ())?;
+    let coloured = model.forward(&odd)?;
+    assert_eq!(coloured.dims(), [1, 3, 9, 7]);
+    expect_within("brightness", &split_colour(&coloured)?.0, &odd, 1e-5);
+    assert!(Colorizer::new(&Params::new(), ColorizerConfig { width: 6, levels: 2 }).is_err());
+    assert!(Colorizer::new(&Params::new(), ColorizerConfig { width: 4, levels: usize::MAX }).is_err());
+    Ok(())
+}

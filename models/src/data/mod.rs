@@ -13,6 +13,7 @@ mod error;
 mod folder;
 pub mod idx;
 mod images;
+pub mod landscapes;
 mod loader;
 mod mnist;
 mod rng;

@@ -1,5 +1,6 @@
 //! Autoencoders of images: to a distribution of latents (KL), to a list of codes (VQ), and plain. Their losses and their training.
 
+mod colorizer;
 mod config;
 mod digit;
 mod gaussian;
@@ -13,6 +14,7 @@ mod tiling;
 mod trainer;
 mod vq;
 
+pub use colorizer::{Colorizer, ColorizerConfig, join_colour, split_colour};
 pub use config::{AutoencoderKlConfig, CoderBlock};
 pub use digit::{DigitVae, DigitVaeConfig};
 pub use gaussian::DiagonalGaussian;
