@@ -6,7 +6,7 @@ mod layout;
 mod load;
 mod weights;
 
-pub(crate) use json::{read_json, read_object, write_json};
+pub(crate) use json::read_object;
 pub(crate) use layout::cannot_untie;
 pub use layout::{Layout, Library, Pretrained};
 pub(crate) use load::{build_pretrained, read_config};

@@ -33,7 +33,9 @@ pub(super) fn clip(vocab: Vocab, merges: Merges) -> Result<tokenizers::Tokenizer
     let spaces = guard("tokenizer", || Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " "))?;
     let normal = vec![NormalizerWrapper::NFC(NFC), spaces.into(), NormalizerWrapper::Lowercase(Lowercase)];
     let mut inner = tokenizers::Tokenizer::new(model);
-    inner.with_normalizer(Some(NormalizerWrapper::Sequence(Normalizers::new(normal))));
+    inner
+        .with_normalizer(Some(NormalizerWrapper::Sequence(Normalizers::new(normal))))
+        .map_err(|e| Error::format("tokenizer", e.to_string()))?;
     let steps = vec![PreTokenizerWrapper::Split(words), PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true))];
     inner.with_pre_tokenizer(Some(PreTokenizerWrapper::Sequence(PreTokenizers::new(steps))));
     let ends = RobertaProcessing::new(end, start).add_prefix_space(false).trim_offsets(false);

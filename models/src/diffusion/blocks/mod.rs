@@ -5,8 +5,6 @@ mod attention;
 mod embedding;
 mod resnet;
 
-pub(crate) use attention::{
-    Attention, AttentionShape, SpatialAttention, SpatialAttentionOptions, Transformer2d, Transformer2dOptions, TransformerBlock,
-};
+pub(crate) use attention::{Attention, AttentionShape, SpatialAttention, SpatialAttentionOptions, Transformer2d, Transformer2dOptions};
 pub(crate) use embedding::{TimestepEmbedding, timestep_waves};
 pub(crate) use resnet::{Downsample, ResnetBlock, ResnetOptions, Upsample};

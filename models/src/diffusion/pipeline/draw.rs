@@ -136,7 +136,8 @@ impl StableDiffusion {
     fn open(folder: Folder) -> Result<Self> {
         let scheduler = folder.scheduler()?;
         scheduler.build()?;
-        (folder.unet_config()?, folder.vae_config()?);
+        folder.unet_config()?;
+        folder.vae_config()?;
         (0..if folder.is_xl() { 2 } else { 1 }).try_for_each(|i| folder.tokenizer(i).map(|_| ()))?;
         Ok(Self { folder, scheduler, updates: Vec::new(), words: Vec::new(), kept: Mutex::default() })
     }

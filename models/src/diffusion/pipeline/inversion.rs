@@ -141,7 +141,7 @@ impl TextualInversion {
             let places = words.iter().enumerate().filter_map(|(i, word)| Some((text.find(&word.token)?, i)));
             places.min_by_key(|&(at, i)| (at, std::cmp::Reverse(words[i].token.len())))
         };
-        let mut read = |text: &str, ids: &mut Vec<i64>| -> Result<()> {
+        let read = |text: &str, ids: &mut Vec<i64>| -> Result<()> {
             ids.extend(encode(text)?.into_iter().map(i64::from));
             Ok(())
         };

@@ -9,6 +9,8 @@
 //!
 //! Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks*, 2015.
 
+#![allow(clippy::needless_range_loop, reason = "rows and columns of small matrices, as in the formulas")]
+
 mod gather;
 #[cfg(test)]
 mod tests;
