@@ -57,7 +57,7 @@ struct Args {
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
     /// Weight of the divergence: twice the variance that pixels are taken to have about the reconstruction.
-    #[arg(long, default_value_t = 0.15)]
+    #[arg(long, default_value_t = 0.5)]
     kl_weight: f64,
     /// Leave the model with two latents and its map out.
     #[arg(long)]
