@@ -6,7 +6,6 @@
 //! `metrics.csv`, and a checkpoint that `--resume` continues bit for bit.
 
 use clap::Parser;
-use kiln::autograd::no_grad;
 use kiln::data::{
     Dataset, FolderOptions, ImageBatch, ImageFolder, ImageSet, Loader, LoaderOptions, LoaderState, Rng, Scale, Subset, landscapes,
 };
@@ -235,7 +234,7 @@ impl Run {
     fn draw(&self) -> Result<()> {
         let truth = self.held_out(0, GRID.0 * GRID.1)?;
         let (grey, _) = split_colour(&truth)?;
-        let coloured = no_grad(|| self.trainer.model().forward(&grey))?;
+        let coloured = self.trainer.evaluate(|model| model.forward(&grey))?;
         let triples = Tensor::stack(&[grey.expand(*truth.shape())?, coloured, truth], 1)?.flatten(0, 1)?;
         save_grid(&self.out.join("colours.png"), &triples, 3 * GRID.0)?;
         plot_curves(&self.out.join("loss.png"), "distance of a pixel", &[Curve::new("loss", self.metrics.column("loss"))])
@@ -249,7 +248,7 @@ impl Run {
             let truth = self.held_out(start, start + 100)?;
             let (grey, chroma) = split_colour(&truth)?;
             // As it is drawn: colours that leave the range are held to it.
-            let drawn = no_grad(|| self.trainer.model().forward(&grey))?.clamp(-1.0, 1.0)?;
+            let drawn = self.trainer.evaluate(|model| model.forward(&grey))?.clamp(-1.0, 1.0)?;
             model.add(&split_colour(&drawn)?.1, &chroma)?;
             let flat = join_colour(&grey, &mean.expand(*chroma.shape())?)?.clamp(-1.0, 1.0)?;
             constant.add(&split_colour(&flat)?.1, &chroma)?;

@@ -6,7 +6,6 @@
 //! how many reconstructions are still the same digit, and how far samples are from real digits.
 
 use clap::Parser;
-use kiln::autograd::no_grad;
 use kiln::data::{Dataset, ImageBatch, ImageSet, Loader, LoaderOptions, LoaderState, Mnist, Rng, Scale, Source};
 use kiln::metrics::DigitJudge;
 use kiln::prelude::*;
@@ -58,7 +57,7 @@ struct Args {
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
     /// Weight of the divergence: twice the variance that pixels are taken to have about the reconstruction.
-    #[arg(long, default_value_t = 0.15)]
+    #[arg(long, default_value_t = 0.5)]
     kl_weight: f64,
     /// Leave the model with two latents and its map out.
     #[arg(long)]
@@ -219,8 +218,7 @@ impl Run {
 
     /// What becomes of pictures that are encoded and decoded.
     fn reconstructed(&self, pictures: &Tensor) -> Result<Tensor> {
-        let model = self.trainer.model();
-        no_grad(|| model.decode(&model.encode(pictures)?.mode()))
+        self.trainer.evaluate(|model| model.decode(&model.encode(pictures)?.mode()))
     }
 
     fn draw(&self) -> Result<()> {
@@ -235,7 +233,7 @@ impl Run {
         if !rows.is_empty() {
             save_grid(&self.out.join("reconstructions.png"), &Tensor::cat(&rows, 0)?, COLUMNS)?;
         }
-        let samples = no_grad(|| self.trainer.model().decode(&self.grid_noise))?;
+        let samples = self.trainer.evaluate(|model| model.decode(&self.grid_noise))?;
         save_grid(&self.out.join("samples.png"), &samples, COLUMNS)?;
         let curve = |title: &str, name: &str| {
             plot_curves(&self.out.join(format!("{name}.png")), title, &[Curve::new(title, self.metrics.column(name))])
@@ -248,10 +246,11 @@ impl Run {
     fn draw_map(&self) -> Result<()> {
         let axis = normal_quantiles(MAP)?;
         let points = (0..MAP * MAP).flat_map(|i| [axis[i % MAP], axis[MAP - 1 - i / MAP]]).collect::<Vec<f32>>();
-        let drawn = no_grad(|| self.trainer.model().decode(&Tensor::from_vec(points, [MAP * MAP, 2])?))?;
+        let points = Tensor::from_vec(points, [MAP * MAP, 2])?;
+        let drawn = self.trainer.evaluate(|model| model.decode(&points))?;
         save_grid(&self.out.join("latent_map.png"), &drawn, MAP)?;
         let digits = self.test_digits(SCATTERED)?;
-        let places = no_grad(|| self.trainer.model().encode(&digits.images))?.mean.to_vec::<f32>()?;
+        let places = self.trainer.evaluate(|model| model.encode(&digits.images))?.mean.to_vec::<f32>()?;
         let labels = digits.labels.to_vec::<i64>()?;
         let cloud = |class: i64| {
             let of_class = places.chunks_exact(2).zip(&labels).filter(|(_, label)| **label == class);
@@ -273,7 +272,7 @@ impl Run {
         println!("the classifier names {:.2} % of them correctly, and {:.2} % of their reconstructions", 100.0 * before, 100.0 * after);
         println!("reconstructions: {}", judge.judge(&decoded)?);
         let noise = Generator::new(seed + 1).randn([count, self.trainer.model().config().latent], DType::F32)?;
-        println!("samples: {}", judge.judge(&no_grad(|| self.trainer.model().decode(&noise))?)?);
+        println!("samples: {}", judge.judge(&self.trainer.evaluate(|model| model.decode(&noise))?)?);
         Ok(())
     }
 

@@ -374,6 +374,8 @@ fn expect_exact_resume<M: Autoencoder>(make: impl Fn(u64) -> Result<VaeTrainer<M
             half = Some(whole.state_dict()?);
         }
         losses.push(whole.step(&pictures(4, i))?);
+        // Looking at the model in between changes nothing.
+        whole.evaluate(|model| model.reconstruct(&pictures(2, 99), &Generator::new(8)))?;
     }
     let mut resumed = make(2)?;
     resumed.load_state_dict(&half.unwrap())?;

@@ -5,7 +5,7 @@ use super::{AutoencoderKl, DiagonalGaussian, DigitVae, PatchGan, PatchGanConfig,
 use crate::gan::{GanLoss, initialise};
 use crate::nn::{LoadMode, Module, Params, ParamsOptions, StateDict};
 use crate::optim::{Adam, AdamOptions, Optimizer, Schedule};
-use kiln_autograd::TensorExt;
+use kiln_autograd::{TensorExt, no_grad};
 use kiln_tensor::generator::GeneratorState;
 use kiln_tensor::{Error, Generator, Result, Tensor, profile_scope};
 
@@ -232,6 +232,17 @@ impl<M: Autoencoder> VaeTrainer<M> {
     /// The autoencoder's weights.
     pub fn params(&self) -> &Params {
         &self.params
+    }
+
+    /// What `f` makes of the autoencoder in evaluation mode, without recording: nothing that the next step depends on changes.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
+        self.params.eval();
+        let result = no_grad(|| f(&self.model));
+        self.params.train();
+        result
     }
 
     /// One step on pictures (B, C, H, W) in [−1, 1].
