@@ -112,7 +112,7 @@ struct Args {
     #[arg(long, default_value_t = 25)]
     sample_steps: usize,
     /// How much more the digit that is asked for counts than the network says; 1 for no guidance.
-    #[arg(long, default_value_t = 1.5)]
+    #[arg(long, default_value_t = 1.25)]
     guidance: f64,
     /// Half type of the matrix products: bf16 or f16. Without it they are f32.
     #[arg(long)]

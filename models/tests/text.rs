@@ -202,7 +202,7 @@ fn broken_folders_name_the_file_and_the_key() {
     let vocabulary = r#"{"a": 0, "b": 1, "ab": 2}"#;
     let good = [("vocab.json", vocabulary), ("merges.txt", "#version: 0.2\na b\n")];
     type Files<'a> = &'a [(&'a str, &'a str)];
-    let cases: [(Files, &[&str]); 20] = [
+    let cases: [(Files, &[&str]); 21] = [
         (&[], &["neither tokenizer.json nor vocab.json"]),
         (&[("vocab.json", vocabulary)], &["merges.txt"]),
         (&[("merges.txt", "")], &["vocab.json"]),
@@ -215,7 +215,8 @@ fn broken_folders_name_the_file_and_the_key() {
         (&[("merges.txt", "a b\nb a\n")], &["merges.txt", "line 2", "\"ba\""]),
         (&[("merges.txt", "a c\n")], &["merges.txt", "line 1", "\"c\""]),
         (&[("tokenizer_config.json", "{")], &["tokenizer_config.json"]),
-        (&[("tokenizer_config.json", r#"{"tokenizer_class": "CLIPTokenizer"}"#)], &["tokenizer_class", "CLIPTokenizer"]),
+        (&[("tokenizer_config.json", r#"{"tokenizer_class": "BertTokenizer"}"#)], &["tokenizer_class", "BertTokenizer"]),
+        (&[("tokenizer_config.json", r#"{"tokenizer_class": "CLIPTokenizer"}"#)], &["vocab.json", "<|startoftext|>"]),
         (&[("tokenizer_config.json", r#"{"eos_token": "</s>"}"#)], &["tokenizer_config.json", "eos_token", "</s>"]),
         (&[("tokenizer_config.json", r#"{"eos_token": 3}"#)], &["tokenizer_config.json", "eos_token"]),
         (&[("special_tokens_map.json", r#"{"pad_token": {"content": "<p>"}}"#)], &["special_tokens_map.json", "pad_token", "<p>"]),
