@@ -1,10 +1,12 @@
 //! Autoencoders against `diffusers` (`fixtures/vae.py`), and what their training promises.
 
 use kiln_autograd::TensorExt;
-use kiln_models::nn::{LoadMode, Params, StateDict};
+use kiln_models::classifier::DigitCnn;
+use kiln_models::gan::GanLoss;
+use kiln_models::nn::{LoadMode, Module, Params, StateDict};
 use kiln_models::vae::*;
 use kiln_tensor::io::safetensors;
-use kiln_tensor::{Generator, Result, Tensor};
+use kiln_tensor::{DType, Generator, Result, Tensor};
 use std::path::{Path, PathBuf};
 
 fn folder(name: &str) -> PathBuf {
@@ -160,7 +162,7 @@ fn configurations_that_cannot_be_are_errors() {
     let fine = serde_json::to_value(config("kl")).unwrap();
     assert!(fields.iter().all(|(name, value)| fine.get(name) == Some(value)), "{fine}");
     for (name, value, part) in [
-        ("block_out_channels", serde_json::json!([4]), "block_out_channels 1"),
+        ("block_out_channels", serde_json::json!([4]), "block_out_channels has 1"),
         ("block_out_channels", serde_json::json!([4, 7]), "2 groups do not divide 7 channels"),
         ("block_out_channels", serde_json::json!([4, u64::MAX / 2]), ""),
         ("norm_num_groups", 0.into(), "0 groups"),
@@ -185,4 +187,252 @@ fn configurations_that_cannot_be_are_errors() {
         ..AutoencoderKlConfig::default()
     };
     assert!(empty.build(&Params::new()).err().unwrap().to_string().contains("at least one level"));
+}
+
+fn load_vq(codebook: CodebookOptions) -> (Params, VqVae) {
+    let config: VqVaeConfig = serde_json::from_slice(&std::fs::read(folder("vq").join("config.json")).unwrap()).unwrap();
+    let config = VqVaeConfig { codebook, ..config };
+    let params = Params::seeded(1);
+    let (model, _) = params.build_from(weights("vq"), LoadMode::Partial, |params| config.build(params)).unwrap();
+    (params, model)
+}
+
+#[test]
+fn codes_outputs_and_gradients_are_diffusers() -> Result<()> {
+    let (params, model) = load_vq(CodebookOptions { legacy: true, ..CodebookOptions::default() });
+    let e = expected("vq");
+    let x = e["x"].requires_grad_()?;
+    expect_within("latents", &model.encode(&x)?, &e["latents"], 1e-5);
+    let (decoded, quantized) = model.forward(&x)?;
+    assert_eq!(quantized.indices.to_vec::<i64>()?, e["indices"].to_vec::<i64>()?);
+    expect_within("decoded", &decoded, &e["decoded"], 1e-5);
+    expect_within("from indices", &model.decode_indices(&e["indices"])?, &e["decoded"], 1e-5);
+    expect_within("commitment", &quantized.loss.reshape([1])?, &e["commit_loss"], 1e-5);
+    let loss = decoded.mul(&e["weight"])?.sum(())?.add(&quantized.loss.mul_scalar(50.0)?)?;
+    loss.backward()?;
+    expect_within("loss", &loss.reshape([1])?, &e["loss"], 1e-5);
+    expect_within("grad_x", &x.grad().unwrap(), &e["grad_x"], 1e-5);
+    expect_gradients("vq", &params, &e);
+    assert!(model.decode_indices(&Tensor::full([1, 2, 2], 11.0, DType::I64)?).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_codebook_by_itself_is_diffusers() -> Result<()> {
+    let e = safetensors::load(folder("quantizer.safetensors"))?;
+    let params = Params::new();
+    let quantizer = VectorQuantizer::new(&params, 7, 3, CodebookOptions { beta: 0.4, ..CodebookOptions::default() })?;
+    let table = params.named("embedding.weight").unwrap();
+    table.set(&e["table"])?;
+    let z = e["z"].requires_grad_()?;
+    let q = quantizer.forward(&z)?;
+    assert_eq!(q.indices.to_vec::<i64>()?, e["indices"].to_vec::<i64>()?);
+    expect_within("output", &q.output, &e["output"], 1e-6);
+    expect_within("loss", &q.loss.reshape([1])?, &e["loss"], 1e-6);
+    q.output.mul(&e["weight"])?.sum(())?.add(&q.loss.mul_scalar(30.0)?)?.backward()?;
+    expect_within("grad_z", &z.grad().unwrap(), &e["grad_z"], 1e-5);
+    expect_within("grad_table", &table.grad().unwrap(), &e["grad_table"], 1e-5);
+    assert!(quantizer.forward(&Tensor::zeros([1, 2, 4, 4], ())?).is_err());
+    Ok(())
+}
+
+#[test]
+fn averages_are_of_the_vectors_that_fall_to_a_code() -> Result<()> {
+    let params = Params::seeded(3);
+    let decay = 0.75;
+    let options = CodebookOptions { ema_decay: Some(decay), ..CodebookOptions::default() };
+    let quantizer = VectorQuantizer::new(&params, 3, 1, options)?;
+    let table = params.named("embedding.weight").unwrap();
+    table.set(&Tensor::from_vec(vec![-1f32, 0.0, 10.0], [3, 1])?)?;
+    let sums = params.buffers().into_iter().find(|b| b.name() == "ema_embedding").unwrap();
+    sums.set(&table.get())?;
+    let z = Tensor::from_vec(vec![-2f32, 0.25, -3.0, 0.125], [1, 1, 2, 2])?.requires_grad_()?;
+    let q = quantizer.forward(&z)?;
+    assert_eq!(q.indices.to_vec::<i64>()?, [0, 1, 0, 1]);
+    // Counts 1 → 0.75 + 0.25·(2, 2, 0); sums e → 0.75 e + 0.25·(−5, 0.375, 0).
+    let (counts, sums) = ([1.25, 1.25, 0.75], [-0.75 - 1.25, 0.09375, 7.5]);
+    let total: f64 = counts.iter().sum();
+    let new: Vec<f64> = table.get().to_vec::<f32>()?.into_iter().map(f64::from).collect();
+    for i in 0..3 {
+        let smooth = total * (counts[i] + 1e-5) / (total + 3e-5);
+        assert!((new[i] - sums[i] / smooth).abs() < 1e-5, "{new:?}");
+    }
+    // Only the commitment is left of the loss, and the codebook has no gradient.
+    q.loss.backward()?;
+    let commitment = (1.0 + 0.0625 + 4.0 + 0.015625) / 4.0;
+    assert!((q.loss.item_f64()? - 0.25 * commitment).abs() < 1e-6 && table.grad().is_none() && z.grad().is_some());
+    // In evaluation nothing moves.
+    params.eval();
+    let before = params.state_dict();
+    quantizer.forward(&z)?;
+    for (name, tensor) in params.state_dict() {
+        assert_eq!(tensor.to_vec::<f32>()?, before[&name].to_vec::<f32>()?, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn dead_codes_restart_at_vectors_of_the_batch() -> Result<()> {
+    let generator = Generator::new(4);
+    // Sixteen clusters far from where the codes begin: without restarts they fall to a code or two.
+    let centres = generator.randn([16, 2, 1, 1], ())?.mul_scalar(5.0)?;
+    let batch = || centres.index_select(0, &generator.randint(0, 16, [64])?)?.add(&generator.randn([64, 2, 4, 4], ())?.mul_scalar(0.1)?);
+    for ema_decay in [None, Some(0.9)] {
+        let used = |restart_below: Option<f64>| -> Result<CodebookUse> {
+            let params = Params::seeded(7);
+            let options = CodebookOptions { ema_decay, restart_below, ..CodebookOptions::default() };
+            let quantizer = VectorQuantizer::new(&params, 16, 2, options)?;
+            for _ in 0..200 {
+                quantizer.forward(&batch()?)?;
+            }
+            CodebookUse::of(&quantizer.forward(&batch()?)?.indices, 16)
+        };
+        let (with, without) = (used(Some(1.0))?, used(None)?);
+        assert!(with.used > 0.7 && with.perplexity > 6.0, "{ema_decay:?}: {with:?}");
+        assert!(with.used > without.used + 0.2, "{ema_decay:?}: {with:?}, without {without:?}");
+    }
+    let even = CodebookUse::of(&Tensor::from_vec(vec![0i64, 1, 0, 1], [1, 2, 2])?, 4)?;
+    assert!((even.perplexity - 2.0).abs() < 1e-12 && even.used == 0.5);
+    assert!(CodebookUse::of(&Tensor::from_vec(vec![4i64], 1)?, 4).is_err());
+    for options in [
+        CodebookOptions { ema_decay: Some(1.0), ..CodebookOptions::default() },
+        CodebookOptions { beta: f64::NAN, ..CodebookOptions::default() },
+    ] {
+        assert!(VectorQuantizer::new(&Params::new(), 4, 2, options).is_err());
+    }
+    assert!(VectorQuantizer::new(&Params::new(), 0, 2, CodebookOptions::default()).is_err());
+    Ok(())
+}
+
+#[test]
+fn the_discriminator_and_its_losses_are_the_references() -> Result<()> {
+    let e = safetensors::load(folder("patch_gan.safetensors"))?;
+    let state = e.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("state.")?.to_owned(), tensor.clone()))).collect();
+    let params = Params::new();
+    let config = PatchGanConfig { channels: 1, width: 3, layers: 2 };
+    let (critic, _) = params.build_from(state, LoadMode::Strict, |params| PatchGan::new(params, config))?;
+    let last = e["last"].requires_grad_()?;
+    let output = e["h"].conv2d(&last, None, kiln_tensor::ConvOptions::new().padding(1))?;
+    let scores = critic.forward(&output)?;
+    expect_within("scores", &scores, &e["scores"], 1e-5);
+    let weight = adaptive_weight(&output.mse_loss(&e["x"])?, &GanLoss::Hinge.generator(&scores)?, &last)?;
+    let expected = e["adaptive"].to_vec::<f32>()?[0];
+    assert!((weight / f64::from(expected) - 1.0).abs() < 1e-4, "{weight} {expected}");
+    let hinge = GanLoss::Hinge.discriminator(&critic.forward(&e["x"])?, &critic.forward(&output)?)?.mul_scalar(0.5)?;
+    expect_within("hinge", &hinge.reshape([1])?, &e["hinge"], 1e-5);
+    assert!(PatchGan::new(&Params::new(), PatchGanConfig { layers: 0, ..config }).is_err());
+    assert!(PatchGan::new(&Params::new(), PatchGanConfig { width: usize::MAX, ..config }).is_err());
+    Ok(())
+}
+
+/// Smooth pictures (B, 1, 28, 28) in [−1, 1].
+fn pictures(batch: usize, seed: u64) -> Tensor {
+    let coarse = Generator::new(seed).rand([batch, 1, 7, 7], ()).unwrap().mul_scalar(2.0).unwrap().add_scalar(-1.0).unwrap();
+    coarse.upsample_bilinear(4, false).unwrap()
+}
+
+fn adversarial() -> VaeTrainerOptions {
+    let critic = PatchGanConfig { channels: 1, width: 4, layers: 2 };
+    let adversarial = AdversarialOptions { model: critic, weight: 0.5, start: 2 };
+    VaeTrainerOptions { adversarial: Some(adversarial), steps: Some(40), ..VaeTrainerOptions::default() }
+}
+
+/// With a perceptual loss in the features of an untrained classifier.
+fn digit_trainer(seed: u64, options: VaeTrainerOptions) -> Result<VaeTrainer<DigitVae>> {
+    let features = Params::seeded(9);
+    let classifier = DigitCnn::new(&features, 10)?;
+    features.eval();
+    features.freeze("*")?;
+    let params = Params::seeded(seed);
+    let model = DigitVae::new(&params, DigitVaeConfig { latent: 4, width: 4 })?;
+    Ok(VaeTrainer::new(model, params, options)?.with_features(Box::new(move |x| Ok(vec![classifier.features(x)?]))))
+}
+
+fn vq_trainer(seed: u64, options: VaeTrainerOptions) -> Result<VaeTrainer<VqVae>> {
+    let params = Params::seeded(seed);
+    let config = VqVaeConfig {
+        in_channels: 1,
+        out_channels: 1,
+        down_block_types: vec![CoderBlock::Plain; 2],
+        up_block_types: vec![CoderBlock::Plain; 2],
+        block_out_channels: vec![4, 8],
+        norm_num_groups: 2,
+        num_vq_embeddings: 16,
+        codebook: CodebookOptions { ema_decay: Some(0.9), restart_below: Some(1.0), ..CodebookOptions::default() },
+        ..VqVaeConfig::default()
+    };
+    VaeTrainer::new(config.build(&params)?, params, options)
+}
+
+/// Ten steps are the five before saving and the five after loading elsewhere, to the bit.
+fn expect_exact_resume<M: Autoencoder>(make: impl Fn(u64) -> Result<VaeTrainer<M>>) -> Result<()> {
+    let mut whole = make(1)?;
+    let mut half = None;
+    let mut losses = Vec::new();
+    for i in 0..10 {
+        if i == 5 {
+            half = Some(whole.state_dict()?);
+        }
+        losses.push(whole.step(&pictures(4, i))?);
+    }
+    let mut resumed = make(2)?;
+    resumed.load_state_dict(&half.unwrap())?;
+    assert_eq!(resumed.steps(), 5);
+    for i in 5..10 {
+        assert_eq!(resumed.step(&pictures(4, i))?, losses[i as usize]);
+    }
+    let (a, b) = (whole.state_dict()?, resumed.state_dict()?);
+    assert!(a.keys().eq(b.keys()));
+    for (name, tensor) in a {
+        assert!(tensor.eq(&b[&name])?.all(())?.item::<bool>()?, "{name}");
+    }
+    let mut cut = b;
+    cut.remove("trainer.counters");
+    assert!(resumed.load_state_dict(&cut).unwrap_err().to_string().contains("trainer.counters"));
+    Ok(())
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() -> Result<()> {
+    expect_exact_resume(|seed| digit_trainer(seed, adversarial()))?;
+    expect_exact_resume(|seed| digit_trainer(seed, VaeTrainerOptions::default()))?;
+    expect_exact_resume(|seed| vq_trainer(seed, adversarial()))
+}
+
+#[test]
+fn training_learns_pictures() -> Result<()> {
+    let same = pictures(8, 3);
+    let plain = VaeTrainerOptions { lr: 3e-3, penalty_weight: 1e-3, ..VaeTrainerOptions::default() };
+    let mut trainer = digit_trainer(5, plain)?;
+    let (first, last) = losses_of(&mut trainer, &same, 120)?;
+    assert!(last.reconstruction < 0.5 * first.reconstruction && last.perceptual < first.perceptual, "{first:?} {last:?}");
+    let l1 = VaeTrainerOptions { reconstruction: ReconstructionLoss::L1, penalty_weight: 1.0, ..plain };
+    let (first, last) = losses_of(&mut vq_trainer(5, l1)?, &same, 50)?;
+    assert!(last.reconstruction < 0.7 * first.reconstruction, "{first:?} {last:?}");
+    let (first, last) = losses_of(&mut digit_trainer(5, VaeTrainerOptions { lr: 3e-3, ..adversarial() })?, &same, 40)?;
+    assert!(first.discriminator == 0.0 && first.adversarial_weight == 0.0, "{first:?}");
+    assert!(last.discriminator > 0.0 && last.adversarial_weight > 0.0 && last.perceptual < first.perceptual, "{last:?}");
+    let wrong = VaeTrainerOptions { penalty_weight: f64::NAN, ..plain };
+    assert!(digit_trainer(5, wrong).err().unwrap().to_string().contains("penalty_weight"));
+    Ok(())
+}
+
+fn losses_of<M: Autoencoder>(trainer: &mut VaeTrainer<M>, x: &Tensor, steps: usize) -> Result<(VaeStep, VaeStep)> {
+    let first = trainer.step(x)?;
+    let rest = (1..steps).map(|_| trainer.step(x)).collect::<Result<Vec<_>>>()?;
+    Ok((first, rest.last().copied().unwrap_or(first)))
+}
+
+#[test]
+fn a_perceptual_loss_is_of_directions() -> Result<()> {
+    let features: Features = Box::new(|x: &Tensor| Ok(vec![x.clone(), x.avg_pool2d(2)?]));
+    let x = Generator::new(2).randn([2, 3, 4, 4], ())?;
+    let zero = perceptual_loss(&features, &x.mul_scalar(3.0)?, &x)?.item_f64()?;
+    assert!(zero.abs() < 1e-6, "{zero}");
+    // Opposite directions are 2 apart, in both maps.
+    let far = perceptual_loss(&features, &x.neg()?, &x)?.item_f64()?;
+    assert!((far - 8.0).abs() < 1e-4, "{far}");
+    let none: Features = Box::new(|_: &Tensor| Ok(vec![]));
+    assert!(perceptual_loss(&none, &x, &x).is_err());
+    Ok(())
 }

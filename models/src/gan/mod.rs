@@ -8,4 +8,5 @@ mod trainer;
 
 pub use dcgan::{DcganConfig, DcganDiscriminator, DcganGenerator};
 pub use loss::{GanLoss, gradient_penalty};
+pub(crate) use trainer::initialise;
 pub use trainer::{GanTrainer, GanTrainerOptions, StepLosses};

@@ -210,7 +210,7 @@ impl GanTrainer {
 }
 
 /// The published start: weights of matrices and kernels from N(0, 0.02²), scales of batch norms from N(1, 0.02²), biases 0.
-fn initialise(params: &Params) -> Result<()> {
+pub(crate) fn initialise(params: &Params) -> Result<()> {
     for param in params.params() {
         let is_weight = param.name().ends_with("weight");
         let is_scale = is_weight && param.shape().rank() == 1;

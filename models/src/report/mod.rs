@@ -10,7 +10,7 @@ mod progress;
 pub use grid::save_grid;
 pub use interrupt::stop_on_ctrl_c;
 pub use metrics::MetricsCsv;
-pub use plot::{Curve, plot_curves};
+pub use plot::{Cloud, Curve, plot_clouds, plot_curves};
 pub use progress::Progress;
 
 use image::{ImageFormat, RgbImage};

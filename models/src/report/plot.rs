@@ -1,4 +1,4 @@
-//! Curves over steps.
+//! Curves over steps, and points in the plane.
 
 use image::RgbImage;
 use kiln_tensor::{Error, Result};
@@ -9,6 +9,8 @@ use std::sync::Once;
 
 /// Width and height of the picture.
 const SIZE: (u32, u32) = (800, 450);
+/// Those of a picture of points.
+const SCATTER_SIZE: (u32, u32) = (760, 720);
 
 /// Curves with more points are drawn as means over as many equal stretches as fit the width.
 const MAX_POINTS: usize = 600;
@@ -51,19 +53,89 @@ pub fn plot_curves(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
     super::save_png("plot_curves", path, &pixels)
 }
 
-fn draw(pixels: &mut RgbImage, title: &str, curves: &[Curve]) -> std::result::Result<(), Box<dyn std::error::Error>> {
+/// A named set of points.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Cloud {
+    name: String,
+    points: Vec<(f64, f64)>,
+}
+
+impl Cloud {
+    /// A cloud; points that are not finite are left out of the drawing.
+    pub fn new(name: impl Into<String>, mut points: Vec<(f64, f64)>) -> Self {
+        points.retain(|(x, y)| x.is_finite() && y.is_finite());
+        points.iter_mut().for_each(|(x, y)| (*x, *y) = (x.clamp(-LIMIT, LIMIT), y.clamp(-LIMIT, LIMIT)));
+        Self { name: name.into(), points }
+    }
+}
+
+/// Draws `clouds` into a PNG, each in a colour of its own, with a legend.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn plot_clouds(path: &Path, title: &str, clouds: &[Cloud]) -> Result<()> {
+    let mut pixels = RgbImage::new(SCATTER_SIZE.0, SCATTER_SIZE.1);
+    scatter(&mut pixels, title, clouds).map_err(|e| Error::format("plot_clouds", e.to_string()))?;
+    super::save_png("plot_clouds", path, &pixels)
+}
+
+fn scatter(pixels: &mut RgbImage, title: &str, clouds: &[Cloud]) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    load_font();
+    let range = |axis: fn(&(f64, f64)) -> f64| {
+        let values = || clouds.iter().flat_map(|cloud| &cloud.points).map(axis);
+        let (low, high) = (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max));
+        let (low, high) = if low > high { (0.0, 1.0) } else { (low, high) };
+        let margin = margin(low, high);
+        low - margin..high + margin
+    };
+    let area = BitMapBackend::with_buffer(pixels, SCATTER_SIZE).into_drawing_area();
+    area.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 20))
+        .margin(12)
+        .x_label_area_size(36)
+        .y_label_area_size(56)
+        .build_cartesian_2d(range(|p| p.0), range(|p| p.1))?;
+    chart.configure_mesh().light_line_style(WHITE).label_style(("sans-serif", 14)).draw()?;
+    for (i, cloud) in clouds.iter().enumerate() {
+        let colour = Palette99::pick(i).to_rgba();
+        chart
+            .draw_series(cloud.points.iter().map(|&point| Circle::new(point, 2, colour.mix(0.6).filled())))?
+            .label(cloud.name.as_str())
+            .legend(move |(x, y)| Circle::new((x + 9, y), 5, colour.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK.mix(0.3))
+        .label_font(("sans-serif", 15))
+        .draw()?;
+    area.present()?;
+    Ok(())
+}
+
+/// A font of our own: a bare machine has none. Registering it cannot fail for a font that parses.
+fn load_font() {
     static FONT: Once = Once::new();
-    // A font of our own: a bare machine has none. Registering it cannot fail for a font that parses.
     FONT.call_once(|| {
         let _ = register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular());
     });
+}
+
+/// Wide enough for the axis to tell its two ends apart, however large the values are.
+fn margin(low: f64, high: f64) -> f64 {
+    ((high - low) * 0.05).max(low.abs().max(high.abs()) * 1e-3).max(1e-6)
+}
+
+fn draw(pixels: &mut RgbImage, title: &str, curves: &[Curve]) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    load_font();
     let lines: Vec<Vec<(f64, f64)>> = curves.iter().map(Curve::points).collect();
     let all = || lines.iter().flatten();
     let right = all().map(|p| p.0).fold(1.0, f64::max);
     let (low, high) = all().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), p| (low.min(p.1), high.max(p.1)));
     let (low, high) = if low > high { (0.0, 1.0) } else { (low, high) };
-    // Wide enough for the axis to tell its two ends apart, however large the values are.
-    let margin = ((high - low) * 0.05).max(low.abs().max(high.abs()) * 1e-3).max(1e-6);
+    let margin = margin(low, high);
 
     let area = BitMapBackend::with_buffer(pixels, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
@@ -112,6 +184,15 @@ mod tests {
             // Within the axes, left of the legend.
             let drawn = (80..500).any(|x| (0..SIZE.1).any(|y| pixels.get_pixel(x, y).0 == [r, g, b]));
             assert_eq!(drawn, finite && values.len() > 1, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn any_points_are_drawn() {
+        for points in [vec![], vec![(f64::NAN, 0.0)], vec![(1.0, 2.0)], vec![(f64::MAX, f64::MIN), (1e-300, 0.0), (f64::INFINITY, 1.0)]] {
+            let mut pixels = RgbImage::new(SCATTER_SIZE.0, SCATTER_SIZE.1);
+            scatter(&mut pixels, "points", &[Cloud::new("cloud", points)]).unwrap();
+            assert!(pixels.pixels().any(|p| p.0 == [255; 3]));
         }
     }
 }

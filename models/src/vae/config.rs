@@ -127,32 +127,17 @@ impl AutoencoderKlConfig {
     pub(super) fn encoder(&self) -> Result<CoderShape<'_>> {
         let moments = self.latent_channels.checked_mul(2);
         let moments = moments.ok_or_else(|| Error::argument("AutoencoderKl", format!("latent_channels = {}", self.latent_channels)))?;
-        self.coder(&self.down_block_types, "down_block_types", self.in_channels, moments)
+        self.coder(&self.down_block_types, [self.in_channels, moments])
     }
 
     pub(super) fn decoder(&self) -> Result<CoderShape<'_>> {
-        self.coder(&self.up_block_types, "up_block_types", self.latent_channels, self.out_channels)
+        self.coder(&self.up_block_types, [self.latent_channels, self.out_channels])
     }
 
-    fn coder<'a>(&'a self, blocks: &'a [CoderBlock], field: &str, inputs: usize, outputs: usize) -> Result<CoderShape<'a>> {
-        let channels = &self.block_out_channels;
-        if blocks.len() != channels.len() {
-            let message =
-                format!("{field} has {} entries and block_out_channels {}: each level needs one of both", blocks.len(), channels.len());
-            return Err(Error::argument("AutoencoderKl", message));
-        }
-        if self.act_fn != "silu" {
-            return Err(Error::argument("AutoencoderKl", format!("act_fn `{}` is not known; there is `silu`", self.act_fn)));
-        }
-        Ok(CoderShape {
-            inputs,
-            outputs,
-            blocks,
-            channels,
-            layers: self.layers_per_block,
-            groups: self.norm_num_groups,
-            mid_attention: self.mid_block_add_attention,
-        })
+    fn coder<'a>(&'a self, blocks: &'a [CoderBlock], [inputs, outputs]: [usize; 2]) -> Result<CoderShape<'a>> {
+        let (channels, layers, groups) = (&self.block_out_channels, self.layers_per_block, self.norm_num_groups);
+        let shape = CoderShape { inputs, outputs, blocks, channels, layers, groups, mid_attention: self.mid_block_add_attention };
+        shape.check("AutoencoderKl", &self.act_fn)
     }
 }
 

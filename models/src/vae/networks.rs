@@ -26,7 +26,21 @@ pub(super) struct CoderShape<'a> {
     pub mid_attention: bool,
 }
 
-impl CoderShape<'_> {
+impl<'a> CoderShape<'a> {
+    /// The shape, unless its lists or the activation do not fit the networks.
+    pub fn check(self, model: &str, activation: &str) -> Result<CoderShape<'a>> {
+        let (blocks, levels) = (self.blocks.len(), self.channels.len());
+        if blocks != levels {
+            let message =
+                format!("there are {blocks} block types and block_out_channels has {levels} entries: each level needs one of both");
+            return Err(Error::argument(model, message));
+        }
+        if activation != "silu" {
+            return Err(Error::argument(model, format!("act_fn `{activation}` is not known; there is `silu`")));
+        }
+        Ok(self)
+    }
+
     /// Channels at the full and at the lowest resolution.
     fn ends(&self) -> Result<(usize, usize)> {
         let none = || Error::argument("autoencoder", "block_out_channels is empty: there must be at least one level");
