@@ -4,6 +4,7 @@
 //! Every reader treats its file as hostile: it checks what a header claims against what the file can
 //! hold before memory is allocated for it, and says which file and which field are wrong.
 
+mod captioned;
 mod csv;
 mod dataset;
 pub mod digits;
@@ -17,6 +18,7 @@ mod mnist;
 mod rng;
 mod text;
 
+pub use captioned::{Attributes, CaptionedBatch, CaptionedOptions, CaptionedPictures, Combinations, Style, edges};
 pub use csv::{CsvOptions, CsvTable, Label, read_csv};
 pub use dataset::{Dataset, Subset};
 pub use folder::{FolderOptions, ImageFolder};

@@ -11,6 +11,7 @@ mod python;
 mod special;
 mod stream;
 mod tokenizer;
+mod words;
 
 pub use bpe::train_bpe;
 pub use character::CharTokenizer;
@@ -19,3 +20,4 @@ pub use serde_json as json;
 pub use special::SpecialTokens;
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;
+pub use words::WordTokenizer;
