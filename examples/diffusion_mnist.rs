@@ -79,7 +79,7 @@ struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     /// Optimiser steps.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 2500)]
     steps: u64,
     /// Passes over the training images, instead of --steps.
     #[arg(long)]
@@ -289,6 +289,8 @@ impl Run {
         let total = args.epochs.map_or(args.steps, |epochs| epochs * loader.batches());
         let noise = noise_schedule(args);
         let scheduler = args.scheduler.map_or_else(|| noise.clone(), |kind| noise.with_kind(kind));
+        // What cannot draw is refused before the training.
+        scheduler.build()?.set_timesteps(args.sample_steps)?;
         let params = Params::seeded(args.seed);
         let options = DiffusionTrainerOptions {
             min_snr_gamma: args.min_snr_gamma,

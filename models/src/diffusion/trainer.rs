@@ -272,7 +272,7 @@ impl<N: Denoiser> DiffusionTrainer<N> {
         let output = output.to_dtype(target.dtype())?;
         let Some(weights) = weights else { return output.mse_loss(&target) };
         let pixels = Dims::from((1..output.rank() as isize).collect::<Vec<_>>());
-        output.sub(&target)?.square()?.mean(pixels)?.mul(&weights)?.mean(())
+        output.sub(&target)?.square()?.mean(pixels)?.mul(&weights.to_dtype(target.dtype())?)?.mean(())
     }
 
     /// The conditions with some rows replaced by that for none.
