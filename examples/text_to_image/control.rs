@@ -136,7 +136,7 @@ pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model
 
     let real = Pictures::new(&mnist.test, &[Style::Plain], Combinations::HeldOut, judged, stage.seed + 9)?.first(judged)?;
     let wanted = edges(&real.pictures)?;
-    let again = no_grad(|| studio.vae.decode(&studio.vae.encode(&real.pictures)?.mode()))?;
+    let again = studio.pictures(&studio.latents(&real.pictures)?)?;
     let free = studio.draw_with(&training.trainer.network().unet, &real.captions, stage.seed)?;
     let steered = training.draw(&real.captions, &wanted, stage.seed)?;
     println!("within a pixel of the edges of {judged} real pictures of held-out combinations:");

@@ -50,7 +50,7 @@ struct Args {
     #[arg(long, default_value_t = 3000)]
     steps: u64,
     /// Steps of the autoencoder.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1200)]
     vae_steps: u64,
     /// Steps of CLIP's towers.
     #[arg(long, default_value_t = 800)]
@@ -59,7 +59,7 @@ struct Args {
     #[arg(long, default_value_t = 1000)]
     judge_steps: u64,
     /// Pictures in a step of the U-Net.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 32)]
     batch_size: usize,
     /// The U-Net's learning rate at its height; it falls along a cosine.
     #[arg(long, default_value_t = 1e-3)]
@@ -222,7 +222,7 @@ impl Program {
             }
         }
         if !autoencoder::train(&self.stage("vae", args.vae_steps, 32), &mnist.train, &model)?
-            || !towers::train(&self.stage("clip", args.clip_steps, 128), &mnist.train, &model)?
+            || !towers::train(&self.stage("clip", args.clip_steps, 64), &mnist.train, &model)?
         {
             return Ok(false);
         }

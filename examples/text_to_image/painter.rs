@@ -120,7 +120,7 @@ pub fn train(stage: &Stage, studio: &Studio, mnist: &Mnist, model: &Path, lr: f6
 pub fn examine(studio: &Studio, judge: &Judge, mnist: &Mnist, model: &Path, out: &Path, count: usize, seed: u64) -> Result<()> {
     let (_, unet) = open_unet(model)?;
     let real = Pictures::new(&mnist.test, &[Style::Plain], Combinations::HeldOut, count, seed)?.first(count)?;
-    let again = no_grad(|| studio.vae.decode(&studio.vae.encode(&real.pictures)?.mode()))?;
+    let again = studio.pictures(&studio.latents(&real.pictures)?)?;
     println!("{count} real pictures of held-out combinations: {}", judge.marks(&real.pictures, &real.attributes, Style::Plain)?);
     println!("the same through the autoencoder: {}", judge.marks(&again, &real.attributes, Style::Plain)?);
     let (attributes, captions) = held_out(mnist, count, seed)?;

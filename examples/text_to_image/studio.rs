@@ -1,5 +1,6 @@
 //! What all drawing shares: the frozen autoencoder and text tower, the noise, and the way from texts to pictures.
 
+use crate::autoencoder::{BLOCK, from_blocks, to_blocks};
 use kiln::clip::{ClipTextConfig, ClipTextModel};
 use kiln::data::CaptionedPictures;
 use kiln::diffusion::schedulers::{
@@ -15,13 +16,13 @@ use std::ops::Range;
 use std::path::Path;
 
 /// Height and width of a latent.
-const LATENT: usize = crate::SIDE / 4;
+const LATENT: usize = crate::SIDE / BLOCK;
 /// Pictures drawn at a time.
 const CHUNK: usize = 100;
 
 /// How texts become pictures.
 pub struct Studio {
-    pub vae: AutoencoderKl,
+    vae: AutoencoderKl,
     text: ClipTextModel,
     /// What an empty text becomes.
     pub nothing: Tensor,
@@ -74,7 +75,12 @@ impl Studio {
 
     /// The latents of pictures, of mean 0 and variance 1 or about so.
     pub fn latents(&self, pictures: &Tensor) -> Result<Tensor> {
-        no_grad(|| self.vae.scale(&self.vae.encode(pictures)?.mode()))
+        no_grad(|| self.vae.scale(&self.vae.encode(&to_blocks(pictures)?)?.mode()))
+    }
+
+    /// The pictures of latents.
+    pub fn pictures(&self, latents: &Tensor) -> Result<Tensor> {
+        no_grad(|| from_blocks(&self.vae.decode(&self.vae.unscale(latents)?)?))
     }
 
     /// What the U-Net looks at, for tokens (B, 16): (B, 16, C).
@@ -102,7 +108,7 @@ impl Studio {
             let mut scheduler = self.scheduler.build()?;
             let job = Job { rows, scheduler: scheduler.as_mut(), noise: &noise, sampling: &sampling, generator: &generator };
             let latents = network(job)?.pictures;
-            parts.push(no_grad(|| self.vae.decode(&self.vae.unscale(&latents)?))?.clamp(-1.0, 1.0)?);
+            parts.push(self.pictures(&latents)?.clamp(-1.0, 1.0)?);
         }
         Tensor::cat(&parts, 0)
     }
