@@ -71,7 +71,8 @@ fn config() -> AutoencoderKlConfig {
 /// Trains the autoencoder and saves it in `model`; `false` if Ctrl-C stopped it.
 pub fn train(stage: &Stage, digits: &ImageSet, model: &Path) -> Result<bool> {
     let (mut config, params) = (config(), Params::seeded(stage.seed));
-    let options = VaeTrainerOptions { lr: 2e-3, betas: (0.9, 0.95), penalty_weight: 3e-4, steps: Some(stage.total), ..VaeTrainerOptions::default() };
+    let options =
+        VaeTrainerOptions { lr: 2e-3, betas: (0.9, 0.95), penalty_weight: 3e-4, steps: Some(stage.total), ..VaeTrainerOptions::default() };
     let vae = config.build(&params)?;
     if let Some(bias) = params.named("quant_conv.bias") {
         // Latents that start as little more than noise would be learnt from slowly.

@@ -70,3 +70,26 @@ fn sheet(op: &str, pictures: &Tensor, columns: usize, above: u32) -> Result<RgbI
     }
     Ok(sheet)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_caption_is_above_its_row() -> Result<()> {
+        let folder = std::env::temp_dir().join(format!("kiln-grid-{}", std::process::id()));
+        let path = folder.join("grid.png");
+        let black = Tensor::full([4, 3, 32, 32], -1.0, ())?;
+        save_captioned_grid(&path, &black, 2, &["first"])?;
+        let sheet = image::open(&path).map_err(|e| Error::format("test", e.to_string()))?.to_rgb8();
+        let row = 32 * ZOOM + GAP + LINE.0;
+        assert_eq!(sheet.dimensions(), (2 * (32 * ZOOM + GAP) + GAP, 2 * row + GAP));
+        let bright = |top: u32| (top..top + LINE.0).any(|y| (0..sheet.width()).any(|x| sheet.get_pixel(x, y).0[0] > 200));
+        assert!(bright(GAP) && !bright(GAP + row));
+        // What is below the text is the grid without it.
+        assert_eq!(sheet.get_pixel(GAP, GAP + LINE.0).0, [0; 3]);
+        assert!(save_captioned_grid(&path, &black, 0, &["first"]).is_err());
+        assert!(save_captioned_grid(&path, &black.reshape([4, 3 * 32, 32])?, 2, &["first"]).is_err());
+        std::fs::remove_dir_all(folder).map_err(|e| Error::io("test", "grid", e))
+    }
+}
