@@ -3,13 +3,13 @@
 use super::Dit;
 use super::guidance::{classifier_free, rescale};
 use super::schedulers::Scheduler;
-use super::unet::UNet2dModel;
+use super::unet::{UNet2dConditionModel, UNet2dModel, UNetConditions};
 use kiln_autograd::no_grad;
 use kiln_tensor::{DType, Error, Generator, Result, Tensor, autocast};
 
 /// A network that says what a noisy sample hides.
 ///
-/// Plain closures are denoisers too: a latent U-Net that looks at a text is `|x, timesteps, context| unet.forward(x, timesteps, context)`.
+/// Plain closures are denoisers too: what a U-Net says under the eyes of a ControlNet, for example.
 pub trait Denoiser: Send + Sync {
     /// What it says of `x` (B, C, …) at `timesteps` (B), i64 or of f32: ε, x₀, v or the velocity of a flow, of the shape of `x`.
     ///
@@ -36,6 +36,13 @@ impl Denoiser for UNet2dModel {
     /// The condition is the class labels.
     fn predict(&self, x: &Tensor, timesteps: &Tensor, condition: Option<&Tensor>) -> Result<Tensor> {
         self.forward(x, timesteps, condition)
+    }
+}
+
+impl Denoiser for UNet2dConditionModel {
+    /// The condition is the sequence that the pixels look at, (B, S, C): what a text became.
+    fn predict(&self, x: &Tensor, timesteps: &Tensor, condition: Option<&Tensor>) -> Result<Tensor> {
+        self.forward(x, timesteps, condition, &UNetConditions::default())
     }
 }
 

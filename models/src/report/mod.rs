@@ -7,7 +7,7 @@ mod metrics;
 mod plot;
 mod progress;
 
-pub use grid::save_grid;
+pub use grid::{save_captioned_grid, save_grid};
 pub use interrupt::stop_on_ctrl_c;
 pub use metrics::MetricsCsv;
 pub use plot::{Cloud, Curve, plot_clouds, plot_curves};

@@ -123,6 +123,21 @@ fn load_font() {
     });
 }
 
+/// Writes a line of white text with its upper left corner at `at`.
+pub(super) fn write_text(
+    pixels: &mut RgbImage,
+    text: &str,
+    at: (i32, i32),
+    height: u32,
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    load_font();
+    let size = pixels.dimensions();
+    let area = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
+    area.draw(&Text::new(text, at, ("sans-serif", height).into_font().color(&WHITE)))?;
+    area.present()?;
+    Ok(())
+}
+
 /// Wide enough for the axis to tell its two ends apart, however large the values are.
 fn margin(low: f64, high: f64) -> f64 {
     ((high - low) * 0.05).max(low.abs().max(high.abs()) * 1e-3).max(1e-6)
