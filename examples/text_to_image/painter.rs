@@ -1,5 +1,6 @@
 //! The third stage: the U-Net learns to draw latents from what the text tower says, and is asked for combinations it never saw.
 
+use crate::autoencoder::LATENT_CHANNELS;
 use crate::data::{Batch, ENDLESS, Pictures};
 use crate::judge::Judge;
 use crate::stage::{Stage, Training};
@@ -89,6 +90,8 @@ impl<N: Denoiser> Training for Painting<'_, N> {
 
 fn config() -> UNet2dConditionConfig {
     UNet2dConditionConfig {
+        in_channels: LATENT_CHANNELS,
+        out_channels: LATENT_CHANNELS,
         block_out_channels: vec![64, 128],
         down_block_types: vec!["CrossAttnDownBlock2D".into(); 2],
         up_block_types: vec!["CrossAttnUpBlock2D".into(); 2],
