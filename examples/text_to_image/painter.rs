@@ -25,6 +25,8 @@ pub fn trainer_options(stage: &Stage, studio: &Studio, lr: f64, autocast: Option
         unconditional: Some(studio.nothing.clone()),
         lr,
         betas: (0.9, 0.99),
+        // Runs are short: an average over a thousand steps would lag behind.
+        ema_decay: 0.995,
         steps: stage.total,
         warmup_steps: 100.min(stage.total / 10),
         autocast,
