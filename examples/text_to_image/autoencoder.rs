@@ -19,6 +19,8 @@ const MEASURED: usize = 512;
 /// Height and width of the blocks of pixels that the autoencoder sees as channels of one: it learns flat colours much sooner than through
 /// levels of convolutions.
 pub const BLOCK: usize = 4;
+/// Numbers of a latent, for a block of 48: small digits are drawn with few blocks.
+pub const LATENT_CHANNELS: usize = 8;
 /// Of the latents at first.
 const LOG_VARIANCE: f32 = -6.0;
 
@@ -61,6 +63,7 @@ fn config() -> AutoencoderKlConfig {
     AutoencoderKlConfig {
         in_channels: channels,
         out_channels: channels,
+        latent_channels: LATENT_CHANNELS,
         norm_num_groups: 8,
         mid_block_add_attention: false,
         sample_size: crate::SIDE / BLOCK,

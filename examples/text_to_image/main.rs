@@ -47,16 +47,16 @@ struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     /// Steps of the U-Net.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 4000)]
     steps: u64,
     /// Steps of the autoencoder.
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 3000)]
     vae_steps: u64,
     /// Steps of CLIP's towers.
-    #[arg(long, default_value_t = 800)]
+    #[arg(long, default_value_t = 600)]
     clip_steps: u64,
     /// Steps of the classifier that judges.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 2500)]
     judge_steps: u64,
     /// Pictures in a step of the U-Net.
     #[arg(long, default_value_t = 32)]

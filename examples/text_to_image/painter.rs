@@ -1,5 +1,6 @@
 //! The third stage: the U-Net learns to draw latents from what the text tower says, and is asked for combinations it never saw.
 
+use crate::autoencoder::LATENT_CHANNELS;
 use crate::data::{Batch, ENDLESS, Pictures};
 use crate::judge::Judge;
 use crate::stage::{Stage, Training};
@@ -24,6 +25,8 @@ pub fn trainer_options(stage: &Stage, studio: &Studio, lr: f64, autocast: Option
         unconditional: Some(studio.nothing.clone()),
         lr,
         betas: (0.9, 0.99),
+        // Runs are short: an average over a thousand steps would lag behind.
+        ema_decay: 0.995,
         steps: stage.total,
         warmup_steps: 100.min(stage.total / 10),
         autocast,
@@ -89,6 +92,8 @@ impl<N: Denoiser> Training for Painting<'_, N> {
 
 fn config() -> UNet2dConditionConfig {
     UNet2dConditionConfig {
+        in_channels: LATENT_CHANNELS,
+        out_channels: LATENT_CHANNELS,
         block_out_channels: vec![64, 128],
         down_block_types: vec!["CrossAttnDownBlock2D".into(); 2],
         up_block_types: vec!["CrossAttnUpBlock2D".into(); 2],

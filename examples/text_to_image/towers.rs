@@ -101,12 +101,13 @@ fn config() -> Result<ClipConfig> {
     Ok(ClipConfig { text_config, vision_config, projection_dim: SHARED, ..ClipConfig::default() })
 }
 
-/// Trains both towers and saves that of texts in `model`; `false` if Ctrl-C stopped it.
-pub fn train(stage: &Stage, digits: &ImageSet, model: &Path) -> Result<bool> {
+/// Trains both towers and saves that of texts in `folder`; `false` if Ctrl-C stopped it.
+pub fn train(stage: &Stage, digits: &ImageSet, folder: &Path) -> Result<bool> {
     let (config, params) = (config()?, Params::seeded(stage.seed));
+    let model = ClipModel::new(&config, &params)?;
     let optimizer = AdamW::new(params.params(), AdamWOptions { lr: LR, weight_decay: 0.01, ..AdamWOptions::default() })?;
     let schedule = Schedule::cosine(stage.total, 0.02).with_warmup(100.min(stage.total / 4));
-    let mut training = Contrasting { model: ClipModel::new(&config, &params)?, params, optimizer, schedule, steps: 0 };
+    let mut training = Contrasting { model, params, optimizer, schedule, steps: 0 };
     if !stage.train(&mut training, Pictures::new(digits, &[Style::Plain], Combinations::Training, ENDLESS, stage.seed)?)? {
         return Ok(false);
     }
@@ -114,6 +115,6 @@ pub fn train(stage: &Stage, digits: &ImageSet, model: &Path) -> Result<bool> {
     let of_text = training.params.state_dict().into_iter().filter(|(name, _)| name.starts_with("text_model.")).collect();
     let tower = Params::new();
     tower.build_from(of_text, LoadMode::Strict, |params| kiln::clip::ClipTextModel::new(&config.text_config, None, params))?;
-    save_pretrained(model.join("text_encoder"), &config.text_config, &tower, u64::MAX)?;
+    save_pretrained(folder.join("text_encoder"), &config.text_config, &tower, u64::MAX)?;
     Ok(true)
 }
