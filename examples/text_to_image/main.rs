@@ -53,7 +53,7 @@ struct Args {
     #[arg(long, default_value_t = 3000)]
     vae_steps: u64,
     /// Steps of CLIP's towers.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 2000)]
     clip_steps: u64,
     /// Steps of the classifier that judges.
     #[arg(long, default_value_t = 2500)]
@@ -113,7 +113,7 @@ struct Args {
     #[arg(long, conflicts_with = "lora")]
     controlnet: bool,
     /// Steps of --controlnet.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 2000)]
     control_steps: u64,
 }
 
