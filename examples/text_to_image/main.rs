@@ -113,7 +113,7 @@ struct Args {
     #[arg(long, conflicts_with = "lora")]
     controlnet: bool,
     /// Steps of --controlnet.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 600)]
     control_steps: u64,
 }
 
