@@ -94,9 +94,10 @@ fn config() -> UNet2dConditionConfig {
     UNet2dConditionConfig {
         in_channels: LATENT_CHANNELS,
         out_channels: LATENT_CHANNELS,
-        block_out_channels: vec![64, 128],
-        down_block_types: vec!["CrossAttnDownBlock2D".into(); 2],
-        up_block_types: vec!["CrossAttnUpBlock2D".into(); 2],
+        // Down to 2 × 2, where the zeros around tell every pixel where it is.
+        block_out_channels: vec![64, 128, 128],
+        down_block_types: vec!["CrossAttnDownBlock2D".into(); 3],
+        up_block_types: vec!["CrossAttnUpBlock2D".into(); 3],
         layers_per_block: 1.into(),
         norm_num_groups: 16,
         attention_head_dim: 4.into(), // heads
