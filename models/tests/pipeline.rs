@@ -1,5 +1,6 @@
 //! Whole runs of Stable Diffusion against `diffusers`: fixtures/pipeline/make.py.
 
+use kiln_models::diffusion::ldm::{controlnet_from_ldm, unet_from_ldm, vae_from_ldm};
 use kiln_models::diffusion::pipeline::{
     ControlInput, DrawOptions, LoadOptions, StableDiffusion, TextualInversion, load_picture, read_png_text,
 };
@@ -273,6 +274,33 @@ fn expect_error<T>(result: Result<T>, parts: &[&str]) {
     let error = result.err().expect("an error was expected").to_string();
     for part in parts {
         assert!(error.contains(part), "`{part}` is not in: {error}");
+    }
+}
+
+/// Every tensor gets the name that the conversion of `diffusers` gives it.
+#[test]
+fn names_of_ldm_become_those_of_the_reference() {
+    let text = std::fs::read_to_string(fixtures().join("ldm.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+    type Convert = fn(StateDict) -> Result<StateDict>;
+    let conversions: [(&str, Convert); 4] = [
+        ("unet_sd1", |state| unet_from_ldm(state, 2)),
+        ("unet_xl", |state| unet_from_ldm(state, 2)),
+        ("controlnet", |state| controlnet_from_ldm(state, 2)),
+        ("vae", vae_from_ldm),
+    ];
+    for (network, convert) in conversions {
+        let pairs: Vec<(&str, &str)> =
+            expected[network].as_object().unwrap().iter().map(|(old, new)| (old.as_str(), new.as_str().unwrap())).collect();
+        assert!(pairs.len() > 90, "{network}");
+        let number = |i: usize| Tensor::from_vec(vec![i as f32], [1, 1, 1, 1]).unwrap();
+        let state = pairs.iter().enumerate().map(|(i, (old, _))| ((*old).to_owned(), number(i))).collect();
+        let converted = convert(state).unwrap();
+        assert_eq!(converted.len(), pairs.len(), "{network}");
+        for (i, (old, new)) in pairs.iter().enumerate() {
+            let found = converted.get(*new).unwrap_or_else(|| panic!("{network}: {old} did not become {new}"));
+            assert_eq!(found.to_vec::<f32>().unwrap(), [i as f32], "{network}: {old}");
+        }
     }
 }
 
