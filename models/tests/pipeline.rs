@@ -5,11 +5,13 @@ use kiln_models::diffusion::pipeline::{
     ControlInput, DrawOptions, LoadOptions, StableDiffusion, TextualInversion, load_picture, read_png_text,
 };
 use kiln_models::diffusion::schedulers::SchedulerKind;
-use kiln_models::lora::LoraWeights;
+use kiln_models::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel, UNetConditions};
+use kiln_models::lora::{Lora, LoraConfig, LoraPart, LoraStack, LoraWeights, save_lora_weights};
 use kiln_models::nn::{Params, StateDict};
 use kiln_models::text::Tokenizer;
+use kiln_models::transformer::load_pretrained;
 use kiln_tensor::io::safetensors;
-use kiln_tensor::{DType, Result, Tensor};
+use kiln_tensor::{DType, Generator, Result, Tensor};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -188,6 +190,54 @@ fn loras_of_kohya_and_diffusers_change_pictures_as_the_reference() {
             pipeline.clear_loras();
         }
     }
+}
+
+/// The U-Net of the fixture, and what it says of fixed inputs.
+fn sd1_unet(params: &Params) -> (UNet2dConditionModel, impl Fn(&UNet2dConditionModel) -> Tensor + use<>) {
+    let (_, unet) = load_pretrained::<UNet2dConditionConfig>(fixtures().join("sd1/unet"), params).unwrap();
+    let generator = Generator::torch_cpu(1);
+    let (sample, context) = (generator.randn([1, 4, 4, 4], ()).unwrap(), generator.randn([1, 5, 16], ()).unwrap());
+    let time = Tensor::from_vec(vec![300f32], 1).unwrap();
+    (unet, move |unet| unet.forward(&sample, &time, &context, &UNetConditions::default()).unwrap().detach())
+}
+
+/// What this writes to the folder in KILN_SAVED, fixtures/pipeline/check_lora.py loads in `diffusers`.
+#[test]
+fn an_adapter_of_our_own_is_saved_for_diffusers() -> Result<()> {
+    let scratch = Scratch::new("lora");
+    let folder = std::env::var_os("KILN_SAVED").map_or(scratch.0.clone(), PathBuf::from);
+    let params = Params::seeded(0);
+    let (unet, says) = sd1_unet(&params);
+    let plain = says(&unet);
+    let config =
+        LoraConfig { r: 2, lora_alpha: 3.0, target_modules: ["to_q", "to_out.0", "conv1", "proj_in"].into(), ..LoraConfig::default() };
+    let lora = Lora::attach(&params, &config, &Generator::new(2))?;
+    let generator = Generator::new(3);
+    for param in lora.params().params() {
+        param.set(&generator.randn(param.shape(), ())?.mul_scalar(0.2)?)?;
+    }
+    let adapted = says(&unet);
+    assert!(adapted.sub(&plain)?.abs()?.max(())?.item::<f32>()? > 0.1, "an adapter that changes nothing proves nothing");
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("pytorch_lora_weights.safetensors");
+    save_lora_weights(&file, &[(LoraPart::Unet, &lora)])?;
+    safetensors::save(
+        folder.join("expected.safetensors"),
+        &StateDict::from([("output".to_owned(), adapted.clone())]),
+        &Default::default(),
+    )?;
+    let fresh = Params::seeded(0);
+    let (unet, says) = sd1_unet(&fresh);
+    let mut stack = LoraStack::new(&fresh, LoraPart::Unet);
+    stack.add("own", &LoraWeights::load(&file)?, 1.0)?;
+    let near = |x: &Tensor, y: &Tensor| x.sub(y).unwrap().abs().unwrap().max(()).unwrap().item::<f32>().unwrap();
+    assert!(near(&says(&unet), &adapted) < 1e-5);
+    stack.merge()?;
+    assert!(near(&says(&unet), &adapted) < 1e-5);
+    stack.unmerge()?;
+    stack.set_weight("own", 0.0)?;
+    assert_eq!(near(&says(&unet), &plain), 0.0);
+    Ok(())
 }
 
 #[test]
