@@ -14,8 +14,7 @@ use kiln::metrics::DigitJudge;
 use kiln::nn::Params;
 use kiln::prelude::*;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid, stop_on_ctrl_c};
-use kiln::{Error, Profiler, Result, io, set_default_device};
-use std::collections::BTreeMap;
+use kiln::{Error, Profiler, Result, set_default_device};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -389,19 +388,14 @@ impl Run {
     }
 
     fn save(&mut self) -> Result<()> {
-        let mut state = self.trainer.state_dict()?;
-        state.insert("loader.position".into(), self.loader.state().to_tensor()?);
         self.metrics.flush()?;
-        io::safetensors::save(self.checkpoint(), &state, &BTreeMap::new())
+        self.loader.state().save_with(self.checkpoint(), self.trainer.state_dict()?)
     }
 
     fn restore(&mut self) -> Result<()> {
-        let path = self.checkpoint();
-        let mut state = io::safetensors::load(&path)?;
-        let missing = || Error::format("resume", format!("{} holds no loader.position", path.display()));
-        let position = state.remove("loader.position").ok_or_else(missing)?;
+        let (state, position) = LoaderState::load_with(self.checkpoint())?;
         self.trainer.load_state_dict(&state)?;
-        self.loader.resume(LoaderState::from_tensor(&position)?)?;
+        self.loader.resume(position)?;
         // What was written after the checkpoint will be written again.
         let steps = self.trainer.steps() as f64;
         self.metrics.restore(|row| row[0] <= steps)

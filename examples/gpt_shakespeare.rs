@@ -12,8 +12,7 @@ use kiln::text::{CharTokenizer, Tokenizer, train_bpe};
 use kiln::transformer::{
     CausalConfig, CausalLm, Decoder, Gpt2Config, LmBatch, LmTrainer, LmTrainerOptions, save_pretrained, training_flops_per_token,
 };
-use kiln::{Error, Result, io, profile, set_default_device};
-use std::collections::BTreeMap;
+use kiln::{Error, Result, profile, set_default_device};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
@@ -306,19 +305,14 @@ impl Run {
     }
 
     fn save(&mut self) -> Result<()> {
-        let mut state = self.trainer.state_dict()?;
-        state.insert("loader.position".into(), self.loader.state().to_tensor()?);
         self.metrics.flush()?;
-        io::safetensors::save(self.checkpoint(), &state, &BTreeMap::new())
+        self.loader.state().save_with(self.checkpoint(), self.trainer.state_dict()?)
     }
 
     fn restore(&mut self) -> Result<()> {
-        let path = self.checkpoint();
-        let mut state = io::safetensors::load(&path)?;
-        let missing = || Error::format("resume", format!("{} holds no loader.position", path.display()));
-        let position = state.remove("loader.position").ok_or_else(missing)?;
+        let (state, position) = LoaderState::load_with(self.checkpoint())?;
         self.trainer.load_state_dict(&state)?;
-        self.loader.resume(LoaderState::from_tensor(&position)?)?;
+        self.loader.resume(position)?;
         // What was written after the checkpoint will be written again.
         let steps = self.trainer.steps() as f64;
         self.metrics.restore(|row| row[0] <= steps)

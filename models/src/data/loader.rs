@@ -5,8 +5,12 @@
 
 use super::dataset::Dataset;
 use super::rng::Rng;
+use crate::nn::StateDict;
+use kiln_tensor::io::safetensors;
 use kiln_tensor::{Error, Result, Tensor, profile};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
@@ -69,7 +73,30 @@ impl LoaderState {
         let [seed, epoch, batch, samples, batch_size] = [seed, epoch, batch, samples, batch_size].map(|v| v as u64);
         Ok(Self { seed, epoch, batch, samples, batch_size })
     }
+
+    /// Writes a checkpoint: a safetensors file of a trainer's `state`, and this position in the data as `loader.position`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn save_with(self, path: impl AsRef<Path>, mut state: StateDict) -> Result<()> {
+        state.insert(POSITION.into(), self.to_tensor()?);
+        safetensors::save(path, &state, &BTreeMap::new())
+    }
+
+    /// What [`save_with`](LoaderState::save_with) wrote: the trainer's state, and the position.
+    ///
+    /// # Errors
+    /// If the file is missing or malformed, or has no position.
+    pub fn load_with(path: impl AsRef<Path>) -> Result<(StateDict, Self)> {
+        let mut state = safetensors::load(&path)?;
+        let missing = || Error::format("resume", format!("{} holds no {POSITION}", path.as_ref().display()));
+        let position = Self::from_tensor(&state.remove(POSITION).ok_or_else(missing)?)?;
+        Ok((state, position))
+    }
 }
+
+/// Where a checkpoint has the position.
+const POSITION: &str = "loader.position";
 
 /// An iterator over the batches of a data set, epoch after epoch.
 ///
