@@ -4,7 +4,11 @@
 //! Every block comes from the system zeroed. A recycled block holds stale but initialised bytes, so a slice over it is
 //! always sound for types that allow every bit pattern.
 //!
-//! A thread keeps the last few small blocks that it dropped to itself ([`Near`]), so that small operations take no lock.
+//! A thread keeps the last few small blocks that it dropped to itself ([`Near`]), so that small operations take no lock. [`large`] ones share
+//! their memory among sizes.
+
+mod large;
+mod system;
 
 use std::alloc::Layout;
 use std::cell::RefCell;
@@ -16,12 +20,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Alignment of every block: a cache line, and a full AVX-512 vector.
 pub const ALIGN: usize = 64;
 
-/// Blocks of at least this size are mapped on their own and backed by huge pages where the system grants them.
+/// Blocks of about this size and more are mapped by themselves and backed by huge pages where the system grants them.
 const LARGE: usize = 2 << 20;
 
-/// Sizes are rounded up to four steps per power of two: at most a fifth of a block is slack.
+/// The largest of the others: the size before it in their steps.
+const MAX_SMALL: usize = LARGE - (LARGE >> (STEPS_LOG2 + 1));
+
+/// What stands for a class in large blocks.
+const LARGE_CLASS: usize = CLASSES;
+
+/// Smaller sizes are rounded up to four steps per power of two: at most a fifth of a block is slack.
 const STEPS_LOG2: u32 = 2;
-const CLASSES: usize = (usize::BITS as usize) << STEPS_LOG2;
+const CLASSES: usize = (LARGE.ilog2() as usize) << STEPS_LOG2;
 
 /// The classes of up to 64 KiB, whose blocks threads keep near: beyond, a lock is nothing beside the work.
 const NEAR_CLASSES: usize = (16 << STEPS_LOG2) + 1;
@@ -30,6 +40,7 @@ const NEAR_CLASSES: usize = (16 << STEPS_LOG2) + 1;
 const NEAR_BLOCKS: usize = 4;
 
 static FREE: [Mutex<Vec<Block>>; CLASSES] = [const { Mutex::new(Vec::new()) }; CLASSES];
+static FREE_LARGE: Mutex<large::Free> = Mutex::new(large::Free::new());
 static HELD: AtomicUsize = AtomicUsize::new(0);
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -72,6 +83,7 @@ pub fn empty_cache() {
             block.release();
         }
     }
+    HELD.fetch_sub(lock_large().release(), Relaxed);
 }
 
 /// The system refused memory.
@@ -105,14 +117,20 @@ impl Block {
         Layout::from_size_align(size, ALIGN).ok()
     }
 
-    /// A block of the class from this thread's or everybody's cache.
-    fn cached(class: usize) -> Option<Self> {
+    /// A block of the class and size from this thread's or everybody's cache.
+    fn cached(class: usize, size: usize) -> Option<Self> {
+        if class == LARGE_CLASS {
+            return lock_large().take(size).map(|ptr| Block { ptr, size, class });
+        }
         let near = NEAR.try_with(|near| near.borrow_mut().take(class));
         near.ok().flatten().or_else(|| lock(class).pop())
     }
 
     /// Keeps the block for reuse: near, if there is room.
     fn keep(self) {
+        if self.class == LARGE_CLASS {
+            return lock_large().put(self.ptr, self.size);
+        }
         let mut block = Some(self);
         // If the thread is ending, what it kept near may be gone.
         let _ = NEAR.try_with(|near| near.borrow_mut().put(&mut block));
@@ -122,27 +140,29 @@ impl Block {
     }
 
     fn from_system(class: usize, size: usize) -> Option<Self> {
-        let layout = Self::layout(size)?;
-        let ptr = if size >= LARGE {
-            map_large(size)?
+        let ptr = if class == LARGE_CLASS {
+            system::map(size)?
         } else {
             // SAFETY: the size is not zero (classes start at ALIGN).
-            NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?
+            NonNull::new(unsafe { std::alloc::alloc_zeroed(Self::layout(size)?) })?
         };
         HELD.fetch_add(size, Relaxed);
         SYSTEM_ALLOCATIONS.fetch_add(1, Relaxed);
         Some(Block { ptr, size, class })
     }
 
+    /// Gives a block of the small classes back.
     fn release(self) {
         HELD.fetch_sub(self.size, Relaxed);
-        if self.size >= LARGE {
-            unmap_large(self.ptr, self.size);
-        } else if let Some(layout) = Self::layout(self.size) {
+        if let Some(layout) = Self::layout(self.size) {
             // SAFETY: the block came from `alloc_zeroed` with this very layout.
             unsafe { std::alloc::dealloc(self.ptr.as_ptr(), layout) }
         }
     }
+}
+
+fn lock_large() -> MutexGuard<'static, large::Free> {
+    FREE_LARGE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Everybody's free blocks of a class.
@@ -184,54 +204,18 @@ impl Drop for Near {
     }
 }
 
-#[cfg(unix)]
-fn map_large(size: usize) -> Option<NonNull<u8>> {
-    // SAFETY: an anonymous private mapping at an address of the system's choice touches no existing memory.
-    let ptr = unsafe {
-        libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-    };
-    if ptr == libc::MAP_FAILED {
-        return None;
-    }
-    #[cfg(target_os = "linux")]
-    // SAFETY: the range was mapped above; the advice changes no contents, and its failure is harmless.
-    unsafe {
-        libc::madvise(ptr, size, libc::MADV_HUGEPAGE);
-    }
-    NonNull::new(ptr.cast())
-}
-
-#[cfg(unix)]
-fn unmap_large(ptr: NonNull<u8>, size: usize) {
-    // SAFETY: the range was mapped by `map_large` and its only owner gives it up.
-    unsafe {
-        libc::munmap(ptr.as_ptr().cast(), size);
-    }
-}
-
-#[cfg(not(unix))]
-fn map_large(size: usize) -> Option<NonNull<u8>> {
-    // SAFETY: the size is not zero.
-    NonNull::new(unsafe { std::alloc::alloc_zeroed(Block::layout(size)?) })
-}
-
-#[cfg(not(unix))]
-fn unmap_large(ptr: NonNull<u8>, size: usize) {
-    if let Some(layout) = Block::layout(size) {
-        // SAFETY: the block came from `alloc_zeroed` with this very layout.
-        unsafe { std::alloc::dealloc(ptr.as_ptr(), layout) }
-    }
-}
-
 /// The size class of a request: its index and its block size.
 fn class_of(bytes: usize) -> Option<(usize, usize)> {
+    if bytes > MAX_SMALL {
+        return large::size_of(bytes).map(|size| (LARGE_CLASS, size));
+    }
     let bytes = bytes.max(ALIGN);
     // The step is a quarter of the power of two at or below `bytes`, but at least a cache line.
     let step = ((1usize << bytes.ilog2()) >> STEPS_LOG2).max(ALIGN);
-    let size = bytes.checked_add(step - 1)? & !(step - 1);
+    let size = (bytes + step - 1) & !(step - 1);
     let log2 = size.ilog2();
     let index = ((log2 as usize) << STEPS_LOG2) + ((size - (1usize << log2)) >> (log2 - STEPS_LOG2));
-    (size <= isize::MAX as usize).then_some((index, size))
+    Some((index, size))
 }
 
 /// Owned, aligned, initialised bytes. Dropping it puts the memory into the cache.
@@ -251,7 +235,7 @@ impl Buffer {
             return Ok(Self { block: None, len });
         }
         let (class, size) = class_of(len).ok_or_else(out_of_memory)?;
-        let block = match Block::cached(class).or_else(|| Block::from_system(class, size)) {
+        let block = match Block::cached(class, size).or_else(|| Block::from_system(class, size)) {
             Some(block) => block,
             None => {
                 empty_cache();
