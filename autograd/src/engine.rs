@@ -67,7 +67,7 @@ impl TensorExt for Tensor {
         let _mode = set_record_mode(if options.create_graph { RecordMode::On } else { RecordMode::Off });
         for (leaf, gradient) in found.leaves {
             let sum = match leaf.take_grad() {
-                Some(before) => sum_of(&before, &gradient)?,
+                Some(before) => sum_of(before, &gradient)?,
                 None => gradient,
             };
             leaf.set_grad(Some(sum));
@@ -259,16 +259,16 @@ fn check(node: &Node, i: usize, edge: &Edge, gradient: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Two gradients of one tensor, added up.
-fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+/// Two gradients of one tensor, added up: in the memory of the first, if nobody else holds it.
+fn sum_of(a: Tensor, b: &Tensor) -> Result<Tensor> {
     let _running = profile::composite(|| "accumulate_grad".into());
-    a.add(b)
+    a + b
 }
 
 fn accumulate(sums: &mut HashMap<u64, Tensor>, queue: &mut BinaryHeap<Pending>, source: Source, gradient: Tensor) -> Result<()> {
     match sums.remove(&source.id()) {
         Some(before) => {
-            sums.insert(source.id(), sum_of(&before, &gradient)?);
+            sums.insert(source.id(), sum_of(before, &gradient)?);
         }
         None => {
             sums.insert(source.id(), gradient);

@@ -4,7 +4,7 @@ use crate::Bench;
 use kiln::optim::{AdamW, AdamWOptions};
 use kiln::prelude::*;
 use kiln::transformer::{CausalLm, Decoder, Gpt2Config, Pass};
-use kiln::{Result, autocast};
+use kiln::{CrossEntropyOptions, Result, autocast};
 
 /// Batch, time steps, layers, heads, width, vocabulary.
 type Size = [usize; 6];
@@ -25,11 +25,10 @@ fn step(bench: &Bench, name: &str, size: Size, half: bool) -> Result<()> {
     let model = model(&params, size)?;
     let mut optimizer = AdamW::new(params.params(), AdamWOptions { lr: 3e-4, ..AdamWOptions::default() })?;
     let tokens = Tensor::randint(0, size[5] as i64, [size[0], size[1] + 1])?;
-    let (input, target) = (tokens.narrow(1, 0, size[1])?.contiguous()?, tokens.narrow(1, 1, size[1])?.contiguous()?.flatten(0, 1)?);
+    let (input, target) = (tokens.narrow(1, 0, size[1])?.contiguous()?, tokens.narrow(1, 1, size[1])?.contiguous()?);
     bench.run(name, || {
         params.zero_grad();
-        // (B·T, V)
-        let loss = || model.forward(&input, Pass::default())?.flatten(0, 1)?.cross_entropy(&target);
+        let loss = || model.loss(&input, &target, Pass::default(), &CrossEntropyOptions::default());
         let loss = if half { autocast(DType::BF16, loss)?? } else { loss()? };
         loss.backward()?;
         optimizer.step_clipped(1.0)?;

@@ -1,8 +1,10 @@
 //! Training of language models: what accumulates, what resumes, what is saved.
 
+use kiln_autograd::TensorExt;
+use kiln_models::data::IGNORE_INDEX;
 use kiln_models::nn::Params;
-use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, LmBatch, LmTrainer, LmTrainerOptions};
-use kiln_tensor::{DType, Generator, Result, Tensor};
+use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, LmBatch, LmTrainer, LmTrainerOptions, Pass};
+use kiln_tensor::{CrossEntropyOptions, DType, Generator, Result, Tensor, with_autocast};
 
 fn trainer(options: LmTrainerOptions, dropout: f64) -> Result<LmTrainer<Decoder>> {
     let config = Gpt2Config {
@@ -103,5 +105,43 @@ fn a_step_without_targets_is_an_error() -> Result<()> {
     let mut batch = counting(0, 2)?;
     batch.targets = batch.targets.full_like(-100.0)?;
     assert!(trainer.step(&[batch.clone()]).is_err() && trainer.evaluate(&[batch]).is_err() && trainer.step(&[]).is_err());
+    Ok(())
+}
+
+/// Loss and gradients of a vocabulary whose logits are computed in chunks, against logits that are all there; with targets that do not count.
+#[test]
+fn the_loss_of_a_large_vocabulary_is_that_of_its_logits() -> Result<()> {
+    const VOCABULARY: i64 = 40_000;
+    let (length, plain) = (500, CrossEntropyOptions::default());
+    let sizes = Gpt2Config { n_positions: length, n_layer: 1, n_head: 2, n_embd: 8, vocab_size: VOCABULARY as usize, ..Gpt2Config::default() };
+    for dtype in [None, Some(DType::BF16)] {
+        let params = Params::seeded(1);
+        let model = sizes.clone().build(&params)?;
+        params.eval();
+        let generator = Generator::new(2);
+        let tokens = generator.randint(0, VOCABULARY, [1, length])?;
+        let ignored = generator.rand([1, length], ())?.lt_scalar(0.3)?;
+        let targets = ignored.where_cond(&Tensor::full([1, length], IGNORE_INDEX as f64, DType::I64)?, &generator.randint(0, VOCABULARY, [1, length])?)?;
+        let mut results = Vec::new();
+        for whole in [true, false] {
+            params.zero_grad();
+            let loss = with_autocast(dtype, || match whole {
+                true => model.forward(&tokens, Pass::default())?.flatten(0, 1)?.cross_entropy(&targets.flatten(0, 1)?),
+                false => model.loss(&tokens, &targets, Pass::default(), &plain),
+            })?;
+            loss.mul_scalar(3.0)?.backward()?;
+            let all = params.params();
+            let grads = all.iter().map(|param| Ok(param.grad().map(|grad| grad.to_vec::<f32>()).transpose()?.unwrap_or_default()));
+            results.push((loss.item_f64()?, grads.collect::<Result<Vec<_>>>()?));
+        }
+        let ((loss, grads), (chunked, chunked_grads)) = (&results[0], &results[1]);
+        let tolerance = if dtype.is_none() { 1e-5 } else { 1e-2 };
+        assert!((loss - chunked).abs() < tolerance * loss, "{loss} and {chunked}");
+        for ((a, b), param) in grads.iter().zip(chunked_grads).zip(params.params()) {
+            let length = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+            assert!(length(a) > 0.0 && length(&difference) < tolerance * length(a), "{} in {dtype:?}", param.name());
+        }
+    }
     Ok(())
 }

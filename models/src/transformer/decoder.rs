@@ -190,4 +190,14 @@ impl CausalLm for Decoder {
             },
         }
     }
+
+    fn logits_weight(&self) -> Option<Tensor> {
+        match &self.parts.head {
+            Some(head) => head.weight().filter(|_| head.adapter().is_none() && head.bias().is_none()).map(|weight| weight.get()),
+            None => {
+                let quantized = self.quantized_head.read().unwrap_or_else(PoisonError::into_inner);
+                quantized.is_none().then(|| self.parts.tokens.weight().get())
+            }
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{KvCache, Seq2SeqCache};
 use crate::nn::Params;
-use kiln_tensor::{Result, Tensor};
+use kiln_tensor::{CrossEntropyOptions, Result, Tensor};
 
 /// The extents of a language model.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,12 +71,30 @@ pub trait CausalLm: Send + Sync {
     /// The logits of hidden states: (…, C) → (…, V).
     fn logits(&self, hidden: &Tensor) -> Result<Tensor>;
 
+    /// The matrix (V, C) whose product with hidden states the logits are, if they are nothing more than that.
+    fn logits_weight(&self) -> Option<Tensor> {
+        None
+    }
+
     /// The logits at every place: (B, T) → (B, T, V).
     ///
     /// # Errors
     /// As [`hidden_states`](CausalLm::hidden_states).
     fn forward(&self, tokens: &Tensor, pass: Pass<'_>) -> Result<Tensor> {
         self.logits(&self.hidden_states(tokens, pass)?)
+    }
+
+    /// −log p(target) over the places of `tokens` (B, T), with `targets` (B, T) of the next tokens. Where the vocabulary is large, not all
+    /// logits exist at once.
+    ///
+    /// # Errors
+    /// As [`hidden_states`](CausalLm::hidden_states), and if a target is neither a token nor ignored.
+    fn loss(&self, tokens: &Tensor, targets: &Tensor, pass: Pass<'_>, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
+        let (hidden, targets) = (self.hidden_states(tokens, pass)?.flatten(0, 1)?, targets.flatten(0, 1)?);
+        match self.logits_weight() {
+            Some(weight) => hidden.linear_cross_entropy(&weight, None, &targets, options, None),
+            None => self.logits(&hidden)?.cross_entropy_with(&targets, options),
+        }
     }
 }
 

@@ -100,9 +100,8 @@ pub struct LmStep {
 /// # Errors
 /// If shapes or dtypes do not fit the model.
 pub fn lm_loss_sum(model: &dyn CausalLm, batch: &LmBatch) -> Result<Tensor> {
-    let logits = model.forward(&batch.tokens, batch.pass())?.flatten(0, 1)?; // (B·T, V)
     let options = CrossEntropyOptions { ignore_index: IGNORE_INDEX, reduction: Reduction::Sum, ..CrossEntropyOptions::default() };
-    logits.cross_entropy_with(&batch.targets.flatten(0, 1)?, &options)
+    model.loss(&batch.tokens, &batch.targets, batch.pass(), &options)
 }
 
 /// Arithmetic of training on one token, forward and backward: 6 for each weight of a matrix product, 12 · layers · heads · hs · T for

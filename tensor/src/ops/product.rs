@@ -164,6 +164,21 @@ fn run<T: WithDType + GemmElement>(
     Ok((Some(sums), values))
 }
 
+/// `sum + a · b` of two matrices in the dtype `wide` of their sums, in the memory of `sum` where the kernel can; not recorded.
+pub(super) fn add_product(sum: Option<Tensor>, a: &Tensor, b: &Tensor, wide: DType) -> Result<Tensor> {
+    let Some(mut sum) = sum else { return a.matmul(b)?.to_dtype(wide) };
+    if a.dtype() != wide || a.gpu()?.is_some() {
+        return sum.add(&a.matmul(b)?.to_dtype(wide)?);
+    }
+    let _running = operation_with("add_product", || vec![a, b], || profile::product(1, [a.dims()[0], a.dims()[1], b.dims()[1]]));
+    let batch = Shape::new(&[])?;
+    for_float!(wide, "add_product", T => {
+        let ((a, a_offsets), (b, b_offsets)) = (factor::<T>(a, &batch)?, factor::<T>(b, &batch)?);
+        Gemm { accumulate: true, ..Gemm::batched(a, &a_offsets, b, &b_offsets) }.run(sum.as_slice_mut()?, b.cols())?;
+        Ok(sum)
+    })
+}
+
 /// The error for inner extents that differ, with the usual remedy if it would help.
 fn inner_mismatch(op: &str, a: &Tensor, b: &Tensor) -> Error {
     let (a_dims, b_dims) = (a.dims(), b.dims());

@@ -110,6 +110,27 @@ fn classes() -> Vec<Case> {
         .label("probabilities")
         .domain(&[(-2.0, 2.0), (0.1, 0.9)])
         .sample(&[&[4, 3], &[4, 3]]),
+        case(
+            "linear_cross_entropy",
+            |x| x[0].linear_cross_entropy(&x[1], x.get(2), &targets(&[x[0].dims()[0]])?, &CrossEntropyOptions::default(), Some(2)),
+            |x| weighted(&log_softmax(&super::product::linear(x)), [1.0; 3], 0.0),
+        )
+        .sample(&[&[7, 2], &[3, 2], &[3]])
+        .sample(&[&[6, 2], &[3, 2]])
+        .large(&[&[7001, 17], &[3, 17], &[3]]),
+        case(
+            "linear_cross_entropy",
+            |x| {
+                let options = CrossEntropyOptions { reduction: Reduction::Sum, ..Default::default() };
+                x[0].linear_cross_entropy(&x[1], None, &targets(&[5])?, &options, Some(4))
+            },
+            |x| {
+                let loss = weighted(&log_softmax(&super::product::linear(x)), [1.0; 3], 0.0);
+                loss.map(|mean| 4.0 * mean)
+            },
+        )
+        .label("sum")
+        .sample(&[&[5, 2], &[3, 2]]),
         case("nll_loss", |x| x[0].nll_loss(&targets(&[6])?), |x| weighted(&x[0], [1.0; 3], 0.0)).sample(&[&[6, 3]]),
         case(
             "nll_loss_with",

@@ -18,7 +18,7 @@ fn matmul(a: &Array, b: &Array) -> Array {
     })
 }
 
-fn linear(x: &[Array]) -> Array {
+pub(super) fn linear(x: &[Array]) -> Array {
     let k = x[1].shape[1];
     let rows = x[0].data.len().checked_div(k).unwrap_or(0);
     let y = matmul(&x[0].reshape(&[rows, k]), &x[1].permute(&[1, 0]));

@@ -41,7 +41,7 @@ pub struct BceOptions<'a> {
 }
 
 /// The integer classes of `[N, S]` elements of an input `[N, C, S]`.
-struct Classes {
+pub(super) struct Classes {
     n: usize,
     c: usize,
     s: usize,
@@ -56,8 +56,8 @@ enum Targets {
 }
 
 impl Classes {
-    fn new(op: &str, input: &Tensor, target: &Tensor, ignore_index: i64) -> Result<Self> {
-        let shape = input.shape();
+    /// Of an input of the shape `shape` on the device of `input`.
+    pub(super) fn new(op: &str, input: &Tensor, shape: Shape, target: &Tensor, ignore_index: i64) -> Result<Self> {
         let expected = || {
             let message =
                 format!("an input of shape {shape} ([N, C, ...] or [C]) needs targets of the same shape without C, got {}", target.shape());
@@ -93,7 +93,7 @@ impl Classes {
     }
 
     /// Each element's factor, in the dtype and on the device of `x`: its class's weight, 1 without weights, 0 where it is ignored; and their sum.
-    fn weights(&self, op: &str, x: &Tensor, weight: Option<&Tensor>) -> Result<(Tensor, Total)> {
+    pub(super) fn weights(&self, op: &str, x: &Tensor, weight: Option<&Tensor>) -> Result<(Tensor, Total)> {
         weight.map_or(Ok(()), |weight| expect_class_weights(op, x, weight, self.c))?;
         let places = match &self.targets {
             Targets::Host(places) => places,
@@ -137,6 +137,17 @@ impl Classes {
         Ok((weights, Total::OnGpu(total)))
     }
 
+    /// Those of `count` rows from `start` on, of an input [N, C].
+    pub(super) fn rows(&self, start: usize, count: usize) -> Result<Self> {
+        let targets = match &self.targets {
+            Targets::Host(places) => {
+                Targets::Host(places[start..start + count].iter().map(|place| place.map(|at| at - start * self.c)).collect())
+            }
+            Targets::Gpu(gpu, targets, ignored) => Targets::Gpu(gpu, targets.narrow(0, start, count)?.contiguous()?, *ignored),
+        };
+        Ok(Self { n: count, c: self.c, s: 1, targets })
+    }
+
     fn on_gpu<'a>(&self, targets: &'a Tensor, ignored: i64) -> Result<gpu_classes::Classes<'a>> {
         Ok(gpu_classes::Classes { targets: targets.gpu_slice()?, ignored, n: self.n, c: self.c, s: self.s })
     }
@@ -157,14 +168,14 @@ fn no_class(op: &str, class: i64, position: usize, c: usize, ignored: i64) -> Er
 }
 
 /// The sum of the weights of a loss's elements.
-enum Total {
+pub(super) enum Total {
     Number(f64),
     OnGpu(Tensor),
 }
 
 impl Total {
     /// `sum` over this total; a half-precision sum is divided in f32.
-    fn mean(&self, sum: &Tensor) -> Result<Tensor> {
+    pub(super) fn mean(&self, sum: &Tensor) -> Result<Tensor> {
         let total = match self {
             Total::Number(total) => return sum.div_scalar(*total),
             Total::OnGpu(total) => total,
@@ -219,7 +230,7 @@ fn pick(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     record("pick_classes", out, &[x], |_| Pick { classes: classes.clone(), place: false })
 }
 
-fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
+pub(super) fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
     let _running = operation("place_classes", &[x], || Cost::NONE);
     let data = x.detach().contiguous()?;
     let shape = Shape::new(&[classes.n, classes.c, classes.s])?;
@@ -244,7 +255,7 @@ fn place(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
 }
 
 /// −log softmax(x) at the targets, in one pass over logits `[N, C]`; its gradient is (softmax(x) − 1 at the target)·g.
-struct RowLoss {
+pub(super) struct RowLoss {
     x: Tensor,
     /// The largest logit of each row, and the logarithm of the sum of the exponentials relative to it.
     kept: Tensor,
@@ -266,7 +277,36 @@ impl Op for RowLoss {
 }
 
 impl RowLoss {
-    fn fused(&self, grad: &Tensor) -> Result<Tensor> {
+    /// The losses `[N, 1]` of logits `[N, C]` that are not tracked, and their rule.
+    pub(super) fn of(logits: &Tensor, classes: &Arc<Classes>) -> Result<(Tensor, Self)> {
+        let _running = operation("cross_entropy", &[logits], || Cost::flops(4 * logits.numel() as u64));
+        let data = logits.detach().contiguous()?;
+        let wide = logits.dtype().accumulator();
+        let (room, shape) = (Shape::new(&[2, classes.n])?, Shape::new(&[classes.n, 1])?);
+        let (out, kept) = match &classes.targets {
+            Targets::Gpu(gpu, targets, ignored) => {
+                let mut kept = Tensor::stale_on_gpu(gpu, room, wide)?;
+                let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), logits.dtype(), |loss| {
+                    let classes = classes.on_gpu(targets, *ignored)?;
+                    Ok(gpu_classes::cross_entropy(gpu, &classes, data.gpu_slice()?, loss, kept.gpu_slice_mut()?)?)
+                })?;
+                (out, kept)
+            }
+            Targets::Host(targets) => {
+                let mut kept = Tensor::zeros(room, (wide, logits.device()))?;
+                let out = for_float!(logits.dtype(), "cross_entropy", T => Tensor::build::<T>(logits.device(), &shape, |loss| {
+                    let (max, log) = kept.as_slice_mut()?.split_at_mut(classes.n);
+                    let rows = host_classes::Rows { classes: classes.c, x: data.as_slice()?, targets };
+                    host_classes::cross_entropy::<T>(rows, loss, max, log);
+                    Ok(())
+                }))?;
+                (out, kept)
+            }
+        };
+        Ok((out, Self { x: logits.clone(), kept, classes: classes.clone() }))
+    }
+
+    pub(super) fn fused(&self, grad: &Tensor) -> Result<Tensor> {
         let _running = operation("cross_entropy_backward", &[&self.x, grad], || Cost::per_element(3));
         let (x, grad) = (self.x.detach().contiguous()?, grad.detach().contiguous()?);
         match &self.classes.targets {
@@ -286,32 +326,9 @@ impl RowLoss {
 
 /// The losses `[N, 1]` of logits `[N, C, 1]`.
 fn row_losses(x: &Tensor, classes: &Arc<Classes>) -> Result<Tensor> {
-    let _running = operation("cross_entropy", &[x], || Cost::flops(4 * x.numel() as u64));
     let logits = x.reshape([classes.n, classes.c])?;
-    let data = logits.detach().contiguous()?;
-    let wide = x.dtype().accumulator();
-    let (room, shape) = (Shape::new(&[2, classes.n])?, Shape::new(&[classes.n, 1])?);
-    let (out, kept) = match &classes.targets {
-        Targets::Gpu(gpu, targets, ignored) => {
-            let mut kept = Tensor::stale_on_gpu(gpu, room, wide)?;
-            let out = Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |loss| {
-                let classes = classes.on_gpu(targets, *ignored)?;
-                Ok(gpu_classes::cross_entropy(gpu, &classes, data.gpu_slice()?, loss, kept.gpu_slice_mut()?)?)
-            })?;
-            (out, kept)
-        }
-        Targets::Host(targets) => {
-            let mut kept = Tensor::zeros(room, (wide, x.device()))?;
-            let out = for_float!(x.dtype(), "cross_entropy", T => Tensor::build::<T>(x.device(), &shape, |loss| {
-                let (max, log) = kept.as_slice_mut()?.split_at_mut(classes.n);
-                let rows = host_classes::Rows { classes: classes.c, x: data.as_slice()?, targets };
-                host_classes::cross_entropy::<T>(rows, loss, max, log);
-                Ok(())
-            }))?;
-            (out, kept)
-        }
-    };
-    record("cross_entropy", out, &[&logits], |_| RowLoss { x: logits.clone(), kept, classes: classes.clone() })
+    let (losses, rule) = RowLoss::of(&logits, classes)?;
+    record("cross_entropy", losses, &[&logits], |_| rule)
 }
 
 /// The negative log-likelihood of log-probabilities, or of logits if `logits`.
@@ -320,7 +337,7 @@ fn nll(op: &str, x: &Tensor, logits: bool, target: &Tensor, options: &CrossEntro
     if !(0.0..=1.0).contains(&smoothing) {
         return Err(Error::argument(op, format!("label_smoothing must lie in 0..=1, got {smoothing}")));
     }
-    let classes = Arc::new(Classes::new(op, x, target, options.ignore_index)?);
+    let classes = Arc::new(Classes::new(op, x, *x.shape(), target, options.ignore_index)?);
     let Classes { n, c, s, .. } = *classes;
     let (weights, total) = classes.weights(op, x, options.weight)?;
     let losses = if logits && s == 1 && smoothing == 0.0 && x.dtype().is_float() {

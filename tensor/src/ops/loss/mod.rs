@@ -5,6 +5,7 @@
 
 mod classification;
 mod distance;
+mod linear;
 
 pub use classification::{BceOptions, CrossEntropyOptions};
 pub use distance::{CosineEmbeddingOptions, KlDivOptions, TripletMarginOptions};
