@@ -176,6 +176,35 @@ fn sdxl_is_the_reference() {
 }
 
 #[test]
+fn sd2_is_the_reference() {
+    let pipeline = pipeline("sd2");
+    let negative = DrawOptions { negative_prompt: Some("blurry".into()), ..from_latents() };
+    assert_drawn(&pipeline, &negative, "sd2.ddim");
+    assert_drawn(&pipeline, &DrawOptions { seed: 7, guidance_rescale: 0.7, ..options() }, "sd2.ddim.seed");
+    for (name, kind) in [("euler", "euler"), ("dpm", "dpm++-2m")] {
+        let given = DrawOptions { scheduler: Some(kind.parse().unwrap()), ..from_latents() };
+        assert_drawn(&pipeline, &given, &format!("sd2.{name}"));
+    }
+}
+
+/// A U-Net that was trained to fill in, and U-Nets that were not.
+#[test]
+fn masks_are_filled_in_as_the_reference_does_by_nine_channels_and_by_xl() {
+    let folder = Scratch::copy("nine", "sd1");
+    for entry in std::fs::read_dir(fixtures().join("unet_inpaint")).unwrap().map(|entry| entry.unwrap().path()) {
+        std::fs::copy(&entry, folder.0.join("unet").join(entry.file_name().unwrap())).unwrap();
+    }
+    let nine = StableDiffusion::load(&folder.0, LoadOptions { keep: true, ..LoadOptions::default() }).unwrap();
+    let (image, mask) = (Some(signed("image")), Some(EXPECTED["mask"].clone()));
+    let filled = DrawOptions { image, mask, scheduler: Some(SchedulerKind::Ddim), ..options() };
+    assert_drawn(&nine, &DrawOptions { seed: 13, ..filled.clone() }, "sd1.nine");
+    assert_drawn(&nine, &DrawOptions { seed: 13, strength: Some(0.6), ..filled.clone() }, "sd1.nine.part");
+    let xl = pipeline("xl");
+    assert_drawn(&xl, &DrawOptions { seed: 12, ..filled.clone() }, "xl.inpaint");
+    assert_drawn(&xl, &DrawOptions { seed: 12, strength: Some(0.5), ..filled }, "xl.inpaint.part");
+}
+
+#[test]
 fn loras_of_kohya_and_diffusers_change_pictures_as_the_reference() {
     for which in ["sd1", "xl"] {
         let mut pipeline = pipeline(which);
