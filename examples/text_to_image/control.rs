@@ -4,12 +4,11 @@ use crate::data::{Batch, ENDLESS, Pictures};
 use crate::judge::Judge;
 use crate::painter::trainer_options;
 use crate::stage::{Stage, Training};
-use crate::studio::{Job, Studio, open_unet};
+use crate::studio::{Job, Painter, Studio, open_unet, whole_text};
 use kiln::data::{Combinations, Mnist, Style, edges};
-use kiln::diffusion::unet::{Control, ControlNetInput, ControlNetModel, UNet2dConditionModel, UNetConditions};
+use kiln::diffusion::unet::{Control, ControlNetInput, ControlNetModel, UNetConditions};
 use kiln::diffusion::{Denoiser, DiffusionTrainer, Samples};
 use kiln::nn::StateDict;
-use kiln::ops::pool::PoolOptions;
 use kiln::prelude::*;
 use kiln::report::save_captioned_grid;
 use kiln::transformer::save_pretrained;
@@ -26,7 +25,7 @@ const SHOWN: usize = 8;
 
 /// A U-Net that a ControlNet steers, by the edge maps that were set last.
 struct Steered {
-    unet: UNet2dConditionModel,
+    unet: Painter,
     controlnet: ControlNetModel,
     edges: Mutex<Option<Tensor>>,
 }
@@ -46,9 +45,10 @@ impl Denoiser for Steered {
         // Guidance asks twice for each picture, without its text and with it.
         let times = x.dim(0)? / edges.dim(0)?.max(1);
         let edges = Tensor::cat(&vec![&edges; times], 0)?;
-        let conditions = UNetConditions::default();
+        let whole = condition.map(whole_text).transpose()?;
+        let conditions = UNetConditions { class_labels: whole.as_ref(), ..UNetConditions::default() };
         let residuals = self.controlnet.forward(x, timesteps, condition, &Control::new(&edges), &conditions)?;
-        self.unet.forward(x, timesteps, condition, &residuals.with(conditions))
+        self.unet.0.forward(x, timesteps, condition, &residuals.with(conditions))
     }
 }
 
@@ -92,7 +92,7 @@ impl Training for Steering<'_> {
 
 /// How well the edges of pictures follow the maps that were asked for.
 struct Match {
-    /// Of the drawn edges, the share with a wanted one within a pixel; of the wanted ones, that with a drawn one.
+    /// Of the pixels with drawn edges, the share with wanted ones; of those with wanted ones, that with drawn ones.
     precision: f64,
     recall: f64,
 }
@@ -101,12 +101,9 @@ impl Match {
     fn of(pictures: &Tensor, wanted: &Tensor) -> Result<Self> {
         let is_edge = |map: &Tensor| map.ge_scalar(EDGE)?.to_dtype(DType::F32);
         let (drawn, wanted) = (is_edge(&edges(pictures)?)?, is_edge(wanted)?);
-        let share = |of: &Tensor, near: &Tensor| -> Result<f64> {
-            // A pixel more on all sides.
-            let near = near.max_pool2d(PoolOptions::new(3).stride(1).padding(1))?;
-            Ok(of.mul(&near)?.sum(())?.item_f64()? / of.sum(())?.item_f64()?.max(1.0))
-        };
-        Ok(Self { precision: share(&drawn, &wanted)?, recall: share(&wanted, &drawn)? })
+        let both = drawn.mul(&wanted)?.sum(())?.item_f64()?;
+        let share = |of: &Tensor| Ok::<_, Error>(both / of.sum(())?.item_f64()?.max(1.0));
+        Ok(Self { precision: share(&drawn)?, recall: share(&wanted)? })
     }
 }
 
@@ -123,7 +120,7 @@ pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model
     frozen.freeze("*")?;
     let params = Params::seeded(stage.seed);
     let input = ControlNetInput { conditioning_channels: 1, conditioning_embedding_out_channels: vec![16, 32, 64], ..Default::default() };
-    let controlnet = ControlNetModel::from_unet(&params, &unet, &input)?;
+    let controlnet = ControlNetModel::from_unet(&params, &unet.0, &input)?;
     let config = controlnet.config().clone();
     println!("{} numbers in a copy beside the U-Net's {}", params.num_parameters(), frozen.num_parameters());
     let network = Steered { unet, controlnet, edges: Mutex::new(None) };
@@ -139,7 +136,7 @@ pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model
     let again = studio.pictures(&studio.latents(&real.pictures)?)?;
     let free = studio.draw_with(&training.trainer.network().unet, &real.captions, stage.seed)?;
     let steered = training.draw(&real.captions, &wanted, stage.seed)?;
-    println!("within a pixel of the edges of {judged} real pictures of held-out combinations:");
+    println!("against the edges of {judged} real pictures of held-out combinations, pixel for pixel:");
     for (name, pictures) in [("the pictures through the autoencoder", &again), ("without control", &free), ("with control", &steered)] {
         let marks = judge.marks(pictures, &real.attributes, Style::Plain)?;
         println!("  {name}: {}; {marks}", Match::of(pictures, &wanted)?);

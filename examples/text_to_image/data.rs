@@ -26,7 +26,16 @@ pub struct Batch {
 impl Pictures {
     /// `samples` pictures in `styles`.
     pub fn new(digits: &ImageSet, styles: &[Style], combinations: Combinations, samples: usize, seed: u64) -> Result<Self> {
-        let of = |style| CaptionedPictures::new(digits, CaptionedOptions { samples, seed, style, combinations, ..Default::default() });
+        Self::with(digits, styles, CaptionedOptions { samples, seed, combinations, ..Default::default() })
+    }
+
+    /// Plain pictures for training, without end; `alike` in a row differ in one attribute only.
+    pub fn alike(digits: &ImageSet, alike: usize, seed: u64) -> Result<Self> {
+        Self::with(digits, &[Style::Plain], CaptionedOptions { samples: ENDLESS, seed, alike, ..Default::default() })
+    }
+
+    fn with(digits: &ImageSet, styles: &[Style], options: CaptionedOptions) -> Result<Self> {
+        let of = |style| CaptionedPictures::new(digits, CaptionedOptions { style, ..options });
         Ok(Self { sets: styles.iter().copied().map(of).collect::<Result<_>>()?, styles: styles.to_vec() })
     }
 

@@ -18,6 +18,8 @@ const CLASSES: [usize; 5] = {
 const NAMES: [&str; 5] = ["size", "colour", "object", "place", "style"];
 /// The learning rate at first.
 const LR: f64 = 2e-3;
+/// The largest standard deviation of the noise in the pictures that it learns from.
+const NOISE: f64 = 0.2;
 /// Pictures at a time in judging.
 const CHUNK: usize = 250;
 
@@ -127,7 +129,11 @@ impl Training for Judging {
         self.params.zero_grad();
         let wanted: Vec<_> = batch.attributes.iter().zip(&batch.styles).map(|(shown, &style)| labels(shown, style)).collect();
         let mut loss = Tensor::zeros((), DType::F32)?.to_device(default_device())?;
-        for (label, logits) in self.judge.logits(&batch.pictures)?.iter().enumerate() {
+        // Noise of another strength in each picture: what it is to judge has not been drawn with its pixels' precision.
+        let (noise, count) = (Generator::new(self.steps), batch.pictures.dim(0)?);
+        let strength = noise.rand([count, 1, 1, 1], ())?.mul_scalar(NOISE)?;
+        let pictures = batch.pictures.add(&noise.randn(batch.pictures.dims(), ())?.mul(&strength)?)?;
+        for (label, logits) in self.judge.logits(&pictures)?.iter().enumerate() {
             let own: Vec<i64> = wanted.iter().map(|labels| labels[label]).collect();
             let own = Tensor::from_vec(own, wanted.len())?.to_device(default_device())?;
             loss = loss.add(&logits.cross_entropy(&own)?)?;

@@ -47,19 +47,19 @@ struct Args {
     #[arg(long)]
     data: Option<PathBuf>,
     /// Steps of the U-Net.
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 5000)]
     steps: u64,
     /// Steps of the autoencoder.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 4000)]
     vae_steps: u64,
     /// Steps of CLIP's towers.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 2500)]
     clip_steps: u64,
     /// Steps of the classifier that judges.
-    #[arg(long, default_value_t = 2500)]
+    #[arg(long, default_value_t = 3000)]
     judge_steps: u64,
     /// Pictures in a step of the U-Net.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 64)]
     batch_size: usize,
     /// The U-Net's learning rate at its height; it falls along a cosine.
     #[arg(long, default_value_t = 1e-3)]
@@ -74,7 +74,7 @@ struct Args {
     #[arg(long, default_value_t = 20)]
     sample_steps: usize,
     /// How much more the text counts than the network says; 1 for no guidance.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 3.0)]
     guidance: f64,
     /// Half type of the U-Net's products: bf16 or f16. Without it they are f32.
     #[arg(long)]
@@ -222,7 +222,7 @@ impl Program {
             }
         }
         if !autoencoder::train(&self.stage("vae", args.vae_steps, 32), &mnist.train, &model)?
-            || !towers::train(&self.stage("clip", args.clip_steps, 64), &mnist.train, &model)?
+            || !towers::train(&self.stage("clip", args.clip_steps, 128), &mnist.train, &model)?
         {
             return Ok(false);
         }

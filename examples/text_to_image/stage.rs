@@ -1,7 +1,7 @@
 //! A stage of training: its loop with progress, curves, checkpoints and Ctrl-C, whatever is trained.
 
-use crate::data::{Batch, Pictures};
-use kiln::data::{Loader, LoaderOptions, LoaderState};
+use crate::data::{Batch, ENDLESS, Pictures};
+use kiln::data::{Dataset, Loader, LoaderOptions, LoaderState};
 use kiln::nn::StateDict;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves};
 use kiln::{Error, Result, io};
@@ -66,7 +66,9 @@ struct Run<'a, T> {
 impl Stage<'_> {
     /// Trains to the end; `false` if Ctrl-C stopped it.
     pub fn train<T: Training>(&self, training: &mut T, pictures: Pictures) -> Result<bool> {
-        let options = LoaderOptions { batch_size: self.batch_size, seed: self.seed, drop_last: true, ..LoaderOptions::default() };
+        // Pictures without end are random in order, and those that are alike must meet in a batch.
+        let shuffle = pictures.len() < ENDLESS;
+        let options = LoaderOptions { batch_size: self.batch_size, shuffle, seed: self.seed, drop_last: true, ..LoaderOptions::default() };
         let loader = Loader::new(pictures, options)?;
         if loader.batches() == 0 {
             return Err(Error::argument(self.name, format!("there are too few pictures for a batch of {}", self.batch_size)));

@@ -6,8 +6,8 @@ use kiln::data::CaptionedPictures;
 use kiln::diffusion::schedulers::{
     BetaSchedule, PredictionType, Scheduler, SchedulerClass, SchedulerConfig, SchedulerKind, TimestepSpacing,
 };
-use kiln::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel};
-use kiln::diffusion::{Samples, Sampling, sample};
+use kiln::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel, UNetConditions};
+use kiln::diffusion::{Denoiser, Samples, Sampling, sample};
 use kiln::prelude::*;
 use kiln::transformer::load_pretrained;
 use kiln::vae::{AutoencoderKl, AutoencoderKlConfig};
@@ -28,6 +28,22 @@ pub struct Studio {
     pub nothing: Tensor,
     scheduler: SchedulerConfig,
     sampling: Sampling,
+}
+
+/// A U-Net that gets a text in two ways, as that of Stable Diffusion XL does: its cross-attention looks at all rows of the condition, and the
+/// first of them, which stands for the whole text, joins the embedding of the time.
+pub struct Painter(pub UNet2dConditionModel);
+
+impl Denoiser for Painter {
+    fn predict(&self, x: &Tensor, timesteps: &Tensor, condition: Option<&Tensor>) -> Result<Tensor> {
+        let whole = condition.map(whole_text).transpose()?;
+        self.0.forward(x, timesteps, condition, &UNetConditions { class_labels: whole.as_ref(), ..UNetConditions::default() })
+    }
+}
+
+/// The row of the states (B, 1 + S, C) of texts that stands for all of each.
+pub fn whole_text(states: &Tensor) -> Result<Tensor> {
+    states.select(1, 0)
 }
 
 /// Some pictures to draw: the arguments of [`sample`], and which of all they are.
@@ -83,9 +99,10 @@ impl Studio {
         no_grad(|| from_blocks(&self.vae.decode(&self.vae.unscale(latents)?)?))
     }
 
-    /// What the U-Net looks at, for tokens (B, 16): (B, 16, C).
+    /// What the U-Net looks at, for tokens (B, 16): a row for the whole text and one for each token, (B, 17, C).
     pub fn states(&self, tokens: &Tensor) -> Result<Tensor> {
-        no_grad(|| Ok(self.text.forward(tokens, None)?.last_hidden_state))
+        let read = no_grad(|| self.text.forward(tokens, None))?;
+        Tensor::cat(&[&read.pooler_output.unsqueeze(1)?, &read.last_hidden_state], 1)
     }
 
     /// The same, of texts.
@@ -114,15 +131,15 @@ impl Studio {
     }
 
     /// The same, by a U-Net.
-    pub fn draw_with<S: AsRef<str>>(&self, unet: &UNet2dConditionModel, texts: &[S], seed: u64) -> Result<Tensor> {
+    pub fn draw_with<S: AsRef<str>>(&self, unet: &Painter, texts: &[S], seed: u64) -> Result<Tensor> {
         self.draw(texts, seed, |job| sample(unet, job.scheduler, job.noise, job.sampling, job.generator))
     }
 }
 
 /// The trained U-Net in `model`, with its parameters.
-pub fn open_unet(model: &Path) -> Result<(Params, UNet2dConditionModel)> {
+pub fn open_unet(model: &Path) -> Result<(Params, Painter)> {
     let params = Params::new();
     let (_, unet) = load_pretrained::<UNet2dConditionConfig>(model.join("unet"), &params)?;
     params.eval();
-    Ok((params, unet))
+    Ok((params, Painter(unet)))
 }

@@ -1,9 +1,9 @@
 //! The second stage: CLIP's towers learn what captions mean. The text tower's states are what the U-Net will look at.
 
-use crate::data::{Batch, ENDLESS, Pictures};
+use crate::data::{Batch, Pictures};
 use crate::stage::{Stage, Training};
 use kiln::clip::{ClipConfig, ClipModel, ClipTextConfig, ClipVisionConfig, contrastive_loss, recall_at};
-use kiln::data::{CaptionedPictures, Combinations, ImageSet, Style};
+use kiln::data::{CaptionedPictures, ImageSet};
 use kiln::nn::{LoadMode, StateDict};
 use kiln::optim::{AdamW, AdamWOptions, Schedule};
 use kiln::prelude::*;
@@ -16,6 +16,8 @@ use std::path::Path;
 pub const WIDTH: usize = 96;
 /// Width of the space that both share.
 const SHARED: usize = 64;
+/// Pictures of a batch that differ in one attribute only.
+const ALIKE: usize = 8;
 /// The learning rate at its height.
 const LR: f64 = 1e-3;
 
@@ -108,7 +110,7 @@ pub fn train(stage: &Stage, digits: &ImageSet, folder: &Path) -> Result<bool> {
     let optimizer = AdamW::new(params.params(), AdamWOptions { lr: LR, weight_decay: 0.01, ..AdamWOptions::default() })?;
     let schedule = Schedule::cosine(stage.total, 0.02).with_warmup(100.min(stage.total / 4));
     let mut training = Contrasting { model, params, optimizer, schedule, steps: 0 };
-    if !stage.train(&mut training, Pictures::new(digits, &[Style::Plain], Combinations::Training, ENDLESS, stage.seed)?)? {
+    if !stage.train(&mut training, Pictures::alike(digits, ALIKE, stage.seed)?)? {
         return Ok(false);
     }
     // The tower by itself, as a pipeline's folder has it.

@@ -113,7 +113,8 @@ fn a_step_without_targets_is_an_error() -> Result<()> {
 fn the_loss_of_a_large_vocabulary_is_that_of_its_logits() -> Result<()> {
     const VOCABULARY: i64 = 40_000;
     let (length, plain) = (500, CrossEntropyOptions::default());
-    let sizes = Gpt2Config { n_positions: length, n_layer: 1, n_head: 2, n_embd: 8, vocab_size: VOCABULARY as usize, ..Gpt2Config::default() };
+    let sizes =
+        Gpt2Config { n_positions: length, n_layer: 1, n_head: 2, n_embd: 8, vocab_size: VOCABULARY as usize, ..Gpt2Config::default() };
     for dtype in [None, Some(DType::BF16)] {
         let params = Params::seeded(1);
         let model = sizes.clone().build(&params)?;
@@ -121,7 +122,8 @@ fn the_loss_of_a_large_vocabulary_is_that_of_its_logits() -> Result<()> {
         let generator = Generator::new(2);
         let tokens = generator.randint(0, VOCABULARY, [1, length])?;
         let ignored = generator.rand([1, length], ())?.lt_scalar(0.3)?;
-        let targets = ignored.where_cond(&Tensor::full([1, length], IGNORE_INDEX as f64, DType::I64)?, &generator.randint(0, VOCABULARY, [1, length])?)?;
+        let targets = ignored
+            .where_cond(&Tensor::full([1, length], IGNORE_INDEX as f64, DType::I64)?, &generator.randint(0, VOCABULARY, [1, length])?)?;
         let mut results = Vec::new();
         for whole in [true, false] {
             params.zero_grad();

@@ -51,9 +51,9 @@ impl FromStr for Style {
 const RGB: [[f32; 3]; 6] =
     [[0.90, 0.12, 0.12], [0.12, 0.75, 0.20], [0.15, 0.30, 0.95], [0.95, 0.85, 0.10], [0.65, 0.15, 0.80], [0.10, 0.80, 0.85]];
 /// Height and width of small and of large objects, as shares of the canvas.
-const EXTENT: [f32; 2] = [0.36, 0.56];
+const EXTENT: [f32; 2] = [0.42, 0.60];
 /// The middles of the three columns (and rows) of places, as shares of the canvas.
-const MIDDLES: [f32; 3] = [0.32, 0.5, 0.68];
+const MIDDLES: [f32; 3] = [0.33, 0.5, 0.67];
 /// Points along each axis of a pixel at which its coverage is sampled.
 const SAMPLES: usize = 3;
 /// A digit's height in its own picture: MNIST's box.
@@ -82,9 +82,9 @@ fn coverage(attributes: &Attributes, glyph: Option<&[u8]>, side: usize, rng: &mu
     let shift = |at: usize, rng: &mut Rng| canvas * (MIDDLES[at % 3] + rng.range(-0.02, 0.02));
     let (x, y) = (shift(attributes.place % 3, rng), shift(attributes.place / 3, rng));
     let (sin, cos) = rng.range(-0.12, 0.12).sin_cos();
-    let at = |u: f32, v: f32| match glyph {
-        Some(glyph) => ink(glyph, u, v),
-        None => f32::from(is_inside(attributes.object, cos * u + sin * v, cos * v - sin * u)),
+    let at = |u: f32, v: f32| {
+        let (u, v) = (cos * u + sin * v, cos * v - sin * u);
+        glyph.map_or_else(|| f32::from(is_inside(attributes.object, u, v)), |glyph| ink(glyph, u, v))
     };
     let mut cover = Vec::with_capacity(side * side);
     for row in 0..side {
