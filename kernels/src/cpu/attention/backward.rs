@@ -7,8 +7,8 @@
 //!
 //! D holds the factors of dropout, which are drawn again.
 //!
-//! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer. What it adds to dQ goes to a
-//! slot of its own; the slots are added in order.
+//! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer, and dQ if these are all keys. If not,
+//! what it adds to dQ goes to a slot of its own; the slots are added in order.
 
 use super::block::{Left, Right, Sums, cut, pack_transposed, product};
 use super::entries::{Entries, Single, padded, round};
@@ -87,9 +87,9 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
     let mut along = Buffer::new(size_of_val(given.lse))?;
     sums_along(given, x.value_width, along.as_slice_mut());
     let (slots, keys) = slots(x, key_heads);
-    let mut sums = Buffer::zeroed(slots * dq.len() * size_of::<f32>())?;
+    let mut sums = Buffer::zeroed(if slots > 1 { slots * dq.len() * size_of::<f32>() } else { 0 })?;
     let shared = SharedMut::new(sums.as_slice_mut::<f32>());
-    let (dq_len, dk, dv) = (dq.len(), SharedMut::new(dk), SharedMut::new(dv));
+    let (dq_len, whole_dq, dk, dv) = (dq.len(), SharedMut::new(&mut *dq), SharedMut::new(dk), SharedMut::new(dv));
     let macs = x.heads * x.queries * x.keys * (3 * x.width + 2 * x.value_width);
     let failure = OnceLock::new();
     for_each(key_heads * slots, macs / 32, |task| {
@@ -103,7 +103,13 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
             (
                 std::slice::from_raw_parts_mut(dk.get().add(first * x.width), keys.len() * x.width),
                 std::slice::from_raw_parts_mut(dv.get().add(first * x.value_width), keys.len() * x.value_width),
-                std::slice::from_raw_parts_mut(shared.get().add(slot * dq_len + heads.start * per_head), heads.len() * per_head),
+                match slots {
+                    1 => Queries::All(std::slice::from_raw_parts_mut(whole_dq.get().add(heads.start * per_head), heads.len() * per_head)),
+                    _ => {
+                        let first = shared.get().add(slot * dq_len + heads.start * per_head);
+                        Queries::Slot(std::slice::from_raw_parts_mut(first, heads.len() * per_head))
+                    }
+                },
             )
         };
         let task = Task { attention, x, given, along: along.as_slice(), key_head, heads, keys, dq, dk, dv, entries: PhantomData::<E> };
@@ -111,7 +117,9 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
             failure.get_or_init(|| error);
         }
     });
-    add_slots(sums.as_slice_mut(), attention.scale, dq);
+    if slots > 1 {
+        add_slots(sums.as_slice_mut(), attention.scale, dq);
+    }
     failure.get().map_or(Ok(()), |&error| Err(error))
 }
 
@@ -191,6 +199,14 @@ impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Slots<'_, 
     }
 }
 
+/// Where a task's part of dQ goes.
+enum Queries<'a, T> {
+    /// To its slot, unscaled.
+    Slot(&'a mut [f32]),
+    /// To dQ, of which there is no other part.
+    All(&'a mut [T]),
+}
+
 /// Some keys of a key head, and all queries.
 struct Task<'a, T, E> {
     attention: &'a Attention<'a, T>,
@@ -200,7 +216,7 @@ struct Task<'a, T, E> {
     key_head: usize,
     heads: Range<usize>,
     keys: Range<usize>,
-    dq: &'a mut [f32],
+    dq: Queries<'a, T>,
     dk: &'a mut [T],
     dv: &'a mut [T],
     entries: PhantomData<E>,
@@ -236,8 +252,27 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self { attention, x, given, along, key_head, heads, keys, dq, dk, dv, .. } = self;
+    fn with_simd<S: Simd>(mut self, s: S) -> Self::Output {
+        match std::mem::replace(&mut self.dq, Queries::Slot(&mut [])) {
+            Queries::Slot(sums) => self.run(s, sums),
+            Queries::All(dq) => {
+                let mut sums = Buffer::zeroed(dq.len() * size_of::<f32>())?;
+                let sums = sums.as_slice_mut::<f32>();
+                let scale = self.attention.scale;
+                self.run(s, sums)?;
+                sums.iter_mut().for_each(|x| *x *= scale);
+                round(sums, dq);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
+    /// Adds to `dq`, and writes the gradients of the keys and their values.
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S, dq: &mut [f32]) -> Result<(), OutOfMemory> {
+        let Self { attention, x, given, along, key_head, heads, keys, dk, dv, .. } = self;
         let kernels = E::kernels();
         let (stride, value_stride, key_stride) = (padded(kernels, x.width), padded(kernels, x.value_width), padded(kernels, KEYS));
         let (width, value_width) = (x.width.div_ceil(E::TERMS), x.value_width.div_ceil(E::TERMS));

@@ -141,11 +141,11 @@ impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Merge<'_, 
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, _: S) {
+    fn with_simd<S: Simd>(mut self, s: S) {
         let Some(first) = self.parts.next() else { return };
         let mut online = Online::of(first, self.rows);
         self.parts.for_each(|part| online.merge(&Online::of(part, self.rows)));
-        online.finish(self.out, self.lse);
+        online.finish(s, self.out, self.lse);
     }
 }
 
@@ -176,7 +176,7 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
                 let mut memory = Buffer::new(Online::size(rows, work.x.value_width) * size_of::<f32>())?;
                 let mut online = Online::new(memory.as_slice_mut(), rows);
                 work.sum(s, &mut online)?;
-                online.finish(out, lse);
+                online.finish(s, out, lse);
                 Ok(())
             }
         }

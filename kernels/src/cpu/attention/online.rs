@@ -4,6 +4,7 @@
 
 use super::entries::round;
 use super::{Attended, Attention, Extents};
+use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::math;
 use crate::cpu::reduce::row_max;
 use crate::cpu::simd::{F32s, Simd};
@@ -59,12 +60,17 @@ impl<'a> Online<'a> {
 
     /// Writes the rows of the output and the logarithms of the sums of exponentials.
     #[inline(always)]
-    pub fn finish<T: Attended>(&mut self, out: &mut [T], lse: &mut [f32]) {
+    pub fn finish<T: Attended, S: Simd>(&mut self, s: S, out: &mut [T], lse: &mut [f32]) {
         let width = out.len() / lse.len();
+        for (total, lse) in self.total.chunks(S::LANES).zip(lse.chunks_mut(S::LANES)) {
+            // SAFETY: the chunk has that many values.
+            let total = unsafe { <f32 as Lanes>::load(s, total.as_ptr(), total.len()) };
+            math::log(s, total).store_slice(lse, lse.len());
+        }
         for (row, lse) in lse.iter_mut().enumerate() {
             let total = self.total[row];
             // A query that looks at no key has a total of zero.
-            *lse = if total == 0.0 { f32::INFINITY } else { self.max[row] * std::f32::consts::LN_2 + total.ln() };
+            *lse = if total == 0.0 { f32::INFINITY } else { self.max[row] * std::f32::consts::LN_2 + *lse };
             let factor = if total == 0.0 { 0.0 } else { 1.0 / total };
             self.values[row * width..(row + 1) * width].iter_mut().for_each(|sum| *sum *= factor);
         }
@@ -110,13 +116,15 @@ impl Scores {
         if new == f32::NEG_INFINITY {
             return scores[..end].fill(0.0);
         }
-        let factor = (*max - new).exp2();
+        let is_first = *max == f32::NEG_INFINITY;
+        let factor = if is_first { 0.0 } else { (*max - new).exp2() };
         *max = new;
         // The sum is that of all weights, dropped or not.
         let sum = powers(s, &mut scores[..end], new);
         attention.drop(s, x, head, query, first_key, &mut scores[..own]);
         online.total[row] = online.total[row] * factor + sum;
-        if factor != 1.0 {
+        // Before the first keys the sums are zero.
+        if factor != 1.0 && !is_first {
             online.values[row * x.value_width..(row + 1) * x.value_width].iter_mut().for_each(|x| *x *= factor);
         }
     }

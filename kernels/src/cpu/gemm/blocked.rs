@@ -61,11 +61,7 @@ impl GemmElement for f32 {
 
 /// The product by packed panels.
 pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Target) -> Result<(), OutOfMemory> {
-    if packs_once::<P>(gemm) {
-        (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, target))
-    } else {
-        small::<P>(gemm, target)
-    }
+    if packs_once::<P>(gemm) { (0..gemm.batch()).try_for_each(|i| shared::gemm::<P>(gemm, i, target)) } else { small::<P>(gemm, target) }
 }
 
 /// Whether both factors are to be packed once for all tasks: always if they are used often enough, and of a single product earlier the more of
