@@ -98,10 +98,10 @@ struct Args {
     #[arg(long, value_name = "TEXT")]
     prompt: Vec<String>,
     /// Learn a style from a few pictures with the model in --out: outline, pastel or inverted.
-    #[arg(long, value_name = "STYLE", num_args = 0..=1, default_missing_value = "pastel")]
+    #[arg(long, value_name = "STYLE", num_args = 0..=1, default_missing_value = "outline")]
     lora: Option<Style>,
     /// Steps of --lora.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 1200)]
     lora_steps: u64,
     /// Pictures that --lora learns from.
     #[arg(long, default_value_t = 48)]
