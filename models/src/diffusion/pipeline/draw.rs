@@ -379,11 +379,13 @@ impl StableDiffusion {
         let steps = options.num_inference_steps;
         let strength = options.strength();
         let first = first_index(scheduler, steps, strength)?;
-        let latent = encode(&image)?;
-        let noise = given()?.map_or_else(draw, Ok)?;
         let all = options.mask.is_some() && strength == 1.0;
-        let latents = match scheduler.timesteps().get(first) {
-            Some(&timestep) if !all => scheduler.add_noise(&latent, &noise, timestep)?,
+        // A network that sees the masked picture needs nothing of the whole one, where all is drawn anew.
+        let sees_masked = options.mask.is_some() && channels == 2 * shape[1] + 1;
+        let latent = if all && sees_masked { None } else { Some(encode(&image)?) };
+        let noise = given()?.map_or_else(draw, Ok)?;
+        let latents = match (scheduler.timesteps().get(first), &latent) {
+            (Some(&timestep), Some(latent)) if !all => scheduler.add_noise(latent, &noise, timestep)?,
             _ => noise.mul_scalar(scheduler.init_noise_sigma())?,
         };
         let painted = match &options.mask {
@@ -391,7 +393,7 @@ impl StableDiffusion {
             Some(mask) => {
                 let mask = sized_mask(mask, size)?;
                 let visible = mask.mul_scalar(-1.0)?.add_scalar(1.0)?;
-                let masked = if channels == 2 * shape[1] + 1 {
+                let masked = if sees_masked {
                     Some(encode(&image.mul(&visible)?)?)
                 } else {
                     // diffusers encodes the masked picture in any case; only its noise is seen here.
@@ -400,7 +402,7 @@ impl StableDiffusion {
                 };
                 let small = mask.interpolate([shape[2], shape[3]], Interpolation::Nearest)?;
                 let small = small.to_dtype(self.folder.dtype())?.to_device(self.folder.device())?;
-                Some(Painted { latent, mask: small, masked_latent: masked })
+                Some(Painted { latent: latent.unwrap_or_else(|| noise.clone()), mask: small, masked_latent: masked })
             }
         };
         seen(1)?;
