@@ -1,7 +1,7 @@
 //! Blocks of rows in scratch memory, and products of them.
 
 use super::entries::padded;
-use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile};
+use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use crate::cpu::gemm::pack::{Strip, pack};
 use crate::cpu::simd::Simd;
 
@@ -97,7 +97,7 @@ pub(super) fn product(kernels: &MicroKernels, [rows, k, cols]: [usize; 3], a: Le
             let row = tiles.start(tile);
             let a_rows: [*const f32; MAX_MR] = std::array::from_fn(|r| a_data.wrapping_add((row + r) * a.row_stride));
             let c_rows: [*mut f32; MAX_MR] = std::array::from_fn(|r| c.wrapping_add((row + r) * stride + col));
-            let out = Output { c: c_rows.as_ptr(), cols, alpha, init: if add { Init::C } else { Init::Zero } };
+            let out = Output { c: c_rows.as_ptr(), values: Values::F32, cols, alpha, init: if add { Init::C } else { Init::Zero } };
             let t = Tile { segments: 1, kc: k, a: a_rows.as_ptr(), a_stride: a.k_stride, b: &b_data, b_stride, out };
             // SAFETY: the tile's rows of A and C and its panel of B lie inside of the slices, whose lengths were checked above; C is
             // borrowed mutably, so it overlaps neither factor.

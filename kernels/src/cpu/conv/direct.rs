@@ -5,7 +5,7 @@
 //! the micro-kernel takes an address per row.
 
 use super::super::alloc::OutOfMemory;
-use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile};
+use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile, Values};
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
 use super::class::{Class, Line, classes, exact_classes_if_large, phases};
@@ -216,7 +216,7 @@ impl Direct<'_> {
             Some(bias) => Init::Bias(bias[group * self.g.cout + panel.first..][..panel.cols].as_ptr()),
             None => Init::Zero,
         };
-        let out = Output { c: c.as_ptr(), cols: panel.cols, alpha: 1.0, init };
+        let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.cols, alpha: 1.0, init };
         let tile = Tile { segments: weights.len(), kc, a: rows.as_ptr(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
         // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: the channels of a run of source pixels that
         // lie inside of a line, zeros, or a patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target

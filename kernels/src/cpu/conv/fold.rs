@@ -2,7 +2,7 @@
 //! `[source channel][tap · target channel]` is made, and each target sums its entries of it, tap after tap.
 
 use super::super::alloc::{Buffer, OutOfMemory};
-use super::super::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile};
+use super::super::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use super::super::parallel::{self, SharedMut};
 use super::Gather;
 use super::axis::AxisClass;
@@ -160,7 +160,7 @@ impl Fold<'_> {
                     *c = product[(first + r) * cols + panel.first..][..panel.cols].as_mut_ptr();
                 }
                 let b = panel.data.as_ptr();
-                let out = Output { c: c.as_ptr(), cols: panel.cols, alpha: 1.0, init: Init::Zero };
+                let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.cols, alpha: 1.0, init: Init::Zero };
                 let tile = Tile { segments: 1, kc: g.cin, a: a.as_ptr(), a_stride: 1, b: &b, b_stride: panel.stride, out };
                 // SAFETY: each row address has `cin` readable values, the panel has `cin` rows of its width, and each row of
                 // the product has room for the panel's columns.

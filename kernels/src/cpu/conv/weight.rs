@@ -6,7 +6,7 @@
 //! taps and channels together make the rows of a tile.
 
 use super::super::alloc::{Buffer, OutOfMemory};
-use super::super::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, OuterTile, Output};
+use super::super::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, OuterTile, Output, Values};
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
 use super::class::{self, Class};
@@ -332,7 +332,7 @@ impl<'s, 'v> Tiles<'s, 'v> {
                 for (r, c) in c[..height].iter_mut().enumerate() {
                     *c = self.sum.values[(row + r) * cols + first..][..width].as_mut_ptr();
                 }
-                let out = Output { c: c.as_ptr(), cols: width, alpha: 1.0, init: self.init };
+                let out = Output { c: c.as_ptr(), values: Values::F32, cols: width, alpha: 1.0, init: self.init };
                 let tile = OuterTile { len: a.len(), a: self.a.as_ptr(), b: self.b.as_ptr(), out };
                 // SAFETY: the caller vouches for A; `Tail::address` gives panels that are readable to their full width; the sum's
                 // rows are disjoint and were written by the first chunk, which uses `Init::Zero`.

@@ -11,7 +11,7 @@
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
 use super::epilogue::Activated;
-use super::micro::{Init, MAX_MR, MicroKernels, Output, RowTiles, Tile};
+use super::micro::{Init, MAX_MR, MicroKernels, Output, RowTiles, Tile, Values};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
 use super::{Gemm, GemmElement, Item, Matrix, Out, dot, shared};
@@ -21,6 +21,7 @@ use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
+use half::bf16;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -72,17 +73,20 @@ fn packs_once<P: Packing>(gemm: &Gemm<P::Element, f32>) -> bool {
     if m >= 192 && n >= 192 && work >= 1 << 24 {
         return true;
     }
+    let packs_little = P::TERMS == 1 && readable_in_place::<P>(&gemm.item(0)).is_some();
     gemm.batch() == 1
-        && match can_read_in_place::<P>(&gemm.item(0).a) {
-            true => m >= 48 && n >= 96 && k > P::KC * P::TERMS && work >= 1 << 23,
+        && match packs_little {
+            true => m >= 48 && n >= 96 && k > P::KC && work >= 1 << 23,
             false => m >= 48 && n >= 64 && work >= 1 << 20,
         }
 }
 
-/// Whether rows of A can be read without being packed. They must not fall on the same few sets of L1: strides of a multiple of 2 KiB do.
-fn can_read_in_place<P: Packing>(a: &Matrix<P::Element>) -> bool {
+/// The entries of A, if tiles can read them without their being packed. They must not fall on the same few sets of L1: strides of a multiple of
+/// 2 KiB do.
+fn readable_in_place<P: Packing>(item: &Item<P::Element>) -> Option<Matrix<f32>> {
+    let a = P::in_place(item.a, item.k)?;
     let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
-    P::in_place(a.data).is_some() && contiguous && !stride.is_multiple_of(512)
+    (contiguous && !stride.is_multiple_of(512)).then_some(a)
 }
 
 /// Some rows and columns of an item.
@@ -98,7 +102,34 @@ pub(super) trait Target: Sync {
     fn takes_whole_sums(&self) -> bool;
 
     /// Calls `compute` with the place where the part's item begins: only the part is written.
-    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory>;
+    fn take(&self, part: &Part, compute: &dyn Fn(Place) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory>;
+}
+
+/// Where an item's results begin.
+#[derive(Clone, Copy)]
+pub(super) enum Place {
+    /// As sums.
+    F32(Out<f32>),
+    /// Rounded by the micro-kernels, whose tiles must hold whole sums.
+    Bf16(Out<bf16>),
+}
+
+impl Place {
+    pub fn values(self) -> Values {
+        match self {
+            Self::F32(_) => Values::F32,
+            Self::Bf16(_) => Values::Bf16,
+        }
+    }
+
+    /// Row pointers of a tile of C.
+    #[inline(always)]
+    pub fn rows(self, row: usize, col: usize) -> [*mut f32; MAX_ROWS] {
+        match self {
+            Self::F32(out) => std::array::from_fn(|r| out.at(row + r, col)),
+            Self::Bf16(out) => std::array::from_fn(|r| out.at(row + r, col).cast()),
+        }
+    }
 }
 
 /// C as it is.
@@ -113,8 +144,8 @@ impl Target for Sums {
         false
     }
 
-    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
-        compute(self.item(part.item))
+    fn take(&self, part: &Part, compute: &dyn Fn(Place) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
+        compute(Place::F32(self.item(part.item)))
     }
 }
 
@@ -137,12 +168,6 @@ pub(super) fn init_of<T>(gemm: &Gemm<T, f32>, first_k: bool, col: usize) -> Init
 
 /// The most rows of a tile of any micro-kernels.
 const MAX_ROWS: usize = 32;
-
-/// Row pointers of a tile of C.
-#[inline(always)]
-pub(super) fn c_rows(out: Out<f32>, row: usize, col: usize) -> [*mut f32; MAX_ROWS] {
-    std::array::from_fn(|r| out.at(row + r, col))
-}
 
 /// Cuts a batch of products into tasks of nearly equal work, by shape alone.
 struct Grid {
@@ -226,18 +251,19 @@ struct Block<'a, P: Packing> {
 
 impl<P: Packing> Block<'_, P> {
     /// Computes it into `out`, where its item begins.
-    fn compute(self, out: Out<f32>) -> Result<(), OutOfMemory> {
+    fn compute(self, out: Place) -> Result<(), OutOfMemory> {
         dispatch(Compute { block: self, out })
     }
 
-    fn reads_a_in_place(&self, kernels: &MicroKernels) -> bool {
-        let few_panels = self.cols.len() <= 4 * kernels.nr || self.ks.len() <= 32;
-        few_panels && can_read_in_place::<P>(&self.item.a)
+    /// The entries of A, if they are to be read in place.
+    fn a_in_place(&self, kernels: &MicroKernels) -> Option<Matrix<f32>> {
+        let few_panels = self.cols.len() <= 4 * kernels.nr || P::entries(self.ks.len()) <= 32;
+        readable_in_place::<P>(&self.item).filter(|_| few_panels)
     }
 
     /// A part of the block by the micro-kernels for any values.
     #[cold]
-    fn fall_back(&self, cols: Range<usize>, ks: Range<usize>, out: Out<f32>) -> Result<(), OutOfMemory> {
+    fn fall_back(&self, cols: Range<usize>, ks: Range<usize>, out: Place) -> Result<(), OutOfMemory> {
         let Self { gemm, item, .. } = *self;
         Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks }.compute(out)
     }
@@ -246,7 +272,7 @@ impl<P: Packing> Block<'_, P> {
 /// Some of one C, and where its item begins.
 struct Compute<'a, P: Packing> {
     block: Block<'a, P>,
-    out: Out<f32>,
+    out: Place,
 }
 
 impl<P: Packing> WithSimd for Compute<'_, P> {
@@ -258,21 +284,21 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
         let kernels = P::kernels();
         let started = kernels.start();
         let most = P::KC * P::TERMS;
-        let Item { a, b, .. } = block.item;
+        let Item { a, b, k, .. } = block.item;
         let tiles = kernels.row_tiles(block.rows.len());
         let panel_rows = P::panel_rows(tiles.height(0));
-        let a_in_place = block.reads_a_in_place(kernels);
-        let a_words = if a_in_place { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
+        let a_in_place = block.a_in_place(kernels);
+        let a_words = if a_in_place.is_some() { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
         let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
         let mut panel = Buffer::new(kernels.nr * P::words(most.min(block.ks.len())) * size_of::<f32>())?;
         let panel = panel.as_slice_mut::<f32>().as_mut_ptr();
-        let b_in_place = b.col_stride == 1 && tiles.count <= 2;
+        let b_in_place = P::in_place(b.t(), k).filter(|b| b.row_stride == 1 && tiles.count <= 2);
         for k0 in block.ks.clone().step_by(most) {
             let terms = most.min(block.ks.end - k0);
             let a_panel = |tile: usize| a_packed.wrapping_add(tile * panel_rows * P::words(terms));
             let mut a_seen = Magnitudes::NONE;
-            if !a_in_place {
+            if a_in_place.is_none() {
                 for tile in 0..tiles.count {
                     let (row, lanes) = (block.rows.start + tiles.start(tile), tiles.height(tile));
                     let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
@@ -288,8 +314,8 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
                 let cols = kernels.nr.min(block.cols.end - col);
                 let width = kernels.panel_width(cols);
                 // A tile reads whole vectors, so only full panels can be read in place.
-                let (b_data, b_stride) = match P::in_place(b.at(k0, col)) {
-                    Some(data) if b_in_place && cols == width => (data, b.row_stride),
+                let (b_data, b_stride) = match b_in_place {
+                    Some(b) if cols == width => (b.at(col, k0 / P::TERMS), b.col_stride),
                     _ => {
                         let strip = Strip { src: b.at(k0, col), lanes: cols, lane_stride: b.col_stride, k: terms, k_stride: b.row_stride };
                         // SAFETY: the strip lies inside B; the panel holds a block of K of NR lanes.
@@ -303,15 +329,16 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
                 };
                 for tile in 0..tiles.count {
                     let (row, height) = (block.rows.start + tiles.start(tile), tiles.height(tile));
-                    let (a_rows, a_stride) = match P::in_place(a.at(row, k0)) {
-                        Some(first) if a_in_place => (std::array::from_fn(|r| first.wrapping_add(r * a.row_stride)), a.col_stride),
-                        _ => {
+                    let (a_rows, a_stride) = match a_in_place {
+                        Some(a) => (std::array::from_fn(|r| a.at(row + r, k0 / P::TERMS)), a.col_stride),
+                        None => {
                             let first = a_panel(tile).cast_const();
                             (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
                         }
                     };
-                    let rows = c_rows(c, row, col);
-                    let out = Output { c: rows.as_ptr(), cols, alpha: block.gemm.alpha as f32, init: init_of(block.gemm, k0 == 0, col) };
+                    let rows = c.rows(row, col);
+                    let init = init_of(block.gemm, k0 == 0, col);
+                    let out = Output { c: rows.as_ptr(), values: c.values(), cols, alpha: block.gemm.alpha as f32, init };
                     let kc = P::entries(terms);
                     let tile = Tile { segments: 1, kc, a: a_rows.as_ptr(), a_stride, b: &b_data, b_stride, out };
                     // SAFETY: the first `height` row pointers address rows of A and C inside their matrices, B is a full panel,

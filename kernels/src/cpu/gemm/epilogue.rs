@@ -1,6 +1,6 @@
 //! What happens to finished sums while they are in the cache: an activation, rounded as the function on its own would round it.
 
-use super::blocked::{Part, Sums, Target};
+use super::blocked::{Part, Place, Sums, Target};
 use super::{Gemm, Out};
 use crate::cpu::alloc::OutOfMemory;
 use crate::cpu::cast::Stored;
@@ -74,7 +74,7 @@ impl<T: Sync> Target for Activated<'_, T> {
         true
     }
 
-    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
+    fn take(&self, part: &Part, compute: &dyn Fn(Place) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
         self.sums.take(part, compute)?;
         // SAFETY: the part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
         unsafe { self.gemm.finish(self.sums.item(part.item), part.rows.clone(), part.cols.clone()) };

@@ -16,6 +16,7 @@ use crate::cpu::isa::{Isa, isa};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx512, Avx512Bf16};
 use crate::cpu::simd::{F32s, I32s, Scalar, Simd};
+use half::bf16;
 
 /// The most rows that a tile has at any level: the size of a caller's array of row pointers.
 pub const MAX_MR: usize = 12;
@@ -34,11 +35,22 @@ pub enum Init {
     Bias(*const f32),
 }
 
+/// What C holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    /// f32.
+    F32,
+    /// bf16, to which sums are rounded once; not together with [`Init::C`].
+    Bf16,
+}
+
 /// Where a tile goes: `C[r][j] = init[r][j] + alpha · sum[r][j]` for `r < rows`, `j < cols`.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     /// One address per row of the tile: of its `cols` contiguous values.
     pub c: *const *mut f32,
+    /// What these values are; addresses of bf16 are cast.
+    pub values: Values,
     /// Columns that are written: 1 to NR.
     pub cols: usize,
     /// Factor of the sum.
@@ -89,6 +101,7 @@ type TileFn = unsafe fn(&Tile);
 #[cfg(target_arch = "x86_64")]
 type TilesFn = unsafe fn(usize, &Tile, &Session);
 type OuterFn = unsafe fn(&OuterTile);
+type RestFn<S> = unsafe fn(&[<S as Simd>::F32], usize, &Output);
 
 /// The micro-kernels of one instruction set.
 #[derive(Debug)]
@@ -266,6 +279,19 @@ impl RowTiles {
 /// What entries of the factors add to a sum.
 trait Multiply<S: Simd>: Copy {
     fn mul_add(self, x: S::F32, y: S::F32, sum: S::F32) -> S::F32;
+
+    /// Whether there is an instruction that rounds such sums to bf16.
+    const ROUNDS: bool = false;
+
+    /// Writes a vector of such sums, rounded to bf16.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `LANES` values.
+    #[inline(always)]
+    unsafe fn store_bf16(self, sum: S::F32, dst: *mut bf16) {
+        // SAFETY: the caller's contract.
+        unsafe { sum.store_bf16(dst, S::LANES) }
+    }
 }
 
 /// An entry is an f32.
@@ -299,12 +325,19 @@ impl Multiply<Avx512> for Avx512Bf16 {
     fn mul_add(self, x: <Avx512 as Simd>::F32, y: <Avx512 as Simd>::F32, sum: <Avx512 as Simd>::F32) -> <Avx512 as Simd>::F32 {
         sum.add_bf16_products(self, x, y)
     }
+    const ROUNDS: bool = true;
+    #[inline(always)]
+    unsafe fn store_bf16(self, sum: <Avx512 as Simd>::F32, dst: *mut bf16) {
+        // The instruction has no denormals, and neither have sums of its like.
+        // SAFETY: the caller's contract.
+        unsafe { sum.store_normal_bf16(self, dst) }
+    }
 }
 
 /// # Safety
 /// As for [`MicroKernels::tile`] with `R` rows and a panel of `NV` vectors.
 #[inline(always)]
-unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, multiply: M, t: &Tile) {
+unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, multiply: M, t: &Tile, rest: RestFn<S>) {
     for r in 0..R {
         // C is needed when the sums are done; by then its lines have arrived.
         // SAFETY: there are R row addresses.
@@ -333,13 +366,13 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
         }
     }
     // SAFETY: `out` is the caller's word.
-    unsafe { store(s, &acc, &t.out) }
+    unsafe { store::<S, _, R, NV>(multiply, &acc, &t.out, rest) }
 }
 
 /// # Safety
 /// As for [`MicroKernels::outer`] with `R` rows and a panel of `NV` vectors.
 #[inline(always)]
-unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile) {
+unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, rest: RestFn<S>) {
     let mut acc = [[s.zero(); NV]; R];
     for k in 0..t.len {
         // SAFETY: the caller vouches for `len` addresses of R values of A and NV vectors of B.
@@ -355,23 +388,65 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile) {
         }
     }
     // SAFETY: `out` is the caller's word.
-    unsafe { store(s, &acc, &t.out) }
+    unsafe { store::<S, _, R, NV>(Single, &acc, &t.out, rest) }
 }
 
+/// Stores tiles that are whole and nothing but sums, most of all, straight from registers, and leaves others to `rest`, [`store_rest`] of this level:
+/// were it part of this function, the compiler would keep the sums in memory all along.
+///
 /// # Safety
 /// As for the output of [`MicroKernels::tile`].
 #[inline(always)]
-unsafe fn store<S: Simd, const R: usize, const NV: usize>(s: S, acc: &[[S::F32; NV]; R], out: &Output) {
-    let alpha = s.splat(out.alpha);
+unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
+    multiply: M,
+    acc: &[[S::F32; NV]; R],
+    out: &Output,
+    rest: RestFn<S>,
+) {
+    let whole = out.cols == NV * S::LANES && out.alpha == 1.0 && matches!(out.init, Init::Zero);
+    if !whole || (out.values == Values::Bf16 && !M::ROUNDS) {
+        let sums = *acc;
+        // SAFETY: the caller's contract.
+        return unsafe { rest(sums.as_flattened(), NV, out) };
+    }
     for (r, sums) in acc.iter().enumerate() {
-        for (v, &sum) in sums.iter().enumerate() {
-            // SAFETY: the caller's contract.
-            unsafe { store_vector(s, sum, alpha, r, v * S::LANES, out) };
+        // SAFETY: there is an address for each row, which is NV vectors long.
+        unsafe {
+            let row = out.c.add(r).read();
+            if out.values == Values::F32 || !M::ROUNDS {
+                for (v, &sum) in sums.iter().enumerate() {
+                    sum.store(row.add(v * S::LANES));
+                }
+            } else {
+                for (v, &sum) in sums.iter().enumerate() {
+                    multiply.store_bf16(sum, row.cast::<bf16>().add(v * S::LANES));
+                }
+            }
         }
     }
 }
 
-/// Puts the sums of row `r`, from column `first` on, where they go.
+/// Stores a tile whose rows are `nv` vectors of `sums` each.
+///
+/// # Safety
+/// As for the output of [`MicroKernels::tile`].
+#[inline(always)]
+unsafe fn store_rest<S: Simd>(s: S, sums: &[S::F32], nv: usize, out: &Output) {
+    let alpha = s.splat(out.alpha);
+    for (r, sums) in sums.chunks_exact(nv).enumerate() {
+        for (v, &sum) in sums.iter().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe {
+                match out.values {
+                    Values::F32 => store_vector(s, sum, alpha, r, v * S::LANES, out),
+                    Values::Bf16 => store_rounded(s, sum, alpha, r, v * S::LANES, out),
+                }
+            }
+        }
+    }
+}
+
+/// Puts the sums of row `r`, from column `first` on, where they go: values of f32.
 ///
 /// # Safety
 /// As for the output of [`MicroKernels::tile`].
@@ -403,6 +478,25 @@ pub(super) unsafe fn store_vector<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: 
     }
 }
 
+/// [`store_vector`] of values that are bf16.
+///
+/// # Safety
+/// As for `store_vector`.
+#[inline(always)]
+unsafe fn store_rounded<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, first: usize, out: &Output) {
+    let Some(count @ 1..) = out.cols.checked_sub(first).map(|left| left.min(S::LANES)) else { return };
+    // SAFETY: there is an address for each row; `count` values are left of it and of the bias.
+    unsafe {
+        let row = out.c.add(r).read().cast::<bf16>();
+        let init = match out.init {
+            Init::Bias(bias) if count == S::LANES => s.load(bias.add(first)),
+            Init::Bias(bias) => s.load_partial(bias.add(first), count),
+            Init::Zero | Init::C => s.zero(),
+        };
+        sum.mul_add(alpha, init).store_bf16(row.add(first), count);
+    }
+}
+
 /// Instantiates the kernels of a level: `$token` makes its token (only the table of an available level is ever handed out),
 /// `$nv` vectors make NR.
 macro_rules! level {
@@ -413,13 +507,19 @@ macro_rules! level {
             $(#[$feature])?
             unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
                 // SAFETY: the caller's word.
-                unsafe { super::tile::<$simd, _, R, NV>($token, Single, t) }
+                unsafe { super::tile::<$simd, _, R, NV>($token, Single, t, rest) }
             }
 
             $(#[$feature])?
             unsafe fn outer<const R: usize, const NV: usize>(t: &OuterTile) {
                 // SAFETY: the caller's word.
-                unsafe { super::outer::<$simd, R, NV>($token, t) }
+                unsafe { super::outer::<$simd, R, NV>($token, t, rest) }
+            }
+
+            $(#[$feature])?
+            unsafe fn rest(sums: &[<$simd as Simd>::F32], nv: usize, out: &Output) {
+                // SAFETY: the caller's word.
+                unsafe { super::store_rest($token, sums, nv, out) }
             }
 
             pub static KERNELS: MicroKernels = MicroKernels {
@@ -446,7 +546,13 @@ macro_rules! pairs {
             $(#[$feature])?
             unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
                 // SAFETY: the caller's word.
-                unsafe { super::tile::<$simd, _, R, NV>($token, $multiply, t) }
+                unsafe { super::tile::<$simd, _, R, NV>($token, $multiply, t, rest) }
+            }
+
+            $(#[$feature])?
+            unsafe fn rest(sums: &[<$simd as Simd>::F32], nv: usize, out: &Output) {
+                // SAFETY: the caller's word.
+                unsafe { super::store_rest($token, sums, nv, out) }
             }
 
             pub static KERNELS: MicroKernels = MicroKernels {
@@ -539,7 +645,7 @@ mod tests {
                     let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
                     let mut c = before.clone();
                     let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
-                    let out = Output { c: c_ptrs.as_ptr(), cols, alpha, init };
+                    let out = Output { c: c_ptrs.as_ptr(), values: Values::F32, cols, alpha, init };
                     let tile = Tile { segments, kc, a: a_ptrs.as_ptr(), a_stride, b: b_ptrs.as_ptr(), b_stride, out };
                     // SAFETY: the vectors above have these sizes; a row of B is wider than a panel.
                     unsafe { kernels.tile(rows, &tile) };
@@ -569,7 +675,7 @@ mod tests {
                     let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
                     let mut c = before.clone();
                     let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
-                    let out = Output { c: c_ptrs.as_ptr(), cols, alpha: 1.0, init };
+                    let out = Output { c: c_ptrs.as_ptr(), values: Values::F32, cols, alpha: 1.0, init };
                     // SAFETY: the vectors above have these sizes.
                     unsafe { kernels.outer(rows, &OuterTile { len, a: a_ptrs.as_ptr(), b: b_ptrs.as_ptr(), out }) };
                     check(&c, &before, c_stride, rows, cols, |r, j| {

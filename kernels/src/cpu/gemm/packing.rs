@@ -1,7 +1,9 @@
 //! What panels are made of: the values of f32 factors, those of f16 and bf16 widened, or pairs of bf16 for machines that multiply these.
 
+use super::blocked::Place;
 use super::micro::MicroKernels;
 use super::pack::{self, Strip};
+use super::{Matrix, Out};
 use crate::cpu::simd::Simd;
 use crate::element::{Element, Float};
 use half::bf16;
@@ -75,8 +77,13 @@ pub(super) trait Packing: Copy + Send + Sync + 'static {
     /// The strip must be readable, `dst` writable for a panel's words apart from it, and `lanes <= width`.
     unsafe fn pack<S: Simd>(s: S, side: Side, strip: Strip<Self::Element>, width: usize, dst: *mut f32) -> Magnitudes;
 
-    /// The address as one that micro-kernels may read in place of a panel.
-    fn in_place(_: *const Self::Element) -> Option<*const f32> {
+    /// Lanes of `k` values each, as entries that micro-kernels may read in place of panels, if memory holds them so.
+    fn in_place(_lanes: Matrix<Self::Element>, _k: usize) -> Option<Matrix<f32>> {
+        None
+    }
+
+    /// The place as one of C that the micro-kernels' tiles may be stored in, rounded.
+    fn rounding(_: Out<Self::Element>) -> Option<Place> {
         None
     }
 
@@ -120,8 +127,8 @@ impl Packing for Plain {
         Magnitudes::NONE
     }
     #[inline(always)]
-    fn in_place(src: *const f32) -> Option<*const f32> {
-        Some(src)
+    fn in_place(lanes: Matrix<f32>, _: usize) -> Option<Matrix<f32>> {
+        Some(lanes)
     }
 }
 
@@ -193,6 +200,15 @@ impl Packing for Pairs {
         // SAFETY: the caller's contract.
         unsafe { convert::<S, Self>(s, strip, width, dst) };
         Magnitudes::NONE
+    }
+    #[inline(always)]
+    fn in_place(lanes: Matrix<bf16>, k: usize) -> Option<Matrix<f32>> {
+        let data = lanes.data.cast::<f32>();
+        let pairs = Self::IN_MEMORY && lanes.col_stride == 1 && k.is_multiple_of(2) && lanes.row_stride.is_multiple_of(2);
+        (pairs && data.is_aligned()).then_some(Matrix { data, row_stride: lanes.row_stride / 2, col_stride: 1 })
+    }
+    fn rounding(out: Out<bf16>) -> Option<Place> {
+        Some(Place::Bf16(out))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Products of f16 and bf16: converted as they are packed or read, summed in f32, and rounded once.
 
-use super::blocked::{Part, Target, multiply};
+use super::blocked::{Part, Place, Target, multiply};
 use super::micro::MicroKernels;
 use super::packing::{Packing, Pairs, Widened};
 #[cfg(target_arch = "x86_64")]
@@ -80,8 +80,9 @@ fn by_panels<P: Packing<Element: Float<Compute = f32> + Stored<Compute = f32>>>(
     row_stride: usize,
 ) -> Result<(), OutOfMemory> {
     let bias = widened_bias(gemm);
-    let target = Rounded { gemm, c: SharedMut::new(out), row_stride };
-    multiply::<P>(&of_sums(gemm, bias.as_deref()), &target)
+    let whole_tiles = gemm.a.cols() <= P::KC * P::TERMS && !gemm.accumulate;
+    let place: fn(Out<P::Element>) -> Option<Place> = if whole_tiles { P::rounding } else { |_| None };
+    multiply::<P>(&of_sums(gemm, bias.as_deref()), &Rounded { gemm, c: SharedMut::new(out), row_stride, place })
 }
 
 fn widened_bias<T: Float<Compute = f32>>(gemm: &Gemm<T>) -> Option<Vec<f32>> {
@@ -94,11 +95,31 @@ fn of_sums<'a, T: Copy>(gemm: &Gemm<'a, T>, bias: Option<&'a [f32]>) -> Gemm<'a,
     Gemm { a, b, a_offsets, b_offsets, alpha, bias, accumulate: false, activation: None }
 }
 
-/// C of a narrower type: a part's sums stay in the cache until they are rounded.
+/// C of a narrower type: a part's sums are rounded as they leave the registers, or else stay in the cache until they are.
 struct Rounded<'a, T> {
     gemm: &'a Gemm<'a, T>,
     c: SharedMut<T>,
     row_stride: usize,
+    /// What the micro-kernels may store an item's results in, if they can.
+    place: fn(Out<T>) -> Option<Place>,
+}
+
+impl<T: Float<Compute = f32> + Stored<Compute = f32>> Rounded<'_, T> {
+    /// Computes a part's sums into a buffer, and rounds them from there.
+    fn round(&self, part: &Part, compute: &dyn Fn(Place) -> Result<(), OutOfMemory>, item: Out<T>) -> Result<(), OutOfMemory> {
+        let (rows, cols) = (part.rows.clone(), part.cols.clone());
+        let mut sums = Buffer::new(rows.len() * cols.len() * size_of::<f32>())?;
+        let sums = sums.as_slice_mut::<f32>();
+        // The part lies at the start of the buffer, not where it would in its item.
+        let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
+        compute(Place::F32(Out { c: first, row_stride: cols.len() }))?;
+        let out = rows.map(|row| {
+            // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
+            unsafe { std::slice::from_raw_parts_mut(item.at(row, cols.start), cols.len()) }
+        });
+        dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate: self.gemm.accumulate });
+        Ok(())
+    }
 }
 
 impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<'_, T> {
@@ -106,21 +127,14 @@ impl<T: Float<Compute = f32> + Stored<Compute = f32>> Target for Rounded<'_, T> 
         true
     }
 
-    fn take(&self, part: &Part, compute: &dyn Fn(Out<f32>) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
-        let (rows, cols) = (part.rows.clone(), part.cols.clone());
-        let mut sums = Buffer::new(rows.len() * cols.len() * size_of::<f32>())?;
-        let sums = sums.as_slice_mut::<f32>();
-        // The part lies at the start of the buffer, not where it would in its item.
-        let first = sums.as_mut_ptr().wrapping_sub(rows.start * cols.len() + cols.start);
-        compute(Out { c: first, row_stride: cols.len() })?;
+    fn take(&self, part: &Part, compute: &dyn Fn(Place) -> Result<(), OutOfMemory>) -> Result<(), OutOfMemory> {
         let item = Out { c: self.c.get().wrapping_add(part.item * self.gemm.a.rows() * self.row_stride), row_stride: self.row_stride };
-        let out = rows.clone().map(|row| {
-            // SAFETY: the row's part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
-            unsafe { std::slice::from_raw_parts_mut(item.at(row, cols.start), cols.len()) }
-        });
-        dispatch(Narrow { sums: sums.chunks(cols.len()), out, accumulate: self.gemm.accumulate });
-        // SAFETY: as above.
-        unsafe { self.gemm.finish(item, rows, cols) };
+        match (self.place)(item) {
+            Some(place) => compute(place)?,
+            None => self.round(part, compute, item)?,
+        }
+        // SAFETY: the part lies in C, whose extent `Gemm::run` checked, and no two tasks share a part.
+        unsafe { self.gemm.finish(item, part.rows.clone(), part.cols.clone()) };
         Ok(())
     }
 }

@@ -3,11 +3,11 @@
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
 //! factor equally far apart.
 
-use super::blocked::{FLOP_PER_NS, KC, Part, Target, c_rows, init_of};
+use super::Gemm;
+use super::blocked::{FLOP_PER_NS, KC, Part, Place, Target, init_of};
 use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Side};
-use super::{Gemm, Out};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
@@ -248,7 +248,7 @@ impl<P: Packing> Packed<'_, P> {
     }
 
     /// Some tiles by some panels.
-    fn part(&self, tiles: &Range<usize>, panels: &Range<usize>, out: Out<f32>) {
+    fn part(&self, tiles: &Range<usize>, panels: &Range<usize>, out: Place) {
         let started = P::kernels().start();
         for k in (0..self.block.ks.len()).step_by(Self::TERMS) {
             for panel in panels.clone() {
@@ -260,7 +260,7 @@ impl<P: Packing> Packed<'_, P> {
     }
 
     /// One tile of C over one block of K.
-    fn tile(&self, started: &Started, out: Out<f32>, k: usize, tile: usize, panel: usize) {
+    fn tile(&self, started: &Started, out: Place, k: usize, tile: usize, panel: usize) {
         let SuperBlock { gemm, rows, cols, ks, .. } = self.block;
         let kernels = P::kernels();
         let terms = Self::TERMS.min(ks.len() - k);
@@ -270,9 +270,9 @@ impl<P: Packing> Packed<'_, P> {
         let a = self.packed_a(k, terms, tile).cast_const();
         let a: [*const f32; MAX_MR] = std::array::from_fn(|r| a.wrapping_add(r));
         let b = self.packed_b(k, terms, panel).cast_const();
-        let c = c_rows(out, row, col);
+        let c = out.rows(row, col);
         let first = ks.start + k == 0;
-        let out = Output { c: c.as_ptr(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
+        let out = Output { c: c.as_ptr(), values: out.values(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
         let b_stride = kernels.panel_width(width);
         let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
         // SAFETY: both panels were packed before any task began; the target gave room for the first `height` rows of C, and no two

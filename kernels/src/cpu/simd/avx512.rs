@@ -116,6 +116,16 @@ impl F32x16 {
             _mm512_dpbf16_ps(self.0, std::mem::transmute::<__m512, __m512bh>(a.0), std::mem::transmute::<__m512, __m512bh>(b.0))
         })
     }
+
+    /// [`store_bf16`](F32s::store_bf16) of all lanes, but that denormals become zero.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing 16 values.
+    #[inline(always)]
+    pub unsafe fn store_normal_bf16(self, _: Avx512Bf16, dst: *mut bf16) {
+        // SAFETY: the token proves the feature, the caller the memory; all bit patterns are valid in both types, which have one size.
+        unsafe { dst.cast::<Unaligned<__m256bh>>().write(Unaligned(_mm512_cvtneps_pbh(self.0))) }
+    }
 }
 
 /// Evaluates an intrinsic whose feature the token or vector at hand proves.
@@ -267,6 +277,24 @@ impl Not for Mask16 {
 }
 
 impl F32s for F32x16 {
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
+        // SAFETY: the token proves the features; `count` values may be written.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            // Rounding could carry a NaN into the sign: it is kept, quiet.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let words = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+            if count == 16 {
+                dst.cast::<Unaligned<_>>().write(Unaligned(words));
+            } else {
+                _mm256_mask_storeu_epi16(dst.cast(), first(count), words);
+            }
+        }
+    }
     type I32 = I32x16;
     type Mask = Mask16;
 

@@ -182,6 +182,19 @@ pub trait F32s:
     /// # Safety
     /// `dst` must be valid for writing `count` values, and `count <= LANES`.
     unsafe fn store_partial(self, dst: *mut f32, count: usize);
+    /// Writes the first `count <= LANES` lanes, rounded to the nearest bf16, ties to even; NaN stays one.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `count` values, and `count <= LANES`.
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
+        let mut lanes = [0f32; MAX_LANES];
+        self.store_slice(&mut lanes, count);
+        for (i, &lane) in lanes.iter().enumerate().take(count) {
+            // SAFETY: the caller's contract.
+            unsafe { dst.add(i).write(bf16::from_f32(lane)) };
+        }
+    }
     /// `self * b + c`, rounded once.
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// The smaller lane; `other` where either is NaN (the hardware's rule).

@@ -6,7 +6,7 @@ use super::super::{Gather, part_start};
 use super::transform::{Check, load_places, of_sources, of_taps, store_places, to_targets};
 use super::{Grid, PATCH, PLACES, SIDE};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile};
+use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::{F32s, MAX_LANES, Simd};
@@ -175,7 +175,7 @@ impl Run<'_> {
                     a[r] = patches[place * place_len(count, row) + (start + r) * row..][..cin].as_ptr();
                     c[r] = sums[place * place_len(count, MAX_NR) + (start + r) * MAX_NR..][..panel.stride].as_mut_ptr();
                 }
-                let out = Output { c: c.as_ptr(), cols: panel.stride, alpha: 1.0, init: Init::Zero };
+                let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.stride, alpha: 1.0, init: Init::Zero };
                 let tile = Tile { segments: 1, kc: cin, a: a.as_ptr(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
                 // SAFETY: each row of A has `cin` values, each row of C as many as the panel is wide, and the panel has `cin` rows for each place.
                 unsafe { kernels.tile(height, &tile) }
