@@ -355,13 +355,14 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
             unsafe {
                 let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
                 for (row, sums) in a.iter().zip(&mut acc) {
-                    let x = s.splat(row.wrapping_add(at).read());
+                    let x = s.load_splat(row.wrapping_add(at));
                     for (sum, &y) in sums.iter_mut().zip(&bv) {
                         *sum = multiply.mul_add(x, y, *sum);
                     }
                 }
             }
-            at += t.a_stride;
+            // A check for overflow in the dev profile would keep loads and sums apart, and both in memory.
+            at = at.wrapping_add(t.a_stride);
             b = b.wrapping_add(t.b_stride);
         }
     }
@@ -380,7 +381,7 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
             let (a, b) = (t.a.add(k).read(), t.b.add(k).read());
             let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
             for (r, sums) in acc.iter_mut().enumerate() {
-                let x = s.splat(a.add(r).read());
+                let x = s.load_splat(a.add(r));
                 for (sum, &y) in sums.iter_mut().zip(&bv) {
                     *sum = x.mul_add(y, *sum);
                 }

@@ -50,6 +50,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn splat(self, x: f32) -> Self::F32;
     /// `x` in every lane.
     fn splat_i32(self, x: i32) -> Self::I32;
+    /// The value at an address of any alignment, in every lane.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading a value.
+    #[inline(always)]
+    unsafe fn load_splat(self, src: *const f32) -> Self::F32 {
+        // SAFETY: the caller's contract.
+        self.splat(unsafe { src.cast::<Unaligned<f32>>().read().0 })
+    }
     /// Reads `LANES` values from an address of any alignment.
     ///
     /// # Safety
