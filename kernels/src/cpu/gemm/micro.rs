@@ -367,7 +367,7 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
         }
     }
     // SAFETY: `out` is the caller's word.
-    unsafe { store::<S, _, R, NV>(multiply, &acc, &t.out, rest) }
+    unsafe { store(s, multiply, &acc, &t.out, rest) }
 }
 
 /// # Safety
@@ -389,7 +389,16 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
         }
     }
     // SAFETY: `out` is the caller's word.
-    unsafe { store::<S, _, R, NV>(Single, &acc, &t.out, rest) }
+    unsafe { store(s, Single, &acc, &t.out, rest) }
+}
+
+/// How a tile is stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    New,
+    Added,
+    Rounded,
+    Other,
 }
 
 /// Stores tiles that are whole and nothing but sums, most of all, straight from registers, and leaves others to `rest`, [`store_rest`] of this level:
@@ -399,13 +408,20 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
 /// As for the output of [`MicroKernels::tile`].
 #[inline(always)]
 unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
+    s: S,
     multiply: M,
     acc: &[[S::F32; NV]; R],
     out: &Output,
     rest: RestFn<S>,
 ) {
-    let whole = out.cols == NV * S::LANES && out.alpha == 1.0 && matches!(out.init, Init::Zero);
-    if !whole || (out.values == Values::Bf16 && !M::ROUNDS) {
+    let whole = out.cols == NV * S::LANES && out.alpha == 1.0;
+    let form = match (out.values, out.init) {
+        (Values::F32, Init::Zero) if whole => Form::New,
+        (Values::F32, Init::C) if whole => Form::Added,
+        (Values::Bf16, Init::Zero) if whole && M::ROUNDS => Form::Rounded,
+        _ => Form::Other,
+    };
+    if form == Form::Other {
         let sums = *acc;
         // SAFETY: the caller's contract.
         return unsafe { rest(sums.as_flattened(), NV, out) };
@@ -414,13 +430,11 @@ unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
         // SAFETY: there is an address for each row, which is NV vectors long.
         unsafe {
             let row = out.c.add(r).read();
-            if out.values == Values::F32 || !M::ROUNDS {
-                for (v, &sum) in sums.iter().enumerate() {
-                    sum.store(row.add(v * S::LANES));
-                }
-            } else {
-                for (v, &sum) in sums.iter().enumerate() {
-                    multiply.store_bf16(sum, row.cast::<bf16>().add(v * S::LANES));
+            for (v, &sum) in sums.iter().enumerate() {
+                match form {
+                    Form::Added => (sum + s.load(row.add(v * S::LANES))).store(row.add(v * S::LANES)),
+                    Form::Rounded if M::ROUNDS => multiply.store_bf16(sum, row.cast::<bf16>().add(v * S::LANES)),
+                    _ => sum.store(row.add(v * S::LANES)),
                 }
             }
         }
