@@ -3,8 +3,7 @@
 //! The plain algorithm is five loops around a micro-kernel: over K in steps of [`KC`], over panels of B, over row tiles of A.
 //! The code differs from it in these points:
 //!
-//! 1. A panel of B (KC × NR: 32 KiB at AVX-512) is used for all row tiles before the next, so it stays in L1 or near; the row tiles of A
-//!    stream from L2.
+//! 1. A panel of B (KC × NR: 96 KiB at AVX-512) is used for all row tiles before the next; both stream from L2.
 //! 2. Large products, and those whose factors would be packed by many tasks, pack both once, in parallel (`shared`); tasks then only compute.
 //!    Smaller ones are cut into tasks that pack what they need themselves ([`Block`]): a little is packed twice, and no thread waits.
 //! 3. A factor is not packed where that costs more than it saves: A if it meets few panels, B if it meets few row tiles.
@@ -25,9 +24,9 @@ use half::bf16;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Words of a lane that a tile reads (terms, if the words are values) before its sums go to C: measured best of 96, 128, 192, 256 and 384
-/// on Zen 4.
-pub(super) const KC: usize = 384;
+/// Words of a lane that a tile reads (terms, if the words are values) before its sums go to C: measured best of 256, 384, 512 and 768 on Zen 5.
+/// Panels of B then come from L2, which keeps up with tiles; what long blocks of K save is the way of C there and back.
+pub(super) const KC: usize = 768;
 
 /// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.
 pub(super) const FLOP_PER_NS: usize = 64;
@@ -76,7 +75,7 @@ fn packs_once<P: Packing>(gemm: &Gemm<P::Element, f32>) -> bool {
     let packs_little = P::TERMS == 1 && readable_in_place::<P>(&gemm.item(0)).is_some();
     gemm.batch() == 1
         && match packs_little {
-            true => m >= 48 && n >= 96 && k > P::KC && work >= 1 << 23,
+            true => m >= 48 && n >= 96 && k > P::KC / 2 && work >= 1 << 23,
             false => m >= 48 && n >= 64 && work >= 1 << 20,
         }
 }

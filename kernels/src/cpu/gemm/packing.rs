@@ -59,11 +59,11 @@ pub(super) trait Packing: Copy + Send + Sync + 'static {
     const KC: usize = super::blocked::KC / Self::WORDS;
     /// Words of a packed super-block of each factor: 8 MiB, so that both fit the L3 of most machines.
     const SUPER_BLOCK: usize = 2 << 20;
-    /// Most row tiles of a task. At AVX-512 its block of A (192 × KC) is 288 KiB of L2, each panel of B comes from L3 once for 16 tiles,
+    /// Most row tiles of a task. At AVX-512 its block of A (192 × KC) is 576 KiB of L2, each panel of B comes from L3 once for 16 tiles,
     /// and it lasts about 0.8 ms at K = 1024: short enough to keep threads evenly busy, long enough to hide the hand-over.
     const TILES: usize = 16;
-    /// Rows that a task of the small path covers at most: A's packed block (480 × KC, 720 KiB) fits a 1 MiB L2.
-    const BLOCK_ROWS: usize = 480;
+    /// Rows that a task of the small path covers at most: A's packed block (240 × KC, 720 KiB) fits a 1 MiB L2.
+    const BLOCK_ROWS: usize = 240;
     /// How many times as fast as those of [`Plain`] the products are, about.
     const SPEED: usize = 1;
 

@@ -19,7 +19,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// Most words of a lane of a super-block: with them, a super-block has at least 1024 rows or columns.
-const SUPER_K: usize = 8 * KC;
+const SUPER_K: usize = 4 * KC;
 
 /// Most panels of a task.
 const PANELS: usize = 8;
@@ -29,7 +29,7 @@ const PACKED_TILES: usize = 4;
 const PACKED_PANELS: usize = 2;
 
 /// Smaller products are cut into this many tasks or more, so that threads end at about the same time.
-const MIN_TASKS: usize = 8;
+const MIN_TASKS: usize = 16;
 
 /// Nearly equal parts of `0..total`, none larger than `most`, cut at multiples of `unit`.
 fn parts(total: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> {
