@@ -1,7 +1,6 @@
 //! Packing: strips of a factor are copied into panels that the micro-kernels read in order, transposed on the way if need be.
 
-use crate::cpu::simd::{F32s, MAX_LANES, Simd};
-use std::mem::MaybeUninit;
+use crate::cpu::simd::{F32s, Simd};
 
 /// A strip of a factor: `lanes` rows of A (or columns of B), `k` elements of each.
 /// Element `k` of lane `i` lies at `src + i · lane_stride + k · k_stride`.
@@ -76,34 +75,14 @@ pub(super) unsafe fn transpose<S: Simd>(s: S, strip: Strip, width: usize, dst: *
                 if lanes == S::LANES {
                     s.transpose(src, strip.lane_stride, dst, width);
                 } else {
-                    transpose_some(s, src, strip.lane_stride, lanes, dst, width);
+                    // The row tiles of A are 12 high, vectors are 16 wide.
+                    s.transpose_some(src, strip.lane_stride, lanes, dst, width);
                 }
             }
         }
     }
     // SAFETY: the last k, fewer than a vector, of all lanes.
     unsafe { gather(strip, 0..strip.lanes, full_k..strip.k, width, dst) };
-}
-
-/// Transposes `LANES` values of `lanes < LANES` rows by way of the stack: the row tiles of A are 12 high, vectors are 16 wide.
-///
-/// # Safety
-/// The rows of `src` must be readable for `LANES` values, `LANES` rows of `dst` writable for `lanes` values.
-#[inline(always)]
-unsafe fn transpose_some<S: Simd>(s: S, src: *const f32, src_stride: usize, lanes: usize, dst: *mut f32, dst_stride: usize) {
-    let mut rows = [0f32; MAX_LANES * MAX_LANES];
-    let mut columns = MaybeUninit::<[f32; MAX_LANES * MAX_LANES]>::uninit();
-    let columns = columns.as_mut_ptr().cast::<f32>();
-    // SAFETY: both squares have room for LANES × LANES values; the rest is the caller's contract.
-    unsafe {
-        for i in 0..lanes {
-            s.load(src.add(i * src_stride)).store(rows.as_mut_ptr().add(i * S::LANES));
-        }
-        s.transpose(rows.as_ptr(), S::LANES, columns, S::LANES);
-        for k in 0..S::LANES {
-            s.load(columns.add(k * S::LANES)).store_partial(dst.add(k * dst_stride), lanes);
-        }
-    }
 }
 
 /// Any strides, one value at a time; sixteen k of a lane at a time, which is a cache line where k is contiguous.

@@ -205,11 +205,19 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn transpose(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's contract.
+        unsafe { self.transpose_some(src, src_stride, 16, dst, dst_stride) }
+    }
+    #[inline(always)]
+    unsafe fn transpose_some(self, src: *const f32, src_stride: usize, rows: usize, dst: *mut f32, dst_stride: usize) {
         // 4×4 transpositions inside the 128-bit lanes (rows 4q..4q+4 give quad q), then a 4×4 transposition of lanes.
-        // SAFETY: the token proves the features, the caller the memory.
+        // SAFETY: the token proves the features, the caller the memory: rows that are not there are others, and are not written.
         unsafe {
-            let row = |i: usize| src.add(i * src_stride).cast::<Unaligned<__m512>>().read().0;
-            let put = |at: usize, x: __m512| dst.add(at).cast::<Unaligned<_>>().write(Unaligned(x));
+            let row = |i: usize| src.add(i.min(rows - 1) * src_stride).cast::<Unaligned<__m512>>().read().0;
+            let put = |at: usize, x: __m512| match rows {
+                16 => dst.add(at).cast::<Unaligned<_>>().write(Unaligned(x)),
+                _ => _mm512_mask_storeu_ps(dst.add(at), first(rows), x),
+            };
             // Lane k of column j of quad q is column 4k + j of rows 4q..4q+4. A loop: a closure might be compiled without the features.
             let mut quads = [[_mm512_setzero_ps(); 4]; 4];
             for (q, quad) in quads.iter_mut().enumerate() {

@@ -21,6 +21,7 @@ pub use neon::Neon;
 pub use scalar::Scalar;
 
 use half::{bf16, f16};
+use std::mem::MaybeUninit;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
 /// A vector at an address of any alignment.
@@ -143,6 +144,27 @@ pub trait Simd: Copy + Send + Sync + 'static {
             for j in 0..Self::LANES {
                 // SAFETY: the caller's contract.
                 unsafe { *dst.add(j * dst_stride + i) = src.add(i * src_stride + j).read_unaligned() };
+            }
+        }
+    }
+
+    /// Transposes `rows` rows, 1 to `LANES`, of `LANES` values, likewise.
+    ///
+    /// # Safety
+    /// The rows of `src` must be readable, `LANES` rows of `dst` writable for `rows` values each, and the two must not overlap.
+    #[inline(always)]
+    unsafe fn transpose_some(self, src: *const f32, src_stride: usize, rows: usize, dst: *mut f32, dst_stride: usize) {
+        let mut square = [0f32; MAX_LANES * MAX_LANES];
+        let mut columns = MaybeUninit::<[f32; MAX_LANES * MAX_LANES]>::uninit();
+        let columns = columns.as_mut_ptr().cast::<f32>();
+        // SAFETY: both squares have room for LANES × LANES values; the rest is the caller's contract.
+        unsafe {
+            for i in 0..rows {
+                self.load(src.add(i * src_stride)).store(square.as_mut_ptr().add(i * Self::LANES));
+            }
+            self.transpose(square.as_ptr(), Self::LANES, columns, Self::LANES);
+            for k in 0..Self::LANES {
+                self.load(columns.add(k * Self::LANES)).store_partial(dst.add(k * dst_stride), rows);
             }
         }
     }
