@@ -34,6 +34,9 @@ pub(super) const FLOP_PER_NS: usize = 64;
 /// A task of the small path has about this many multiply-adds of plain f32 (20 µs): cut finer, the strips that several tasks pack for themselves tell.
 const TASK_MACS: usize = 1 << 20;
 
+/// A that meets no more panels is not worth packing where it can be read in place.
+pub(super) const FEW_PANELS: usize = 4;
+
 /// The most tasks that a product is cut into.
 const MAX_TASKS: usize = 32;
 
@@ -72,17 +75,19 @@ fn packs_once<P: Packing>(gemm: &Gemm<P::Element, f32>) -> bool {
     if m >= 192 && n >= 192 && work >= 1 << 24 {
         return true;
     }
-    let packs_little = P::TERMS == 1 && readable_in_place::<P>(&gemm.item(0)).is_some();
+    let copies_b = P::TERMS == 1 && gemm.b.col_stride() == 1;
     gemm.batch() == 1
-        && match packs_little {
-            true => m >= 48 && n >= 96 && k > P::KC / 2 && work >= 1 << 23,
-            false => m >= 48 && n >= 64 && work >= 1 << 20,
+        && m >= 48
+        && match (readable_in_place::<P>(&gemm.item(0)).is_some(), copies_b) {
+            (true, true) => n >= 96 && k > P::KC / 2 && work >= 1 << 23,
+            (true, false) => n >= 32 && work >= 1 << 20,
+            (false, _) => n >= 64 && work >= 1 << 20,
         }
 }
 
 /// The entries of A, if tiles can read them without their being packed. They must not fall on the same few sets of L1: strides of a multiple of
 /// 2 KiB do.
-fn readable_in_place<P: Packing>(item: &Item<P::Element>) -> Option<Matrix<f32>> {
+pub(super) fn readable_in_place<P: Packing>(item: &Item<P::Element>) -> Option<Matrix<f32>> {
     let a = P::in_place(item.a, item.k)?;
     let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
     (contiguous && !stride.is_multiple_of(512)).then_some(a)
@@ -256,7 +261,7 @@ impl<P: Packing> Block<'_, P> {
 
     /// The entries of A, if they are to be read in place.
     fn a_in_place(&self, kernels: &MicroKernels) -> Option<Matrix<f32>> {
-        let few_panels = self.cols.len() <= 4 * kernels.nr || P::entries(self.ks.len()) <= 32;
+        let few_panels = self.cols.len() <= FEW_PANELS * kernels.nr || P::entries(self.ks.len()) <= 32;
         readable_in_place::<P>(&self.item).filter(|_| few_panels)
     }
 

@@ -3,11 +3,11 @@
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
 //! factor equally far apart.
 
-use super::Gemm;
-use super::blocked::{FLOP_PER_NS, KC, Part, Place, Target, init_of};
+use super::blocked::{FEW_PANELS, FLOP_PER_NS, KC, Part, Place, Target, init_of, readable_in_place};
 use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Side};
+use super::{Gemm, Matrix};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
@@ -47,10 +47,11 @@ pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, target
         let most = P::SUPER_BLOCK / P::words(ks.len());
         for cols in parts(n, most, kernels.nr) {
             let mut b = Panels::<P>::of_b(cols.len(), ks.len())?;
+            let a_in_place = cols.len() <= FEW_PANELS * kernels.nr && readable_in_place::<P>(&gemm.item(item)).is_some();
             for rows in parts(m, most, kernels.mr) {
-                let mut a = Panels::<P>::of_a(rows.len(), ks.len())?;
+                let mut a = Panels::<P>::of_a(if a_in_place { 0 } else { rows.len() }, ks.len())?;
                 let new_b = rows.start == 0;
-                SuperBlock { gemm, item, rows, cols: cols.clone(), ks: ks.clone() }.compute(&mut a, &mut b, new_b, target)?;
+                SuperBlock { gemm, item, rows, cols: cols.clone(), ks: ks.clone(), a_in_place }.compute(&mut a, &mut b, new_b, target)?;
             }
         }
     }
@@ -102,13 +103,15 @@ struct SuperBlock<'a, P: Packing> {
     rows: Range<usize>,
     cols: Range<usize>,
     ks: Range<usize>,
+    /// Whether A is not packed but read where it is.
+    a_in_place: bool,
 }
 
 impl<P: Packing> SuperBlock<'_, P> {
     /// Terms of a block of K.
     const TERMS: usize = P::KC * P::TERMS;
 
-    /// Packs A, and B if it is new, and multiplies them.
+    /// Packs A if it is to be, and B if it is new, and multiplies them.
     fn compute(self, a: &mut Panels<P>, b: &mut Panels<P>, new_b: bool, target: &dyn Target) -> Result<(), OutOfMemory> {
         let at = Addresses {
             a: SharedMut::new(a.buffer.as_slice_mut()),
@@ -127,9 +130,9 @@ impl<P: Packing> SuperBlock<'_, P> {
     /// The same with the micro-kernels for any values.
     #[cold]
     fn fall_back(self, target: &dyn Target) -> Result<(), OutOfMemory> {
-        let Self { gemm, item, rows, cols, ks } = self;
+        let Self { gemm, item, rows, cols, ks, .. } = self;
         let (mut a, mut b) = (Panels::of_a(rows.len(), ks.len())?, Panels::of_b(cols.len(), ks.len())?);
-        SuperBlock::<P::Fallback> { gemm, item, rows, cols, ks }.compute(&mut a, &mut b, true, target)
+        SuperBlock::<P::Fallback> { gemm, item, rows, cols, ks, a_in_place: false }.compute(&mut a, &mut b, true, target)
     }
 }
 
@@ -161,13 +164,15 @@ impl<P: Packing> Packed<'_, P> {
         self.block.cols.len().div_ceil(P::kernels().nr)
     }
 
-    /// Packs A, and B if it is new, a few strips of one block of K a task.
+    /// Packs A if it is to be, and B if it is new, a few strips of one block of K a task.
     fn pack(&self, a: &Panels<P>, b: &Panels<P>, new_b: bool) {
         let panels = self.panels();
         let SuperBlock { rows, cols, ks, .. } = self.block;
-        let (a_groups, b_groups) = (self.tiles.count.div_ceil(PACKED_TILES), if new_b { panels.div_ceil(PACKED_PANELS) } else { 0 });
+        let packed = |count: usize, is_packed: bool| if is_packed { count } else { 0 };
+        let new_a = !self.block.a_in_place;
+        let (a_groups, b_groups) = (packed(self.tiles.count.div_ceil(PACKED_TILES), new_a), packed(panels.div_ceil(PACKED_PANELS), new_b));
         let groups = a_groups + b_groups;
-        let values = ks.len() * (rows.len() + if new_b { cols.len() } else { 0 });
+        let values = ks.len() * (packed(rows.len(), new_a) + packed(cols.len(), new_b));
         for_each(groups * ks.len().div_ceil(Self::TERMS), values, |task| {
             let (k, group) = (task / groups * Self::TERMS, task % groups);
             let terms = Self::TERMS.min(ks.len() - k);
@@ -250,32 +255,39 @@ impl<P: Packing> Packed<'_, P> {
     /// Some tiles by some panels.
     fn part(&self, tiles: &Range<usize>, panels: &Range<usize>, out: Place) {
         let started = P::kernels().start();
+        let SuperBlock { gemm, item, a_in_place, .. } = self.block;
+        let a = readable_in_place::<P>(&gemm.item(*item)).filter(|_| *a_in_place);
         for k in (0..self.block.ks.len()).step_by(Self::TERMS) {
             for panel in panels.clone() {
                 for tile in tiles.clone() {
-                    self.tile(&started, out, k, tile, panel);
+                    self.tile(&started, a, out, k, tile, panel);
                 }
             }
         }
     }
 
-    /// One tile of C over one block of K.
-    fn tile(&self, started: &Started, out: Place, k: usize, tile: usize, panel: usize) {
+    /// One tile of C over one block of K, with A's entries if they are read in place.
+    fn tile(&self, started: &Started, a: Option<Matrix<f32>>, out: Place, k: usize, tile: usize, panel: usize) {
         let SuperBlock { gemm, rows, cols, ks, .. } = self.block;
         let kernels = P::kernels();
         let terms = Self::TERMS.min(ks.len() - k);
         let (row, height) = (rows.start + self.tiles.start(tile), self.tiles.height(tile));
         let col = cols.start + panel * kernels.nr;
         let width = kernels.nr.min(cols.end - col);
-        let a = self.packed_a(k, terms, tile).cast_const();
-        let a: [*const f32; MAX_MR] = std::array::from_fn(|r| a.wrapping_add(r));
+        let (a, a_stride): ([*const f32; MAX_MR], usize) = match a {
+            Some(a) => (std::array::from_fn(|r| a.at(row + r, (ks.start + k) / P::TERMS)), a.col_stride),
+            None => {
+                let first = self.packed_a(k, terms, tile).cast_const();
+                (std::array::from_fn(|r| first.wrapping_add(r)), height)
+            }
+        };
         let b = self.packed_b(k, terms, panel).cast_const();
         let c = out.rows(row, col);
         let first = ks.start + k == 0;
         let out = Output { c: c.as_ptr(), values: out.values(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
         let b_stride = kernels.panel_width(width);
-        let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride: height, b: &b, b_stride, out };
-        // SAFETY: both panels were packed before any task began; the target gave room for the first `height` rows of C, and no two
+        let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride, b: &b, b_stride, out };
+        // SAFETY: panels were packed before any task began, and rows of A lie inside it; the target gave room for the first `height` rows of C, and no two
         // tasks share a tile.
         unsafe { kernels.panel_tile(started, height, &tile) }
     }
