@@ -1,10 +1,17 @@
 //! Large blocks: those of the sizes that were dropped last wait as they are, because what a loop asks for next is as a rule what it has just
-//! dropped, and is still in the caches. When no block of a size is left, all that wait are joined into ranges of addresses, and blocks are cut
-//! from those: memory is held for the most that was in use at once, not for the most of each size.
+//! dropped, and is still in the caches. When no block of a size is left, those that wait are joined into ranges of addresses, and blocks are cut
+//! from those: memory is held for the most that was in use at once, not for the most of each size. What is joined first is about as large as
+//! what is asked for, and a few of the largest blocks stay whole ([`WHOLE`]): once a small part of one has a longer life than the rest, it is
+//! of no use to those who come back for all of it.
 
 use super::{LARGE, system};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
+
+/// Blocks that wait and have this many bytes, such as gradients of a vocabulary's weights, are not cut up for smaller ones, as long as they are
+/// at most a [`SPARE`]th of all memory that is held.
+const WHOLE: usize = 64 << 20;
+const SPARE: usize = 4;
 
 /// Free memory that is the system's no more.
 pub(super) struct Free {
@@ -38,18 +45,24 @@ impl Free {
         Self { waiting: BTreeMap::new(), ranges: BTreeMap::new() }
     }
 
-    /// A free block of exactly `size` bytes, of stale content.
-    pub(super) fn take(&mut self, size: usize) -> Option<NonNull<u8>> {
+    /// A free block of exactly `size` bytes, of stale content; `held` bytes are not the system's, in use or not.
+    pub(super) fn take(&mut self, size: usize, held: usize) -> Option<NonNull<u8>> {
         if let Some(block) = self.waiting.get_mut(&size).and_then(Vec::pop) {
             return Some(block.0);
         }
         if !system::RANGES {
             return None;
         }
-        self.cut(size).or_else(|| {
-            self.join();
-            self.cut(size)
-        })
+        self.cut(size)
+            .or_else(|| {
+                self.join(2 * size);
+                self.cut(size)
+            })
+            .or_else(|| {
+                let whole: usize = self.waiting.range(WHOLE..).map(|(size, blocks)| size * blocks.len()).sum();
+                self.join(if whole <= held / SPARE { (WHOLE - 1).max(2 * size) } else { usize::MAX });
+                self.cut(size)
+            })
     }
 
     /// Keeps a block of `size` bytes.
@@ -79,10 +92,11 @@ impl Free {
         Some(start.0)
     }
 
-    /// Turns all blocks that wait into ranges, joined with those that they touch. That two mappings of the system touch does not matter: it
-    /// takes back any whole pages.
-    fn join(&mut self) {
-        for (size, blocks) in std::mem::take(&mut self.waiting) {
+    /// Turns the blocks that wait and have at most so many bytes into ranges, joined with those that they touch. That two mappings of the system
+    /// touch does not matter: it takes back any whole pages.
+    fn join(&mut self, most: usize) {
+        let larger = self.waiting.split_off(&most.saturating_add(1));
+        for (size, blocks) in std::mem::replace(&mut self.waiting, larger) {
             self.ranges.extend(blocks.into_iter().map(|start| (start, size)));
         }
         let mut joined: BTreeMap<Start, usize> = BTreeMap::new();
@@ -111,8 +125,8 @@ mod tests {
         free.put(at(1000), 10);
         free.put(at(2000), 10);
         free.put(at(3000), 5);
-        assert_eq!([free.take(10), free.take(5), free.take(10)], [Some(at(2000)), Some(at(3000)), Some(at(1000))]);
-        assert_eq!(free.take(10), None);
+        assert_eq!([free.take(10, 0), free.take(5, 0), free.take(10, 0)], [Some(at(2000)), Some(at(3000)), Some(at(1000))]);
+        assert_eq!(free.take(10, 0), None);
     }
 
     #[test]
@@ -123,9 +137,24 @@ mod tests {
             free.put(at(start), size);
         }
         // The smaller of two ranges that fit, and what is left of it.
-        assert_eq!(free.take(4), Some(at(2000)));
-        assert_eq!(free.take(35), Some(at(1000)));
-        assert_eq!([free.take(6), free.take(5), free.take(1)], [None, Some(at(1035)), Some(at(2004))]);
+        assert_eq!(free.take(4, 0), Some(at(2000)));
+        assert_eq!(free.take(35, 0), Some(at(1000)));
+        assert_eq!([free.take(6, 0), free.take(5, 0), free.take(1, 0)], [None, Some(at(1035)), Some(at(2004))]);
         assert!(free.waiting.values().all(Vec::is_empty) && free.ranges.is_empty());
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_few_of_the_largest_blocks_stay_whole() {
+        for (held, is_cut) in [(8 * WHOLE, false), (3 * WHOLE, true)] {
+            let mut free = Free::new();
+            free.put(at(1 << 40), WHOLE);
+            assert_eq!(free.take(1 << 20, held).is_some(), is_cut);
+            assert_eq!(free.take(WHOLE, held).is_some(), !is_cut);
+        }
+        // To those who ask for at least half of them they are given.
+        let mut free = Free::new();
+        free.put(at(1 << 40), WHOLE);
+        assert_eq!(free.take(WHOLE / 2, 8 * WHOLE), Some(at(1 << 40)));
     }
 }

@@ -120,7 +120,7 @@ impl Block {
     /// A block of the class and size from this thread's or everybody's cache.
     fn cached(class: usize, size: usize) -> Option<Self> {
         if class == LARGE_CLASS {
-            return lock_large().take(size).map(|ptr| Block { ptr, size, class });
+            return lock_large().take(size, HELD.load(Relaxed)).map(|ptr| Block { ptr, size, class });
         }
         let near = NEAR.try_with(|near| near.borrow_mut().take(class));
         near.ok().flatten().or_else(|| lock(class).pop())
