@@ -397,6 +397,7 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
 enum Form {
     New,
     Added,
+    Biased(*const f32),
     Rounded,
     Other,
 }
@@ -418,6 +419,7 @@ unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
     let form = match (out.values, out.init) {
         (Values::F32, Init::Zero) if whole => Form::New,
         (Values::F32, Init::C) if whole => Form::Added,
+        (Values::F32, Init::Bias(bias)) if whole => Form::Biased(bias),
         (Values::Bf16, Init::Zero) if whole && M::ROUNDS => Form::Rounded,
         _ => Form::Other,
     };
@@ -432,6 +434,7 @@ unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
             let row = out.c.add(r).read();
             for (v, &sum) in sums.iter().enumerate() {
                 match form {
+                    Form::Biased(bias) => (sum + s.load(bias.add(v * S::LANES))).store(row.add(v * S::LANES)),
                     Form::Added => (sum + s.load(row.add(v * S::LANES))).store(row.add(v * S::LANES)),
                     Form::Rounded if M::ROUNDS => multiply.store_bf16(sum, row.cast::<bf16>().add(v * S::LANES)),
                     _ => sum.store(row.add(v * S::LANES)),

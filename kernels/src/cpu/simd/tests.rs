@@ -60,6 +60,21 @@ impl WithSimd for LanesAgree {
         // SAFETY: both hold LANES rows of LANES + 3 values.
         unsafe { s.transpose(matrix.as_ptr(), stride, transposed.as_mut_ptr(), stride) };
         assert!((0..n * n).all(|k| transposed[k / n * stride + k % n] == matrix[k % n * stride + k / n]));
+        for rows in 1..=n {
+            let mut some = vec![-7f32; n * stride];
+            // SAFETY: as above.
+            unsafe { s.transpose_some(matrix.as_ptr(), stride, rows, some.as_mut_ptr(), stride) };
+            assert!((0..n * stride).all(|at| some[at] == if at % stride < rows { transposed[at] } else { -7.0 }));
+        }
+        for count in 1..=n {
+            let values = [1.0, -0.0, 1.00390625, 1.01171875, -3.1415927, f32::NAN, -f32::NAN, f32::INFINITY, 3.4e38, 1e-40, 9.2e-41];
+            let values: Vec<f32> = values.into_iter().cycle().take(n).collect();
+            let mut out = vec![bf16::from_f32(-7.0); n];
+            // SAFETY: there is room for all lanes.
+            unsafe { s.load_slice(&values).store_bf16(out.as_mut_ptr(), count) };
+            let expected = values.iter().enumerate().map(|(i, &x)| if i < count { bf16::from_f32(x) } else { bf16::from_f32(-7.0) });
+            assert!(out.iter().zip(expected).all(|(x, y)| x.to_bits() == y.to_bits()), "{out:?}");
+        }
         for count in 0..S::LANES {
             let part = s.load_slice_partial(&a[..count]);
             let mut out = vec![-7f32; S::LANES];
