@@ -1,8 +1,10 @@
 //! Kernel files through CUDA's own compiler on a machine without a GPU: what the emulator runs is then known to compile for GPUs, too.
 //!
 //! `KILN_CUDA_CHECK=sm_75,sm_90a` names the architectures, and NVRTC must be there. A file is tried from the capability on that the end of
-//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone, and what is tuned for Hopper must keep all values in registers.
+//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone, and what is tuned for Hopper must keep all values in registers. Files of many variants
+//! that differ in types and functions, not in instructions, are tried for one architecture a variant, by turns.
 
+use super::compile::digest;
 use super::error::CudaError;
 use super::nvrtc::nvrtc;
 
@@ -24,14 +26,28 @@ fn level(name: &str, arch: &str) -> (bool, bool) {
     }
 }
 
+/// Whether files of this name have instructions of some architectures: products, and what is made of them.
+fn is_special(name: &str) -> bool {
+    ["gemm", "conv", "attention"].iter().any(|part| name.starts_with(part)) || name.ends_with("_mma") || name.ends_with("_hopper")
+}
+
+/// Those of the architectures that a file of this name and text is tried for.
+fn chosen<'a>(name: &str, text: &str, architectures: &'a [String]) -> &'a [String] {
+    if is_special(name) || architectures.is_empty() {
+        return architectures;
+    }
+    let turn = digest(&[text.as_bytes()]).bytes().map(usize::from).sum::<usize>() % architectures.len();
+    &architectures[turn..=turn]
+}
+
 /// An error if the file does not compile for one of the [`architectures`], or spills there, or its products wait for each other.
 pub(super) fn check(name: &str, text: &str, contract: bool) -> Result<(), CudaError> {
-    for arch in architectures() {
-        let (applies, tuned) = level(name, &arch);
+    for arch in chosen(name, text, &architectures()) {
+        let (applies, tuned) = level(name, arch);
         if !applies {
             continue;
         }
-        let (_, log) = nvrtc()?.compile(name, text, contract, &arch)?;
+        let (_, log) = nvrtc()?.compile(name, text, contract, arch)?;
         let spills = |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
         let serialized = |line: &&str| line.contains("wgmma") && line.contains("serializ");
         if let Some(line) = log.lines().find(|line| tuned && (spills(line) || serialized(line))) {
@@ -43,7 +59,16 @@ pub(super) fn check(name: &str, text: &str, contract: bool) -> Result<(), CudaEr
 
 #[cfg(test)]
 mod tests {
-    use super::level;
+    use super::{chosen, level};
+
+    #[test]
+    fn variants_take_turns() {
+        let all = ["sm_80", "sm_90a"].map(String::from);
+        assert_eq!(chosen("gemm_mma", "", &all), &all);
+        let seen: Vec<_> = (0..20).flat_map(|i| chosen("softmax", &format!("variant {i}"), &all)).collect();
+        assert!(seen.len() == 20 && all.iter().all(|arch| seen.contains(&arch)));
+        assert!(chosen("softmax", "", &[]).is_empty());
+    }
 
     #[test]
     fn levels_follow_names() {

@@ -108,7 +108,8 @@ fn cache_folder() -> PathBuf {
         .join("kernels")
 }
 
-fn digest(parts: &[&[u8]]) -> String {
+/// SHA-256 in hexadecimal, of the parts and where each ends.
+pub(super) fn digest(parts: &[&[u8]]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());

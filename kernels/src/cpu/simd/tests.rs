@@ -67,7 +67,8 @@ impl WithSimd for LanesAgree {
             assert!((0..n * stride).all(|at| some[at] == if at % stride < rows { transposed[at] } else { -7.0 }));
         }
         for count in 1..=n {
-            let values = [1.0, -0.0, 1.00390625, 1.01171875, -3.1415927, f32::NAN, -f32::NAN, f32::INFINITY, 3.4e38, 1e-40, 9.2e-41];
+            let values =
+                [1.0, -0.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, -1.7, f32::NAN, -f32::NAN, f32::INFINITY, 3.4e38, 1e-40, 9.2e-41];
             let values: Vec<f32> = values.into_iter().cycle().take(n).collect();
             let mut out = vec![bf16::from_f32(-7.0); n];
             // SAFETY: there is room for all lanes.
