@@ -1,7 +1,9 @@
 //! What this machine can do at most, measured: multiply-adds of registers, and streams through memory. Reports set what kernels reach
 //! beside it; no kernel depends on it.
 
-use super::isa::{Isa, WithSimd, dispatch, isa};
+#[cfg(target_arch = "x86_64")]
+use super::isa::{Isa, isa};
+use super::isa::{WithSimd, dispatch};
 use super::simd::{F32s, Simd};
 use std::hint::black_box;
 use std::sync::OnceLock;

@@ -292,7 +292,7 @@ impl Backend for Emulator {
         if status == 0 {
             return Ok(());
         }
-        let text: String = message.iter().take_while(|&&c| c != 0).map(|&c| c as u8 as char).collect();
+        let text: String = message.iter().take_while(|&&c| c != 0).map(|&c| char::from(u8::from_ne_bytes(c.to_ne_bytes()))).collect();
         Err(CudaError::Driver { call: "emulated launch".into(), reason: text })
     }
 

@@ -200,6 +200,7 @@ impl Gather {
     }
 
     /// Whether each target has one source, at the same place.
+    #[cfg(target_arch = "x86_64")]
     fn has_no_windows(&self) -> bool {
         self.taps() == 1
             && self.source == self.target

@@ -45,12 +45,11 @@ impl GemmElement for f32 {
         if dot::try_gemm(gemm, out, row_stride) {
             return Ok(());
         }
-        let (m, n) = (gemm.a.rows(), gemm.b.cols());
-        let sums = Sums { c: SharedMut::new(out), item_stride: m * row_stride, row_stride };
+        let sums = Sums { c: SharedMut::new(out), item_stride: gemm.a.rows() * row_stride, row_stride };
         let c: &dyn Target = if gemm.activation.is_some() { &Activated { sums, gemm } } else { &sums };
         #[cfg(target_arch = "x86_64")]
         {
-            let pay = |parts| tiles::pay(parts, m, n, gemm.a.cols());
+            let pay = |parts| tiles::pay(parts, gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
             match matmul_precision() {
                 MatmulPrecision::Highest if pay(3) => return multiply::<tiles::Split<f32, 3>>(gemm, c),
                 MatmulPrecision::High if pay(2) => return multiply::<tiles::Split<f32, 2>>(gemm, c),

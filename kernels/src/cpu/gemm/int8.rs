@@ -1,13 +1,17 @@
 //! Products of i8 with i32 sums, for quantised weights: exact but for wrapping around beyond i32.
 
 use super::{MatView, Matrix, span};
-use crate::cpu::alloc::{Buffer, OutOfMemory};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::alloc::Buffer;
+use crate::cpu::alloc::OutOfMemory;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::amx::{self, CHUNK, SIDE, Session, Sums};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::isa::{Isa, isa};
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::parallel::{SharedMut, for_each, for_each_chunk};
+use crate::cpu::parallel::for_each_chunk;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 
 /// Multiply-adds that a core does in a nanosecond at the least.

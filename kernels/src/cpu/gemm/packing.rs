@@ -36,6 +36,7 @@ impl Magnitudes {
     }
 
     /// The binary exponents of both, 128 for infinities and NaN; `None` if all values are zero.
+    #[cfg(target_arch = "x86_64")]
     pub fn exponents(self) -> Option<(i32, i32)> {
         let exponent = |bits: u32| (bits >> 23) as i32 - 127;
         (self.least != u32::MAX).then(|| (exponent(self.least + 1), exponent(self.most)))

@@ -233,6 +233,15 @@ impl I32s for I32x4 {
         I32x4(op!(vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(self.0), vdupq_n_s32(-(N as i32))))))
     }
     #[inline(always)]
+    fn widening_mul(self, by: u32) -> (Self, Self) {
+        op!({
+            let (x, by) = (vreinterpretq_u32_s32(self.0), vdupq_n_u32(by));
+            let first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(by)));
+            let second = vreinterpretq_u32_u64(vmull_high_u32(x, by));
+            (I32x4(vreinterpretq_s32_u32(vuzp2q_u32(first, second))), I32x4(vreinterpretq_s32_u32(vuzp1q_u32(first, second))))
+        })
+    }
+    #[inline(always)]
     fn eq(self, other: Self) -> Mask4 {
         Mask4(op!(vceqq_s32(self.0, other.0)))
     }
