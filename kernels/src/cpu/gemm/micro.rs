@@ -395,15 +395,20 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
 /// How a tile is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
+    /// As sums.
     New,
+    /// Added to C.
     Added,
+    /// Added to a value per column.
     Biased(*const f32),
+    /// As bf16.
     Rounded,
+    /// By [`store_rest`].
     Other,
 }
 
-/// Stores tiles that are whole and nothing but sums, most of all, straight from registers, and leaves others to `rest`, [`store_rest`] of this level:
-/// were it part of this function, the compiler would keep the sums in memory all along.
+/// Stores whole tiles that are not scaled straight from registers, and leaves others to `rest`, [`store_rest`] of this level: were it part of this
+/// function, the compiler would keep the sums in memory all along.
 ///
 /// # Safety
 /// As for the output of [`MicroKernels::tile`].
