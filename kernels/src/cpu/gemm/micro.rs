@@ -507,6 +507,7 @@ pub(super) unsafe fn store_vector<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: 
 /// As for `store_vector`.
 #[inline(always)]
 unsafe fn store_rounded<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, first: usize, out: &Output) {
+    debug_assert!(!matches!(out.init, Init::C), "what was rounded cannot be added to");
     let Some(count @ 1..) = out.cols.checked_sub(first).map(|left| left.min(S::LANES)) else { return };
     // SAFETY: there is an address for each row; `count` values are left of it and of the bias.
     unsafe {
