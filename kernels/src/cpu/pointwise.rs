@@ -5,6 +5,7 @@
 //! one kernel over contiguous elements and no other. A bias along the fastest dimension fills its tile once per task, not per tile.
 
 pub mod chain;
+mod gate;
 mod stretch;
 
 pub(crate) use stretch::apply_stretch;

@@ -40,17 +40,17 @@ rows! { BACKWARD, 2;
     Elu("elu_backward", 0.5) |s, [x, g], p| "x > 0 ? g : p[0] * math::exp(x) * g" => g.or_else(x.gt(s.zero()), p[0] * math::exp(s, x) * g);
         f64: if x > 0.0 { g } else { p[0] * x.exp() * g },
     /// g·(Φ(x) + x·φ(x)).
-    Gelu("gelu_backward", 0.9) |s, [x, g], p| "math::gelu_backward(x, g)" => math::gelu_backward(s, x, g);
+    Gelu("gelu_backward", 0.9) |s, [x, g], p| "math::gelu_backward(x, g)" => g * math::gelu_and_slope(s, x)[1];
         f64: { let x = bounded(x); g * (double::normal_cdf(x) + x * double::normal_pdf(x)) },
     /// The derivative of the tanh form.
-    GeluTanh("gelu_tanh_backward", 1.2) |s, [x, g], p| "math::gelu_tanh_backward(x, g)" => math::gelu_tanh_backward(s, x, g); f64: {
+    GeluTanh("gelu_tanh_backward", 1.2) |s, [x, g], p| "math::gelu_tanh_backward(x, g)" => g * math::gelu_tanh_and_slope(s, x)[1]; f64: {
         const LINEAR: f64 = 1.595_769_121_605_730_7;
         let x = bounded(x);
         let y = double::sigmoid(LINEAR * (x + 0.044715 * x * x * x));
         g * (y * (1.0 + x * LINEAR * (1.0 + 3.0 * 0.044715 * x * x) * (1.0 - y)))
     },
     /// g·σ(x)·(1 + x·(1 − σ(x))).
-    Silu("silu_backward", 1.0) |s, [x, g], p| "math::silu_backward(x, g)" => math::silu_backward(s, x, g);
+    Silu("silu_backward", 1.0) |s, [x, g], p| "math::silu_backward(x, g)" => g * math::silu_and_slope(s, x)[1];
         f64: { let x = bounded(x); g * (double::sigmoid(x) * (1.0 + x * double::sigmoid(-x))) },
     /// g·σ(p₀x), and g itself where p₀x is above p₁.
     Softplus("softplus_backward", 0.8) |s, [x, g], p| "p[0] * x > p[1] ? g : g * math::sigmoid(p[0] * x)" => {

@@ -62,14 +62,15 @@ pub fn gelu<S: Simd>(s: S, x: S::F32) -> S::F32 {
     x * tail.or_else(x.lt(s.zero()), s.splat(1.0) - tail)
 }
 
-/// `g · d gelu(x)/dx = g·(Φ(x) + x·φ(x))` with the normal density φ.
+/// gelu and its derivative Φ(x) + x·φ(x), with the normal density φ.
 #[inline(always)]
-pub fn gelu_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
+pub fn gelu_and_slope<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
     // 1/√(2π)
     const DENSITY: f32 = 0.398_942_3;
-    let x = clamp(s, x, -128.0, 128.0);
     let tail = whole_tail(s, x.abs());
     let phi = tail.or_else(x.lt(s.zero()), s.splat(1.0) - tail);
-    let density = exp(s, x * x * s.splat(-0.5));
-    g * (x * s.splat(DENSITY)).mul_add(density, phi)
+    // Infinity times 0 would be NaN.
+    let bounded = clamp(s, x, -128.0, 128.0);
+    let density = exp(s, bounded * bounded * s.splat(-0.5));
+    [x * phi, (bounded * s.splat(DENSITY)).mul_add(density, phi)]
 }

@@ -54,9 +54,9 @@ pub fn expm1<S: Simd>(s: S, x: S::F32) -> S::F32 {
     x.or_else(x.abs().lt(s.splat(1e-10)), half + half)
 }
 
-/// `1 / (1 + e^−x)`.
+/// σ(x), and e^−|x|.
 #[inline(always)]
-pub fn sigmoid<S: Simd>(s: S, x: S::F32) -> S::F32 {
+fn sigmoid_and_exp<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
     // With e^−|x| nothing overflows, and the tail keeps its denormals.
     let one = s.splat(1.0);
     let z = exp(s, -x.abs());
@@ -64,7 +64,21 @@ pub fn sigmoid<S: Simd>(s: S, x: S::F32) -> S::F32 {
     // What the sum lost, as a correction of the quotient to first order.
     let lost = (one - d) + z;
     let q = z.or_else(x.lt(s.zero()), one) / d;
-    (-q).mul_add(lost, q)
+    [(-q).mul_add(lost, q), z]
+}
+
+/// `1 / (1 + e^−x)`.
+#[inline(always)]
+pub fn sigmoid<S: Simd>(s: S, x: S::F32) -> S::F32 {
+    sigmoid_and_exp(s, x)[0]
+}
+
+/// σ(x) and σ(−x): one division for both.
+#[inline(always)]
+fn sigmoids<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
+    let [y, z] = sigmoid_and_exp(s, x);
+    // Neither cancels: the difference is taken where σ(x) is at most a half.
+    [y, (s.splat(1.0) - y).or_else(x.lt(s.zero()), z * y)]
 }
 
 /// Hyperbolic tangent.
@@ -94,12 +108,13 @@ pub fn silu<S: Simd>(s: S, x: S::F32) -> S::F32 {
     x * sigmoid(s, x)
 }
 
-/// `g · d silu(x)/dx = g·σ·(1 + x·(1 − σ))`.
+/// silu and its derivative σ·(1 + x·(1 − σ)).
 #[inline(always)]
-pub fn silu_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
-    let x = clamp(s, x, -128.0, 128.0);
-    let (y, rest) = (sigmoid(s, x), sigmoid(s, -x));
-    g * (y * rest.mul_add(x, s.splat(1.0)))
+pub fn silu_and_slope<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
+    let [y, rest] = sigmoids(s, x);
+    // Infinity times 0 would be NaN.
+    let bounded = clamp(s, x, -128.0, 128.0);
+    [x * y, y * rest.mul_add(bounded, s.splat(1.0))]
 }
 
 /// `x·tanh(softplus(x))`.
@@ -133,14 +148,13 @@ pub fn gelu_tanh<S: Simd>(s: S, x: S::F32) -> S::F32 {
     x * sigmoid(s, gelu_tanh_argument(s, x))
 }
 
-/// `g · d gelu_tanh(x)/dx = g·σ(v)·(1 + x·v′·(1 − σ(v)))` with `v = 2u`.
+/// gelu_tanh and its derivative σ(v)·(1 + x·v′·(1 − σ(v))) with `v = 2u`.
 #[inline(always)]
-pub fn gelu_tanh_backward<S: Simd>(s: S, x: S::F32, g: S::F32) -> S::F32 {
-    let x = clamp(s, x, -128.0, 128.0);
-    let v = gelu_tanh_argument(s, x);
-    let slope = (x * x).mul_add(s.splat(3.0 * CUBIC), s.splat(LINEAR));
-    let (y, rest) = (sigmoid(s, v), sigmoid(s, -v));
-    g * (y * (x * slope).mul_add(rest, s.splat(1.0)))
+pub fn gelu_tanh_and_slope<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
+    let bounded = clamp(s, x, -128.0, 128.0);
+    let [y, rest] = sigmoids(s, gelu_tanh_argument(s, bounded));
+    let slope = (bounded * bounded).mul_add(s.splat(3.0 * CUBIC), s.splat(LINEAR));
+    [x * y, y * (bounded * slope).mul_add(rest, s.splat(1.0))]
 }
 
 /// 2·√(2/π).

@@ -13,8 +13,8 @@ mod trig;
 #[cfg(test)]
 mod tests;
 
-pub use erf::{erf, gelu, gelu_backward};
-pub use exp::{elu, exp, exp2, expm1, gelu_tanh, gelu_tanh_backward, mish, mish_backward, sigmoid, silu, silu_backward, softplus, tanh};
+pub use erf::{erf, gelu, gelu_and_slope};
+pub use exp::{elu, exp, exp2, expm1, gelu_tanh, gelu_tanh_and_slope, mish, mish_backward, sigmoid, silu, silu_and_slope, softplus, tanh};
 pub use log::{log, log1p};
 pub use pow::pow;
 pub use trig::{atan2, cos, sin};

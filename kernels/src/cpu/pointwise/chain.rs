@@ -4,6 +4,7 @@
 //! A result is bit for bit that of the same functions one after the other: every step runs the same kernel, and is rounded to the dtype.
 //! A reduction that ends a chain takes its tiles as they are made ([`Results`]), cut as it would cut the chain's result in memory.
 
+use super::gate::Unit;
 use super::{Operand, Output, Plan, Reader, Room, Source, TILE, Tile, cost_factor, fill};
 use crate::cpu::cast::Stored;
 use crate::cpu::lanes::Numeric;
@@ -65,6 +66,8 @@ impl Step {
 pub struct Chain {
     steps: Vec<Placed>,
     results: usize,
+    /// What has kernels of its own.
+    unit: Option<Unit>,
     /// Nanoseconds an element.
     ns: f32,
 }
@@ -143,7 +146,8 @@ impl Chain {
             let result = results.iter().position(|&result| result == i);
             placed.push(Placed { function: step.function, params: step.params, args, to: slots[i], result, is_read });
         }
-        Some(Self { steps: placed, results: results.len(), ns })
+        let needed: Vec<usize> = (0..steps.len()).filter(|&i| needed[i]).collect();
+        Some(Self { steps: placed, results: results.len(), unit: Unit::of(steps, &needed, results), ns })
     }
 
     /// How many functions it computes for each element.
@@ -166,8 +170,12 @@ impl Chain {
     /// # Panics
     /// If a function is not defined for `T`, an operand is missing, there are not as many outputs as results, of one shape and order of memory, or
     /// as [`super::apply`] does.
-    pub fn apply<T: Stored, const M: usize>(&self, operands: &[Operand<'_, T>], outs: [Output<'_, T>; M]) {
+    pub fn apply<T: Stored, const M: usize>(&self, operands: &[Operand<'_, T>], mut outs: [Output<'_, T>; M]) {
         assert!(M == self.results && outs.iter().all(|out| out.shape == outs[0].shape && out.strides == outs[0].strides), "outputs");
+        assert!(outs.iter().all(|out| out.data.len() == outs[0].data.len()), "outputs of one length");
+        if self.unit.is_some_and(|unit| unit.run(self.ns::<T>(), operands, &mut outs)) {
+            return;
+        }
         let plan = Plan::new(&outs[0], self.ns::<T>(), sources(operands, &outs[0])).tiled();
         plan.run(outs.map(|out| out.data), &|inputs, outs: [*mut T; M], len| {
             let mut slots = [const { Tile::<T::Compute>::new() }; MAX_SLOTS];
@@ -339,7 +347,7 @@ fn defined<C: Compute, const N: usize>(row: &Row<N>) -> crate::pointwise::Tile<C
 mod tests {
     use super::super::apply;
     use super::*;
-    use crate::pointwise::{binary, unary};
+    use crate::pointwise::{backward, binary, unary};
     use crate::view::StridedView;
     use half::bf16;
 
@@ -392,6 +400,85 @@ mod tests {
         check::<f32>();
         check::<f64>();
         check::<bf16>();
+    }
+
+    /// Gates and their backward rows.
+    const GATES: [(&Row<1>, &Row<2>); 3] =
+        [(unary::Silu::ROW, backward::Silu::ROW), (unary::Gelu::ROW, backward::Gelu::ROW), (unary::GeluTanh::ROW, backward::GeluTanh::ROW)];
+
+    /// A gated unit f(x)·u and its gradients against the functions one by one, x lying as its strides say.
+    fn check_unit<T: Stored>(row: &'static Row<1>, backward: &'static Row<2>, x_strides: [usize; 2]) {
+        let shape = [30, 101];
+        let n = shape[0] * shape[1];
+        let value = |i: usize| <T as crate::element::Element>::from_f64((i * 7919 % 1000) as f64 / 50.0 - 10.0);
+        let [mut x, u, g]: [Vec<T>; 3] = [0, 5, 11].map(|from| (from..from + 2 * n).map(value).collect());
+        let extremes = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.0, -0.0, 1e-40, 1e38, -1e38, 129.0, -87.5];
+        x.iter_mut().zip(extremes).for_each(|(x, extreme)| *x = crate::element::Element::from_f64(extreme));
+        let (x, u, g) =
+            (Operand::View(StridedView::new(&x, 0, &shape, &x_strides).unwrap()), Operand::Dense(&u[..n]), Operand::Dense(&g[..n]));
+        let run = |f: &dyn Fn(Output<'_, T>)| {
+            let mut data = vec![T::default(); n];
+            f(Output { data: &mut data, shape: &shape, strides: &[101, 1] });
+            data
+        };
+        let two = |row, a, b| run(&|out| apply(row, [0.0; 2], [a, b], out));
+        let f = run(&|out| apply(row, [0.0; 2], [x], out));
+        let unit = two(binary::Mul::ROW, Operand::Dense(&f), u);
+        let of_u = two(binary::Mul::ROW, g, Operand::Dense(&f));
+        let of_x = two(backward, x, Operand::Dense(&two(binary::Mul::ROW, g, u)));
+        let [x_at, u_at, g_at] = [0, 1, 2].map(Value::Operand);
+        let steps = [
+            step(Function::One(row), [x_at, x_at]),
+            step(Function::Two(binary::Mul::ROW), [Value::Step(0), u_at]),
+            step(Function::Two(binary::Mul::ROW), [g_at, Value::Step(0)]),
+            step(Function::Two(binary::Mul::ROW), [u_at, g_at]),
+            step(Function::Two(backward), [x_at, Value::Step(3)]),
+        ];
+        // Which of two NaN a product takes is open.
+        let bits = |x: &[T]| x.iter().map(|x| x.to_f64()).map(|x| if x.is_nan() { f64::NAN } else { x }.to_bits()).collect::<Vec<_>>();
+        let forward = Chain::new(&steps, &[1]).unwrap();
+        assert!(matches!(forward.unit, Some(Unit::Forward(..))));
+        assert!(bits(&run(&|out| forward.apply(&[x, u], [out]))) == bits(&unit), "{}", row.name);
+        for results in [[2, 4], [4, 2]] {
+            let chain = Chain::new(&steps, &results).unwrap();
+            assert!(matches!(chain.unit, Some(Unit::Backward { .. })));
+            let mut got = [vec![T::default(); n], vec![T::default(); n]];
+            let outs = got.each_mut().map(|data| Output { data, shape: &shape, strides: &[101, 1] });
+            chain.apply(&[x, u, g], outs);
+            let want = if results[0] == 2 { [&of_u, &of_x] } else { [&of_x, &of_u] };
+            assert!(bits(&got[0]) == bits(want[0]) && bits(&got[1]) == bits(want[1]), "{} {results:?}", row.name);
+        }
+    }
+
+    #[test]
+    fn gated_units_have_the_bits_of_their_functions() {
+        for (row, backward) in GATES {
+            for x_strides in [[101, 1], [202, 2], [202, 1], [1, 30], [0, 1]] {
+                check_unit::<f32>(row, backward, x_strides);
+                check_unit::<f64>(row, backward, x_strides);
+                check_unit::<bf16>(row, backward, x_strides);
+                check_unit::<half::f16>(row, backward, x_strides);
+            }
+        }
+    }
+
+    #[test]
+    fn what_looks_like_a_gated_unit_is_none() {
+        let [x, u, g] = [0, 1, 2].map(Value::Operand);
+        let gate = step(Function::One(unary::Silu::ROW), [x, x]);
+        let mul = |a, b| step(Function::Two(binary::Mul::ROW), [a, b]);
+        let last = |value| step(Function::Two(backward::Silu::ROW), [x, value]);
+        let is_unit = |steps: &[Step], results: &[usize]| Chain::new(steps, results).unwrap().unit.is_some();
+        let f = Value::Step(0);
+        assert!(is_unit(&[gate, mul(g, f), mul(g, u), last(Value::Step(2))], &[1, 3]));
+        assert!(!is_unit(&[gate, mul(g, f), mul(g, u), step(Function::Two(backward::Gelu::ROW), [x, Value::Step(2)])], &[1, 3]));
+        assert!(!is_unit(&[gate, mul(g, f), mul(x, u), last(Value::Step(2))], &[1, 3]));
+        assert!(!is_unit(&[gate, mul(g, f), mul(g, u), last(Value::Step(1))], &[2, 3]));
+        assert!(!is_unit(&[gate, mul(g, f), mul(g, u), step(Function::Two(backward::Silu::ROW), [u, Value::Step(2)])], &[1, 3]));
+        assert!(!is_unit(&[gate, mul(f, f)], &[1]));
+        assert!(!is_unit(&[gate, step(Function::Two(binary::Add::ROW), [f, u])], &[1]));
+        assert!(!is_unit(&[gate, mul(u, g), mul(Value::Step(1), f)], &[2]));
+        assert!(!is_unit(&[step(Function::One(unary::Relu::ROW), [x, x]), mul(f, u)], &[1]));
     }
 
     /// Sums over results that are never in memory against those over the results in memory.

@@ -1,0 +1,313 @@
+//! Gated units f(x)·u in registers, forward and with both gradients: what a chain of steps is run as where it is one. The function and its
+//! derivative have their dearest part in common, and all operands advance together, as the hardware's prefetching wants it. The bits are the chain's.
+
+use super::chain::{Function, Step, Value};
+use super::{Operand, Output, Plan, Room, Source};
+use crate::cpu::cast::Stored;
+use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::math;
+use crate::cpu::parallel::SharedMut;
+use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd};
+use crate::pointwise::{Row, backward, binary, unary};
+use half::bf16;
+use std::any::TypeId;
+use std::marker::PhantomData;
+
+/// A function whose backward row is the product of its derivative and the gradient.
+trait Gate: 'static {
+    /// The function.
+    fn value<S: Simd>(s: S, x: S::F32) -> S::F32;
+    /// The function and its derivative.
+    fn value_and_slope<S: Simd>(s: S, x: S::F32) -> [S::F32; 2];
+}
+
+macro_rules! gates {
+    ($($name:ident($value:ident, $value_and_slope:ident),)*) => {
+        $(impl Gate for unary::$name {
+            #[inline(always)]
+            fn value<S: Simd>(s: S, x: S::F32) -> S::F32 {
+                math::$value(s, x)
+            }
+            #[inline(always)]
+            fn value_and_slope<S: Simd>(s: S, x: S::F32) -> [S::F32; 2] {
+                math::$value_and_slope(s, x)
+            }
+        })*
+        /// Every gate.
+        static GATES: &[Kernels] = &[$(Kernels::of::<unary::$name>(unary::$name::ROW, backward::$name::ROW)),*];
+    };
+}
+gates! {
+    Silu(silu, silu_and_slope),
+    Gelu(gelu, gelu_and_slope),
+    GeluTanh(gelu_tanh, gelu_tanh_and_slope),
+}
+
+/// A type that vectors are loaded from and stored to; intermediate results are rounded to it.
+trait Vectors: Stored<Compute = f32> {
+    /// # Safety
+    /// `from` must be valid for reading a vector.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F32;
+    /// # Safety
+    /// `to` must be valid for writing a vector.
+    unsafe fn store<S: Simd>(s: S, x: S::F32, to: *mut Self);
+    /// What storing and loading would give.
+    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32;
+}
+
+impl Vectors for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const f32) -> S::F32 {
+        // SAFETY: the caller's.
+        unsafe { s.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { x.store(to) }
+    }
+    #[inline(always)]
+    fn rounded<S: Simd>(_: S, x: S::F32) -> S::F32 {
+        x
+    }
+}
+
+impl Vectors for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const bf16) -> S::F32 {
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {
+        // SAFETY: the caller's.
+        unsafe { x.store_bf16(to, S::LANES) }
+    }
+    #[inline(always)]
+    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32 {
+        let bits = x.to_bits();
+        let odd = bits.shr_logical::<16>() & s.splat_i32(1);
+        let rounded = (bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000);
+        // Rounding could carry a NaN into the sign.
+        x.or_else(x.is_nan(), rounded.from_bits())
+    }
+}
+
+/// What is computed of the vectors x, u and, backward, of the gradient g.
+trait Body<T, const N: usize, const M: usize>: 'static {
+    fn vectors<S: Simd>(s: S, inputs: [S::F32; N]) -> [S::F32; M];
+}
+
+struct Forward<P>(PhantomData<P>);
+struct Backward<P>(PhantomData<P>);
+
+/// f(x)·u.
+impl<P: Gate, T: Vectors> Body<T, 2, 1> for Forward<P> {
+    #[inline(always)]
+    fn vectors<S: Simd>(s: S, [x, u]: [S::F32; 2]) -> [S::F32; 1] {
+        [T::rounded(s, P::value(s, x)) * u]
+    }
+}
+
+/// The gradients of x and u: (g·u)·f′(x) and g·f(x).
+impl<P: Gate, T: Vectors> Body<T, 3, 2> for Backward<P> {
+    #[inline(always)]
+    fn vectors<S: Simd>(s: S, [x, u, g]: [S::F32; 3]) -> [S::F32; 2] {
+        let [value, slope] = P::value_and_slope(s, x);
+        [T::rounded(s, g * u) * slope, g * T::rounded(s, value)]
+    }
+}
+
+/// Contiguous elements of N inputs and M outputs.
+///
+/// # Safety
+/// All pointers must be valid for `len` elements of the type; an output overlaps nothing else, unless it equals an input.
+type Tile<const N: usize, const M: usize> = unsafe fn(inputs: [*const u8; N], outs: [*mut u8; M], len: usize);
+
+/// A gate's kernels, and the rows of which it is made.
+pub(super) struct Kernels {
+    row: &'static Row<1>,
+    backward_row: &'static Row<2>,
+    f32: (Tile<2, 1>, Tile<3, 2>),
+    bf16: (Tile<2, 1>, Tile<3, 2>),
+}
+
+impl Kernels {
+    /// The kernels for `T`.
+    fn tiles<T: Stored>(&self) -> Option<(Tile<2, 1>, Tile<3, 2>)> {
+        let of = [(TypeId::of::<f32>(), self.f32), (TypeId::of::<bf16>(), self.bf16)];
+        of.into_iter().find(|(id, _)| *id == TypeId::of::<T>()).map(|(_, tiles)| tiles)
+    }
+
+    const fn of<P: Gate>(row: &'static Row<1>, backward_row: &'static Row<2>) -> Self {
+        Self {
+            row,
+            backward_row,
+            f32: (tile::<Forward<P>, f32, 2, 1>, tile::<Backward<P>, f32, 3, 2>),
+            bf16: (tile::<Forward<P>, bf16, 2, 1>, tile::<Backward<P>, bf16, 3, 2>),
+        }
+    }
+}
+
+struct Run<B, T, const N: usize, const M: usize> {
+    inputs: [*const T; N],
+    outs: [*mut T; M],
+    len: usize,
+    body: PhantomData<B>,
+}
+
+impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for Run<B, T, N, M> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let whole = self.len / S::LANES * S::LANES;
+        let mut i = 0;
+        while i < whole {
+            // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
+            unsafe { vector::<B, T, S, N, M>(s, self.inputs, self.outs, i) }
+            i += S::LANES;
+        }
+        let rest = self.len - whole;
+        if rest == 0 {
+            return;
+        }
+        let (mut padded, mut results) = ([[T::default(); MAX_LANES]; N], [[T::default(); MAX_LANES]; M]);
+        let (mut inputs, mut outs) = (self.inputs, self.outs);
+        // SAFETY: `whole + rest == len`, and arrays of MAX_LANES elements have room for a vector.
+        unsafe {
+            for k in 0..N {
+                std::ptr::copy_nonoverlapping(self.inputs[k].add(whole), padded[k].as_mut_ptr(), rest);
+                inputs[k] = padded[k].as_ptr();
+            }
+            outs.iter_mut().zip(&mut results).for_each(|(out, result)| *out = result.as_mut_ptr());
+            vector::<B, T, S, N, M>(s, inputs, outs, 0);
+            self.outs.iter().zip(outs).for_each(|(to, from)| std::ptr::copy_nonoverlapping(from, to.add(whole), rest));
+        }
+    }
+}
+
+/// The vectors that begin `i` elements into each operand.
+///
+/// # Safety
+/// All pointers must be valid for a vector there.
+#[inline(always)]
+unsafe fn vector<B: Body<T, N, M>, T: Vectors, S: Simd, const N: usize, const M: usize>(
+    s: S,
+    inputs: [*const T; N],
+    outs: [*mut T; M],
+    i: usize,
+) {
+    let mut x = [s.zero(); N];
+    for k in 0..N {
+        // SAFETY: the caller's.
+        x[k] = unsafe { T::load(s, inputs[k].add(i)) };
+    }
+    let results = B::vectors(s, x);
+    for k in 0..M {
+        // SAFETY: the caller's.
+        unsafe { T::store(s, results[k], outs[k].add(i)) }
+    }
+}
+
+/// # Safety
+/// See [`Tile`].
+unsafe fn tile<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize>(inputs: [*const u8; N], outs: [*mut u8; M], len: usize) {
+    let (inputs, outs) = (inputs.map(|x| x.cast()), outs.map(|x| x.cast()));
+    dispatch(Run::<B, T, N, M> { inputs, outs, len, body: PhantomData });
+}
+
+/// A chain that is a gated unit.
+#[derive(Clone, Copy)]
+pub(super) enum Unit {
+    /// Of the operands x and u.
+    Forward(&'static Kernels, [usize; 2]),
+    /// Of the operands x, u and g. The results are the gradients of x and u, or if `flipped` of u and x.
+    Backward { kernels: &'static Kernels, operands: [usize; 3], flipped: bool },
+}
+
+impl std::fmt::Debug for Unit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (name, operands): (_, &[usize]) = match self {
+            Unit::Forward(kernels, operands) => (kernels.row.name, operands),
+            Unit::Backward { kernels, operands, .. } => (kernels.backward_row.name, operands),
+        };
+        write!(f, "{name} of {operands:?}")
+    }
+}
+
+/// The other factor of step `i`, if it is a product with `factor`.
+fn cofactor(steps: &[Step], i: usize, factor: Value) -> Option<Value> {
+    match (steps[i].function, steps[i].args) {
+        (Function::Two(row), [a, b]) if row.name == binary::Mul::ROW.name => match (a == factor, b == factor) {
+            (true, _) => Some(b),
+            (_, true) => Some(a),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+impl Unit {
+    /// What the `needed` steps are, that lead to `results`, if they are a gated unit of operands.
+    pub(super) fn of(steps: &[Step], needed: &[usize], results: &[usize]) -> Option<Self> {
+        let one = |&&i: &&usize| matches!(steps[i].function, Function::One(_));
+        let &gate = needed.iter().find(one)?;
+        let (Function::One(row), Value::Operand(x)) = (steps[gate].function, steps[gate].args[0]) else { return None };
+        let kernels = GATES.iter().find(|kernels| kernels.row.name == row.name)?;
+        match (needed.len(), results) {
+            (2, &[result]) => {
+                let Value::Operand(u) = cofactor(steps, result, Value::Step(gate))? else { return None };
+                Some(Unit::Forward(kernels, [x, u]))
+            }
+            (4, &[first, second]) => {
+                let is_backward = |i: usize| matches!(steps[i].function, Function::Two(row) if row.name == kernels.backward_row.name);
+                let flipped = is_backward(second);
+                let (of_x, of_u) = if flipped { (second, first) } else { (first, second) };
+                let [Value::Operand(same), Value::Step(scaled)] = steps[of_x].args else { return None };
+                let g = cofactor(steps, of_u, Value::Step(gate))?;
+                let (Value::Operand(u), Value::Operand(g)) = (cofactor(steps, scaled, g)?, g) else { return None };
+                (is_backward(of_x) && same == x).then_some(Unit::Backward { kernels, operands: [x, u, g], flipped })
+            }
+            _ => None,
+        }
+    }
+
+    /// Runs it in `ns` nanoseconds an element; `false` if it has no kernels for `T`. The operands are the chain's, and so are the outputs.
+    pub(super) fn run<T: Stored>(&self, ns: f32, operands: &[Operand<'_, T>], outs: &mut [Output<'_, T>]) -> bool {
+        match (self, outs) {
+            (Unit::Forward(kernels, at), [out]) => {
+                kernels.tiles::<T>().map(|(tile, _)| run_tiles(tile, ns, at.map(|i| operands[i]), [out], 0)).is_some()
+            }
+            (Unit::Backward { kernels, operands: at, flipped }, [first, second]) => {
+                let outs = if *flipped { [second, first] } else { [first, second] };
+                kernels.tiles::<T>().map(|(_, tile)| run_tiles(tile, ns, at.map(|i| operands[i]), outs, *flipped as usize)).is_some()
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Runs a tile's kernel over all elements. An operand that is the output is output number `own`.
+fn run_tiles<T: Stored, const N: usize, const M: usize>(
+    tile: Tile<N, M>,
+    ns: f32,
+    operands: [Operand<'_, T>; N],
+    outs: [&mut Output<'_, T>; M],
+    own: usize,
+) {
+    let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0])));
+    let shared = outs.map(|out| SharedMut::new(out.data));
+    plan.tasks(&|from, to| {
+        let mut rooms = Room::array();
+        let mut readers = plan.readers(from, &mut rooms);
+        plan.tiles(from, to, |at, len| {
+            // SAFETY: `at + len` is at most the number of elements, which all outputs have; tasks do not overlap; readers give `len`
+            // elements of `T`, which the tile is for.
+            unsafe {
+                let outs = shared.map(|out| out.get().add(at));
+                let inputs = readers.each_mut().map(|r| r.raw(at, len, outs[own]));
+                tile(inputs.map(|x| x.cast()), outs.map(|x| x.cast()), len);
+            }
+        });
+    });
+}
