@@ -232,9 +232,14 @@ impl<'a, T: Stored> Source<'a, T> {
         matches!(self, Source::Constant(_) | Source::Scalar(_)) || self.period().is_some_and(|period| tile.is_multiple_of(period))
     }
 
-    /// Whether any stretch can be read in place, without a tile.
+    /// Whether any stretch can be read in place, without a tile, as it is stored.
+    fn lies_in_order(&self) -> bool {
+        matches!(self, Source::Unused | Source::Direct(_) | Source::Output)
+    }
+
+    /// Whether any stretch can be read in place in the type of the arithmetic.
     fn is_in_place(&self) -> bool {
-        matches!(self, Source::Unused) || (!T::CONVERTS && matches!(self, Source::Direct(_) | Source::Output))
+        matches!(self, Source::Unused) || (!T::CONVERTS && self.lies_in_order())
     }
 }
 
@@ -263,6 +268,14 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
             }
         }
         plan
+    }
+
+    /// For operands that are read as they are stored: without tiles, if they all lie in order.
+    fn as_stored(mut self) -> Self {
+        if self.sources.iter().all(Source::lies_in_order) {
+            (self.tile, self.run) = (usize::MAX, usize::MAX);
+        }
+        self
     }
 
     /// At most [`TILE`] elements at a time.
@@ -416,7 +429,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     /// The `len` elements from `at` on, in the type of the arithmetic.
     ///
     /// # Safety
-    /// Calls follow each other without gaps; `at + len` is at most the number of elements; `len` is at most TILE unless the source is in
+    /// Calls follow each other without gaps; `at + len` is at most the number of elements; `len` is at most TILE unless the source is read in
     /// place; `out` is the output's element `at`, of type `T`, if the source is the output.
     #[inline(always)]
     unsafe fn computed(&mut self, at: usize, len: usize, out: *const T) -> *const T::Compute {

@@ -7,7 +7,7 @@ pub mod relation;
 pub mod unary;
 
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::{F32s, Simd, Twice};
 use crate::element::Element;
 
 /// Numbers that a function takes beside its operands (a slope, a bound); unused ones are 0.
@@ -209,6 +209,9 @@ unsafe fn element<T: Element, const N: usize>(inputs: [*const T; N], i: usize) -
     x
 }
 
+/// From this time an element on a function is a chain of instructions so long that two vectors at once pay.
+const LONG_NS: f32 = 0.35;
+
 struct SimdTile<P, const N: usize> {
     inputs: [*const f32; N],
     out: *mut f32,
@@ -221,19 +224,42 @@ impl<P: Pointwise<N>, const N: usize> WithSimd for SimdTile<P, N> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let p = [s.splat(self.params[0] as f32), s.splat(self.params[1] as f32)];
-        let whole = self.len / S::LANES * S::LANES;
-        let mut i = 0;
-        while i < whole {
+        let mut done = 0;
+        if S::PAIRS && P::NS >= LONG_NS {
+            // SAFETY: the caller vouches for `len` elements.
+            done = unsafe { self.whole_vectors(Twice(s), 0) };
+        }
+        // SAFETY: as above; `done + rest == len`.
+        unsafe {
+            done = self.whole_vectors(s, done);
+            let rest = self.len - done;
+            if rest > 0 {
+                P::simd(s, load_partial(s, self.inputs, done, rest), self.params(s)).store_partial(self.out.add(done), rest);
+            }
+        }
+    }
+}
+
+impl<P: Pointwise<N>, const N: usize> SimdTile<P, N> {
+    #[inline(always)]
+    fn params<S: Simd>(&self, s: S) -> [S::F32; 2] {
+        [s.splat(self.params[0] as f32), s.splat(self.params[1] as f32)]
+    }
+
+    /// The whole vectors from element `from` on; returns where they end.
+    ///
+    /// # Safety
+    /// See [`Tile`].
+    #[inline(always)]
+    unsafe fn whole_vectors<S: Simd>(&self, s: S, from: usize) -> usize {
+        let p = self.params(s);
+        let mut i = from;
+        while self.len - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
             unsafe { P::simd(s, load(s, self.inputs, i), p).store(self.out.add(i)) }
             i += S::LANES;
         }
-        let rest = self.len - whole;
-        if rest > 0 {
-            // SAFETY: `whole + rest == len`.
-            unsafe { P::simd(s, load_partial(s, self.inputs, whole, rest), p).store_partial(self.out.add(whole), rest) }
-        }
+        i
     }
 }
 

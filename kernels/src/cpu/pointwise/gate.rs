@@ -7,7 +7,7 @@ use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
 use crate::cpu::parallel::SharedMut;
-use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd};
+use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd, Twice};
 use crate::pointwise::{Row, backward, binary, unary};
 use half::bf16;
 use std::any::TypeId;
@@ -87,9 +87,8 @@ impl Vectors for bf16 {
     fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32 {
         let bits = x.to_bits();
         let odd = bits.shr_logical::<16>() & s.splat_i32(1);
-        let rounded = (bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000);
-        // Rounding could carry a NaN into the sign.
-        x.or_else(x.is_nan(), rounded.from_bits())
+        // A NaN's lower half is zero here, be it an operand's or arithmetic's own: nothing is carried.
+        ((bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000)).from_bits()
     }
 }
 
@@ -160,13 +159,11 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for 
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let whole = self.len / S::LANES * S::LANES;
-        let mut i = 0;
-        while i < whole {
-            // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { vector::<B, T, S, N, M>(s, self.inputs, self.outs, i) }
-            i += S::LANES;
-        }
+        // SAFETY: the caller vouches for `len` elements.
+        let whole = unsafe {
+            let pairs = if S::PAIRS { self.whole_vectors(Twice(s), 0) } else { 0 };
+            self.whole_vectors(s, pairs)
+        };
         let rest = self.len - whole;
         if rest == 0 {
             return;
@@ -183,6 +180,23 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for 
             vector::<B, T, S, N, M>(s, inputs, outs, 0);
             self.outs.iter().zip(outs).for_each(|(to, from)| std::ptr::copy_nonoverlapping(from, to.add(whole), rest));
         }
+    }
+}
+
+impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> Run<B, T, N, M> {
+    /// The whole vectors from element `from` on; returns where they end.
+    ///
+    /// # Safety
+    /// See [`Tile`].
+    #[inline(always)]
+    unsafe fn whole_vectors<S: Simd>(&self, s: S, from: usize) -> usize {
+        let mut i = from;
+        while self.len - i >= S::LANES {
+            // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
+            unsafe { vector::<B, T, S, N, M>(s, self.inputs, self.outs, i) }
+            i += S::LANES;
+        }
+        i
     }
 }
 
@@ -295,7 +309,7 @@ fn run_tiles<T: Stored, const N: usize, const M: usize>(
     outs: [&mut Output<'_, T>; M],
     own: usize,
 ) {
-    let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0])));
+    let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0]))).as_stored();
     let shared = outs.map(|out| SharedMut::new(out.data));
     plan.tasks(&|from, to| {
         let mut rooms = Room::array();

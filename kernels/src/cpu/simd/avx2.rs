@@ -337,6 +337,8 @@ impl I32s for I32x8 {
 }
 
 impl Masks for Mask8 {
+    const LANES: usize = 8;
+
     #[inline(always)]
     fn any(self) -> bool {
         self.to_bits() != 0

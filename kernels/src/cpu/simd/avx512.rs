@@ -144,6 +144,7 @@ fn first(count: usize) -> __mmask16 {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const PAIRS: bool = true;
     type F32 = F32x16;
     type I32 = I32x16;
     type Mask = Mask16;
@@ -452,6 +453,8 @@ impl I32s for I32x16 {
 }
 
 impl Masks for Mask16 {
+    const LANES: usize = 16;
+
     #[inline(always)]
     fn any(self) -> bool {
         self.0 != 0

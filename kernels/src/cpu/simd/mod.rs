@@ -11,6 +11,7 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod twice;
 
 #[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
@@ -19,6 +20,7 @@ pub use avx512::{Avx512, Avx512Bf16};
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use scalar::Scalar;
+pub use twice::{Twice, Two};
 
 use half::{bf16, f16};
 use std::mem::MaybeUninit;
@@ -39,6 +41,8 @@ pub(crate) const MAX_LANES: usize = 16;
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.
     const LANES: usize;
+    /// Whether there are registers enough to compute an elementary function of two vectors at once ([`Twice`]).
+    const PAIRS: bool = false;
 
     /// A vector of f32.
     type F32: F32s<I32 = Self::I32, Mask = Self::Mask>;
@@ -334,6 +338,9 @@ pub trait I32s:
 
 /// A truth value a lane.
 pub trait Masks: Copy + BitAnd<Output = Self> + BitOr<Output = Self> + Not<Output = Self> {
+    /// How many there are, at most 32.
+    const LANES: usize;
+
     /// Whether any lane is true.
     fn any(self) -> bool;
     /// Bit `i` is lane `i`.

@@ -41,6 +41,7 @@ macro_rules! op {
 
 impl Simd for Neon {
     const LANES: usize = 4;
+    const PAIRS: bool = true;
     type F32 = F32x4;
     type I32 = I32x4;
     type Mask = Mask4;
@@ -264,6 +265,8 @@ impl I32s for I32x4 {
 }
 
 impl Masks for Mask4 {
+    const LANES: usize = 4;
+
     #[inline(always)]
     fn any(self) -> bool {
         op!(vmaxvq_u32(self.0)) != 0

@@ -211,6 +211,8 @@ impl I32s for I32x1 {
 }
 
 impl Masks for Mask1 {
+    const LANES: usize = 1;
+
     #[inline(always)]
     fn any(self) -> bool {
         self.0

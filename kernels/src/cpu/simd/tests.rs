@@ -32,8 +32,8 @@ impl WithSimd for LanesAgree {
         check(x.ceil(), |a, _| a.ceil());
         check(x.or_else(x.lt(y), y), |a, b| if a < b { a } else { b });
         check(x.or_else(x.ge(y), y), |a, b| if a >= b { a } else { b });
-        let exponents: Vec<f32> = (0..S::LANES).map(|i| (i as f32 - 7.0) * 18.0).collect();
-        check(y.scale(s.load_slice(&exponents)), |a, b| b * 2f32.powi(((a + 9.5) / 1.75 - 7.0) as i32 * 18));
+        let exponents: Vec<f32> = (0..S::LANES).map(|i| ((i % 16) as f32 - 7.0) * 18.0).collect();
+        check(y.scale(s.load_slice(&exponents)), |a, b| b * 2f32.powi((((a + 9.5) / 1.75) as i32 % 16 - 7) * 18));
         check(x.to_i32().to_f32(), |a, _| a.round_ties_even());
         check(x.to_bits().shr_logical::<9>().shl::<9>().from_bits(), |a, _| f32::from_bits(a.to_bits() >> 9 << 9));
         check((x.to_bits() & s.splat_i32(i32::MAX)).from_bits(), |a, _| a.abs());
@@ -87,7 +87,19 @@ impl WithSimd for LanesAgree {
     }
 }
 
+struct LanesOfTwoAgree;
+
+impl WithSimd for LanesOfTwoAgree {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        LanesAgree.with_simd(Twice(s));
+    }
+}
+
 #[test]
 fn lanes_agree_with_plain_arithmetic() {
     dispatch(LanesAgree);
+    dispatch(LanesOfTwoAgree);
 }
