@@ -271,7 +271,7 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     }
 
     /// For operands that are read as they are stored: without tiles, if they all lie in order.
-    fn as_stored(mut self) -> Self {
+    fn stored(mut self) -> Self {
         if self.sources.iter().all(Source::lies_in_order) {
             (self.tile, self.run) = (usize::MAX, usize::MAX);
         }

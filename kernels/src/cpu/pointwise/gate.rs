@@ -309,7 +309,7 @@ fn run_tiles<T: Stored, const N: usize, const M: usize>(
     outs: [&mut Output<'_, T>; M],
     own: usize,
 ) {
-    let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0]))).as_stored();
+    let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0]))).stored();
     let shared = outs.map(|out| SharedMut::new(out.data));
     plan.tasks(&|from, to| {
         let mut rooms = Room::array();
