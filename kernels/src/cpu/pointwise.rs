@@ -19,6 +19,7 @@ use crate::iter::{Stretches, Walk};
 use crate::pointwise::relation::RelationRow;
 use crate::pointwise::{Compute, Params, Row};
 use crate::view::StridedView;
+use half::bf16;
 use std::any::TypeId;
 use std::mem::MaybeUninit;
 
@@ -63,7 +64,15 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
     let tile = row.tile::<T::Compute>();
     assert!(tile.is_some(), "{} is not defined for this type", row.name);
     let Some(tile) = tile else { return };
+    let has_number = operands.iter().any(|o| matches!(o, Operand::Scalar(_)));
     let plan = Plan::new(&out, row.ns * cost_factor::<T>(), operands.map(|o| Source::new(o, &out)));
+    if TypeId::of::<T>() == TypeId::of::<bf16>() && !has_number {
+        // A number is not rounded to bf16: it would be, read as an operand is stored.
+        return plan.stored().run_stored([out.data], 0, &|inputs, [out]: [*mut T; 1], len| {
+            // SAFETY: `T` is bf16; the plan vouches for the pointers.
+            unsafe { (row.bf16)(inputs.map(|x| x.cast()), out.cast(), len, params) }
+        });
+    }
     plan.run([out.data], &|inputs, [out]: [*mut T; 1], len| {
         if T::CONVERTS {
             let mut results = Tile::<T::Compute>::new();
@@ -349,6 +358,23 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         });
     }
 
+    /// [`run`](Self::run) with inputs as they are stored. Output number `own` is the one that an operand may be.
+    fn run_stored<const M: usize>(&self, outs: [&mut [T]; M], own: usize, f: &(dyn Fn([*const T; N], [*mut T; M], usize) + Sync)) {
+        assert!(outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
+        let shared = outs.map(SharedMut::new);
+        self.tasks(&|from, to| {
+            let mut rooms = Room::array();
+            let mut readers = self.readers(from, &mut rooms);
+            self.tiles(from, to, |at, len| {
+                // SAFETY: `at + len` is at most the number of elements, which all outputs have; tasks do not overlap.
+                let outs = shared.map(|out| unsafe { out.get().add(at) });
+                // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources lie in order.
+                let inputs = readers.each_mut().map(|r| unsafe { r.raw(at, len, outs[own]) });
+                f(inputs, outs, len);
+            });
+        });
+    }
+
     /// [`run`](Self::run) where all sources are read in place: a task is one tile, and needs neither rooms nor readers.
     #[inline(always)]
     fn run_in_place<U: Element, const M: usize>(
@@ -555,7 +581,6 @@ unsafe fn gather<T: Copy>(from: *const T, stride: usize, to: *mut T, len: usize)
 mod tests {
     use super::*;
     use crate::pointwise::{binary, relation, unary};
-    use half::bf16;
 
     fn contiguous(shape: &[usize]) -> Vec<usize> {
         let mut strides = vec![1; shape.len()];

@@ -5,10 +5,13 @@ pub mod backward;
 pub mod binary;
 pub mod relation;
 pub mod unary;
+pub(crate) mod vectors;
 
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::simd::{F32s, Simd, Twice};
+use crate::cpu::simd::{Simd, Twice};
 use crate::element::Element;
+use half::bf16;
+use vectors::Vectors;
 
 /// Numbers that a function takes beside its operands (a slope, a bound); unused ones are 0.
 pub type Params = [f64; 2];
@@ -54,6 +57,8 @@ pub struct Row<const N: usize> {
     /// See [`Pointwise::NS`].
     pub ns: f32,
     f32: Tile<f32, N>,
+    /// In registers of f32, rounded once.
+    pub(crate) bf16: Tile<bf16, N>,
     f64: Tile<f64, N>,
     int: Option<IntTiles<N>>,
 }
@@ -68,7 +73,16 @@ struct IntTiles<const N: usize> {
 impl<const N: usize> Row<N> {
     /// The row of a function of floats.
     pub const fn of<P: Pointwise<N>>() -> Self {
-        Row { name: P::NAME, cuda: P::CUDA, names: P::NAMES, ns: P::NS, f32: simd_tile::<P, N>, f64: double_tile::<P, N>, int: None }
+        Row {
+            name: P::NAME,
+            cuda: P::CUDA,
+            names: P::NAMES,
+            ns: P::NS,
+            f32: simd_tile::<P, f32, N>,
+            bf16: simd_tile::<P, bf16, N>,
+            f64: double_tile::<P, N>,
+            int: None,
+        }
     }
 
     /// The row of a function of floats and integers.
@@ -172,11 +186,11 @@ mod ints {
 /// # Safety
 /// A whole vector must be readable there.
 #[inline(always)]
-unsafe fn load<S: Simd, const N: usize>(s: S, inputs: [*const f32; N], i: usize) -> [S::F32; N] {
+pub(crate) unsafe fn load<T: Vectors, S: Simd, const N: usize>(s: S, inputs: [*const T; N], i: usize) -> [S::F32; N] {
     let mut x = [s.splat(0.0); N];
     for k in 0..N {
         // SAFETY: the caller's.
-        x[k] = unsafe { s.load(inputs[k].add(i)) };
+        x[k] = unsafe { T::load(s, inputs[k].add(i)) };
     }
     x
 }
@@ -186,11 +200,11 @@ unsafe fn load<S: Simd, const N: usize>(s: S, inputs: [*const f32; N], i: usize)
 /// # Safety
 /// `len` elements must be readable there.
 #[inline(always)]
-unsafe fn load_partial<S: Simd, const N: usize>(s: S, inputs: [*const f32; N], i: usize, len: usize) -> [S::F32; N] {
+pub(crate) unsafe fn load_partial<T: Vectors, S: Simd, const N: usize>(s: S, inputs: [*const T; N], i: usize, len: usize) -> [S::F32; N] {
     let mut x = [s.splat(0.0); N];
     for k in 0..N {
         // SAFETY: the caller's.
-        x[k] = unsafe { s.load_partial(inputs[k].add(i), len) };
+        x[k] = unsafe { T::load_partial(s, inputs[k].add(i), len) };
     }
     x
 }
@@ -212,15 +226,15 @@ unsafe fn element<T: Element, const N: usize>(inputs: [*const T; N], i: usize) -
 /// From this time an element on a function is a chain of instructions so long that two vectors at once pay.
 const LONG_NS: f32 = 0.35;
 
-struct SimdTile<P, const N: usize> {
-    inputs: [*const f32; N],
-    out: *mut f32,
+struct SimdTile<P, T, const N: usize> {
+    inputs: [*const T; N],
+    out: *mut T,
     len: usize,
     params: Params,
     function: std::marker::PhantomData<P>,
 }
 
-impl<P: Pointwise<N>, const N: usize> WithSimd for SimdTile<P, N> {
+impl<P: Pointwise<N>, T: Vectors, const N: usize> WithSimd for SimdTile<P, T, N> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
@@ -234,13 +248,14 @@ impl<P: Pointwise<N>, const N: usize> WithSimd for SimdTile<P, N> {
             done = self.whole_vectors(s, done);
             let rest = self.len - done;
             if rest > 0 {
-                P::simd(s, load_partial(s, self.inputs, done, rest), self.params(s)).store_partial(self.out.add(done), rest);
+                let results = P::simd(s, load_partial(s, self.inputs, done, rest), self.params(s));
+                T::store_partial(s, results, self.out.add(done), rest);
             }
         }
     }
 }
 
-impl<P: Pointwise<N>, const N: usize> SimdTile<P, N> {
+impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
     #[inline(always)]
     fn params<S: Simd>(&self, s: S) -> [S::F32; 2] {
         [s.splat(self.params[0] as f32), s.splat(self.params[1] as f32)]
@@ -256,7 +271,7 @@ impl<P: Pointwise<N>, const N: usize> SimdTile<P, N> {
         let mut i = from;
         while self.len - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { P::simd(s, load(s, self.inputs, i), p).store(self.out.add(i)) }
+            unsafe { T::store(s, P::simd(s, load(s, self.inputs, i), p), self.out.add(i)) }
             i += S::LANES;
         }
         i
@@ -265,8 +280,8 @@ impl<P: Pointwise<N>, const N: usize> SimdTile<P, N> {
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn simd_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f32; N], out: *mut f32, len: usize, params: Params) {
-    dispatch(SimdTile::<P, N> { inputs, out, len, params, function: std::marker::PhantomData });
+unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [*const T; N], out: *mut T, len: usize, params: Params) {
+    dispatch(SimdTile::<P, T, N> { inputs, out, len, params, function: std::marker::PhantomData });
 }
 
 /// # Safety

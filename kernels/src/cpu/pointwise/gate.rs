@@ -2,13 +2,13 @@
 //! derivative have their dearest part in common, and all operands advance together, as the hardware's prefetching wants it. The bits are the chain's.
 
 use super::chain::{Function, Step, Value};
-use super::{Operand, Output, Plan, Room, Source};
+use super::{Operand, Output, Plan, Source};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
-use crate::cpu::parallel::SharedMut;
-use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd, Twice};
-use crate::pointwise::{Row, backward, binary, unary};
+use crate::cpu::simd::{Simd, Twice};
+use crate::pointwise::vectors::Vectors;
+use crate::pointwise::{Row, backward, binary, load, load_partial, unary};
 use half::bf16;
 use std::any::TypeId;
 use std::marker::PhantomData;
@@ -41,55 +41,6 @@ gates! {
     Silu(silu, silu_and_slope),
     Gelu(gelu, gelu_and_slope),
     GeluTanh(gelu_tanh, gelu_tanh_and_slope),
-}
-
-/// A type that vectors are loaded from and stored to; intermediate results are rounded to it.
-trait Vectors: Stored<Compute = f32> {
-    /// # Safety
-    /// `from` must be valid for reading a vector.
-    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F32;
-    /// # Safety
-    /// `to` must be valid for writing a vector.
-    unsafe fn store<S: Simd>(s: S, x: S::F32, to: *mut Self);
-    /// What storing and loading would give.
-    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32;
-}
-
-impl Vectors for f32 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's.
-        unsafe { s.load(from) }
-    }
-    #[inline(always)]
-    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut f32) {
-        // SAFETY: the caller's.
-        unsafe { x.store(to) }
-    }
-    #[inline(always)]
-    fn rounded<S: Simd>(_: S, x: S::F32) -> S::F32 {
-        x
-    }
-}
-
-impl Vectors for bf16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, from: *const bf16) -> S::F32 {
-        // SAFETY: the caller's.
-        unsafe { s.load_bf16(from) }
-    }
-    #[inline(always)]
-    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {
-        // SAFETY: the caller's.
-        unsafe { x.store_bf16(to, S::LANES) }
-    }
-    #[inline(always)]
-    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32 {
-        let bits = x.to_bits();
-        let odd = bits.shr_logical::<16>() & s.splat_i32(1);
-        // A NaN's lower half is zero here, be it an operand's or arithmetic's own: nothing is carried.
-        ((bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000)).from_bits()
-    }
 }
 
 /// What is computed of the vectors x, u and, backward, of the gradient g.
@@ -165,20 +116,14 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for 
             self.whole_vectors(s, pairs)
         };
         let rest = self.len - whole;
-        if rest == 0 {
-            return;
-        }
-        let (mut padded, mut results) = ([[T::default(); MAX_LANES]; N], [[T::default(); MAX_LANES]; M]);
-        let (mut inputs, mut outs) = (self.inputs, self.outs);
-        // SAFETY: `whole + rest == len`, and arrays of MAX_LANES elements have room for a vector.
-        unsafe {
-            for k in 0..N {
-                std::ptr::copy_nonoverlapping(self.inputs[k].add(whole), padded[k].as_mut_ptr(), rest);
-                inputs[k] = padded[k].as_ptr();
+        if rest > 0 {
+            // SAFETY: `whole + rest == len`.
+            unsafe {
+                let results = B::vectors(s, load_partial(s, self.inputs, whole, rest));
+                for (x, out) in results.into_iter().zip(self.outs) {
+                    T::store_partial(s, x, out.add(whole), rest);
+                }
             }
-            outs.iter_mut().zip(&mut results).for_each(|(out, result)| *out = result.as_mut_ptr());
-            vector::<B, T, S, N, M>(s, inputs, outs, 0);
-            self.outs.iter().zip(outs).for_each(|(to, from)| std::ptr::copy_nonoverlapping(from, to.add(whole), rest));
         }
     }
 }
@@ -193,33 +138,15 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> Run<B, T, N, 
         let mut i = from;
         while self.len - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { vector::<B, T, S, N, M>(s, self.inputs, self.outs, i) }
+            unsafe {
+                let results = B::vectors(s, load(s, self.inputs, i));
+                for (x, out) in results.into_iter().zip(self.outs) {
+                    T::store(s, x, out.add(i));
+                }
+            }
             i += S::LANES;
         }
         i
-    }
-}
-
-/// The vectors that begin `i` elements into each operand.
-///
-/// # Safety
-/// All pointers must be valid for a vector there.
-#[inline(always)]
-unsafe fn vector<B: Body<T, N, M>, T: Vectors, S: Simd, const N: usize, const M: usize>(
-    s: S,
-    inputs: [*const T; N],
-    outs: [*mut T; M],
-    i: usize,
-) {
-    let mut x = [s.zero(); N];
-    for k in 0..N {
-        // SAFETY: the caller's.
-        x[k] = unsafe { T::load(s, inputs[k].add(i)) };
-    }
-    let results = B::vectors(s, x);
-    for k in 0..M {
-        // SAFETY: the caller's.
-        unsafe { T::store(s, results[k], outs[k].add(i)) }
     }
 }
 
@@ -310,18 +237,8 @@ fn run_tiles<T: Stored, const N: usize, const M: usize>(
     own: usize,
 ) {
     let plan = Plan::new(outs[0], ns, operands.map(|o| Source::new(o, outs[0]))).stored();
-    let shared = outs.map(|out| SharedMut::new(out.data));
-    plan.tasks(&|from, to| {
-        let mut rooms = Room::array();
-        let mut readers = plan.readers(from, &mut rooms);
-        plan.tiles(from, to, |at, len| {
-            // SAFETY: `at + len` is at most the number of elements, which all outputs have; tasks do not overlap; readers give `len`
-            // elements of `T`, which the tile is for.
-            unsafe {
-                let outs = shared.map(|out| out.get().add(at));
-                let inputs = readers.each_mut().map(|r| r.raw(at, len, outs[own]));
-                tile(inputs.map(|x| x.cast()), outs.map(|x| x.cast()), len);
-            }
-        });
+    plan.run_stored(outs.map(|out| &mut *out.data), own, &|inputs, outs, len| {
+        // SAFETY: the plan vouches for the pointers, and the tile is one for `T`.
+        unsafe { tile(inputs.map(|x| x.cast()), outs.map(|x| x.cast()), len) }
     });
 }

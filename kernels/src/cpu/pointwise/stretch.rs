@@ -2,6 +2,8 @@
 
 use crate::cpu::cast::Stored;
 use crate::pointwise::{Params, Row};
+use half::bf16;
+use std::any::TypeId;
 use std::mem::MaybeUninit;
 
 /// Elements that are widened at a time.
@@ -16,6 +18,10 @@ pub(crate) unsafe fn apply_stretch<T: Stored, const N: usize>(row: &Row<N>, para
     if !T::CONVERTS {
         // SAFETY: the caller's contract; the two types are one.
         return unsafe { tile(from.map(|from| from.cast()), to.cast(), len, params) };
+    }
+    if TypeId::of::<T>() == TypeId::of::<bf16>() {
+        // SAFETY: the caller's contract; `T` is bf16.
+        return unsafe { (row.bf16)(from.map(|from| from.cast()), to.cast(), len, params) };
     }
     let mut wide = MaybeUninit::<[[T::Compute; TILE]; N]>::uninit();
     let wide = wide.as_mut_ptr().cast::<T::Compute>();

@@ -223,11 +223,16 @@ pub trait F32s:
     /// `dst` must be valid for writing `count` values, and `count <= LANES`.
     #[inline(always)]
     unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
+        let bits = self.to_bits();
+        let high = bits.shr_logical::<16>();
+        let rounded = (bits + ((high & high.splat_like(1)) + high.splat_like(0x7fff))).shr_logical::<16>();
+        // Rounding could carry a NaN into the sign: it is kept, quiet.
+        let words = (high | high.splat_like(0x40)).or_else(self.is_nan(), rounded).from_bits();
         let mut lanes = [0f32; MAX_LANES];
-        self.store_slice(&mut lanes, count);
-        for (i, &lane) in lanes.iter().enumerate().take(count) {
+        words.store_slice(&mut lanes, Self::Mask::LANES);
+        for (i, word) in lanes.iter().enumerate().take(count) {
             // SAFETY: the caller's contract.
-            unsafe { dst.add(i).write(bf16::from_f32(lane)) };
+            unsafe { dst.add(i).write(bf16::from_bits(word.to_bits() as u16)) };
         }
     }
     /// `self * b + c`, rounded once.

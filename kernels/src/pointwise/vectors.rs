@@ -1,0 +1,85 @@
+//! Types of which vectors are loaded and stored as they lie in memory: arithmetic is in f32 registers, and no tile of converted elements stands
+//! between.
+
+use crate::cpu::cast::Stored;
+use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd};
+use half::bf16;
+
+/// Elements that vectors of f32 are loaded from and rounded to.
+pub(crate) trait Vectors: Stored<Compute = f32> {
+    /// # Safety
+    /// `from` must be valid for reading a vector.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F32;
+    /// # Safety
+    /// `from` must be valid for reading `count` elements, at most those of a vector of a level.
+    unsafe fn load_partial<S: Simd>(s: S, from: *const Self, count: usize) -> S::F32;
+    /// # Safety
+    /// `to` must be valid for writing a vector.
+    unsafe fn store<S: Simd>(s: S, x: S::F32, to: *mut Self);
+    /// # Safety
+    /// `to` must be valid for writing `count` elements, at most those of a vector of a level.
+    unsafe fn store_partial<S: Simd>(s: S, x: S::F32, to: *mut Self, count: usize);
+    /// What storing and loading would give, for lanes that are loaded or computed from such.
+    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32;
+}
+
+impl Vectors for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const f32) -> S::F32 {
+        // SAFETY: the caller's.
+        unsafe { s.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial<S: Simd>(s: S, from: *const f32, count: usize) -> S::F32 {
+        // SAFETY: the caller's.
+        unsafe { s.load_partial(from, count) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { x.store(to) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial<S: Simd>(_: S, x: S::F32, to: *mut f32, count: usize) {
+        // SAFETY: the caller's.
+        unsafe { x.store_partial(to, count) }
+    }
+    #[inline(always)]
+    fn rounded<S: Simd>(_: S, x: S::F32) -> S::F32 {
+        x
+    }
+}
+
+impl Vectors for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const bf16) -> S::F32 {
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial<S: Simd>(s: S, from: *const bf16, count: usize) -> S::F32 {
+        let mut lanes = [bf16::ZERO; MAX_LANES];
+        // SAFETY: the caller's; the array has room for a vector of any level.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
+            s.load_bf16(lanes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {
+        // SAFETY: the caller's.
+        unsafe { x.store_bf16(to, S::LANES) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial<S: Simd>(_: S, x: S::F32, to: *mut bf16, count: usize) {
+        // SAFETY: the caller's.
+        unsafe { x.store_bf16(to, count) }
+    }
+    #[inline(always)]
+    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32 {
+        let bits = x.to_bits();
+        let odd = bits.shr_logical::<16>() & s.splat_i32(1);
+        // A NaN's lower half is zero here, be it an operand's or arithmetic's own: nothing is carried.
+        ((bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000)).from_bits()
+    }
+}
