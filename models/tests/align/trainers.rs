@@ -359,8 +359,11 @@ fn ppo_raises_the_score() -> Result<()> {
         let mut trainer = ppo(10 * seed, PpoOptions { missing_eos_penalty: Some(0.5), seed, ..ppo_options(5e-3) })?;
         let mut round = |i| trainer.step(&prompts(100 * seed + i, 32), sample, judge);
         let first = round(0)?;
-        let last = (1..18).try_fold(first, |_, i| round(i))?;
-        assert!(last.score > first.score + 0.4 && last.score > 1.05, "seed {seed}: {first:?} to {last:?}");
+        let rounds = (1..18).map(&mut round).collect::<Result<Vec<_>>>()?;
+        let [.., last] = rounds.as_slice() else { continue };
+        // One round has 32 answers: its score alone moves by a quarter.
+        let score = rounds[13..].iter().map(|round| round.score).sum::<f64>() / 4.0;
+        assert!(score > first.score + 0.4 && score > 1.05, "seed {seed}: {first:?} to {score}, {last:?}");
         assert!(last.kl > first.kl && last.finished > 0.8 && last.value_loss.is_finite());
         assert_eq!(trainer.steps(), 18 * 8);
     }
