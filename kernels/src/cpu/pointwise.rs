@@ -489,6 +489,7 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     #[inline(always)]
     unsafe fn raw(&mut self, at: usize, len: usize, out: *const T) -> *const T {
         match self.source {
+            Source::Unused => std::ptr::null(),
             Source::Output => out,
             // SAFETY: the slice has all elements of the walk.
             Source::Direct(data) => unsafe { data.as_ptr().add(at) },

@@ -425,7 +425,8 @@ mod tests {
         let f = run(&|out| apply(row, [0.0; 2], [x], out));
         let unit = two(binary::Mul::ROW, Operand::Dense(&f), u);
         let of_u = two(binary::Mul::ROW, g, Operand::Dense(&f));
-        let of_x = two(backward, x, Operand::Dense(&two(binary::Mul::ROW, g, u)));
+        let product = two(binary::Mul::ROW, g, u);
+        let of_x = two(backward, x, Operand::Dense(&product));
         let [x_at, u_at, g_at] = [0, 1, 2].map(Value::Operand);
         let steps = [
             step(Function::One(row), [x_at, x_at]),
@@ -439,6 +440,9 @@ mod tests {
         let forward = Chain::new(&steps, &[1]).unwrap();
         assert!(matches!(forward.unit, Some(Unit::Forward(..))));
         assert!(bits(&run(&|out| forward.apply(&[x, u], [out]))) == bits(&unit), "{}", row.name);
+        let number = Operand::Scalar(0.3);
+        let scaled = two(binary::Mul::ROW, Operand::Dense(&f), number);
+        assert!(bits(&run(&|out| forward.apply(&[x, number], [out]))) == bits(&scaled), "{} of a number", row.name);
         for results in [[2, 4], [4, 2]] {
             let chain = Chain::new(&steps, &results).unwrap();
             assert!(matches!(chain.unit, Some(Unit::Backward { .. })));

@@ -215,6 +215,10 @@ impl Unit {
 
     /// Runs it in `ns` nanoseconds an element; `false` if it has no kernels for `T`. The operands are the chain's, and so are the outputs.
     pub(super) fn run<T: Stored>(&self, ns: f32, operands: &[Operand<'_, T>], outs: &mut [Output<'_, T>]) -> bool {
+        // A number is not rounded to a half type: it would be, read as an operand is stored.
+        if T::CONVERTS && operands.iter().any(|o| matches!(o, Operand::Scalar(_))) {
+            return false;
+        }
         match (self, outs) {
             (Unit::Forward(kernels, at), [out]) => {
                 kernels.tiles::<T>().map(|(tile, _)| run_tiles(tile, ns, at.map(|i| operands[i]), [out], 0)).is_some()
