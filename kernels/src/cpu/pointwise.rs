@@ -1,8 +1,8 @@
 //! Runs the rows of the pointwise table over strided memory.
 //!
 //! The output is dense, and everything goes in the order of its memory. An operand that lies like the output is read where it is; any other
-//! (broadcast, strided, of a half type) is brought into a tile on the stack that the first-level cache holds, so that a row needs
-//! one kernel over contiguous elements and no other. A bias along the fastest dimension fills its tile once per task, not per tile.
+//! (broadcast, strided, of f16) is brought into a tile on the stack that the first-level cache holds, so that a row needs
+//! kernels over contiguous elements and no others: one for each type of arithmetic, and one that loads and stores bf16. A bias along the fastest dimension fills its tile once per task, not per tile.
 
 pub mod chain;
 mod gate;
@@ -581,7 +581,7 @@ unsafe fn gather<T: Copy>(from: *const T, stride: usize, to: *mut T, len: usize)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pointwise::{binary, relation, unary};
+    use crate::pointwise::{backward, binary, relation, unary};
 
     fn contiguous(shape: &[usize]) -> Vec<usize> {
         let mut strides = vec![1; shape.len()];
@@ -680,6 +680,44 @@ mod tests {
         }
     }
 
+    /// A row's kernel for bf16 against the one for f32 and one rounding; lengths end within vectors, beyond tiles, and nowhere.
+    fn check_half_row<const N: usize>(row: &Row<N>) {
+        let extremes = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, -0.0, 1e-40, 3e38, -1.0];
+        let params = [0.75, 1.25];
+        for n in [0, 1, 7, 16, 31, 32, 47, 64, 1100, 40_000] {
+            let value = |i: usize, k: usize| match i % 61 {
+                r if r < extremes.len() => extremes[(r + 3 * k) % extremes.len()],
+                _ => (i * (7 + 6 * k) % 1000) as f32 / 200.0 - 2.0,
+            };
+            let inputs: [Vec<bf16>; N] = std::array::from_fn(|k| (0..n).map(|i| bf16::from_f32(value(i, k))).collect());
+            let wide = inputs.each_ref().map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
+            let (mut want, mut got) = (vec![0f32; n], vec![bf16::ZERO; n]);
+            apply(row, params, wide.each_ref().map(|x| Operand::Dense(x)), Output { data: &mut want, shape: &[n], strides: &[1] });
+            apply(row, params, inputs.each_ref().map(|x| Operand::Dense(x)), Output { data: &mut got, shape: &[n], strides: &[1] });
+            for (want, got) in want.iter().map(|&x| bf16::from_f32(x)).zip(got) {
+                assert!(want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan(), "{} of {n}: {want:?} {got:?}", row.name);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_bf16_are_those_of_f32_rounded_once() {
+        unary::UNARY.iter().for_each(|row| check_half_row(row));
+        binary::BINARY.iter().for_each(|row| check_half_row(row));
+        binary::TERNARY.iter().for_each(|row| check_half_row(row));
+        backward::BACKWARD.iter().for_each(|row| check_half_row(row));
+    }
+
+    #[test]
+    fn numbers_beside_bf16_are_not_rounded() {
+        let n = 5000;
+        let x: Vec<bf16> = (0..n).map(|i| bf16::from_f32(i as f32)).collect();
+        let mut sums = x.clone();
+        let out = Output { data: &mut sums, shape: &[n], strides: &[1] };
+        apply(binary::Add::ROW, [0.0; 2], [Operand::Output, Operand::Scalar(0.3)], out);
+        assert!(x.iter().zip(sums).all(|(x, y)| y == bf16::from_f32(x.to_f32() + 0.3)));
+    }
+
     #[test]
     fn runs_that_end_tiles_meet_numbers() {
         // Tasks begin within a row, so that their first tile is a short one.
@@ -756,7 +794,6 @@ mod tests {
     /// Every f32 row against its own f64 expression at moderate inputs.
     #[test]
     fn both_expressions_of_a_row_agree() {
-        use crate::pointwise::{Row, backward};
         fn check<const N: usize>(row: &Row<N>) {
             let n = 1000;
             let params = [0.75, 1.25];

@@ -2,7 +2,7 @@
 //! between.
 
 use crate::cpu::cast::Stored;
-use crate::cpu::simd::{F32s, I32s, MAX_LANES, Simd};
+use crate::cpu::simd::{F32s, I32s, MAX_LANES_OF_TWO, Simd};
 use half::bf16;
 
 /// Elements that vectors of f32 are loaded from and rounded to.
@@ -11,13 +11,13 @@ pub(crate) trait Vectors: Stored<Compute = f32> {
     /// `from` must be valid for reading a vector.
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F32;
     /// # Safety
-    /// `from` must be valid for reading `count` elements, at most those of a vector of a level.
+    /// `from` must be valid for reading `count` elements, at most those of a vector.
     unsafe fn load_partial<S: Simd>(s: S, from: *const Self, count: usize) -> S::F32;
     /// # Safety
     /// `to` must be valid for writing a vector.
     unsafe fn store<S: Simd>(s: S, x: S::F32, to: *mut Self);
     /// # Safety
-    /// `to` must be valid for writing `count` elements, at most those of a vector of a level.
+    /// `to` must be valid for writing `count` elements, at most those of a vector.
     unsafe fn store_partial<S: Simd>(s: S, x: S::F32, to: *mut Self, count: usize);
     /// What storing and loading would give, for lanes that are loaded or computed from such.
     fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32;
@@ -58,8 +58,8 @@ impl Vectors for bf16 {
     }
     #[inline(always)]
     unsafe fn load_partial<S: Simd>(s: S, from: *const bf16, count: usize) -> S::F32 {
-        let mut lanes = [bf16::ZERO; MAX_LANES];
-        // SAFETY: the caller's; the array has room for a vector of any level.
+        let mut lanes = [bf16::ZERO; MAX_LANES_OF_TWO];
+        // SAFETY: the caller's; the array has room for a vector of any level, and for two.
         unsafe {
             std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
             s.load_bf16(lanes.as_ptr())

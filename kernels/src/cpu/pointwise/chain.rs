@@ -1,7 +1,8 @@
 //! Chains of pointwise functions in one pass over memory: tile by tile, each step's results stay in the first-level cache. A chain may have
 //! several results, as the gradients of a function of several operands are.
 //!
-//! A result is bit for bit that of the same functions one after the other: every step runs the same kernel, and is rounded to the dtype.
+//! A result is bit for bit that of the same functions one after the other: every step runs the same kernel, and is rounded to the dtype. A gated
+//! unit has a kernel of its own (`gate`), with the same bits.
 //! A reduction that ends a chain takes its tiles as they are made ([`Results`]), cut as it would cut the chain's result in memory.
 
 use super::gate::Unit;
@@ -66,7 +67,7 @@ impl Step {
 pub struct Chain {
     steps: Vec<Placed>,
     results: usize,
-    /// What has kernels of its own.
+    /// The gated unit that all steps are, if they are one.
     unit: Option<Unit>,
     /// Nanoseconds an element.
     ns: f32,
@@ -172,7 +173,6 @@ impl Chain {
     /// as [`super::apply`] does.
     pub fn apply<T: Stored, const M: usize>(&self, operands: &[Operand<'_, T>], mut outs: [Output<'_, T>; M]) {
         assert!(M == self.results && outs.iter().all(|out| out.shape == outs[0].shape && out.strides == outs[0].strides), "outputs");
-        assert!(outs.iter().all(|out| out.data.len() == outs[0].data.len()), "outputs of one length");
         if self.unit.is_some_and(|unit| unit.run(self.ns::<T>(), operands, &mut outs)) {
             return;
         }

@@ -194,13 +194,7 @@ impl F32s for F32x8 {
     unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
         // SAFETY: the vector proves the feature; `count` values may be written.
         unsafe {
-            let bits = _mm256_castps_si256(self.0);
-            let high = _mm256_srli_epi32::<16>(bits);
-            let half = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7FFF));
-            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
-            // Rounding could carry a NaN into the sign: it is kept, quiet.
-            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
-            let words = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+            let words = self.bf16_words().0;
             // Packing works in halves of 128 bits.
             let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(words, words));
             let packed = _mm256_castsi256_si128(packed);

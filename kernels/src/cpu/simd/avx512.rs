@@ -290,13 +290,7 @@ impl F32s for F32x16 {
     unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
         // SAFETY: the token proves the features; `count` values may be written.
         unsafe {
-            let bits = _mm512_castps_si512(self.0);
-            let high = _mm512_srli_epi32::<16>(bits);
-            let half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-            // Rounding could carry a NaN into the sign: it is kept, quiet.
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-            let words = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+            let words = _mm512_cvtepi32_epi16(self.bf16_words().0);
             if count == 16 {
                 dst.cast::<Unaligned<_>>().write(Unaligned(words));
             } else {

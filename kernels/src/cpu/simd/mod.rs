@@ -37,6 +37,9 @@ struct Unaligned<T>(T);
 /// Lanes of the widest vector of any level.
 pub(crate) const MAX_LANES: usize = 16;
 
+/// Lanes of two such vectors as one ([`Twice`]): what code has room for that elementary functions are made of.
+pub(crate) const MAX_LANES_OF_TWO: usize = 2 * MAX_LANES;
+
 /// An instruction set: makes vectors.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.
@@ -223,17 +226,21 @@ pub trait F32s:
     /// `dst` must be valid for writing `count` values, and `count <= LANES`.
     #[inline(always)]
     unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
-        let bits = self.to_bits();
-        let high = bits.shr_logical::<16>();
-        let rounded = (bits + ((high & high.splat_like(1)) + high.splat_like(0x7fff))).shr_logical::<16>();
-        // Rounding could carry a NaN into the sign: it is kept, quiet.
-        let words = (high | high.splat_like(0x40)).or_else(self.is_nan(), rounded).from_bits();
         let mut lanes = [0f32; MAX_LANES];
-        words.store_slice(&mut lanes, Self::Mask::LANES);
+        self.bf16_words().from_bits().store_slice(&mut lanes, Self::Mask::LANES);
         for (i, word) in lanes.iter().enumerate().take(count) {
             // SAFETY: the caller's contract.
             unsafe { dst.add(i).write(bf16::from_bits(word.to_bits() as u16)) };
         }
+    }
+    /// The bits of the nearest bf16, ties to even, in the lower half of each lane; NaN stays one.
+    #[inline(always)]
+    fn bf16_words(self) -> Self::I32 {
+        let bits = self.to_bits();
+        let high = bits.shr_logical::<16>();
+        let rounded = (bits + ((high & high.splat_like(1)) + high.splat_like(0x7fff))).shr_logical::<16>();
+        // Rounding could carry a NaN into the sign: it is kept, quiet.
+        rounded.or_else(self.eq(self), high | high.splat_like(0x40))
     }
     /// `self * b + c`, rounded once.
     fn mul_add(self, b: Self, c: Self) -> Self;
