@@ -9,10 +9,28 @@ use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile, Valu
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
 use super::class::{Class, Line, classes, exact_classes_if_large, phases};
-use super::pack::{Panel, Panels};
+use super::pack::{Cut, Panel, Panels, Singles, Weights};
 use super::patch::Patches;
 use super::{Gather, part_start};
+use half::bf16;
 use std::ops::Range;
+use std::sync::OnceLock;
+
+/// What the micro-kernels multiply: an f32, or the bf16 of two neighbouring source channels.
+pub(super) trait Word: Copy + Default + Send + Sync {}
+impl Word for f32 {}
+impl Word for [bf16; 2] {}
+
+/// What sums are written as.
+pub(super) trait Target: Copy + Send + Sync {
+    const VALUES: Values;
+}
+impl Target for f32 {
+    const VALUES: Values = Values::F32;
+}
+impl Target for bf16 {
+    const VALUES: Values = Values::Bf16;
+}
 
 /// Segments shorter than this spend longer on their row addresses than on their products: with fewer source channels, and without runs of
 /// taps that are longer, the taps of a pixel are copied side by side.
@@ -27,20 +45,24 @@ const TASK_MACS: usize = 1 << 18;
 /// Fewer tasks than this are split further by target channels: enough for some threads to share evenly.
 const MIN_TASKS: usize = 16;
 
+/// With so few blocks of pixels, and enough panels, each task packs one panel and multiplies all pixels by it while it is in L2: packed all together,
+/// weights go to memory and back.
+const FEW_BLOCKS: usize = 16;
+
 struct Task {
     class: usize,
     pixels: Range<usize>,
 }
 
-/// See [`super::forward`]; `x` and `y` are the source and target images. The values of `x` and `w` are those that `kernels` multiply.
-pub(super) fn gather(
+/// See [`super::forward`]; `x` and `y` are the source and target images. Source channels are counted in words.
+pub(super) fn gather<W: Word, T: Target>(
     g: &Gather,
-    kernels: &'static MicroKernels,
-    x: &[f32],
-    w: &[f32],
+    x: &[W],
+    weights: &impl Weights,
     bias: Option<&[f32]>,
-    y: &mut [f32],
+    y: &mut [T],
 ) -> Result<(), OutOfMemory> {
+    let kernels = weights.kernels();
     let mut axes = exact_classes_if_large(g);
     let patches = g.cin < MIN_SEGMENT && !classes(g, &axes).iter().any(|c| c.run * g.cin >= MIN_SEGMENT);
     if patches {
@@ -54,7 +76,7 @@ pub(super) fn gather(
     for (slot, &tap) in order.iter().enumerate() {
         slot_of_tap[tap] = slot;
     }
-    let panels = Panels::by_tap(kernels, g, w, &order)?;
+    let cut = Cut::new(kernels, order.len() * g.cin, g.cout);
 
     let block = (TASK_MACS / (g.cin * g.cout * g.taps_per_target()).max(1)).clamp(BLOCK, 16 * BLOCK);
     let mut tasks = Vec::new();
@@ -62,27 +84,36 @@ pub(super) fn gather(
         let blocks = pixels.div_ceil(block);
         tasks.extend((0..blocks).map(|b| Task { class, pixels: part_start(pixels, blocks, b)..part_start(pixels, blocks, b + 1) }));
     }
-    let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(panels.count());
-    let zeros = vec![0f32; g.cin * classes.iter().map(|c| c.run).max().unwrap_or(1)];
-    let run = Direct {
-        g,
-        kernels,
-        x,
-        bias,
-        y: SharedMut::new(y),
-        classes: &classes,
-        panels: &panels,
-        slot_of_tap: &slot_of_tap,
-        zeros: &zeros,
-        patches,
-    };
+    let zeros = vec![W::default(); g.cin * classes.iter().map(|c| c.run).max().unwrap_or(1)];
+    let y = SharedMut::new(y);
+    let run = Direct { g, kernels, x, bias, y, classes: &classes, slot_of_tap: &slot_of_tap, zeros: &zeros, patches };
     let multiplications = g.target_pixels() * g.groups * g.cout * g.cin * g.taps_per_target();
-    parallel::for_each(tasks.len() * g.groups * splits, multiplications / 50 + g.target_pixels(), |i| {
+    let estimated_ns = multiplications / 50 + g.target_pixels();
+    if tasks.len() <= FEW_BLOCKS && g.groups * cut.count() >= MIN_TASKS {
+        let failure = OnceLock::new();
+        parallel::for_each(g.groups * cut.count(), estimated_ns, |i| {
+            let (group, i) = (i / cut.count(), i % cut.count());
+            match weights.packed(&order, group, cut, i, &mut None) {
+                Ok(panel) => tasks.iter().for_each(|task| run.task(task, group, [panel])),
+                Err(error) => drop(failure.set(error)),
+            }
+        });
+        return failure.into_inner().map_or(Ok(()), Err);
+    }
+    let panels = Panels::by_tap(weights, g.groups, cut, &order)?;
+    let splits = MIN_TASKS.div_ceil(tasks.len() * g.groups).min(cut.count());
+    parallel::for_each(tasks.len() * g.groups * splits, estimated_ns, |i| {
         let (i, split) = (i / splits, i % splits);
         let (task, group) = (&tasks[i / g.groups], i % g.groups);
-        run.task(task, group, part_start(panels.count(), splits, split)..part_start(panels.count(), splits, split + 1));
+        let some = part_start(cut.count(), splits, split)..part_start(cut.count(), splits, split + 1);
+        run.task(task, group, some.map(|i| panels.panel(group, i)));
     });
     Ok(())
+}
+
+/// [`gather`] of f32.
+pub(super) fn gather_singles(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
+    gather(g, x, &Singles { g, w }, bias, y)
 }
 
 /// All taps, those of a phase of the last axis side by side in the order of their sources.
@@ -91,23 +122,22 @@ fn by_runs(g: &Gather) -> Vec<usize> {
     (0..g.kernel[0] * g.kernel[1]).flat_map(|line| last.iter().map(move |kw| line * g.kernel[2] + kw)).collect()
 }
 
-struct Direct<'a> {
+struct Direct<'a, W, T> {
     g: &'a Gather,
     kernels: &'static MicroKernels,
-    x: &'a [f32],
+    x: &'a [W],
     bias: Option<&'a [f32]>,
-    y: SharedMut<f32>,
+    y: SharedMut<T>,
     classes: &'a [Class<'a>],
-    panels: &'a Panels,
     slot_of_tap: &'a [usize],
     /// The source pixels of a segment in the padding.
-    zeros: &'a [f32],
+    zeros: &'a [W],
     patches: bool,
 }
 
-impl Direct<'_> {
-    /// One block of pixels of one group, for a range of panels.
-    fn task(&self, task: &Task, group: usize, panels: Range<usize>) {
+impl<W: Word, T: Target> Direct<'_, W, T> {
+    /// One block of pixels of one group, for some panels.
+    fn task<'p>(&self, task: &Task, group: usize, panels: impl IntoIterator<Item = Panel<'p>>) {
         let (g, class) = (self.g, &self.classes[task.class]);
         let kernels = self.kernels;
         let tiles = kernels.row_tiles(task.pixels.len());
@@ -124,7 +154,6 @@ impl Direct<'_> {
         let slots: Vec<usize> = class.taps(g.kernel).step_by(run).take(segments).map(|tap| self.slot_of_tap[tap]).collect();
         let segments = slots.len();
         for panel in panels {
-            let panel = self.panels.panel(group, panel);
             let weights: Vec<*const f32> = slots.iter().map(|slot| panel.data[slot * g.cin * panel.stride..].as_ptr()).collect();
             for tile in 0..tiles.count {
                 let (start, height) = (tiles.start(tile), tiles.height(tile));
@@ -135,15 +164,15 @@ impl Direct<'_> {
     }
 
     /// Copies a patch for each pixel; the addresses of the patches.
-    fn patch_rows(&self, class: &Class, group: usize, pixels: Range<usize>, len: usize, patches: &mut Vec<f32>) -> Vec<*const f32> {
+    fn patch_rows(&self, class: &Class, group: usize, pixels: Range<usize>, len: usize, patches: &mut Vec<W>) -> Vec<*const W> {
         let count = pixels.len();
-        patches.resize(count * len, 0.0);
+        patches.resize(count * len, W::default());
         dispatch(Patches { g: self.g, x: self.x, class, group, pixels, out: patches });
         (0..count).map(|i| patches[i * len..].as_ptr()).collect()
     }
 
     /// For each tile the addresses of its pixels' sources, segment by segment.
-    fn source_rows(&self, class: &Class, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const f32> {
+    fn source_rows(&self, class: &Class, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const W> {
         let mut rows = vec![self.zeros.as_ptr(); tiles.start(tiles.count) * segments];
         if segments == 0 {
             return rows;
@@ -168,7 +197,7 @@ impl Direct<'_> {
 
     /// Writes the addresses of a line's sources under the first tap of each segment, those that do not lie in the padding, to `rows`; those of
     /// the next segment lie `height` further on.
-    fn line_sources(&self, class: &Class, group: usize, line: &Line, rows: &mut [*const f32], height: usize) {
+    fn line_sources(&self, class: &Class, group: usize, line: &Line, rows: &mut [*const W], height: usize) {
         let g = self.g;
         let [d, h, w] = class.axes;
         let channels = (g.groups * g.cin) as isize;
@@ -207,17 +236,17 @@ impl Direct<'_> {
     }
 
     #[inline(always)]
-    fn tile(&self, group: usize, rows: &[*const f32], kc: usize, weights: &[*const f32], panel: Panel, targets: &[usize]) {
+    fn tile(&self, group: usize, rows: &[*const W], kc: usize, weights: &[*const f32], panel: Panel, targets: &[usize]) {
         let mut c = [std::ptr::null_mut(); super::super::gemm::micro::MAX_MR];
         for (c, &target) in c.iter_mut().zip(targets) {
-            *c = self.y.get().wrapping_add(target + panel.first);
+            *c = self.y.get().wrapping_add(target + panel.first).cast();
         }
         let init = match self.bias {
             Some(bias) => Init::Bias(bias[group * self.g.cout + panel.first..][..panel.cols].as_ptr()),
             None => Init::Zero,
         };
-        let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.cols, alpha: 1.0, init };
-        let tile = Tile { segments: weights.len(), kc, a: rows.as_ptr(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
+        let out = Output { c: c.as_ptr(), values: T::VALUES, cols: panel.cols, alpha: 1.0, init };
+        let tile = Tile { segments: weights.len(), kc, a: rows.as_ptr().cast(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
         // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: the channels of a run of source pixels that
         // lie inside of a line, zeros, or a patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
         // pixels, panels and groups part the channels, so each value of `y` is written by one tile only, and no tile reads `y`.

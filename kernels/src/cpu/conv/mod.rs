@@ -10,10 +10,12 @@
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
 //! - `few`: with few targets the weights are read where they lie, by one product.
 //! - `depthwise`: one channel a group: plain loops over channels.
-//! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16.
+//! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16, or may be rounded to it.
 //! - `tiles`: on matrix tiles, where a machine has them.
 //! - `winograd`: 3×3 taps of stride 1, with fewer multiplications.
 //! - `plain`: the same in simple loops for f64.
+//!
+//! Halves are widened by the caller, unless a way takes them as they are (`half`).
 //!
 //! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
 
@@ -23,6 +25,7 @@ mod depthwise;
 mod direct;
 mod few;
 mod fold;
+mod half;
 mod pack;
 mod pairs;
 mod patch;
@@ -33,10 +36,10 @@ mod weight;
 mod winograd;
 
 use super::alloc::OutOfMemory;
-use super::gemm::micro::MicroKernels;
-use super::gemm::{GemmElement, MatmulPrecision};
+use super::gemm::MatmulPrecision;
 use super::resample::Real;
 use axis::Axis;
+pub use half::{HalfElement, Pass, half, takes_half};
 
 /// A convolution: an input image of `ci` channels, an output image of `co`, and how the kernel slides.
 ///
@@ -241,9 +244,9 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
     } else if few::pays(g) {
         few::gather(g, x, w, bias, y)
     } else if pairs::pay(g) {
-        pairs::gather(g, x, w, bias, y)
+        pairs::gather_rounded(g, x, w, bias, y)
     } else {
-        let windows = |g: &Gather, x: &[f32], y: &mut [f32]| direct::gather(g, MicroKernels::get(), x, w, bias, y);
+        let windows = |g: &Gather, x: &[f32], y: &mut [f32]| direct::gather_singles(g, x, w, bias, y);
         if winograd::pays(g) { winograd::gather(g, x, w, bias, y, windows) } else { windows(g, x, y) }
     }
 }
@@ -312,24 +315,6 @@ pub fn forward<T: ConvElement>(shape: &ConvShape, x: &[T], w: &[T], bias: Option
         return Ok(());
     }
     T::gather(&shape.forward_gather(), x, w, bias, y)
-}
-
-/// Whether [`forward_few`] computes this convolution, and faster than `forward` on widened halves.
-pub fn has_few_targets(shape: &ConvShape) -> bool {
-    shape.assert_valid();
-    few::pays(&shape.forward_gather())
-}
-
-/// [`forward`] of a convolution that [has few targets](has_few_targets), for halves too: they are not widened before, summed in f32, and rounded
-/// once.
-pub fn forward_few<T: GemmElement>(shape: &ConvShape, x: &[T], w: &[T], bias: Option<&[T]>, y: &mut [T]) -> Result<(), OutOfMemory> {
-    assert!(has_few_targets(shape));
-    assert!(x.len() == shape.input_len() && w.len() == shape.weight_len() && y.len() == shape.output_len());
-    assert!(bias.is_none_or(|b| b.len() == shape.co));
-    if y.is_empty() {
-        return Ok(());
-    }
-    few::gather(&shape.forward_gather(), x, w, bias, y)
 }
 
 /// The gradient of [`forward`] by its input, given `gy` by its output: the transposed convolution of `gy`, to which a `bias` of

@@ -5,13 +5,20 @@ use super::super::gemm::micro::{MAX_NR, MicroKernels};
 use super::super::gemm::pack::{Strip, pack};
 use super::super::isa::{WithSimd, dispatch};
 use super::super::parallel;
-use super::super::simd::Simd;
+use super::super::simd::{F32s, I32s, Simd};
 use super::Gather;
+use half::bf16;
 
 /// For each group a matrix of `depth` rows and `cols` columns, cut into panels of NR columns (the last may be narrower);
 /// a panel's rows are contiguous, columns beyond the matrix are 0.
 pub(super) struct Panels {
     buffer: Buffer,
+    cut: Cut,
+}
+
+/// How a matrix is cut into panels.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
     depth: usize,
     cols: usize,
     nr: usize,
@@ -19,7 +26,82 @@ pub(super) struct Panels {
     last: usize,
 }
 
-/// Packs a panel of [`Panels::by_tap`]; `w` begins at its first column.
+impl Cut {
+    pub fn new(kernels: &MicroKernels, depth: usize, cols: usize) -> Self {
+        Self { depth, cols, nr: kernels.nr, last: kernels.panel_width((cols - 1) % kernels.nr + 1) }
+    }
+
+    /// Number of panels.
+    pub fn count(self) -> usize {
+        self.cols.div_ceil(self.nr)
+    }
+
+    /// Elements of all panels.
+    fn len(self) -> usize {
+        self.depth * ((self.count() - 1) * self.nr + self.last)
+    }
+
+    fn width(self, i: usize) -> usize {
+        if i + 1 == self.count() { self.last } else { self.nr }
+    }
+
+    /// The panel that `data` holds.
+    fn panel(self, i: usize, data: &[f32]) -> Panel<'_> {
+        let first = i * self.nr;
+        Panel { data, stride: self.width(i), first, cols: (self.cols - first).min(self.nr) }
+    }
+}
+
+/// Weights as a gather's micro-kernels multiply them.
+pub(super) trait Weights: Sync {
+    /// The micro-kernels.
+    fn kernels(&self) -> &'static MicroKernels;
+
+    /// Packs the panel of `cols` target channels of a group from `first` on, `width` wide: rows are `(tap, source word)` in the given order of
+    /// taps.
+    fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]);
+
+    /// One panel, into a buffer of its own.
+    fn packed<'a>(&self, order: &[usize], group: usize, cut: Cut, i: usize, buffer: &'a mut Option<Buffer>) -> Result<Panel<'a>, OutOfMemory> {
+        let data = buffer.insert(Buffer::new(size_of::<f32>() * cut.depth * cut.width(i))?).as_slice_mut();
+        self.pack(order, group, i * cut.nr, (cut.cols - i * cut.nr).min(cut.nr), cut.width(i), data);
+        Ok(cut.panel(i, data))
+    }
+}
+
+/// Weights that are f32.
+pub(super) struct Singles<'a> {
+    pub g: &'a Gather,
+    pub w: &'a [f32],
+}
+
+impl Weights for Singles<'_> {
+    fn kernels(&self) -> &'static MicroKernels {
+        MicroKernels::get()
+    }
+    fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]) {
+        let Self { g, w } = *self;
+        dispatch(ByTap { g, w: &w[g.group_start(group) + first * g.out_stride..], order, cols, width, panel });
+    }
+}
+
+/// Weights that are bf16, whose words are those of two neighbouring source channels; `g` counts channels, an even number.
+pub(super) struct Pairs<'a> {
+    pub g: &'a Gather,
+    pub w: &'a [bf16],
+}
+
+impl Weights for Pairs<'_> {
+    fn kernels(&self) -> &'static MicroKernels {
+        MicroKernels::bf16_pairs()
+    }
+    fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]) {
+        let Self { g, w } = *self;
+        dispatch(OfPairs { g, w: &w[g.group_start(group) + first * g.out_stride..], order, cols, width, panel });
+    }
+}
+
+/// Packs a panel of [`Singles`]; `w` begins at its first column.
 struct ByTap<'a> {
     g: &'a Gather,
     w: &'a [f32],
@@ -92,6 +174,96 @@ impl ByTap<'_> {
     }
 }
 
+/// Packs a panel of [`Pairs`]; `w` begins at its first column.
+struct OfPairs<'a> {
+    g: &'a Gather,
+    w: &'a [bf16],
+    order: &'a [usize],
+    cols: usize,
+    width: usize,
+    panel: &'a mut [f32],
+}
+
+impl WithSimd for OfPairs<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        if self.order.is_empty() {
+            return;
+        }
+        if self.g.in_stride == self.g.taps() { self.by_target(s) } else { self.by_source(s) }
+    }
+}
+
+impl OfPairs<'_> {
+    /// All weights of a target channel follow one another: those of some source channels are transposed as the words they lie in, of which then
+    /// the halves that belong together are joined.
+    #[inline(always)]
+    fn by_target<S: Simd>(self, s: S) {
+        const CHANNELS: usize = 32;
+        let (g, taps, width) = (self.g, self.g.taps(), self.width);
+        let strip = |first: usize, channels: usize| {
+            let (src, k) = (self.w[first * taps..].as_ptr().cast::<f32>(), channels * taps / 2);
+            Strip { src, lanes: self.cols, lane_stride: g.out_stride / 2, k, k_stride: 1 }
+        };
+        if taps == 1 {
+            // SAFETY: the strip's weights are those between existing channels; the panel has `cin / 2` rows.
+            return unsafe { pack(s, strip(0, g.cin), width, self.panel.as_mut_ptr()) };
+        }
+        let mut turned = vec![0f32; CHANNELS.min(g.cin) * taps / 2 * width];
+        for first in (0..g.cin).step_by(CHANNELS) {
+            let channels = CHANNELS.min(g.cin - first);
+            // SAFETY: the strip's weights are those between existing channels; as many rows were allocated.
+            unsafe { pack(s, strip(first, channels), width, turned.as_mut_ptr()) };
+            for (slot, tap) in self.order.iter().enumerate() {
+                for c in (0..channels).step_by(2) {
+                    let [low, high] = [c * taps + tap, (c + 1) * taps + tap];
+                    let to = &mut self.panel[(slot * g.cin + first + c) / 2 * width..][..width];
+                    join(s, &turned[low / 2 * width..][..width], low % 2 == 1, &turned[high / 2 * width..][..width], high % 2 == 1, to);
+                }
+            }
+        }
+    }
+
+    /// All weights of a source channel follow one another: those of two are joined, and then transposed so that a tap's are neighbours.
+    #[inline(always)]
+    fn by_source<S: Simd>(self, s: S) {
+        let (g, taps, width) = (self.g, self.g.taps(), self.width);
+        let (mut words, mut turned) = (vec![0f32; self.cols * taps], vec![0f32; taps * width]);
+        for c in (0..g.cin).step_by(2) {
+            let [low, high] = [c, c + 1].map(|c| &self.w[c * g.in_stride..][..words.len()]);
+            for ((word, low), high) in words.iter_mut().zip(low).zip(high) {
+                *word = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
+            }
+            let strip = Strip { src: words.as_ptr(), lanes: self.cols, lane_stride: taps, k: taps, k_stride: 1 };
+            // SAFETY: there are as many words, and room for a row of each tap.
+            unsafe { pack(s, strip, width, turned.as_mut_ptr()) };
+            for (slot, tap) in self.order.iter().enumerate() {
+                self.panel[(slot * g.cin + c) / 2 * width..][..width].copy_from_slice(&turned[tap * width..][..width]);
+            }
+        }
+    }
+}
+
+/// Words of a half of those of `low` and a half of those of `high`: the upper ones if so said.
+#[inline(always)]
+fn join<S: Simd>(s: S, low: &[f32], low_is_upper: bool, high: &[f32], high_is_upper: bool, to: &mut [f32]) {
+    let len = to.len();
+    assert!(low.len() == len && high.len() == len);
+    for at in (0..len).step_by(S::LANES) {
+        let count = S::LANES.min(len - at);
+        // SAFETY: `count` words follow in all three.
+        unsafe {
+            let low = s.load_partial(low.as_ptr().add(at), count).to_bits();
+            let high = s.load_partial(high.as_ptr().add(at), count).to_bits();
+            let low = if low_is_upper { low.shr_logical::<16>() } else { low & s.splat_i32(0xFFFF) };
+            let high = if high_is_upper { high & s.splat_i32(!0xFFFF) } else { high.shl::<16>() };
+            (low | high).from_bits().store_partial(to.as_mut_ptr().add(at), count);
+        }
+    }
+}
+
 /// One panel: row `k` lies at `data[k * stride..]`.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
@@ -104,19 +276,16 @@ pub(super) struct Panel<'a> {
 }
 
 impl Panels {
-    /// Rows are `(tap, source channel)` in the given order of taps, columns are target channels.
-    pub fn by_tap(kernels: &MicroKernels, g: &Gather, w: &[f32], order: &[usize]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(kernels, g.groups, order.len() * g.cin, g.cout)?;
-        panels.fill(g.groups, |group, first, cols, width, panel| {
-            let w = &w[g.group_start(group) + first * g.out_stride..];
-            dispatch(ByTap { g, w, order, cols, width, panel });
-        });
+    /// Rows are `(tap, source word)` in the given order of taps, columns are target channels.
+    pub fn by_tap(weights: &impl Weights, groups: usize, cut: Cut, order: &[usize]) -> Result<Self, OutOfMemory> {
+        let mut panels = Self::new(groups, cut)?;
+        panels.fill(groups, |group, first, cols, width, panel| weights.pack(order, group, first, cols, width, panel));
         Ok(panels)
     }
 
     /// Rows are source channels, columns are `(tap, target channel)`.
     pub fn by_channel(g: &Gather, w: &[f32]) -> Result<Self, OutOfMemory> {
-        let mut panels = Self::new(MicroKernels::get(), g.groups, g.cin, g.taps() * g.cout)?;
+        let mut panels = Self::new(g.groups, Cut::new(MicroKernels::get(), g.cin, g.taps() * g.cout))?;
         panels.fill(g.groups, |group, first, cols, width, panel| {
             for (c, row) in panel.chunks_mut(width).enumerate() {
                 let start = g.group_start(group) + c * g.in_stride;
@@ -131,47 +300,37 @@ impl Panels {
     }
 
     /// For `groups` matrices, not filled.
-    pub fn new(kernels: &MicroKernels, groups: usize, depth: usize, cols: usize) -> Result<Self, OutOfMemory> {
-        let nr = kernels.nr;
-        let last = kernels.panel_width((cols - 1) % nr + 1);
-        let buffer = Buffer::new(size_of::<f32>() * groups * depth * ((cols - 1) / nr * nr + last))?;
-        Ok(Self { buffer, depth, cols, nr, last })
-    }
-
-    /// Elements of a group's matrix.
-    fn group_len(&self) -> usize {
-        self.depth * ((self.count() - 1) * self.nr + self.last)
+    pub fn new(groups: usize, cut: Cut) -> Result<Self, OutOfMemory> {
+        Ok(Self { buffer: Buffer::new(size_of::<f32>() * groups * cut.len())?, cut })
     }
 
     /// Number of panels of a group.
     pub fn count(&self) -> usize {
-        self.cols.div_ceil(self.nr)
+        self.cut.count()
     }
 
     /// Panel `i` of `group`.
     pub fn panel(&self, group: usize, i: usize) -> Panel<'_> {
-        let stride = if i + 1 == self.count() { self.last } else { self.nr };
-        let start = group * self.group_len() + i * self.depth * self.nr;
-        let first = i * self.nr;
-        let data = &self.buffer.as_slice()[start..start + self.depth * stride];
-        Panel { data, stride, first, cols: (self.cols - first).min(self.nr) }
+        let Cut { depth, nr, .. } = self.cut;
+        let start = group * self.cut.len() + i * depth * nr;
+        self.cut.panel(i, &self.buffer.as_slice()[start..][..depth * self.cut.width(i)])
     }
 
     /// Calls `pack(group, first column, columns, width, panel)` for each panel.
     pub fn fill(&mut self, groups: usize, pack: impl Fn(usize, usize, usize, usize, &mut [f32]) + Sync) {
-        let (depth, cols, nr, count, group_len) = (self.depth, self.cols, self.nr, self.count(), self.group_len());
-        let last = self.last;
+        let cut = self.cut;
+        let Cut { depth, cols, nr, .. } = cut;
+        let count = cut.count();
         let data = self.buffer.as_slice_mut::<f32>();
         let mut panels: Vec<&mut [f32]> = Vec::with_capacity(groups * count);
-        for group in data.chunks_mut(group_len.max(1)) {
+        for group in data.chunks_mut(cut.len().max(1)) {
             panels.extend(group.chunks_mut((depth * nr).max(1)));
         }
         // About a nanosecond an element.
         let ns = panels.iter().map(|p| p.len()).sum();
         parallel::for_each_chunk(&mut panels, 1, ns, |i, panel| {
             let (group, first) = (i / count, i % count * nr);
-            let width = if i % count + 1 == count { last } else { nr };
-            pack(group, first, (cols - first).min(nr), width, panel[0]);
+            pack(group, first, (cols - first).min(nr), cut.width(i % count), panel[0]);
         });
     }
 }

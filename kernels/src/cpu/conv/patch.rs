@@ -4,18 +4,19 @@ use super::super::isa::WithSimd;
 use super::super::simd::{F32s, Simd};
 use super::Gather;
 use super::class::{Class, Line};
+use super::direct::Word;
 
 /// Copies the patches of a range of a class' pixels to `out`, one after the other: `[pixel][tap][channel]`, zeros for the padding.
-pub(super) struct Patches<'a> {
+pub(super) struct Patches<'a, W> {
     pub g: &'a Gather,
-    pub x: &'a [f32],
+    pub x: &'a [W],
     pub class: &'a Class<'a>,
     pub group: usize,
     pub pixels: std::ops::Range<usize>,
-    pub out: &'a mut [f32],
+    pub out: &'a mut [W],
 }
 
-impl WithSimd for Patches<'_> {
+impl<W: Word> WithSimd for Patches<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -32,7 +33,7 @@ impl WithSimd for Patches<'_> {
 
 /// The patches of a line: for each line of taps, the sources of all its pixels.
 #[inline(always)]
-fn copy_line<S: Simd>(s: S, g: &Gather, x: &[f32], class: &Class, group: usize, line: &Line, patches: &mut [f32]) {
+fn copy_line<W: Word, S: Simd>(s: S, g: &Gather, x: &[W], class: &Class, group: usize, line: &Line, patches: &mut [W]) {
     let [d, h, w] = class.axes;
     let (channels, taps) = (g.groups * g.cin, w.taps.len());
     let len = class.tap_count() * g.cin;
@@ -71,16 +72,17 @@ fn copy_line<S: Simd>(s: S, g: &Gather, x: &[f32], class: &Class, group: usize, 
 
 /// A copy of a few values in line: a call of `memcpy` would cost more than the copy.
 #[inline(always)]
-fn copy<S: Simd>(s: S, from: &[f32], to: &mut [f32]) {
+fn copy<W: Word, S: Simd>(s: S, from: &[W], to: &mut [W]) {
     for (from, to) in from.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
-        // SAFETY: `chunks` of at most LANES values, read and written for exactly their length (the slices are equally long).
-        unsafe { s.load_partial(from.as_ptr(), from.len().min(to.len())).store_partial(to.as_mut_ptr(), from.len().min(to.len())) };
+        // SAFETY: `chunks` of at most LANES words of 32 bits, read and written for exactly their length (the slices are equally long).
+        unsafe { s.load_partial(from.as_ptr().cast(), from.len().min(to.len())).store_partial(to.as_mut_ptr().cast(), from.len().min(to.len())) };
     }
 }
 
 #[inline(always)]
-fn fill_zero<S: Simd>(s: S, to: &mut [f32]) {
+fn fill_zero<W: Word, S: Simd>(s: S, to: &mut [W]) {
     for to in to.chunks_mut(S::LANES) {
-        s.zero().store_slice(to, to.len());
+        // SAFETY: as many words of 32 bits are written as there are; all zeros are one.
+        unsafe { s.zero().store_partial(to.as_mut_ptr().cast(), to.len()) }
     }
 }

@@ -1,6 +1,7 @@
 //! Every algorithm against the definition in f64, element by element.
 
 use super::*;
+use ::half::bf16;
 
 /// Deterministic values in -1..1.
 pub(crate) fn values(len: usize, seed: u64) -> Vec<f64> {
@@ -166,18 +167,30 @@ fn all_three_products_agree_with_the_definition() {
 #[test]
 fn pairs_agree_with_the_definition() {
     for s in shapes().into_iter().filter(|s| s.ci.is_multiple_of(2 * s.groups) && s.co.is_multiple_of(2 * s.groups)) {
-        let bf16 = |len, seed| narrow(&values(len, seed)).iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect::<Vec<_>>();
+        let bf16 = |len, seed| narrow(&values(len, seed)).iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
         let (x, gy, w) = (bf16(s.input_len(), 1), bf16(s.output_len(), 2), bf16(s.weight_len(), 3));
-        let (mut y, mut gx) = (vec![0.0; gy.len()], vec![0.0; x.len()]);
+        let (bias_y, bias_x) = (narrow(&values(s.co, 4)), narrow(&values(s.ci, 5)));
+        let mut y: Vec<f64> = (0..gy.len()).map(|i| bias_y[i % s.co] as f64).collect();
+        let mut gx: Vec<f64> = (0..x.len()).map(|i| bias_x[i % s.ci] as f64).collect();
         each_product(&s, |ix, iy, iw| {
-            y[iy] += x[ix] as f64 * w[iw] as f64;
-            gx[ix] += gy[iy] as f64 * w[iw] as f64;
+            y[iy] += x[ix].to_f64() * w[iw].to_f64();
+            gx[ix] += gy[iy].to_f64() * w[iw].to_f64();
         });
-        let (mut got_y, mut got_gx) = (vec![9f32; y.len()], vec![9f32; gx.len()]);
-        pairs::gather(&s.forward_gather(), &x, &w, None, &mut got_y).unwrap();
-        close("forward", &s, &got_y, &y);
-        pairs::gather(&s.transposed_gather(), &gy, &w, None, &mut got_gx).unwrap();
-        close("input_grad", &s, &got_gx, &gx);
+        for (name, g, x, bias, y) in
+            [("forward", s.forward_gather(), &x, &bias_y, &y), ("input_grad", s.transposed_gather(), &gy, &bias_x, &gx)]
+        {
+            let mut got = vec![9f32; y.len()];
+            pairs::gather(&g, x, &w, Some(bias), &mut got).unwrap();
+            close(name, &s, &got, y);
+            let mut rounded = vec![bf16::NAN; y.len()];
+            pairs::gather(&g, x, &w, Some(bias), &mut rounded).unwrap();
+            assert!(rounded.iter().zip(&got).all(|(r, &x)| *r == bf16::from_f32(x)), "{name} of {s:?}: rounded once");
+            // An image that begins between two words.
+            let shifted: Vec<bf16> = [bf16::ONE].into_iter().chain(x.iter().copied()).collect();
+            let mut again = vec![bf16::NAN; y.len()];
+            pairs::gather(&g, &shifted[1..], &w, Some(bias), &mut again).unwrap();
+            assert!(again == rounded, "{name} of {s:?}: any address");
+        }
     }
 }
 

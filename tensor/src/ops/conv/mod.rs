@@ -3,9 +3,9 @@
 
 mod rules;
 
-use super::spatial::{Extents, PerAxis, by_image};
+use super::spatial::{Extents, PerAxis};
 use crate::autocast::{lowered, lowered_option};
-use crate::{DType, Error, Result, Tensor};
+use crate::{Error, Result, Tensor};
 use kiln_kernels::cpu::conv::{output_extent, transposed_extent};
 use rules::Conv;
 
@@ -210,35 +210,12 @@ impl Tensor {
     ) -> Result<Tensor> {
         let (input, weight, bias) = (lowered(self)?, lowered(weight)?, lowered_option(bias)?);
         let (input, weight, bias) = (&*input, &*weight, bias.as_deref());
-        input.expect_same(op, weight)?;
-        let is_half = matches!(input.dtype(), DType::BF16 | DType::F16);
-        if is_half && !transposed && input.rank() == rank + 2 && input.gpu()?.is_none() {
-            check_bias(op, input, bias, weight.dims().first().copied().unwrap_or(0))?;
-            let geometry = Geometry::new(op, input, weight, rank, options, false)?;
-            let conv = Conv { name: op, geometry, dtype: input.dtype() };
-            if conv.takes_halves() {
-                return conv.forward(input, weight, bias);
-            }
+        if input.rank() == rank + 1 {
+            return input.unsqueeze(0)?.conv(op, rank, weight, bias, options, transposed)?.squeeze(0);
         }
-        by_image(op, input, rank, |x| {
-            // Halves compute in f32 and round once, after the bias.
-            let half = weight.dtype() != x.dtype();
-            let widen = |t: &Tensor| if half { t.to_dtype(DType::F32) } else { Ok(t.clone()) };
-            let weight = widen(weight)?;
-            check_bias(
-                op,
-                input,
-                bias,
-                if transposed {
-                    weight.dims().get(1).map_or(0, |c| c * options.groups)
-                } else {
-                    weight.dims().first().copied().unwrap_or(0)
-                },
-            )?;
-            let bias = bias.map(widen).transpose()?;
-            let geometry = Geometry::new(op, x, &weight, rank, options, transposed)?;
-            let conv = Conv { name: op, geometry, dtype: input.dtype() };
-            if transposed { conv.input_grad(x, &weight, bias.as_ref()) } else { conv.forward(x, &weight, bias.as_ref()) }
-        })
+        let geometry = Geometry::new(op, input, weight, rank, options, transposed)?;
+        check_bias(op, input, bias, if transposed { geometry.wide.c } else { geometry.narrow.c })?;
+        let conv = Conv { name: op, geometry, dtype: input.dtype() };
+        if transposed { conv.input_grad(input, weight, bias) } else { conv.forward(input, weight, bias) }
     }
 }

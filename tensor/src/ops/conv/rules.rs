@@ -6,8 +6,8 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::spatial::{Extents, for_real, pixels};
 use crate::profile::{Cost, convolution, operation, operation_with};
 use crate::{DType, Layout, Result, Shape, Tensor, WithDType, bf16, f16};
-use kiln_kernels::cpu::conv::{self, ConvShape};
-use kiln_kernels::cpu::gemm::{GemmElement, MatmulPrecision, matmul_precision};
+use kiln_kernels::cpu::conv::{self, ConvShape, HalfElement, Pass};
+use kiln_kernels::cpu::gemm::{MatmulPrecision, matmul_precision};
 use kiln_kernels::cuda::conv as gpu_conv;
 
 /// The convolution from which all three operations are derived, and the name under which they are recorded.
@@ -15,7 +15,6 @@ use kiln_kernels::cuda::conv as gpu_conv;
 pub(super) struct Conv {
     pub name: &'static str,
     pub geometry: Geometry,
-    /// The caller's dtype: on the CPU halves were widened.
     pub dtype: DType,
 }
 
@@ -37,21 +36,7 @@ impl Conv {
 
     /// `x ∗ w + bias`, from the wide image to the narrow one.
     pub(super) fn forward(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let _running = operation_with(self.name, || [Some(x), Some(w), bias].into_iter().flatten().collect(), || self.cost(w.shape()));
-        let (source, weight, shift) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
-        let out = match x.gpu()? {
-            Some(gpu) => self.geometry.narrow.build_on_gpu(gpu, x.dtype(), |mut y| {
-                let bias = shift.as_ref().map(Tensor::gpu_slice).transpose()?;
-                Ok(gpu_conv::forward(gpu, &self.shape(), source.gpu_slice()?, weight.gpu_slice()?, bias, &mut y)?)
-            }),
-            None if x.dtype() == DType::BF16 => self.forward_few::<bf16>(&source, &weight, shift.as_ref()),
-            None if x.dtype() == DType::F16 => self.forward_few::<f16>(&source, &weight, shift.as_ref()),
-            None => for_real!(x.dtype(), self.name, T => {
-                let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-                let narrow = &self.geometry.narrow;
-                narrow.build::<T>(source.device(), |y| Ok(conv::forward(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, y)?))
-            }),
-        }?;
+        let out = self.pass(Pass::Forward, x, w, bias)?;
         let inputs = [Some(x), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| Forward {
             conv: self,
@@ -61,32 +46,9 @@ impl Conv {
         })
     }
 
-    /// Whether halves are convolved on the CPU as they are, from the wide image to the narrow one.
-    pub(super) fn takes_halves(self) -> bool {
-        conv::has_few_targets(&self.shape())
-    }
-
-    fn forward_few<T: WithDType + GemmElement>(self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let bias = bias.map(Tensor::as_slice::<T>).transpose()?;
-        let fill = |y: &mut [T]| Ok(conv::forward_few(&self.shape(), x.as_slice()?, w.as_slice()?, bias, y)?);
-        self.geometry.narrow.build::<T>(x.device(), fill)
-    }
-
     /// The gradient of [`forward`](Conv::forward) by `x` at `g`, plus `bias`: from the narrow image to the wide one.
     pub(super) fn input_grad(self, g: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let _running = operation_with(self.name, || [Some(g), Some(w), bias].into_iter().flatten().collect(), || self.cost(w.shape()));
-        let (source, weight, shift) = (pixels(g)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
-        let out = match g.gpu()? {
-            Some(gpu) => self.geometry.wide.build_on_gpu(gpu, g.dtype(), |mut gx| {
-                let bias = shift.as_ref().map(Tensor::gpu_slice).transpose()?;
-                Ok(gpu_conv::input_grad(gpu, &self.shape(), source.gpu_slice()?, weight.gpu_slice()?, bias, &mut gx)?)
-            }),
-            None => for_real!(g.dtype(), self.name, T => {
-                let bias = shift.as_ref().map(Tensor::as_slice::<T>).transpose()?;
-                let wide = &self.geometry.wide;
-                wide.build::<T>(source.device(), |gx| Ok(conv::input_grad(&self.shape(), source.as_slice()?, weight.as_slice()?, bias, gx)?))
-            }),
-        }?;
+        let out = self.pass(Pass::InputGrad, g, w, bias)?;
         let inputs = [Some(g), Some(w), bias].into_iter().flatten().collect::<Vec<_>>();
         record(self.name, out, &inputs, |needs| InputGrad {
             conv: self,
@@ -94,6 +56,57 @@ impl Conv {
             g: needs.save_for(1, g),
             w: needs.save_for(0, w),
         })
+    }
+
+    /// One image from another, without a rule.
+    fn pass(&self, pass: Pass, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let _running = operation_with(self.name, || [Some(x), Some(w), bias].into_iter().flatten().collect(), || self.cost(w.shape()));
+        let (x, w, bias) = (pixels(x)?, w.detach().contiguous()?, bias.map(|b| b.detach().contiguous()).transpose()?);
+        let to = match pass {
+            Pass::Forward => &self.geometry.narrow,
+            Pass::InputGrad => &self.geometry.wide,
+        };
+        if let Some(gpu) = x.gpu()? {
+            return to.build_on_gpu(gpu, x.dtype(), |mut y| {
+                let (shape, x, w, bias) = (self.shape(), x.gpu_slice()?, w.gpu_slice()?, bias.as_ref().map(Tensor::gpu_slice).transpose()?);
+                Ok(match pass {
+                    Pass::Forward => gpu_conv::forward(gpu, &shape, x, w, bias, &mut y),
+                    Pass::InputGrad => gpu_conv::input_grad(gpu, &shape, x, w, bias, &mut y),
+                }?)
+            });
+        }
+        match x.dtype() {
+            DType::BF16 => self.pass_of_halves::<bf16>(pass, to, &x, &w, bias.as_ref()),
+            DType::F16 => self.pass_of_halves::<f16>(pass, to, &x, &w, bias.as_ref()),
+            _ => self.pass_of_reals(pass, to, &x, &w, bias.as_ref()),
+        }
+    }
+
+    fn pass_of_reals(&self, pass: Pass, to: &Extents, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        for_real!(x.dtype(), self.name, T => to.build::<T>(x.device(), |y| {
+            let (shape, x, w, bias) = (self.shape(), x.as_slice::<T>()?, w.as_slice::<T>()?, bias.map(Tensor::as_slice::<T>).transpose()?);
+            Ok(match pass {
+                Pass::Forward => conv::forward(&shape, x, w, bias, y),
+                Pass::InputGrad => conv::input_grad(&shape, x, w, bias, y),
+            }?)
+        }))
+    }
+
+    /// As they are, where there is a kernel for it, otherwise widened; rounded once, after the bias.
+    fn pass_of_halves<T: WithDType + HalfElement>(
+        &self,
+        pass: Pass,
+        to: &Extents,
+        x: &Tensor,
+        w: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        if conv::takes_half::<T>(&self.shape(), pass) {
+            let bias = bias.map(Tensor::as_slice::<T>).transpose()?;
+            return to.build::<T>(x.device(), |y| Ok(conv::half(&self.shape(), pass, x.as_slice()?, w.as_slice()?, bias, y)?));
+        }
+        let bias = bias.map(|b| b.to_dtype(DType::F32)).transpose()?;
+        self.pass_of_reals(pass, to, &x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias.as_ref())?.to_dtype(T::DTYPE)
     }
 
     /// The gradient of [`forward`](Conv::forward) by `w`, given `x` and the gradient `g` by the result.
@@ -106,18 +119,21 @@ impl Conv {
             Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut gw| {
                 Ok(gpu_conv::weight_grad(gpu, &self.shape(), source.gpu_slice()?, target.gpu_slice()?, &mut gw)?)
             }),
-            None => for_real!(x.dtype(), self.name, T => {
-                Tensor::build::<T>(source.device(), &shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
-            }),
+            None => {
+                let (source, target) = (widened(&source)?, widened(&target)?);
+                for_real!(source.dtype(), self.name, T => {
+                    Tensor::build::<T>(source.device(), &shape, |gw| Ok(conv::weight_grad(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?))
+                })?
+                .to_dtype(x.dtype())
+            }
         }?;
         record(self.name, out, &[x, g], |needs| WeightGrad { conv: self, x: needs.save_for(1, x), g: needs.save_for(0, g) })
     }
 }
 
-/// Halves on the CPU, where only a forward pass may take them as they are, in f32.
+/// Halves in f32.
 fn widened(x: &Tensor) -> Result<Tensor> {
-    let is_half = matches!(x.dtype(), DType::BF16 | DType::F16);
-    if is_half && x.gpu()?.is_none() { x.to_dtype(DType::F32) } else { Ok(x.clone()) }
+    if matches!(x.dtype(), DType::BF16 | DType::F16) { x.to_dtype(DType::F32) } else { Ok(x.clone()) }
 }
 
 /// The gradient by a bias, if there is one: the sum over images and positions.
@@ -144,9 +160,8 @@ impl Op for Forward {
         self.conv.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
-        let (wide, dtype) = (widened(grad)?, grad.dtype());
-        let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(&wide, &widened(w)?, None)?.to_dtype(dtype))?;
-        let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(&widened(x)?, &wide)?.to_dtype(dtype))?;
+        let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(grad, w, None))?;
+        let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(x, grad))?;
         Ok([vec![gx, gw], bias_grad(ctx, self.bias, &self.conv.geometry.narrow, grad)?].concat())
     }
 }

@@ -3,7 +3,6 @@
 use super::super::tests::{each_product, narrow, shape2d, values};
 use super::super::{ConvShape, direct, weight as windows_weight};
 use super::*;
-use crate::cpu::gemm::micro::MicroKernels;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn shapes() -> Vec<ConvShape> {
@@ -21,7 +20,7 @@ fn filled(len: usize, seed: u64) -> Vec<f32> {
 }
 
 fn in_windows(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
-    direct::gather(g, MicroKernels::get(), x, w, bias, y).unwrap();
+    direct::gather_singles(g, x, w, bias, y).unwrap();
 }
 
 fn transformed(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
@@ -102,7 +101,7 @@ fn extreme_values_send_their_images_to_windows() {
                 let seen = AtomicUsize::new(0);
                 gather(&g, &x, &w, None, &mut y, |g, x, y| {
                     seen.fetch_add(g.n, Ordering::Relaxed);
-                    direct::gather(g, MicroKernels::get(), x, &w, None, y)
+                    direct::gather_singles(g, x, &w, None, y)
                 })
                 .unwrap();
                 assert_eq!(seen.into_inner(), 1, "{extreme} at {at}");
