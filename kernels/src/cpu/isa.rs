@@ -60,6 +60,28 @@ impl Isa {
     }
 }
 
+/// Ways of a core's first data cache: how many lines of equal place in a page it holds.
+pub(super) fn l1_ways() -> usize {
+    static WAYS: OnceLock<usize> = OnceLock::new();
+    *WAYS.get_or_init(|| detect_l1_ways().unwrap_or(8))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect_l1_ways() -> Option<usize> {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    /// The leaves that describe caches: Intel's and AMD's.
+    const LEAVES: [u32; 2] = [4, 0x8000_001D];
+    LEAVES.into_iter().filter(|&leaf| __cpuid(leaf & 0x8000_0000).eax >= leaf).map(|leaf| __cpuid_count(leaf, 0)).find_map(|cache| {
+        let is_first_data_cache = cache.eax & 0x1F == 1 && cache.eax >> 5 & 7 == 1;
+        is_first_data_cache.then_some((cache.ebx >> 22) as usize + 1)
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect_l1_ways() -> Option<usize> {
+    None
+}
+
 /// Lowest first.
 const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
 

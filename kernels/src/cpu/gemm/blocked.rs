@@ -6,18 +6,18 @@
 //! 1. A panel of B (KC × NR: 96 KiB at AVX-512) is used for all row tiles before the next; both stream from L2.
 //! 2. Large products, and those whose factors would be packed by many tasks, pack both once, in parallel (`shared`); tasks then only compute.
 //!    Smaller ones are cut into tasks that pack what they need themselves ([`Block`]): a little is packed twice, and no thread waits.
-//! 3. A factor is not packed where that costs more than it saves: A if it meets few panels, B if it meets few row tiles.
+//! 3. A factor is not packed where that costs more than it saves: A where memory holds it in an order that serves, B if it meets few row tiles.
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
 use super::epilogue::Activated;
-use super::micro::{Init, MAX_MR, MicroKernels, Output, RowTiles, Tile, Values};
+use super::micro::{Init, MAX_MR, Output, RowTiles, Tile, Values};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
 use super::{Gemm, GemmElement, Item, Matrix, Out, dot, shared};
 #[cfg(target_arch = "x86_64")]
 use super::{MatmulPrecision, matmul_precision, tiles};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
-use crate::cpu::isa::{WithSimd, dispatch};
+use crate::cpu::isa::{WithSimd, dispatch, l1_ways};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 use half::bf16;
@@ -34,8 +34,10 @@ pub(super) const FLOP_PER_NS: usize = 64;
 /// A task of the small path has about this many multiply-adds of plain f32 (20 µs): cut finer, the strips that several tasks pack for themselves tell.
 const TASK_MACS: usize = 1 << 20;
 
-/// A that meets no more panels is not worth packing where it can be read in place.
-pub(super) const FEW_PANELS: usize = 4;
+/// Of so many rows, read in place, and so many words of B, tasks pack a panel of B when they need it: packed all together, B would go out of L2
+/// and back for the sake of few products.
+const FEW_ROWS: usize = 128;
+const LARGE_B: usize = 1 << 20;
 
 /// The most tasks that a product is cut into.
 const MAX_TASKS: usize = 32;
@@ -71,26 +73,35 @@ pub(super) fn multiply<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Ta
 fn packs_once<P: Packing>(gemm: &Gemm<P::Element, f32>) -> bool {
     let (m, n, k) = (gemm.a.rows(), gemm.b.cols(), gemm.a.cols());
     let work = m * n * k;
+    let in_place = readable_in_place::<P>(&gemm.item(0)).is_some();
+    if in_place && m <= FEW_ROWS && n * P::words(k) >= LARGE_B {
+        return false;
+    }
     if m >= 192 && n >= 192 && work >= 1 << 24 {
         return true;
     }
     let copies_b = P::TERMS == 1 && gemm.b.col_stride() == 1;
     gemm.batch() == 1
         && m >= 48
-        && match (readable_in_place::<P>(&gemm.item(0)).is_some(), copies_b) {
+        && match (in_place, copies_b) {
             (true, true) => n >= 96 && k > P::KC / 2 && work >= 1 << 23,
             (true, false) => n >= 32 && work >= 1 << 20,
             (false, _) => n >= 64 && work >= 1 << 20,
         }
 }
 
-/// The entries of A, if tiles can read them without their being packed. They must not fall on the same few sets of L1: strides of a multiple of
-/// 2 KiB do.
+/// The entries of A, if tiles are to read them without their being packed, which costs more than it saves where memory holds them in an order
+/// that serves. A tile's rows must not drive one another out of L1.
 pub(super) fn readable_in_place<P: Packing>(item: &Item<P::Element>) -> Option<Matrix<f32>> {
     let a = P::in_place(item.a, item.k)?;
     let (contiguous, stride) = if a.col_stride == 1 { (true, a.row_stride) } else { (a.row_stride == 1, a.col_stride) };
-    (contiguous && !stride.is_multiple_of(512)).then_some(a)
+    // What lies a page apart falls on one set of the 64 that L1 usually has.
+    let sets = PAGE / PAGE.min(1 << stride.trailing_zeros().min(PAGE.ilog2()));
+    (contiguous && P::kernels().mr.div_ceil(sets) <= l1_ways()).then_some(a)
 }
+
+/// Words of 4 KiB.
+const PAGE: usize = 1024;
 
 /// Some rows and columns of an item.
 pub(super) struct Part {
@@ -258,12 +269,6 @@ impl<P: Packing> Block<'_, P> {
         dispatch(Compute { block: self, out })
     }
 
-    /// The entries of A, if they are to be read in place.
-    fn a_in_place(&self, kernels: &MicroKernels) -> Option<Matrix<f32>> {
-        let few_panels = self.cols.len() <= FEW_PANELS * kernels.nr || P::entries(self.ks.len()) <= 32;
-        readable_in_place::<P>(&self.item).filter(|_| few_panels)
-    }
-
     /// A part of the block by the micro-kernels for any values.
     #[cold]
     fn fall_back(&self, cols: Range<usize>, ks: Range<usize>, out: Place) -> Result<(), OutOfMemory> {
@@ -290,7 +295,8 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
         let Item { a, b, k, .. } = block.item;
         let tiles = kernels.row_tiles(block.rows.len());
         let panel_rows = P::panel_rows(tiles.height(0));
-        let a_in_place = block.a_in_place(kernels);
+        let a_in_place = readable_in_place::<P>(&block.item);
+        let is_wide = P::WIDE && a_in_place.is_none() && a.row_stride == 1;
         let a_words = if a_in_place.is_some() { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
         let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
@@ -301,7 +307,11 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
             let terms = most.min(block.ks.end - k0);
             let a_panel = |tile: usize| a_packed.wrapping_add(tile * panel_rows * P::words(terms));
             let mut a_seen = Magnitudes::NONE;
-            if a_in_place.is_none() {
+            if is_wide {
+                let strip = Strip { src: a.at(block.rows.start, k0), lanes: block.rows.len(), lane_stride: 1, k: terms, k_stride: a.col_stride };
+                // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
+                a_seen = unsafe { P::pack(s, Side::A, strip, block.rows.len(), a_packed) };
+            } else if a_in_place.is_none() {
                 for tile in 0..tiles.count {
                     let (row, lanes) = (block.rows.start + tiles.start(tile), tiles.height(tile));
                     let strip = Strip { src: a.at(row, k0), lanes, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
@@ -335,8 +345,12 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
                     let (a_rows, a_stride) = match a_in_place {
                         Some(a) => (std::array::from_fn(|r| a.at(row + r, k0 / P::TERMS)), a.col_stride),
                         None => {
-                            let first = a_panel(tile).cast_const();
-                            (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r)), height)
+                            let (first, stride) = if is_wide {
+                                (a_packed.wrapping_add(tiles.start(tile)), block.rows.len())
+                            } else {
+                                (a_panel(tile), height)
+                            };
+                            (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r).cast_const()), stride)
                         }
                     };
                     let rows = c.rows(row, col);

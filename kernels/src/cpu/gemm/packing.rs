@@ -65,6 +65,8 @@ pub(super) trait Packing: Copy + Send + Sync + 'static {
     const TILES: usize = 16;
     /// Rows that a task of the small path covers at most: A's packed block (240 × KC, 720 KiB) fits a 1 MiB L2.
     const BLOCK_ROWS: usize = 240;
+    /// Whether a panel of A may hold the rows of several tiles side by side: one of neighbours in memory is then packed by whole vectors.
+    const WIDE: bool = true;
     /// How many times as fast as those of [`Plain`] the products are, about.
     const SPEED: usize = 1;
 

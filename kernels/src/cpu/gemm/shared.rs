@@ -3,7 +3,7 @@
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
 //! factor equally far apart.
 
-use super::blocked::{FEW_PANELS, FLOP_PER_NS, KC, Part, Place, Target, init_of, readable_in_place};
+use super::blocked::{FLOP_PER_NS, KC, Part, Place, Target, init_of, readable_in_place};
 use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Side};
@@ -45,9 +45,9 @@ pub(super) fn gemm<P: Packing>(gemm: &Gemm<P::Element, f32>, item: usize, target
     let most_k = if target.takes_whole_sums() { k } else { SUPER_K / P::WORDS * P::TERMS };
     for ks in parts(k, most_k, P::KC * P::TERMS) {
         let most = P::SUPER_BLOCK / P::words(ks.len());
+        let a_in_place = readable_in_place::<P>(&gemm.item(item)).is_some();
         for cols in parts(n, most, kernels.nr) {
             let mut b = Panels::<P>::of_b(cols.len(), ks.len())?;
-            let a_in_place = cols.len() <= FEW_PANELS * kernels.nr && readable_in_place::<P>(&gemm.item(item)).is_some();
             for rows in parts(m, most, kernels.mr) {
                 let mut a = Panels::<P>::of_a(if a_in_place { 0 } else { rows.len() }, ks.len())?;
                 let new_b = rows.start == 0;
@@ -119,7 +119,9 @@ impl<P: Packing> SuperBlock<'_, P> {
             b: SharedMut::new(b.buffer.as_slice_mut()),
             b_lanes: b.lanes,
         };
-        let packed = Packed { block: &self, tiles: P::kernels().row_tiles(self.rows.len()), at };
+        let is_wide = P::WIDE && self.gemm.a.row_stride() == 1;
+        let wide = if is_wide { PACKED_TILES } else { 1 };
+        let packed = Packed { block: &self, tiles: P::kernels().row_tiles(self.rows.len()), wide, at };
         packed.pack(a, b, new_b);
         if P::multiplies(a.magnitudes(), b.magnitudes(), self.ks.len()) {
             return packed.multiply(target);
@@ -149,6 +151,8 @@ struct Addresses {
 struct Packed<'a, P: Packing> {
     block: &'a SuperBlock<'a, P>,
     tiles: RowTiles,
+    /// Tiles of a panel of A.
+    wide: usize,
     at: Addresses,
 }
 
@@ -177,7 +181,8 @@ impl<P: Packing> Packed<'_, P> {
             let (k, group) = (task / groups * Self::TERMS, task % groups);
             let terms = Self::TERMS.min(ks.len() - k);
             if group < a_groups {
-                let strips = cut(self.tiles.count, a_groups, group);
+                let tiles = group * PACKED_TILES..self.tiles.count.min((group + 1) * PACKED_TILES);
+                let strips = tiles.start / self.wide..tiles.end.div_ceil(self.wide);
                 a.see(dispatch(PackStrips { side: Side::A, strips, strip: |i| self.a_strip(k, terms, i), packing: PhantomData::<P> }));
             } else {
                 let strips = cut(panels, b_groups, group - a_groups);
@@ -186,13 +191,18 @@ impl<P: Packing> Packed<'_, P> {
         });
     }
 
-    /// Row tile `i` of A in the block of K that begins at `k`: the strip, its panel's width and place.
+    /// The rows of panel `i` of A.
+    fn a_rows(&self, i: usize) -> Range<usize> {
+        self.tiles.start(i * self.wide)..self.tiles.start(self.tiles.count.min((i + 1) * self.wide))
+    }
+
+    /// Panel `i` of A in the block of K that begins at `k`: the strip, its panel's width and place.
     fn a_strip(&self, k: usize, terms: usize, i: usize) -> (Strip<P::Element>, usize, *mut f32) {
-        let (row, height) = (self.tiles.start(i), self.tiles.height(i));
+        let rows = self.a_rows(i);
         let a = self.block.gemm.item(self.block.item).a;
-        let src = a.at(self.block.rows.start + row, self.block.ks.start + k);
-        let strip = Strip { src, lanes: height, lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
-        (strip, height, self.packed_a(k, terms, i))
+        let src = a.at(self.block.rows.start + rows.start, self.block.ks.start + k);
+        let strip = Strip { src, lanes: rows.len(), lane_stride: a.row_stride, k: terms, k_stride: a.col_stride };
+        (strip, rows.len(), self.packed_a(k, terms, i * self.wide))
     }
 
     /// Panel `i` of B, likewise.
@@ -206,7 +216,7 @@ impl<P: Packing> Packed<'_, P> {
         (strip, kernels.panel_width(cols), self.packed_b(k, terms, i))
     }
 
-    /// Where row tile `i` lies in packed A, in the block of `terms` of K that begins at `k`.
+    /// Where the panel whose first row tile is `i` lies in packed A, in the block of `terms` of K that begins at `k`.
     fn packed_a(&self, k: usize, terms: usize, i: usize) -> *mut f32 {
         let panel_rows = P::panel_rows(self.tiles.height(0));
         self.at.a.get().wrapping_add(k / P::TERMS * P::WORDS * self.at.a_lanes + i * panel_rows * P::words(terms))
@@ -277,8 +287,10 @@ impl<P: Packing> Packed<'_, P> {
         let (a, a_stride): ([*const f32; MAX_MR], usize) = match a {
             Some(a) => (std::array::from_fn(|r| a.at(row + r, (ks.start + k) / P::TERMS)), a.col_stride),
             None => {
-                let first = self.packed_a(k, terms, tile).cast_const();
-                (std::array::from_fn(|r| first.wrapping_add(r)), height)
+                let panel = tile / self.wide;
+                let rows = self.a_rows(panel);
+                let first = self.packed_a(k, terms, panel * self.wide).wrapping_add(self.tiles.start(tile) - rows.start).cast_const();
+                (std::array::from_fn(|r| first.wrapping_add(r)), rows.len())
             }
         };
         let b = self.packed_b(k, terms, panel).cast_const();

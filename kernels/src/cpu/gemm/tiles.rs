@@ -39,6 +39,7 @@ impl<T: Factor, const PARTS: usize> Packing for Split<T, PARTS> {
     const TERMS: usize = 2;
     const WORDS: usize = PARTS;
     const UNIT: usize = ENTRIES;
+    const WIDE: bool = false;
     /// Panels may come from L2, which keeps up with tiles; what long blocks of K save is the way of C there and back.
     const KC: usize = if PARTS == 3 { 256 } else { 384 };
     /// To pack a factor again costs a tenth of what is done with it.
