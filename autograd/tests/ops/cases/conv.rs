@@ -95,6 +95,7 @@ pub fn cases() -> Vec<Case> {
             .sample(&[&[2, 3, 4, 3], &[2, 3, 2, 3]])
             .sample(&[&[0, 3, 4, 3], &[2, 3, 2, 3], &[2]])
             .sample(&[&[1, 9, 2, 2], &[9, 9, 1, 1], &[9]])
+            .sample(&[&[1, 16, 2, 2], &[16, 16, 1, 1], &[16]])
             .large(&[&[8, 16, 20, 20], &[40, 16, 3, 3], &[40]]),
         // As the discriminator and the generator of a DCGAN use them.
         conv2d(down).label("stride 2").sample(&[&[2, 1, 4, 4], &[3, 1, 4, 4], &[3]]).sample(&[&[1, 8, 4, 4], &[2, 8, 4, 4]]),

@@ -97,8 +97,9 @@ pub(super) fn product(kernels: &MicroKernels, [rows, k, cols]: [usize; 3], a: Le
             let row = tiles.start(tile);
             let a_rows: [*const f32; MAX_MR] = std::array::from_fn(|r| a_data.wrapping_add((row + r) * a.row_stride));
             let c_rows: [*mut f32; MAX_MR] = std::array::from_fn(|r| c.wrapping_add((row + r) * stride + col));
-            let out = Output { c: c_rows.as_ptr(), values: Values::F32, cols, alpha, init: if add { Init::C } else { Init::Zero } };
-            let t = Tile { segments: 1, kc: k, a: a_rows.as_ptr(), a_stride: a.k_stride, b: &b_data, b_stride, out };
+            let out =
+                Output { c: c_rows.as_ptr(), offset: 0, values: Values::F32, cols, alpha, init: if add { Init::C } else { Init::Zero } };
+            let t = Tile { segments: 1, kc: k, a: a_rows.as_ptr(), a_step: 0, a_stride: a.k_stride, b: &b_data, b_stride, out };
             // SAFETY: the tile's rows of A and C and its panel of B lie inside of the slices, whose lengths were checked above; C is
             // borrowed mutably, so it overlaps neither factor.
             unsafe { kernels.tile(tiles.height(tile), &t) };

@@ -79,16 +79,6 @@ pub(super) struct Line {
     pub count: usize,
 }
 
-impl Line {
-    /// Takes the first pixels, at most so many.
-    pub fn split_off(&mut self, most: usize) -> Line {
-        let first = Line { image: self.image, at: self.at, count: self.count.min(most) };
-        self.at[2] += first.count;
-        self.count -= first.count;
-        first
-    }
-}
-
 /// Whether a class of the last axis has sources in the padding.
 fn is_padded(g: &Gather, class: &AxisClass) -> bool {
     let last = class.first(class.count - 1) + class.taps.len().saturating_sub(1) as isize * class.step;

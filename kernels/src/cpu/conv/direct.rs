@@ -5,7 +5,7 @@
 //! the micro-kernel takes an address per row.
 
 use super::super::alloc::OutOfMemory;
-use super::super::gemm::micro::{Init, MicroKernels, Output, RowTiles, Tile, Values};
+use super::super::gemm::micro::{Init, MicroKernels, Output, Tile, Values};
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
 use super::class::{Class, Line, classes, exact_classes_if_large, phases};
@@ -40,7 +40,7 @@ const MIN_SEGMENT: usize = 3;
 const BLOCK: usize = 96;
 
 /// Multiply-adds of a task, some 10 µs: with few channels that takes more pixels.
-const TASK_MACS: usize = 1 << 18;
+const TASK_MACS: usize = 1 << 20;
 
 /// Fewer tasks than this are split further by target channels: enough for some threads to share evenly.
 const MIN_TASKS: usize = 16;
@@ -147,18 +147,18 @@ impl<W: Word, T: Target> Direct<'_, W, T> {
         let rows = if self.patches {
             self.patch_rows(class, group, task.pixels.clone(), kc, &mut patches)
         } else {
-            self.source_rows(class, group, task.pixels.start, tiles, segments)
+            self.source_rows(class, group, task.pixels.clone(), segments)
         };
-        let targets = self.target_offsets(class, group, task.pixels.clone());
+        let targets = self.targets(class, group, task.pixels.clone());
         // The taps of a patch lie together in the panel, from its first on.
         let slots: Vec<usize> = class.taps(g.kernel).step_by(run).take(segments).map(|tap| self.slot_of_tap[tap]).collect();
-        let segments = slots.len();
         for panel in panels {
             let weights: Vec<*const f32> = slots.iter().map(|slot| panel.data[slot * g.cin * panel.stride..].as_ptr()).collect();
             for tile in 0..tiles.count {
                 let (start, height) = (tiles.start(tile), tiles.height(tile));
-                let rows = &rows[start * segments..(start + height) * segments];
-                self.tile(group, rows, kc, &weights, panel, &targets[start..start + height]);
+                // Without segments there are no rows.
+                let sources = Sources { rows: &rows[start.min(rows.len())..], step: task.pixels.len(), kc };
+                self.tile(group, sources, &weights, panel, &targets[start..start + height]);
             }
         }
     }
@@ -171,38 +171,28 @@ impl<W: Word, T: Target> Direct<'_, W, T> {
         (0..count).map(|i| patches[i * len..].as_ptr()).collect()
     }
 
-    /// For each tile the addresses of its pixels' sources, segment by segment.
-    fn source_rows(&self, class: &Class, group: usize, first: usize, tiles: RowTiles, segments: usize) -> Vec<*const W> {
-        let mut rows = vec![self.zeros.as_ptr(); tiles.start(tiles.count) * segments];
-        if segments == 0 {
-            return rows;
-        }
-        let mut lines = class.lines(first..first + tiles.start(tiles.count));
-        let mut line = lines.next();
-        for tile in 0..tiles.count {
-            let (start, height) = (tiles.start(tile), tiles.height(tile));
-            let rows = &mut rows[start * segments..(start + height) * segments];
+    /// The addresses of the sources of some pixels, segment by segment.
+    fn source_rows(&self, class: &Class, group: usize, pixels: Range<usize>, segments: usize) -> Vec<*const W> {
+        let count = pixels.len();
+        let mut rows = vec![self.zeros.as_ptr(); count * segments];
+        if segments > 0 {
             let mut done = 0;
-            while let (true, Some(whole)) = (done < height, &mut line) {
-                let part = whole.split_off(height - done);
-                self.line_sources(class, group, &part, &mut rows[done..], height);
-                done += part.count;
-                if whole.count == 0 {
-                    line = lines.next();
-                }
+            for line in class.lines(pixels) {
+                self.line_sources(class, group, &line, &mut rows[done..], count);
+                done += line.count;
             }
         }
         rows
     }
 
     /// Writes the addresses of a line's sources under the first tap of each segment, those that do not lie in the padding, to `rows`; those of
-    /// the next segment lie `height` further on.
-    fn line_sources(&self, class: &Class, group: usize, line: &Line, rows: &mut [*const W], height: usize) {
+    /// the next segment lie `step` further on.
+    fn line_sources(&self, class: &Class, group: usize, line: &Line, rows: &mut [*const W], step: usize) {
         let g = self.g;
         let [d, h, w] = class.axes;
         let channels = (g.groups * g.cin) as isize;
         let advance = w.advance * channels;
-        let mut segments = rows.chunks_mut(height);
+        let mut segments = rows.chunks_mut(step);
         for kd in 0..d.taps.len() {
             let sd = d.first(line.at[0]) + kd as isize * d.step;
             for kh in 0..h.taps.len() {
@@ -215,41 +205,52 @@ impl<W: Word, T: Target> Direct<'_, W, T> {
                         continue;
                     }
                     let first = (first + tap as isize * w.step) * channels + (group * g.cin) as isize;
-                    for i in class.inside(g, line, tap) {
-                        rows[i] = self.x.as_ptr().wrapping_offset(first + i as isize * advance);
+                    let hit = class.inside(g, line, tap);
+                    let mut source = self.x.as_ptr().wrapping_offset(first + hit.start as isize * advance);
+                    for row in &mut rows[hit] {
+                        *row = source;
+                        source = source.wrapping_offset(advance);
                     }
                 }
             }
         }
     }
 
-    /// Where the target pixels of a block start in `y`.
-    fn target_offsets(&self, class: &Class, group: usize, pixels: Range<usize>) -> Vec<usize> {
+    /// Where the target pixels of a block lie in `y`.
+    fn targets(&self, class: &Class, group: usize, pixels: Range<usize>) -> Vec<*mut f32> {
         let g = self.g;
-        let mut offsets = Vec::with_capacity(pixels.len());
+        let mut targets = Vec::with_capacity(pixels.len());
         let channels = g.groups * g.cout;
         for line in class.lines(pixels) {
-            let first = class.first_target(g, &line) * channels + group * g.cout;
-            offsets.extend((0..line.count).map(|i| first + i * class.target_step() * channels));
+            let first = self.y.get().wrapping_add(class.first_target(g, &line) * channels + group * g.cout);
+            targets.extend((0..line.count).map(|i| first.wrapping_add(i * class.target_step() * channels).cast::<f32>()));
         }
-        offsets
+        targets
     }
 
     #[inline(always)]
-    fn tile(&self, group: usize, rows: &[*const W], kc: usize, weights: &[*const f32], panel: Panel, targets: &[usize]) {
-        let mut c = [std::ptr::null_mut(); super::super::gemm::micro::MAX_MR];
-        for (c, &target) in c.iter_mut().zip(targets) {
-            *c = self.y.get().wrapping_add(target + panel.first).cast();
-        }
+    fn tile(&self, group: usize, sources: Sources<W>, weights: &[*const f32], panel: Panel, targets: &[*mut f32]) {
         let init = match self.bias {
             Some(bias) => Init::Bias(bias[group * self.g.cout + panel.first..][..panel.cols].as_ptr()),
             None => Init::Zero,
         };
-        let out = Output { c: c.as_ptr(), values: T::VALUES, cols: panel.cols, alpha: 1.0, init };
-        let tile = Tile { segments: weights.len(), kc, a: rows.as_ptr().cast(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
-        // SAFETY: `rows` holds an address per segment and row, each of `kc` readable values: the channels of a run of source pixels that
+        let Sources { rows, step, kc } = sources;
+        let out =
+            Output { c: targets.as_ptr(), offset: panel.first * size_of::<T>(), values: T::VALUES, cols: panel.cols, alpha: 1.0, init };
+        let (a, b) = (rows.as_ptr().cast(), weights.as_ptr());
+        let tile = Tile { segments: weights.len(), kc, a, a_step: step, a_stride: 1, b, b_stride: panel.stride, out };
+        // SAFETY: `rows` holds an address per segment and row, each of `kc` readable words: the channels of a run of source pixels that
         // lie inside of a line, zeros, or a patch. Each weight address has `kc` rows of a panel as wide as `panel_width(cols)`. Classes and blocks part the target
         // pixels, panels and groups part the channels, so each value of `y` is written by one tile only, and no tile reads `y`.
         unsafe { self.kernels.tile(targets.len(), &tile) }
     }
+}
+
+/// A tile's sources.
+struct Sources<'a, W> {
+    /// Their addresses under the first tap of the first segment; those of the next lie `step` further on.
+    rows: &'a [*const W],
+    step: usize,
+    /// Words of a segment.
+    kc: usize,
 }

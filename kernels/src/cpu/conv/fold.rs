@@ -160,8 +160,8 @@ impl Fold<'_> {
                     *c = product[(first + r) * cols + panel.first..][..panel.cols].as_mut_ptr();
                 }
                 let b = panel.data.as_ptr();
-                let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.cols, alpha: 1.0, init: Init::Zero };
-                let tile = Tile { segments: 1, kc: g.cin, a: a.as_ptr(), a_stride: 1, b: &b, b_stride: panel.stride, out };
+                let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: panel.cols, alpha: 1.0, init: Init::Zero };
+                let tile = Tile { segments: 1, kc: g.cin, a: a.as_ptr(), a_step: 0, a_stride: 1, b: &b, b_stride: panel.stride, out };
                 // SAFETY: each row address has `cin` readable values, the panel has `cin` rows of its width, and each row of
                 // the product has room for the panel's columns.
                 unsafe { kernels.tile(height, &tile) }

@@ -87,3 +87,20 @@ pub fn half<T: HalfElement>(shape: &ConvShape, pass: Pass, x: &[T], w: &[T], bia
     assert!(x.len() == read && w.len() == shape.weight_len() && y.len() == written && bias.is_none_or(|b| b.len() == channels));
     if y.is_empty() { Ok(()) } else { T::gather(&pass.gather(shape), x, w, bias, y) }
 }
+
+/// Whether [`weight_grad_bf16`] computes this gradient, and faster than that of widened values takes.
+pub fn takes_bf16_weight_grad(shape: &ConvShape) -> bool {
+    shape.assert_valid();
+    pairs::pay_for_weights(&shape.forward_gather())
+}
+
+/// [`weight_grad`](super::weight_grad) of bf16, not rounded; only if [`takes_bf16_weight_grad`] says so.
+pub fn weight_grad_bf16(shape: &ConvShape, x: &[bf16], gy: &[bf16], gw: &mut [f32]) -> Result<(), OutOfMemory> {
+    assert!(takes_bf16_weight_grad(shape));
+    assert!(x.len() == shape.input_len() && gw.len() == shape.weight_len() && gy.len() == shape.output_len());
+    if x.is_empty() || gy.is_empty() {
+        gw.fill(0.0);
+        return Ok(());
+    }
+    if gw.is_empty() { Ok(()) } else { pairs::weight_grad(&shape.forward_gather(), &shape.transposed_gather(), x, gy, gw) }
+}

@@ -17,7 +17,7 @@
 //!
 //! Halves are widened by the caller, unless a way takes them as they are (`half`).
 //!
-//! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form.
+//! The weight gradient (`weight`) sums outer products of pixels by the micro-kernel's outer form; of bf16 (`pairs`), those of two images at once.
 
 mod axis;
 mod class;
@@ -37,9 +37,10 @@ mod winograd;
 
 use super::alloc::OutOfMemory;
 use super::gemm::MatmulPrecision;
+use super::gemm::micro::MicroKernels;
 use super::resample::Real;
 use axis::Axis;
-pub use half::{HalfElement, Pass, half, takes_half};
+pub use half::{HalfElement, Pass, half, takes_bf16_weight_grad, takes_half, weight_grad_bf16};
 
 /// A convolution: an input image of `ci` channels, an output image of `co`, and how the kernel slides.
 ///
@@ -284,10 +285,8 @@ impl sealed::Algorithms for f32 {
         }
         if forward.is_depthwise() {
             depthwise::weight_grad(forward, x, gy, gw)
-        } else if transposed.cin < weight::PATCH_CHANNELS && transposed.cin < forward.cin {
-            weight::weight_grad(transposed, gy, x, gw)
         } else {
-            weight::weight_grad(forward, x, gy, gw)
+            weight::weight_grad(MicroKernels::get(), forward, transposed, x, gy, gw)
         }
     }
 }

@@ -62,7 +62,14 @@ pub(super) trait Weights: Sync {
     fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]);
 
     /// One panel, into a buffer of its own.
-    fn packed<'a>(&self, order: &[usize], group: usize, cut: Cut, i: usize, buffer: &'a mut Option<Buffer>) -> Result<Panel<'a>, OutOfMemory> {
+    fn packed<'a>(
+        &self,
+        order: &[usize],
+        group: usize,
+        cut: Cut,
+        i: usize,
+        buffer: &'a mut Option<Buffer>,
+    ) -> Result<Panel<'a>, OutOfMemory> {
         let data = buffer.insert(Buffer::new(size_of::<f32>() * cut.depth * cut.width(i))?).as_slice_mut();
         self.pack(order, group, i * cut.nr, (cut.cols - i * cut.nr).min(cut.nr), cut.width(i), data);
         Ok(cut.panel(i, data))

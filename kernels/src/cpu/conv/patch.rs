@@ -75,7 +75,9 @@ fn copy_line<W: Word, S: Simd>(s: S, g: &Gather, x: &[W], class: &Class, group: 
 fn copy<W: Word, S: Simd>(s: S, from: &[W], to: &mut [W]) {
     for (from, to) in from.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
         // SAFETY: `chunks` of at most LANES words of 32 bits, read and written for exactly their length (the slices are equally long).
-        unsafe { s.load_partial(from.as_ptr().cast(), from.len().min(to.len())).store_partial(to.as_mut_ptr().cast(), from.len().min(to.len())) };
+        unsafe {
+            s.load_partial(from.as_ptr().cast(), from.len().min(to.len())).store_partial(to.as_mut_ptr().cast(), from.len().min(to.len()))
+        };
     }
 }
 

@@ -172,10 +172,15 @@ fn pairs_agree_with_the_definition() {
         let (bias_y, bias_x) = (narrow(&values(s.co, 4)), narrow(&values(s.ci, 5)));
         let mut y: Vec<f64> = (0..gy.len()).map(|i| bias_y[i % s.co] as f64).collect();
         let mut gx: Vec<f64> = (0..x.len()).map(|i| bias_x[i % s.ci] as f64).collect();
+        let mut gw = vec![0.0; w.len()];
         each_product(&s, |ix, iy, iw| {
             y[iy] += x[ix].to_f64() * w[iw].to_f64();
             gx[ix] += gy[iy].to_f64() * w[iw].to_f64();
+            gw[iw] += x[ix].to_f64() * gy[iy].to_f64();
         });
+        let mut got = vec![9f32; gw.len()];
+        pairs::weight_grad(&s.forward_gather(), &s.transposed_gather(), &x, &gy, &mut got).unwrap();
+        close("weight_grad", &s, &got, &gw);
         for (name, g, x, bias, y) in
             [("forward", s.forward_gather(), &x, &bias_y, &y), ("input_grad", s.transposed_gather(), &gy, &bias_x, &gx)]
         {

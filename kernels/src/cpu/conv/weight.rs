@@ -14,7 +14,7 @@ use super::patch::Patches;
 use super::{Gather, part_start};
 
 /// With fewer source channels the taps of a pixel are copied side by side: the copy costs less than each pixel's addresses, tap by tap.
-pub(super) const PATCH_CHANNELS: usize = 33;
+const PATCH_CHANNELS: usize = 33;
 
 /// Pixels whose addresses are gathered at once: enough that loading and storing a tile does not count (24 against
 /// 256 · 24 multiply-adds), few enough that their values stay in L2 for all tiles.
@@ -34,10 +34,20 @@ pub(super) fn splits(pixels: usize, tasks: usize) -> usize {
     MIN_TASKS.div_ceil(tasks.max(1)).min(pixels / MIN_PIXELS).max(1)
 }
 
-/// `x` is the source image, `gy` the target image; see [`super::weight_grad`].
-pub(super) fn weight_grad(g: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<(), OutOfMemory> {
+/// `x` is the source image of `forward` and the target image of `transposed`, `gy` the other; see [`super::weight_grad`]. Images hold what
+/// `kernels` multiply.
+pub(super) fn weight_grad(
+    kernels: &'static MicroKernels,
+    forward: &Gather,
+    transposed: &Gather,
+    x: &[f32],
+    gy: &[f32],
+    gw: &mut [f32],
+) -> Result<(), OutOfMemory> {
+    let swapped = transposed.cin < PATCH_CHANNELS && transposed.cin < forward.cin;
+    let (g, x, gy) = if swapped { (transposed, gy, x) } else { (forward, x, gy) };
     let tail = Tail::of(gy);
-    let outer = Outer { g, x, gy, tail: &tail };
+    let outer = Outer { kernels, g, x, gy, tail: &tail };
     if g.cin < PATCH_CHANNELS && g.taps() > 1 { outer.by_patch(gw) } else { outer.by_tap(gw) }
 }
 
@@ -70,6 +80,7 @@ impl Tail {
 }
 
 struct Outer<'a> {
+    kernels: &'static MicroKernels,
     g: &'a Gather,
     x: &'a [f32],
     gy: &'a [f32],
@@ -317,7 +328,7 @@ impl<'s, 'v> Tiles<'s, 'v> {
         if a.is_empty() {
             return;
         }
-        let kernels = MicroKernels::get();
+        let kernels = outer.kernels;
         let (rows, cols) = (self.sum.rows, self.sum.cols);
         let tiles = kernels.row_tiles(rows);
         for first in (0..cols).step_by(kernels.nr) {
@@ -332,7 +343,7 @@ impl<'s, 'v> Tiles<'s, 'v> {
                 for (r, c) in c[..height].iter_mut().enumerate() {
                     *c = self.sum.values[(row + r) * cols + first..][..width].as_mut_ptr();
                 }
-                let out = Output { c: c.as_ptr(), values: Values::F32, cols: width, alpha: 1.0, init: self.init };
+                let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: width, alpha: 1.0, init: self.init };
                 let tile = OuterTile { len: a.len(), a: self.a.as_ptr(), b: self.b.as_ptr(), out };
                 // SAFETY: the caller vouches for A; `Tail::address` gives panels that are readable to their full width; the sum's
                 // rows are disjoint and were written by the first chunk, which uses `Init::Zero`.

@@ -10,7 +10,7 @@
 //! 4. K is split at multiples of KC only, and C collects the parts in order.
 
 use super::epilogue::Activated;
-use super::micro::{Init, MAX_MR, Output, RowTiles, Tile, Values};
+use super::micro::{Init, Output, RowTiles, Tile, Values};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
 use super::{Gemm, GemmElement, Item, Matrix, Out, dot, shared};
@@ -136,12 +136,19 @@ impl Place {
         }
     }
 
-    /// Row pointers of a tile of C.
-    #[inline(always)]
-    pub fn rows(self, row: usize, col: usize) -> [*mut f32; MAX_ROWS] {
+    /// Addresses of rows of C.
+    pub fn rows(self, rows: Range<usize>) -> Vec<*mut f32> {
         match self {
-            Self::F32(out) => std::array::from_fn(|r| out.at(row + r, col)),
-            Self::Bf16(out) => std::array::from_fn(|r| out.at(row + r, col).cast()),
+            Self::F32(out) => rows.map(|row| out.at(row, 0)).collect(),
+            Self::Bf16(out) => rows.map(|row| out.at(row, 0).cast()).collect(),
+        }
+    }
+
+    /// Bytes from the address of a row to that of its column `col`.
+    pub fn offset(self, col: usize) -> usize {
+        match self {
+            Self::F32(_) => size_of::<f32>() * col,
+            Self::Bf16(_) => size_of::<bf16>() * col,
         }
     }
 }
@@ -179,9 +186,6 @@ pub(super) fn init_of<T>(gemm: &Gemm<T, f32>, first_k: bool, col: usize) -> Init
         None => Init::Zero,
     }
 }
-
-/// The most rows of a tile of any micro-kernels.
-const MAX_ROWS: usize = 32;
 
 /// Cuts a batch of products into tasks of nearly equal work, by shape alone.
 struct Grid {
@@ -302,13 +306,16 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
         let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
         let mut panel = Buffer::new(kernels.nr * P::words(most.min(block.ks.len())) * size_of::<f32>())?;
         let panel = panel.as_slice_mut::<f32>().as_mut_ptr();
+        let c_rows = c.rows(block.rows.clone());
+        let mut a_rows = vec![std::ptr::null(); block.rows.len()];
         let b_in_place = P::in_place(b.t(), k).filter(|b| b.row_stride == 1 && tiles.count <= 2);
         for k0 in block.ks.clone().step_by(most) {
             let terms = most.min(block.ks.end - k0);
             let a_panel = |tile: usize| a_packed.wrapping_add(tile * panel_rows * P::words(terms));
             let mut a_seen = Magnitudes::NONE;
             if is_wide {
-                let strip = Strip { src: a.at(block.rows.start, k0), lanes: block.rows.len(), lane_stride: 1, k: terms, k_stride: a.col_stride };
+                let strip =
+                    Strip { src: a.at(block.rows.start, k0), lanes: block.rows.len(), lane_stride: 1, k: terms, k_stride: a.col_stride };
                 // SAFETY: the strip lies inside A, whose extent was checked; the buffer holds all tiles of this block of K.
                 a_seen = unsafe { P::pack(s, Side::A, strip, block.rows.len(), a_packed) };
             } else if a_in_place.is_none() {
@@ -322,6 +329,15 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
             if !P::multiplies(a_seen, Magnitudes::ONE, terms) {
                 block.fall_back(block.cols.clone(), k0..k0 + terms, c)?;
                 continue;
+            }
+            for tile in 0..tiles.count {
+                let first = if is_wide { a_packed.wrapping_add(tiles.start(tile)) } else { a_panel(tile) };
+                for (r, address) in (tiles.start(tile)..).zip(&mut a_rows[tiles.start(tile)..tiles.start(tile + 1)]) {
+                    *address = match a_in_place {
+                        Some(a) => a.at(block.rows.start + r, k0 / P::TERMS),
+                        None => first.wrapping_add(r - tiles.start(tile)).cast_const(),
+                    };
+                }
             }
             for col in block.cols.clone().step_by(kernels.nr) {
                 let cols = kernels.nr.min(block.cols.end - col);
@@ -340,24 +356,18 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
                         (panel.cast_const(), width)
                     }
                 };
+                let init = init_of(block.gemm, k0 == 0, col);
                 for tile in 0..tiles.count {
-                    let (row, height) = (block.rows.start + tiles.start(tile), tiles.height(tile));
-                    let (a_rows, a_stride) = match a_in_place {
-                        Some(a) => (std::array::from_fn(|r| a.at(row + r, k0 / P::TERMS)), a.col_stride),
-                        None => {
-                            let (first, stride) = if is_wide {
-                                (a_packed.wrapping_add(tiles.start(tile)), block.rows.len())
-                            } else {
-                                (a_panel(tile), height)
-                            };
-                            (std::array::from_fn::<_, MAX_MR, _>(|r| first.wrapping_add(r).cast_const()), stride)
-                        }
+                    let (start, height) = (tiles.start(tile), tiles.height(tile));
+                    let a_stride = match a_in_place {
+                        Some(a) => a.col_stride,
+                        None if is_wide => block.rows.len(),
+                        None => height,
                     };
-                    let rows = c.rows(row, col);
-                    let init = init_of(block.gemm, k0 == 0, col);
-                    let out = Output { c: rows.as_ptr(), values: c.values(), cols, alpha: block.gemm.alpha as f32, init };
-                    let kc = P::entries(terms);
-                    let tile = Tile { segments: 1, kc, a: a_rows.as_ptr(), a_stride, b: &b_data, b_stride, out };
+                    let (values, alpha) = (c.values(), block.gemm.alpha as f32);
+                    let out = Output { c: c_rows[start..].as_ptr(), offset: c.offset(col), values, cols, alpha, init };
+                    let (a, kc) = (a_rows[start..].as_ptr(), P::entries(terms));
+                    let tile = Tile { segments: 1, kc, a, a_step: 0, a_stride, b: &b_data, b_stride, out };
                     // SAFETY: the first `height` row pointers address rows of A and C inside their matrices, B is a full panel,
                     // and the tiles of all tasks are disjoint.
                     unsafe { kernels.panel_tile(&started, height, &tile) };

@@ -47,8 +47,10 @@ pub enum Values {
 /// Where a tile goes: `C[r][j] = init[r][j] + alpha · sum[r][j]` for `r < rows`, `j < cols`.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
-    /// One address per row of the tile: of its `cols` contiguous values.
+    /// One address per row of the tile, and how many bytes behind it its `cols` contiguous values begin.
     pub c: *const *mut f32,
+    /// See `c`: the same addresses serve for all columns of a row.
+    pub offset: usize,
     /// What these values are; addresses of bf16 are cast.
     pub values: Values,
     /// Columns that are written: 1 to NR.
@@ -57,6 +59,18 @@ pub struct Output {
     pub alpha: f32,
     /// What is added to it.
     pub init: Init,
+}
+
+impl Output {
+    /// Where the values of row `r` begin.
+    ///
+    /// # Safety
+    /// There must be an address for it.
+    #[inline(always)]
+    pub(super) unsafe fn row(&self, r: usize) -> *mut f32 {
+        // SAFETY: the caller's contract.
+        unsafe { self.c.add(r).read() }.wrapping_byte_add(self.offset)
+    }
 }
 
 /// The batch-reduce form: `sum[r][j] = Σ_s Σ_{k < kc} A_s[r][k] · B_s[k][j]`, accumulated in registers over all segments,
@@ -70,8 +84,10 @@ pub struct Tile {
     pub segments: usize,
     /// Terms of each segment.
     pub kc: usize,
-    /// `segments × rows` addresses: `A_s[r][k]` lies at `a[s · rows + r] + k · a_stride`.
+    /// Addresses of each segment's rows: `A_s[r][k]` lies at `a[s · a_step + r] + k · a_stride`.
     pub a: *const *const f32,
+    /// Distance between the addresses of neighbouring segments; of no account if there is one.
+    pub a_step: usize,
     /// Distance in elements between neighbouring k of A: 1 for row-major A, the panel's height for packed A.
     pub a_stride: usize,
     /// `segments` addresses: `B_s[k][j]` lies at `b[s] + k · b_stride + j`.
@@ -143,8 +159,8 @@ impl MicroKernels {
         }
     }
 
-    /// The batch-reduce kernels whose entries, 32 bits each, are pairs of bf16 (the lower half first): an entry of A and one of B add
-    /// two products to a sum. Emulated on machines without [`has_bf16_pairs`](Self::has_bf16_pairs), where they are slow.
+    /// The kernels whose entries, 32 bits each, are pairs of bf16 (the lower half first): an entry of A and one of B add two products to a
+    /// sum. Emulated on machines without [`has_bf16_pairs`](Self::has_bf16_pairs), where they are slow.
     pub fn bf16_pairs() -> &'static Self {
         #[cfg(target_arch = "x86_64")]
         if Self::has_bf16_pairs() {
@@ -201,7 +217,7 @@ impl MicroKernels {
     /// If `rows` is not in `1..=mr` or `tile.out.cols` is not in `1..=nr`.
     ///
     /// # Safety
-    /// With `w = panel_width(cols)`: `tile.a` must be readable for `segments · rows` addresses, `tile.b` for `segments`, `tile.out.c` for `rows`;
+    /// With `w = panel_width(cols)`: `tile.a` must be readable for `rows` addresses of each segment, `tile.b` for `segments`, `tile.out.c` for `rows`;
     /// for each segment and `k < kc`, each row's A value must be readable, and `w` values of B;
     /// each row's `cols` values of C must be writable, disjoint from one another and from all that is read, readable and initialised
     /// for [`Init::C`]; the bias must be readable for `cols` values.
@@ -341,13 +357,13 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
     for r in 0..R {
         // C is needed when the sums are done; by then its lines have arrived.
         // SAFETY: there are R row addresses.
-        let row = unsafe { t.out.c.add(r).read() };
+        let row = unsafe { t.out.row(r) };
         (0..NV).for_each(|v| s.prefetch(row.wrapping_add(v * S::LANES)));
     }
     let mut acc = [[s.zero(); NV]; R];
     for segment in 0..t.segments {
-        // SAFETY: `a` holds `segments · R` addresses and `b` holds `segments`.
-        let (a, mut b) = unsafe { (t.a.add(segment * R).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
+        // SAFETY: `a` holds R addresses for each segment and `b` holds `segments`.
+        let (a, mut b) = unsafe { (t.a.add(segment * t.a_step).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
         let mut at = 0;
         for _ in 0..t.kc {
             // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc; the
@@ -373,7 +389,7 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
 /// # Safety
 /// As for [`MicroKernels::outer`] with `R` rows and a panel of `NV` vectors.
 #[inline(always)]
-unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, rest: RestFn<S>) {
+unsafe fn outer<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, multiply: M, t: &OuterTile, rest: RestFn<S>) {
     let mut acc = [[s.zero(); NV]; R];
     for k in 0..t.len {
         // SAFETY: the caller vouches for `len` addresses of R values of A and NV vectors of B.
@@ -383,13 +399,13 @@ unsafe fn outer<S: Simd, const R: usize, const NV: usize>(s: S, t: &OuterTile, r
             for (r, sums) in acc.iter_mut().enumerate() {
                 let x = s.load_splat(a.add(r));
                 for (sum, &y) in sums.iter_mut().zip(&bv) {
-                    *sum = x.mul_add(y, *sum);
+                    *sum = multiply.mul_add(x, y, *sum);
                 }
             }
         }
     }
     // SAFETY: `out` is the caller's word.
-    unsafe { store(s, Single, &acc, &t.out, rest) }
+    unsafe { store(s, multiply, &acc, &t.out, rest) }
 }
 
 /// How a tile is stored.
@@ -436,7 +452,7 @@ unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
     for (r, sums) in acc.iter().enumerate() {
         // SAFETY: there is an address for each row, which is NV vectors long.
         unsafe {
-            let row = out.c.add(r).read();
+            let row = out.row(r);
             for (v, &sum) in sums.iter().enumerate() {
                 match form {
                     Form::Biased(bias) => (sum + s.load(bias.add(v * S::LANES))).store(row.add(v * S::LANES)),
@@ -476,7 +492,7 @@ unsafe fn store_rest<S: Simd>(s: S, sums: &[S::F32], nv: usize, out: &Output) {
 #[inline(always)]
 pub(super) unsafe fn store_vector<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, first: usize, out: &Output) {
     // SAFETY: there is an address for each row.
-    let row = unsafe { out.c.add(r).read() };
+    let row = unsafe { out.row(r) };
     if first + S::LANES <= out.cols {
         // SAFETY: the row has `cols` values, and so has the bias.
         unsafe {
@@ -511,7 +527,7 @@ unsafe fn store_rounded<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, fir
     let Some(count @ 1..) = out.cols.checked_sub(first).map(|left| left.min(S::LANES)) else { return };
     // SAFETY: there is an address for each row; `count` values are left of it and of the bias.
     unsafe {
-        let row = out.c.add(r).read().cast::<bf16>();
+        let row = out.row(r).cast::<bf16>();
         let init = match out.init {
             Init::Bias(bias) if count == S::LANES => s.load(bias.add(first)),
             Init::Bias(bias) => s.load_partial(bias.add(first), count),
@@ -521,23 +537,24 @@ unsafe fn store_rounded<S: Simd>(s: S, sum: S::F32, alpha: S::F32, r: usize, fir
     }
 }
 
-/// Instantiates the kernels of a level: `$token` makes its token (only the table of an available level is ever handed out),
-/// `$nv` vectors make NR.
+/// Instantiates the kernels of a level: `$token` makes its token (only the table of an available level is ever handed out, and the check would cost
+/// a nanosecond a tile),
+/// `$multiply` says what entries are, `$nv` vectors make NR.
 macro_rules! level {
-    ($name:ident, $simd:ty, $token:expr, $nv:literal, [$($rows:literal)*] $(, #[$feature:meta])?) => {
+    ($name:ident, $simd:ty, $token:expr, $multiply:expr, $nv:literal, [$($rows:literal)*] $(, #[$feature:meta])?) => {
         mod $name {
             use super::*;
 
             $(#[$feature])?
             unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
                 // SAFETY: the caller's word.
-                unsafe { super::tile::<$simd, _, R, NV>($token, Single, t, rest) }
+                unsafe { super::tile::<$simd, _, R, NV>($token, $multiply, t, rest) }
             }
 
             $(#[$feature])?
             unsafe fn outer<const R: usize, const NV: usize>(t: &OuterTile) {
                 // SAFETY: the caller's word.
-                unsafe { super::outer::<$simd, R, NV>($token, t, rest) }
+                unsafe { super::outer::<$simd, _, R, NV>($token, $multiply, t, rest) }
             }
 
             $(#[$feature])?
@@ -561,63 +578,20 @@ macro_rules! level {
     };
 }
 
-/// [`level!`] for pairs of bf16, which have no outer-product form.
-macro_rules! pairs {
-    ($name:ident, $simd:ty, $token:expr, $multiply:expr, $nv:literal, [$($rows:literal)*] $(, #[$feature:meta])?) => {
-        mod $name {
-            use super::*;
-
-            $(#[$feature])?
-            unsafe fn tile<const R: usize, const NV: usize>(t: &Tile) {
-                // SAFETY: the caller's word.
-                unsafe { super::tile::<$simd, _, R, NV>($token, $multiply, t, rest) }
-            }
-
-            $(#[$feature])?
-            unsafe fn rest(sums: &[<$simd as Simd>::F32], nv: usize, out: &Output) {
-                // SAFETY: the caller's word.
-                unsafe { super::store_rest($token, sums, nv, out) }
-            }
-
-            pub static KERNELS: MicroKernels = MicroKernels {
-                mr: [$($rows),*].len(),
-                nr: $nv * <$simd as Simd>::LANES,
-                lanes: <$simd as Simd>::LANES,
-                wide: &[$(tile::<$rows, $nv>),*],
-                narrow: &[$(tile::<$rows, 1>),*],
-                outer_wide: &[],
-                outer_narrow: &[],
-                #[cfg(target_arch = "x86_64")]
-                tiles: None,
-            };
-        }
-    };
-}
-
-pairs!(scalar_bf16, Scalar, Scalar, EmulatedPair, 4, [1 2 3 4]);
+level!(scalar_bf16, Scalar, Scalar, EmulatedPair, 4, [1 2 3 4]);
 #[cfg(target_arch = "x86_64")]
-pairs!(avx512_bf16, Avx512, token(Avx512::detect()), token(Avx512Bf16::detect()), 2, [1 2 3 4 5 6 7 8 9 10 11 12],
+level!(avx512_bf16, Avx512, Avx512::assume(), Avx512Bf16::assume(), 2, [1 2 3 4 5 6 7 8 9 10 11 12],
     #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
 
-level!(scalar, Scalar, Scalar, 4, [1 2 3 4]);
+level!(scalar, Scalar, Scalar, Single, 4, [1 2 3 4]);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, crate::cpu::simd::Avx2, token(crate::cpu::simd::Avx2::detect()), 2, [1 2 3 4 5 6],
+level!(avx2, crate::cpu::simd::Avx2, crate::cpu::simd::Avx2::assume(), Single, 2, [1 2 3 4 5 6],
     #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
 #[cfg(target_arch = "x86_64")]
-level!(avx512, crate::cpu::simd::Avx512, token(crate::cpu::simd::Avx512::detect()), 2, [1 2 3 4 5 6 7 8 9 10 11 12],
+level!(avx512, Avx512, Avx512::assume(), Single, 2, [1 2 3 4 5 6 7 8 9 10 11 12],
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]);
 #[cfg(target_arch = "aarch64")]
-level!(neon, crate::cpu::simd::Neon, crate::cpu::simd::Neon::new(), 2, [1 2 3 4 5 6 7 8]);
-
-/// The token of a level whose table was handed out, so that detection succeeded before (the check costs a nanosecond).
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn token<T>(detected: Option<T>) -> T {
-    match detected {
-        Some(token) => token,
-        None => unreachable!("the table of a missing level is never handed out"),
-    }
-}
+level!(neon, crate::cpu::simd::Neon, crate::cpu::simd::Neon::new(), Single, 2, [1 2 3 4 5 6 7 8]);
 
 #[cfg(test)]
 mod tests {
@@ -669,8 +643,8 @@ mod tests {
                     let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
                     let mut c = before.clone();
                     let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
-                    let out = Output { c: c_ptrs.as_ptr(), values: Values::F32, cols, alpha, init };
-                    let tile = Tile { segments, kc, a: a_ptrs.as_ptr(), a_stride, b: b_ptrs.as_ptr(), b_stride, out };
+                    let out = Output { c: c_ptrs.as_ptr(), offset: 0, values: Values::F32, cols, alpha, init };
+                    let tile = Tile { segments, kc, a: a_ptrs.as_ptr(), a_step: rows, a_stride, b: b_ptrs.as_ptr(), b_stride, out };
                     // SAFETY: the vectors above have these sizes; a row of B is wider than a panel.
                     unsafe { kernels.tile(rows, &tile) };
                     check(&c, &before, c_stride, rows, cols, |r, j| {
@@ -699,7 +673,7 @@ mod tests {
                     let before: Vec<f32> = (0..kernels.mr * c_stride).map(|_| random(&mut seed)).collect();
                     let mut c = before.clone();
                     let c_ptrs: Vec<*mut f32> = c.chunks_mut(c_stride).map(|row| row.as_mut_ptr()).collect();
-                    let out = Output { c: c_ptrs.as_ptr(), values: Values::F32, cols, alpha: 1.0, init };
+                    let out = Output { c: c_ptrs.as_ptr(), offset: 0, values: Values::F32, cols, alpha: 1.0, init };
                     // SAFETY: the vectors above have these sizes.
                     unsafe { kernels.outer(rows, &OuterTile { len, a: a_ptrs.as_ptr(), b: b_ptrs.as_ptr(), out }) };
                     check(&c, &before, c_stride, rows, cols, |r, j| {

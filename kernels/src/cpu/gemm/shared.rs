@@ -3,11 +3,11 @@
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
 //! factor equally far apart.
 
+use super::Gemm;
 use super::blocked::{FLOP_PER_NS, KC, Part, Place, Target, init_of, readable_in_place};
-use super::micro::{MAX_MR, Output, RowTiles, Started, Tile};
+use super::micro::{Output, RowTiles, Started, Tile};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Side};
-use super::{Gemm, Matrix};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
@@ -265,43 +265,52 @@ impl<P: Packing> Packed<'_, P> {
     /// Some tiles by some panels.
     fn part(&self, tiles: &Range<usize>, panels: &Range<usize>, out: Place) {
         let started = P::kernels().start();
-        let SuperBlock { gemm, item, a_in_place, .. } = self.block;
+        let SuperBlock { gemm, item, rows, ks, a_in_place, .. } = self.block;
         let a = readable_in_place::<P>(&gemm.item(*item)).filter(|_| *a_in_place);
-        for k in (0..self.block.ks.len()).step_by(Self::TERMS) {
+        let first = self.tiles.start(tiles.start);
+        let rows_of = |tile: usize| self.tiles.start(tile) - first..self.tiles.start(tile + 1) - first;
+        let c_rows = out.rows(rows.start + first..rows.start + self.tiles.start(tiles.end));
+        let mut a_rows = vec![std::ptr::null(); c_rows.len()];
+        for k in (0..ks.len()).step_by(Self::TERMS) {
+            for tile in tiles.clone() {
+                for (r, address) in (self.tiles.start(tile)..).zip(&mut a_rows[rows_of(tile)]) {
+                    *address = match a {
+                        Some(a) => a.at(rows.start + r, (ks.start + k) / P::TERMS),
+                        None => self.packed_row(k, Self::TERMS.min(ks.len() - k), tile, r),
+                    };
+                }
+            }
             for panel in panels.clone() {
                 for tile in tiles.clone() {
-                    self.tile(&started, a, out, k, tile, panel);
+                    let a_stride = a.map_or(self.a_rows(tile / self.wide).len(), |a| a.col_stride);
+                    self.tile(&started, &a_rows[rows_of(tile)], a_stride, &c_rows[rows_of(tile)], out, k, panel);
                 }
             }
         }
     }
 
-    /// One tile of C over one block of K, with A's entries if they are read in place.
-    fn tile(&self, started: &Started, a: Option<Matrix<f32>>, out: Place, k: usize, tile: usize, panel: usize) {
-        let SuperBlock { gemm, rows, cols, ks, .. } = self.block;
+    /// Where row `r` of A, one of row tile `tile`, lies in its panel.
+    fn packed_row(&self, k: usize, terms: usize, tile: usize, r: usize) -> *const f32 {
+        let panel = tile / self.wide;
+        self.packed_a(k, terms, panel * self.wide).wrapping_add(r - self.a_rows(panel).start).cast_const()
+    }
+
+    /// One tile of C over one block of K, from the addresses of its rows.
+    #[allow(clippy::too_many_arguments)] // Both factors and C.
+    fn tile(&self, started: &Started, a: &[*const f32], a_stride: usize, c: &[*mut f32], place: Place, k: usize, panel: usize) {
+        let SuperBlock { gemm, cols, ks, .. } = self.block;
         let kernels = P::kernels();
         let terms = Self::TERMS.min(ks.len() - k);
-        let (row, height) = (rows.start + self.tiles.start(tile), self.tiles.height(tile));
         let col = cols.start + panel * kernels.nr;
         let width = kernels.nr.min(cols.end - col);
-        let (a, a_stride): ([*const f32; MAX_MR], usize) = match a {
-            Some(a) => (std::array::from_fn(|r| a.at(row + r, (ks.start + k) / P::TERMS)), a.col_stride),
-            None => {
-                let panel = tile / self.wide;
-                let rows = self.a_rows(panel);
-                let first = self.packed_a(k, terms, panel * self.wide).wrapping_add(self.tiles.start(tile) - rows.start).cast_const();
-                (std::array::from_fn(|r| first.wrapping_add(r)), rows.len())
-            }
-        };
         let b = self.packed_b(k, terms, panel).cast_const();
-        let c = out.rows(row, col);
-        let first = ks.start + k == 0;
-        let out = Output { c: c.as_ptr(), values: out.values(), cols: width, alpha: gemm.alpha as f32, init: init_of(gemm, first, col) };
+        let (values, alpha, init) = (place.values(), gemm.alpha as f32, init_of(gemm, ks.start + k == 0, col));
+        let out = Output { c: c.as_ptr(), offset: place.offset(col), values, cols: width, alpha, init };
         let b_stride = kernels.panel_width(width);
-        let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_stride, b: &b, b_stride, out };
-        // SAFETY: panels were packed before any task began, and rows of A lie inside it; the target gave room for the first `height` rows of C, and no two
+        let tile = Tile { segments: 1, kc: P::entries(terms), a: a.as_ptr(), a_step: 0, a_stride, b: &b, b_stride, out };
+        // SAFETY: panels were packed before any task began, and rows of A lie inside it; the target gave room for these rows of C, and no two
         // tasks share a tile.
-        unsafe { kernels.panel_tile(started, height, &tile) }
+        unsafe { kernels.panel_tile(started, c.len(), &tile) }
     }
 }
 

@@ -128,7 +128,7 @@ unsafe fn whole_block(rows: usize, out: &Output) -> Option<Block<f32>> {
         return None;
     }
     // SAFETY: there are SIDE rows.
-    let (first, second) = unsafe { (out.c.read(), out.c.add(1).read()) };
+    let (first, second) = unsafe { (out.row(0), out.row(1)) };
     Some(Block { first, row_stride: (second.addr() - first.addr()) / size_of::<f32>(), add })
 }
 

@@ -35,6 +35,15 @@ impl Avx2 {
             && is_x86_feature_detected!("popcnt"))
         .then_some(Avx2(()))
     }
+
+    /// The token, without a look at the machine.
+    ///
+    /// # Safety
+    /// [`detect`](Self::detect) must have returned one before.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn assume() -> Self {
+        Avx2(())
+    }
 }
 
 /// Evaluates an intrinsic whose feature the token or vector at hand proves.

@@ -34,6 +34,15 @@ impl Avx512 {
             && super::Avx2::detect().is_some())
         .then_some(Avx512(()))
     }
+
+    /// The token, without a look at the machine.
+    ///
+    /// # Safety
+    /// [`detect`](Self::detect) must have returned one before.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn assume() -> Self {
+        Avx512(())
+    }
 }
 
 /// Token: the machine has AVX512-BF16 besides.
@@ -45,6 +54,15 @@ impl Avx512Bf16 {
     #[inline]
     pub fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512bf16") && Avx512::detect().is_some()).then_some(Self(()))
+    }
+
+    /// The token, without a look at the machine.
+    ///
+    /// # Safety
+    /// [`detect`](Self::detect) must have returned one before.
+    #[inline(always)]
+    pub(in crate::cpu) unsafe fn assume() -> Self {
+        Self(())
     }
 
     /// Whether its products run at twice the rate of f32: on AMD's cores; on Intel's at half of it.

@@ -119,6 +119,10 @@ impl Conv {
             Some(gpu) => Tensor::build_on_gpu(gpu, Layout::contiguous(shape), x.dtype(), |mut gw| {
                 Ok(gpu_conv::weight_grad(gpu, &self.shape(), source.gpu_slice()?, target.gpu_slice()?, &mut gw)?)
             }),
+            None if x.dtype() == DType::BF16 && conv::takes_bf16_weight_grad(&self.shape()) => {
+                let fill = |gw: &mut [f32]| Ok(conv::weight_grad_bf16(&self.shape(), source.as_slice()?, target.as_slice()?, gw)?);
+                Tensor::build::<f32>(source.device(), &shape, fill)?.to_dtype(DType::BF16)
+            }
             None => {
                 let (source, target) = (widened(&source)?, widened(&target)?);
                 for_real!(source.dtype(), self.name, T => {

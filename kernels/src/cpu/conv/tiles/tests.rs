@@ -3,6 +3,7 @@
 use super::super::tests::{each_product, narrow, shape2d, shapes, values};
 use super::super::{ConvShape, on_vectors};
 use super::*;
+use crate::cpu::gemm::micro::MicroKernels;
 
 /// Fails if a value is further from the exact one than `most` of the sum of its terms' magnitudes.
 fn near(name: &str, s: &ConvShape, got: &[f32], exact: &[f64], sizes: &[f64], most: f64) {
@@ -88,7 +89,7 @@ fn tiles_are_as_exact_as_vectors() {
     assert!(error(&on_tiles, &y) <= error(&plain, &y));
     let (mut on_tiles, mut plain) = (vec![0f32; gw.len()], vec![0f32; gw.len()]);
     assert!(weight_grad_in(3, &g, &x, &gy, &mut on_tiles));
-    super::super::weight::weight_grad(&g, &x, &gy, &mut plain).unwrap();
+    super::super::weight::weight_grad(MicroKernels::get(), &g, &s.transposed_gather(), &x, &gy, &mut plain).unwrap();
     assert!(error(&on_tiles, &gw) <= error(&plain, &gw));
 }
 

@@ -175,8 +175,9 @@ impl Run<'_> {
                     a[r] = patches[place * place_len(count, row) + (start + r) * row..][..cin].as_ptr();
                     c[r] = sums[place * place_len(count, MAX_NR) + (start + r) * MAX_NR..][..panel.stride].as_mut_ptr();
                 }
-                let out = Output { c: c.as_ptr(), values: Values::F32, cols: panel.stride, alpha: 1.0, init: Init::Zero };
-                let tile = Tile { segments: 1, kc: cin, a: a.as_ptr(), a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
+                let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: panel.stride, alpha: 1.0, init: Init::Zero };
+                let tile =
+                    Tile { segments: 1, kc: cin, a: a.as_ptr(), a_step: 0, a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
                 // SAFETY: each row of A has `cin` values, each row of C as many as the panel is wide, and the panel has `cin` rows for each place.
                 unsafe { kernels.tile(height, &tile) }
             }

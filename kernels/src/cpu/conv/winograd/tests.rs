@@ -3,6 +3,7 @@
 use super::super::tests::{each_product, narrow, shape2d, values};
 use super::super::{ConvShape, direct, weight as windows_weight};
 use super::*;
+use crate::cpu::gemm::micro::MicroKernels;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn shapes() -> Vec<ConvShape> {
@@ -58,7 +59,7 @@ fn all_three_products_are_about_as_exact_as_in_windows() {
         in_windows(&back, &gy, &w, Some(&bias_x), &mut plain);
         compare("input_grad", &got, &plain, &gx);
         let (mut got, mut plain) = (vec![9f32; gw.len()], vec![9f32; gw.len()]);
-        windows_weight::weight_grad(&forward, &x, &gy, &mut plain).unwrap();
+        windows_weight::weight_grad(MicroKernels::get(), &forward, &back, &x, &gy, &mut plain).unwrap();
         assert!(weight_grad(&forward, &x, &gy, &mut got).unwrap());
         compare("weight_grad", &got, &plain, &gw);
         assert!(weight_grad(&back, &gy, &x, &mut got).unwrap());

@@ -126,8 +126,8 @@ fn multiply(patches: &[f32], rows: usize, targets: &[f32], cols: usize, count: u
                     a[r] = patches[place * place_len(count, row) + start + r..].as_ptr();
                     c[r] = sums[((place * CHANNELS) + start + r) * CHANNELS + first..][..width].as_mut_ptr();
                 }
-                let out = Output { c: c.as_ptr(), values: Values::F32, cols: width, alpha: 1.0, init };
-                let tile = Tile { segments: 1, kc: count, a: a.as_ptr(), a_stride: row, b: b.as_ptr(), b_stride: CHANNELS, out };
+                let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: width, alpha: 1.0, init };
+                let tile = Tile { segments: 1, kc: count, a: a.as_ptr(), a_step: 0, a_stride: row, b: b.as_ptr(), b_stride: CHANNELS, out };
                 // SAFETY: there are `count` rows of patches with `rows` values, read down the columns, and as many rows of targets with
                 // CHANNELS, which is whole panels; the sums' rows are disjoint, and were written by the first chunk, which uses `Init::Zero`.
                 unsafe { kernels.tile(height, &tile) }
