@@ -21,6 +21,7 @@ use crate::cpu::isa::{WithSimd, dispatch, l1_ways};
 use crate::cpu::parallel::{SharedMut, for_each};
 use crate::cpu::simd::Simd;
 use half::bf16;
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -33,6 +34,9 @@ pub(super) const FLOP_PER_NS: usize = 64;
 
 /// A task of the small path has about this many multiply-adds of plain f32 (20 µs): cut finer, the strips that several tasks pack for themselves tell.
 const TASK_MACS: usize = 1 << 20;
+
+/// Fewer are not worth a task of their own.
+const TINY_MACS: usize = 1 << 14;
 
 /// Of so many rows, read in place, and so many words of B, tasks pack a panel of B when they need it: packed all together, B would go out of L2
 /// and back for the sake of few products.
@@ -137,11 +141,11 @@ impl Place {
     }
 
     /// Addresses of rows of C.
-    pub fn rows(self, rows: Range<usize>) -> Vec<*mut f32> {
-        match self {
-            Self::F32(out) => rows.map(|row| out.at(row, 0)).collect(),
-            Self::Bf16(out) => rows.map(|row| out.at(row, 0).cast()).collect(),
-        }
+    pub fn rows(self, rows: Range<usize>) -> impl Iterator<Item = *mut f32> {
+        rows.map(move |row| match self {
+            Self::F32(out) => out.at(row, 0),
+            Self::Bf16(out) => out.at(row, 0).cast(),
+        })
     }
 
     /// Bytes from the address of a row to that of its column `col`.
@@ -240,15 +244,18 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Target) -> Resul
     let grid = Grid::new::<P>(m, n, k, MAX_TASKS.div_ceil(batch));
     let total = batch * grid.count();
     // Tiny items go to a thread by the dozen.
-    let group = (P::SPEED * TASK_MACS * grid.count() / (m * n * k).max(1)).clamp(1, total.div_ceil(MAX_TASKS).max(1));
+    let of_macs = |macs: usize| macs * grid.count() / (m * n * k).max(1);
+    let most = total.div_ceil(MAX_TASKS).max(of_macs(TINY_MACS)).max(1);
+    let group = of_macs(P::SPEED * TASK_MACS).clamp(1, most);
     let failure = OnceLock::new();
     for_each(total.div_ceil(group), 2 * batch * m * n * k / (P::SPEED * FLOP_PER_NS), |task| {
+        let scratch = RefCell::new(Scratch::default());
         for i in task * group..total.min((task + 1) * group) {
             let (rows, cols) = grid.task(i % grid.count());
             let part = Part { item: i / grid.count(), rows, cols };
             let compute = |out| {
                 let (rows, cols) = (part.rows.clone(), part.cols.clone());
-                Block::<P> { gemm, item: gemm.item(part.item), rows, cols, ks: 0..k }.compute(out)
+                Block::<P> { gemm, item: gemm.item(part.item), rows, cols, ks: 0..k }.compute(out, &mut scratch.borrow_mut())
             };
             if let Err(error) = target.take(&part, &compute) {
                 failure.get_or_init(|| error);
@@ -269,30 +276,55 @@ struct Block<'a, P: Packing> {
 
 impl<P: Packing> Block<'_, P> {
     /// Computes it into `out`, where its item begins.
-    fn compute(self, out: Place) -> Result<(), OutOfMemory> {
-        dispatch(Compute { block: self, out })
+    fn compute(self, out: Place, scratch: &mut Scratch) -> Result<(), OutOfMemory> {
+        dispatch(Compute { block: self, out, scratch })
     }
 
     /// A part of the block by the micro-kernels for any values.
     #[cold]
     fn fall_back(&self, cols: Range<usize>, ks: Range<usize>, out: Place) -> Result<(), OutOfMemory> {
         let Self { gemm, item, .. } = *self;
-        Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks }.compute(out)
+        Block::<P::Fallback> { gemm, item, rows: self.rows.clone(), cols, ks }.compute(out, &mut Scratch::default())
+    }
+}
+
+/// Memory that a task's blocks use one after the other.
+#[derive(Default)]
+struct Scratch {
+    a: Room,
+    panel: Room,
+    a_rows: Vec<*const f32>,
+    c_rows: Vec<*mut f32>,
+}
+
+#[derive(Default)]
+struct Room(Option<Buffer>);
+
+impl Room {
+    /// Room for so many words.
+    fn of(&mut self, words: usize) -> Result<&mut [f32], OutOfMemory> {
+        let bytes = words * size_of::<f32>();
+        let buffer = match self.0.take() {
+            Some(buffer) if buffer.len() >= bytes => buffer,
+            _ => Buffer::new(bytes)?,
+        };
+        Ok(self.0.insert(buffer).as_slice_mut())
     }
 }
 
 /// Some of one C, and where its item begins.
-struct Compute<'a, P: Packing> {
+struct Compute<'a, 's, P: Packing> {
     block: Block<'a, P>,
     out: Place,
+    scratch: &'s mut Scratch,
 }
 
-impl<P: Packing> WithSimd for Compute<'_, P> {
+impl<P: Packing> WithSimd for Compute<'_, '_, P> {
     type Output = Result<(), OutOfMemory>;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
-        let Self { block, out: c } = self;
+        let Self { block, out: c, scratch: Scratch { a: a_room, panel: panel_room, a_rows, c_rows } } = self;
         let kernels = P::kernels();
         let started = kernels.start();
         let most = P::KC * P::TERMS;
@@ -302,12 +334,11 @@ impl<P: Packing> WithSimd for Compute<'_, P> {
         let a_in_place = readable_in_place::<P>(&block.item);
         let is_wide = P::WIDE && a_in_place.is_none() && a.row_stride == 1;
         let a_words = if a_in_place.is_some() { 0 } else { tiles.count * panel_rows * P::words(most.min(block.ks.len())) };
-        let mut a_packed = Buffer::new(a_words * size_of::<f32>())?;
-        let a_packed = a_packed.as_slice_mut::<f32>().as_mut_ptr();
-        let mut panel = Buffer::new(kernels.nr * P::words(most.min(block.ks.len())) * size_of::<f32>())?;
-        let panel = panel.as_slice_mut::<f32>().as_mut_ptr();
-        let c_rows = c.rows(block.rows.clone());
-        let mut a_rows = vec![std::ptr::null(); block.rows.len()];
+        let a_packed = a_room.of(a_words)?.as_mut_ptr();
+        let panel = panel_room.of(kernels.nr * P::words(most.min(block.ks.len())))?.as_mut_ptr();
+        c_rows.clear();
+        c_rows.extend(c.rows(block.rows.clone()));
+        a_rows.resize(block.rows.len(), std::ptr::null());
         let b_in_place = P::in_place(b.t(), k).filter(|b| b.row_stride == 1 && tiles.count <= 2);
         for k0 in block.ks.clone().step_by(most) {
             let terms = most.min(block.ks.end - k0);

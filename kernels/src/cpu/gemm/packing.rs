@@ -224,6 +224,8 @@ unsafe fn convert<S: Simd, P: Convert>(s: S, strip: Strip<P::Element>, width: us
     /// Lanes and entries of a square: 4 KiB.
     const LANES: usize = 16;
     const ENTRIES: usize = 64;
+    /// So few entries are written sooner than a square is cleared.
+    const FEW: usize = 256;
     let Strip { src, lanes, lane_stride, k, k_stride } = strip;
     let (entries, whole) = (k.div_ceil(P::TERMS), k / P::TERMS);
     debug_assert!(lanes <= width);
@@ -249,6 +251,15 @@ unsafe fn convert<S: Simd, P: Convert>(s: S, strip: Strip<P::Element>, width: us
             pack::transpose(s, entries_of, width, dst);
             for e in whole..entries {
                 (0..lanes).for_each(|i| dst.add(e * width + i).write(P::entry(src.add(i * lane_stride + e * P::TERMS), 1, 1)));
+            }
+            return;
+        }
+        if lanes * entries <= FEW {
+            for i in 0..lanes {
+                for e in 0..entries {
+                    let terms = P::TERMS.min(k - e * P::TERMS);
+                    dst.add(e * width + i).write(P::entry(src.add(i * lane_stride + e * P::TERMS * k_stride), k_stride, terms));
+                }
             }
             return;
         }

@@ -269,7 +269,7 @@ impl<P: Packing> Packed<'_, P> {
         let a = readable_in_place::<P>(&gemm.item(*item)).filter(|_| *a_in_place);
         let first = self.tiles.start(tiles.start);
         let rows_of = |tile: usize| self.tiles.start(tile) - first..self.tiles.start(tile + 1) - first;
-        let c_rows = out.rows(rows.start + first..rows.start + self.tiles.start(tiles.end));
+        let c_rows: Vec<_> = out.rows(rows.start + first..rows.start + self.tiles.start(tiles.end)).collect();
         let mut a_rows = vec![std::ptr::null(); c_rows.len()];
         for k in (0..ks.len()).step_by(Self::TERMS) {
             for tile in tiles.clone() {

@@ -175,10 +175,11 @@ fn large_shapes_take_the_shared_path() {
     Case { bias: false, accumulate: true, batch: 2, ..case }.check::<f32>(1.0, F32);
 }
 
-/// B is packed once, and A read where it lies, by tiles of f32 or of pairs: unless its rows begin between pairs, or end in half a one.
+/// A is read where it lies, by tiles of f32 or of pairs: unless its rows begin between pairs, or end in half a one. B is packed once, or, of the last
+/// shape, panel by panel; rows a page apart may have to be packed.
 #[test]
 fn narrow_products_read_a_in_place() {
-    for (m, n, k) in [(60, 70, 400), (100, 33, 1601), (49, 128, 300), (130, 100, 802)] {
+    for (m, n, k) in [(60, 70, 400), (100, 33, 1601), (49, 128, 300), (130, 100, 802), (50, 70, 2048), (17, 1100, 2000)] {
         for (a, b) in [(Layout::RowMajor, Layout::Transposed), (Layout::Padded, Layout::RowMajor), (Layout::Transposed, Layout::Spread)] {
             let case = Case::plain(m, n, k, a, b);
             for case in [Case { gap: 3, ..case }, Case { bias: true, alpha: 0.5, ..case }, Case { accumulate: true, ..case }] {
@@ -272,7 +273,7 @@ fn infinities_and_nan_reach_their_elements_only() {
 #[test]
 fn the_same_bits_for_any_number_of_threads() {
     let pools: Vec<_> = [1, 2, 7].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap()).into();
-    let shapes = [(300, 400, 500), (1, 3000, 700), (3000, 1, 700), (16, 700, 768), (100, 200, 300), (2000, 40, 70)];
+    let shapes = [(300, 400, 500), (1, 3000, 700), (3000, 1, 700), (16, 700, 768), (100, 200, 300), (2000, 40, 70), (20, 1100, 1000)];
     for (m, n, k) in shapes {
         for b in [Layout::RowMajor, Layout::Transposed] {
             let case = Case { batch: 2, ..Case::plain(m, n, k, Layout::RowMajor, b) };
