@@ -9,7 +9,7 @@ use super::super::gemm::micro::{Init, MicroKernels, Output, Tile, Values};
 use super::super::isa::dispatch;
 use super::super::parallel::{self, SharedMut};
 use super::class::{Class, Line, classes, exact_classes_if_large, phases};
-use super::pack::{Cut, Panel, Panels, Singles, Weights};
+use super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::patch::Patches;
 use super::{Gather, part_start};
 use half::bf16;
@@ -113,7 +113,7 @@ pub(super) fn gather<W: Word, T: Target>(
 
 /// [`gather`] of f32.
 pub(super) fn gather_singles(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
-    gather(g, x, &Singles { g, w }, bias, y)
+    gather(g, x, &InMemory { g, w }, bias, y)
 }
 
 /// All taps, those of a phase of the last axis side by side in the order of their sources.

@@ -76,49 +76,58 @@ pub(super) trait Weights: Sync {
     }
 }
 
-/// Weights that are f32.
-pub(super) struct Singles<'a> {
+/// Weights as memory holds them. Source words are the channels of f32, or two neighbouring channels of bf16, of which there is an even number;
+/// `g` counts channels.
+pub(super) struct InMemory<'a, T> {
     pub g: &'a Gather,
-    pub w: &'a [f32],
+    pub w: &'a [T],
 }
 
-impl Weights for Singles<'_> {
+impl<T> InMemory<'_, T> {
+    /// A panel of a group from target channel `first` on, to be packed.
+    fn panel<'a>(
+        &'a self,
+        order: &'a [usize],
+        group: usize,
+        first: usize,
+        cols: usize,
+        width: usize,
+        panel: &'a mut [f32],
+    ) -> ByTap<'a, T> {
+        let g = self.g;
+        ByTap { g, w: &self.w[g.group_start(group) + first * g.out_stride..], order, cols, width, panel }
+    }
+}
+
+impl Weights for InMemory<'_, f32> {
     fn kernels(&self) -> &'static MicroKernels {
         MicroKernels::get()
     }
     fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]) {
-        let Self { g, w } = *self;
-        dispatch(ByTap { g, w: &w[g.group_start(group) + first * g.out_stride..], order, cols, width, panel });
+        dispatch(self.panel(order, group, first, cols, width, panel));
     }
 }
 
-/// Weights that are bf16, whose words are those of two neighbouring source channels; `g` counts channels, an even number.
-pub(super) struct Pairs<'a> {
-    pub g: &'a Gather,
-    pub w: &'a [bf16],
-}
-
-impl Weights for Pairs<'_> {
+impl Weights for InMemory<'_, bf16> {
     fn kernels(&self) -> &'static MicroKernels {
         MicroKernels::bf16_pairs()
     }
     fn pack(&self, order: &[usize], group: usize, first: usize, cols: usize, width: usize, panel: &mut [f32]) {
-        let Self { g, w } = *self;
-        dispatch(OfPairs { g, w: &w[g.group_start(group) + first * g.out_stride..], order, cols, width, panel });
+        dispatch(self.panel(order, group, first, cols, width, panel));
     }
 }
 
-/// Packs a panel of [`Singles`]; `w` begins at its first column.
-struct ByTap<'a> {
+/// Packs a panel of [`InMemory`]; `w` begins at its first column.
+struct ByTap<'a, T> {
     g: &'a Gather,
-    w: &'a [f32],
+    w: &'a [T],
     order: &'a [usize],
     cols: usize,
     width: usize,
     panel: &'a mut [f32],
 }
 
-impl WithSimd for ByTap<'_> {
+impl WithSimd for ByTap<'_, f32> {
     type Output = ();
 
     #[inline(always)]
@@ -136,7 +145,7 @@ impl WithSimd for ByTap<'_> {
     }
 }
 
-impl ByTap<'_> {
+impl ByTap<'_, f32> {
     /// All weights of a target channel follow one another: some source channels' of all columns are transposed at once.
     #[inline(always)]
     fn by_target<S: Simd>(self, s: S) {
@@ -181,17 +190,7 @@ impl ByTap<'_> {
     }
 }
 
-/// Packs a panel of [`Pairs`]; `w` begins at its first column.
-struct OfPairs<'a> {
-    g: &'a Gather,
-    w: &'a [bf16],
-    order: &'a [usize],
-    cols: usize,
-    width: usize,
-    panel: &'a mut [f32],
-}
-
-impl WithSimd for OfPairs<'_> {
+impl WithSimd for ByTap<'_, bf16> {
     type Output = ();
 
     #[inline(always)]
@@ -203,7 +202,7 @@ impl WithSimd for OfPairs<'_> {
     }
 }
 
-impl OfPairs<'_> {
+impl ByTap<'_, bf16> {
     /// All weights of a target channel follow one another: those of some source channels are transposed as the words they lie in, of which then
     /// the halves that belong together are joined.
     #[inline(always)]

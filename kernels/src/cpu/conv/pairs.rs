@@ -9,7 +9,7 @@ use super::super::gemm::micro::MicroKernels;
 use super::super::isa::{WithSimd, dispatch};
 use super::super::parallel::{self, SharedMut};
 use super::super::simd::Simd;
-use super::pack::Pairs;
+use super::pack::InMemory;
 use super::{Gather, direct, weight};
 use half::bf16;
 
@@ -27,7 +27,7 @@ pub(super) fn pay(g: &Gather) -> bool {
 /// See [`super::forward`]; the number of source channels of a group is even.
 pub(super) fn gather<T: direct::Target>(g: &Gather, x: &[bf16], w: &[bf16], bias: Option<&[f32]>, y: &mut [T]) -> Result<(), OutOfMemory> {
     let words = Gather { cin: g.cin / 2, ..g.clone() };
-    direct::gather(&words, x.as_chunks::<2>().0, &Pairs { g, w }, bias, y)
+    direct::gather(&words, x.as_chunks::<2>().0, &InMemory { g, w }, bias, y)
 }
 
 /// Whether [`weight_grad`] is faster than the gradient of widened values.

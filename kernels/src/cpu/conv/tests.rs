@@ -221,6 +221,34 @@ fn any_number_of_threads_gives_the_same_bits() {
     }
 }
 
+/// The second shape has few pixels and many panels: each task packs its own.
+#[test]
+fn pairs_give_the_same_bits_on_any_number_of_threads() {
+    for s in [shape2d(9, [32, 40], [14, 14], [4, 4], [2, 1, 1], 1), shape2d(2, [64, 520], [8, 8], [3, 3], [1, 1, 1], 1)] {
+        let [x, gy, w] = [values(s.input_len(), 1), values(s.output_len(), 2), values(s.weight_len(), 3)]
+            .map(|v| v.into_iter().map(bf16::from_f64).collect::<Vec<_>>());
+        let run = |threads| {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+                let (mut y, mut gx, mut gw) = (vec![0f32; gy.len()], vec![0f32; x.len()], vec![0f32; w.len()]);
+                pairs::gather(&s.forward_gather(), &x, &w, None, &mut y).unwrap();
+                pairs::gather(&s.transposed_gather(), &gy, &w, None, &mut gx).unwrap();
+                pairs::weight_grad(&s.forward_gather(), &s.transposed_gather(), &x, &gy, &mut gw).unwrap();
+                [y, gx, gw].map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+            })
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(7));
+    }
+    // Against the definition, by the way of few blocks.
+    let s = shape2d(2, [6, 520], [5, 4], [3, 3], [1, 1, 1], 1);
+    let [x, w] = [values(s.input_len(), 1), values(s.weight_len(), 3)].map(|v| v.into_iter().map(bf16::from_f64).collect::<Vec<_>>());
+    let mut y = vec![0.0; s.output_len()];
+    each_product(&s, |ix, iy, iw| y[iy] += x[ix].to_f64() * w[iw].to_f64());
+    let mut got = vec![9f32; y.len()];
+    pairs::gather(&s.forward_gather(), &x, &w, None, &mut got).unwrap();
+    close("few blocks of pixels", &s, &got, &y);
+}
+
 #[test]
 fn nan_and_infinity_reach_what_they_should_and_nothing_else() {
     let s = shape2d(1, [8, 8], [6, 6], [3, 3], [1, 1, 1], 1);

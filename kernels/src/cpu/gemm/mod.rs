@@ -5,7 +5,8 @@
 //! (f64 and integers); `epilogue` is what follows a sum. On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
 //!
 //! The path, the blocks and the order of every sum depend on shapes, strides, dtype and the
-//! [precision](MatmulPrecision) only, and with tiles on whether values are extreme, never on the number of threads.
+//! [precision](MatmulPrecision) only, and with tiles on whether values are extreme, never on the number of threads. Whether a factor is packed depends on the machine's first
+//! cache, too, and changes no bits.
 
 mod blocked;
 pub(in crate::cpu) mod dot;

@@ -1,7 +1,7 @@
 //! Large products with f32 sums: super-blocks of both factors are packed once by all threads, then multiplied by all threads.
 //!
 //! Packed A is `[block of K][row tile][panel]`, packed B `[block of K][panel]`, each panel as its [`Packing`] makes it, and all panels of a
-//! factor equally far apart.
+//! factor equally far apart. Where rows of A are neighbours in memory, a panel may hold those of several tiles; where A can be read in place, it is not packed.
 
 use super::Gemm;
 use super::blocked::{FLOP_PER_NS, KC, Part, Place, Target, init_of, readable_in_place};

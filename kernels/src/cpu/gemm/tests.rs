@@ -287,6 +287,32 @@ fn the_same_bits_for_any_number_of_threads() {
     assert!(bits(&pools[0]) == bits(&pools[1]) && bits(&pools[0]) == bits(&pools[2]));
 }
 
+/// The same numbers in other orders of memory: read in place, by wide panels, or packed one by one.
+fn check_memory_orders<T: GemmElement>(m: usize, n: usize, k: usize) {
+    let (x, w): (Vec<T>, Vec<T>) = (values(m * k, 1, 1.0), values(k * n, 2, 1.0));
+    let product = |layout: Layout| {
+        let (row, col) = layout.strides(m, k);
+        let mut a = vec![T::default(); 2 * m * (k + 3)];
+        (0..m * k).for_each(|i| a[i / k * row + i % k * col] = x[i]);
+        let mut c = vec![T::default(); m * n];
+        Gemm::new(MatView::new(&a, m, k, row, col).unwrap(), MatView::row_major(&w, k, n).unwrap()).run(&mut c, n).unwrap();
+        c
+    };
+    let expected = product(Layout::Spread);
+    for layout in [Layout::RowMajor, Layout::Padded, Layout::Transposed] {
+        assert!(product(layout) == expected, "{m}x{n}x{k} {layout:?}");
+    }
+}
+
+#[test]
+fn the_same_bits_however_a_lies_in_memory() {
+    for (m, n, k) in [(60, 70, 400), (50, 70, 2048), (17, 1100, 2000), (200, 300, 1600), (300, 210, 900)] {
+        check_memory_orders::<f32>(m, n, k);
+        check_memory_orders::<bf16>(m, n, k);
+        check_memory_orders::<f16>(m, n, k);
+    }
+}
+
 /// Pairs of bf16 go through packing and blocking on every machine, emulated where it lacks the instruction.
 #[test]
 fn pairs_of_bf16_match_f64() {

@@ -1,7 +1,7 @@
 //! Forward pass and input gradient: a task transforms the patches of some tiles, multiplies them place by place with a panel of target
 //! channels, and transforms the sums back while they are in cache.
 
-use super::super::pack::{Cut, Panels, Singles};
+use super::super::pack::{Cut, InMemory, Panels};
 use super::super::{Gather, part_start};
 use super::transform::{Check, load_places, of_sources, of_taps, store_places, to_targets};
 use super::{Grid, PATCH, PLACES, SIDE};
@@ -77,7 +77,7 @@ pub(super) fn place_len(rows: usize, row: usize) -> usize {
 fn transformed(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Panels>, OutOfMemory> {
     let kernels = MicroKernels::get();
     let order: Vec<usize> = (0..9).map(|tap| grid.tap(tap / 3, tap % 3)).collect();
-    let taps = Panels::by_tap(&Singles { g, w }, 1, Cut::new(kernels, 9 * g.cin, g.cout), &order)?;
+    let taps = Panels::by_tap(&InMemory { g, w }, 1, Cut::new(kernels, 9 * g.cin, g.cout), &order)?;
     let mut panels = Panels::new(1, Cut::new(kernels, PLACES * g.cin, g.cout))?;
     let fits = AtomicBool::new(true);
     panels.fill(1, |_, first, _, width, panel| {

@@ -1,0 +1,239 @@
+//! Every row over odd layouts, against plain loops.
+
+use super::*;
+use crate::pointwise::{backward, binary, relation, unary};
+
+fn contiguous(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for d in (1..shape.len()).rev() {
+        strides[d - 1] = strides[d] * shape[d];
+    }
+    strides
+}
+
+fn at(strides: &[usize], index: &[usize]) -> usize {
+    strides.iter().zip(index).map(|(s, i)| s * i).sum()
+}
+
+fn indices(shape: &[usize]) -> Vec<Vec<usize>> {
+    let of = contiguous(shape);
+    (0..shape.iter().product()).map(|i| (0..shape.len()).map(|d| i / of[d].max(1) % shape[d]).collect()).collect()
+}
+
+/// a − b over layouts of a, b and the output.
+fn check<T: Stored>(shape: &[usize], a: &[usize], b: &[usize], out: &[usize]) {
+    let extent = |s: &[usize]| shape.iter().zip(s).map(|(d, s)| d.saturating_sub(1) * s).sum::<usize>() + 3;
+    let x: Vec<T> = (0..extent(a)).map(|i| T::from_f64((i % 37) as f64)).collect();
+    let y: Vec<T> = (0..extent(b)).map(|i| T::from_f64((i % 29) as f64 * 0.5)).collect();
+    let (x, y) = (StridedView::new(&x, 2, shape, a).unwrap(), StridedView::new(&y, 1, shape, b).unwrap());
+    let mut result = vec![T::default(); shape.iter().product()];
+    let output = Output { data: &mut result, shape, strides: out };
+    apply(binary::Sub::ROW, [0.0; 2], [Operand::View(x), Operand::View(y)], output);
+    for i in indices(shape) {
+        let want = x.data()[2 + at(a, &i)].to_f64() - y.data()[1 + at(b, &i)].to_f64();
+        assert_eq!(result[at(out, &i)], T::from_f64(want), "{shape:?} {a:?} {b:?} {out:?} at {i:?}");
+    }
+}
+
+#[test]
+fn operands_of_any_layout_meet() {
+    let shapes: [&[usize]; 7] = [&[2, 3, 4, 5], &[7, 33, 9], &[1], &[], &[5000], &[3, 0, 2], &[67, 130]];
+    for shape in shapes {
+        let rows = contiguous(shape);
+        let mut columns = rows.clone();
+        if shape.len() > 1 {
+            let reversed: Vec<usize> = shape.iter().rev().copied().collect();
+            columns = contiguous(&reversed).into_iter().rev().collect();
+        }
+        let zero = vec![0; shape.len()];
+        let mut last = zero.clone();
+        let mut middle = zero.clone();
+        if let Some(l) = last.last_mut() {
+            *l = 1;
+        }
+        if shape.len() > 2 {
+            middle[1] = 1;
+        }
+        let gaps: Vec<usize> = rows.iter().map(|s| s * 3).collect();
+        for out in [&rows, &columns] {
+            for a in [&rows, &columns, &gaps] {
+                for b in [&rows, &columns, &zero, &last, &middle, &gaps] {
+                    check::<f32>(shape, a, b, out);
+                    check::<f64>(shape, a, b, out);
+                    check::<bf16>(shape, b, a, out);
+                    check::<i32>(shape, a, b, out);
+                }
+            }
+        }
+    }
+}
+
+/// condition ? a : b over layouts of the condition; a and b lie like the output.
+fn check_select<T: Stored>(shape: &[usize], condition: &[usize], out: &[usize]) {
+    let extent = shape.iter().zip(condition).map(|(d, s)| d.saturating_sub(1) * s).sum::<usize>() + 1;
+    let conditions: Vec<Bool> = (0..extent).map(|i| Bool((i % 3 == 0) as u8)).collect();
+    let numel = shape.iter().product::<usize>();
+    let [a, b] = [0, 100].map(|start| (0..numel).map(|i| T::from_f64((start + i % 37) as f64)).collect::<Vec<T>>());
+    let view = |x| Operand::View(StridedView::new(x, 0, shape, out).unwrap());
+    let mut result = vec![T::default(); numel];
+    let choice = StridedView::new(&conditions, 0, shape, condition).unwrap();
+    select(choice, view(&a), view(&b), Output { data: &mut result, shape, strides: out });
+    for i in indices(shape) {
+        let at_out = at(out, &i);
+        let want = if conditions[at(condition, &i)].get() { a[at_out] } else { b[at_out] };
+        assert_eq!(result[at_out], want, "{shape:?} {condition:?} {out:?} at {i:?}");
+    }
+}
+
+#[test]
+fn conditions_of_any_layout_select() {
+    for shape in [[67, 130], [1, 5000], [5000, 1], [300, 700], [2, 3]] {
+        let rows = [shape[1], 1];
+        let columns = [1, shape[0]];
+        for condition in [rows, columns, [0, 0], [0, 1], [1, 0], [2 * shape[1], 2]] {
+            for out in [rows, columns] {
+                check_select::<f32>(&shape, &condition, &out);
+                check_select::<bf16>(&shape, &condition, &out);
+                check_select::<i64>(&shape, &condition, &out);
+            }
+        }
+    }
+}
+
+/// A row's kernel for bf16 against the one for f32 and one rounding; lengths end within vectors, beyond tiles, and nowhere.
+fn check_half_row<const N: usize>(row: &Row<N>) {
+    let extremes = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, -0.0, 1e-40, 3e38, -1.0];
+    let params = [0.75, 1.25];
+    for n in [0, 1, 7, 16, 31, 32, 47, 64, 1100, 40_000] {
+        let value = |i: usize, k: usize| match i % 61 {
+            r if r < extremes.len() => extremes[(r + 3 * k) % extremes.len()],
+            _ => (i * (7 + 6 * k) % 1000) as f32 / 200.0 - 2.0,
+        };
+        let inputs: [Vec<bf16>; N] = std::array::from_fn(|k| (0..n).map(|i| bf16::from_f32(value(i, k))).collect());
+        let wide = inputs.each_ref().map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
+        let (mut want, mut got) = (vec![0f32; n], vec![bf16::ZERO; n]);
+        apply(row, params, wide.each_ref().map(|x| Operand::Dense(x)), Output { data: &mut want, shape: &[n], strides: &[1] });
+        apply(row, params, inputs.each_ref().map(|x| Operand::Dense(x)), Output { data: &mut got, shape: &[n], strides: &[1] });
+        for (want, got) in want.iter().map(|&x| bf16::from_f32(x)).zip(got) {
+            assert!(want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan(), "{} of {n}: {want:?} {got:?}", row.name);
+        }
+    }
+}
+
+#[test]
+fn rows_of_bf16_are_those_of_f32_rounded_once() {
+    unary::UNARY.iter().for_each(|row| check_half_row(row));
+    binary::BINARY.iter().for_each(|row| check_half_row(row));
+    binary::TERNARY.iter().for_each(|row| check_half_row(row));
+    backward::BACKWARD.iter().for_each(|row| check_half_row(row));
+}
+
+#[test]
+fn numbers_beside_bf16_are_not_rounded() {
+    let n = 5000;
+    let x: Vec<bf16> = (0..n).map(|i| bf16::from_f32(i as f32)).collect();
+    let mut sums = x.clone();
+    let out = Output { data: &mut sums, shape: &[n], strides: &[1] };
+    apply(binary::Add::ROW, [0.0; 2], [Operand::Output, Operand::Scalar(0.3)], out);
+    assert!(x.iter().zip(sums).all(|(x, y)| y == bf16::from_f32(x.to_f32() + 0.3)));
+}
+
+#[test]
+fn runs_that_end_tiles_meet_numbers() {
+    // Tasks begin within a row, so that their first tile is a short one.
+    let (rows, cols) = (300, 1001);
+    let (shape, strides) = ([rows, cols], [cols, 1]);
+    let column: Vec<f32> = (0..rows).map(|i| i as f32).collect();
+    let dense: Vec<f32> = (0..rows * cols).map(|i| (i % 7) as f32).collect();
+    let column = Operand::View(StridedView::new(&column, 0, &shape, &[1, 0]).unwrap());
+    let mut result = vec![0f32; rows * cols];
+    let out = Output { data: &mut result, shape: &shape, strides: &strides };
+    apply(binary::Lerp::ROW, [0.0; 2], [column, Operand::Scalar(8.0), Operand::Dense(&dense)], out);
+    for (i, &x) in result.iter().enumerate() {
+        let (start, weight) = ((i / cols) as f32, (i % 7) as f32);
+        assert!((x - (start + weight * (8.0 - start))).abs() <= 1e-3, "{i}: {x}");
+    }
+}
+
+#[test]
+fn scalars_and_in_place() {
+    for n in [0, 1, 5, 1024, 3001, 300_000] {
+        let mut data: Vec<f32> = (0..n).map(|i| i as f32).collect();
+        let (shape, strides) = ([n], [1]);
+        let out = Output { data: &mut data, shape: &shape, strides: &strides };
+        apply(binary::Sub::ROW, [0.0; 2], [Operand::Scalar(1.5), Operand::Output], out);
+        let out = Output { data: &mut data, shape: &shape, strides: &strides };
+        apply(unary::Neg::ROW, [0.0; 2], [Operand::Output], out);
+        assert!(data.iter().enumerate().all(|(i, &x)| x == i as f32 - 1.5));
+    }
+}
+
+#[test]
+fn relations_casts_and_selections() {
+    let n = 2500;
+    let x: Vec<bf16> = (0..n).map(|i| bf16::from_f64((i % 200) as f64 - 100.0)).collect();
+    let (shape, strides) = ([n], [1]);
+    let view = StridedView::new(&x, 0, &shape, &strides).unwrap();
+    let mut negative = vec![Bool(7); n];
+    let out = Output { data: &mut negative, shape: &shape, strides: &strides };
+    relate(relation::Lt::ROW, [Operand::View(view), Operand::Scalar(0.0)], out);
+    let mut integers = vec![0i64; n];
+    cast(view, Output { data: &mut integers, shape: &shape, strides: &strides });
+    let mut clipped = vec![bf16::ONE; n];
+    let condition = StridedView::new(&negative, 0, &shape, &strides).unwrap();
+    let out = Output { data: &mut clipped, shape: &shape, strides: &strides };
+    select(condition, Operand::Scalar(0.0), Operand::View(view), out);
+    for i in 0..n {
+        let x = (i % 200) as i64 - 100;
+        assert_eq!((negative[i].0, integers[i], clipped[i].to_f64()), ((x < 0) as u8, x, x.max(0) as f64));
+    }
+    let mut truth = vec![Bool(9); n];
+    cast(StridedView::new(&integers, 0, &shape, &strides).unwrap(), Output { data: &mut truth, shape: &shape, strides: &strides });
+    assert!(truth.iter().zip(&integers).all(|(t, &i)| t.0 == (i != 0) as u8));
+}
+
+#[test]
+fn integers_do_not_panic() {
+    let (a, b) = ([i32::MIN, 7, -7, 7, i32::MIN, 2], [-1, -2, 2, 0, 0, -3]);
+    let (shape, strides) = ([6], [1]);
+    let run = |row| {
+        let mut data = a;
+        let b = StridedView::new(&b, 0, &shape, &strides).unwrap();
+        let out = Output { data: &mut data, shape: &shape, strides: &strides };
+        apply(row, [0.0; 2], [Operand::Output, Operand::View(b)], out);
+        data
+    };
+    assert_eq!(run(binary::Div::ROW), [i32::MIN, -3, -3, 0, 0, 0]);
+    assert_eq!(run(binary::Rem::ROW), [0, -1, 1, 0, 0, -1]);
+    assert_eq!(run(binary::Pow::ROW), [0, 0, 49, 1, 1, 0]);
+    for row in binary::BINARY.iter().filter(|row| row.tile::<i32>().is_some()) {
+        run(row);
+    }
+}
+
+/// Every f32 row against its own f64 expression at moderate inputs.
+#[test]
+fn both_expressions_of_a_row_agree() {
+    fn check<const N: usize>(row: &Row<N>) {
+        let n = 1000;
+        let params = [0.75, 1.25];
+        let inputs: [Vec<f64>; N] =
+            std::array::from_fn(|k| (0..n).map(|i| ((i * (7 + 6 * k) % n) as f32 / n as f32 * 5.0 - 2.0 + 1e-3) as f64).collect());
+        let (shape, strides) = ([n], [1]);
+        let mut precise = vec![0f64; n];
+        let views = inputs.each_ref().map(|x| Operand::View(StridedView::new(x, 0, &shape, &strides).unwrap()));
+        apply(row, params, views, Output { data: &mut precise, shape: &shape, strides: &strides });
+        let single = inputs.each_ref().map(|x| x.iter().map(|&x| x as f32).collect::<Vec<_>>());
+        let views = single.each_ref().map(|x| Operand::View(StridedView::new(x, 0, &shape, &strides).unwrap()));
+        let mut result = vec![0f32; n];
+        apply(row, params, views, Output { data: &mut result, shape: &shape, strides: &strides });
+        for i in 0..n {
+            let (a, b) = (result[i] as f64, precise[i]);
+            assert!((a - b).abs() <= 3e-6 * b.abs().max(1.0) || a.is_nan() && b.is_nan(), "{}: {a} {b}", row.name);
+        }
+    }
+    unary::UNARY.iter().for_each(|row| check(row));
+    binary::BINARY.iter().filter(|row| row.name != "remainder").for_each(|row| check(row));
+    binary::TERNARY.iter().for_each(|row| check(row));
+    backward::BACKWARD.iter().for_each(|row| check(row));
+}
