@@ -12,7 +12,7 @@
 //! - `depthwise`: one channel a group: plain loops over channels.
 //! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16, or may be rounded to it.
 //! - `tiles`: on matrix tiles, where a machine has them.
-//! - `winograd`: 3×3 taps of stride 1, with fewer multiplications.
+//! - `winograd`: 3×3 taps of stride 1 and 4×4 of stride 2, with fewer multiplications.
 //! - `plain`: the same in simple loops for f64.
 //!
 //! Halves are widened by the caller, unless a way takes them as they are (`half`).
@@ -280,7 +280,7 @@ impl sealed::Algorithms for f32 {
         if done {
             return Ok(());
         }
-        if winograd::pays(forward) && winograd::weight_grad(forward, x, gy, gw)? {
+        if winograd::weight_grad(forward, transposed, x, gy, gw)? {
             return Ok(());
         }
         if forward.is_depthwise() {

@@ -4,7 +4,7 @@ use super::super::alloc::{Buffer, OutOfMemory};
 use super::super::gemm::micro::{MAX_NR, MicroKernels};
 use super::super::gemm::pack::{Strip, pack};
 use super::super::isa::{WithSimd, dispatch};
-use super::super::parallel;
+use super::super::parallel::{self, SharedMut};
 use super::super::simd::{F32s, I32s, Simd};
 use super::Gather;
 use half::bf16;
@@ -320,6 +320,20 @@ impl Panels {
         let Cut { depth, nr, .. } = self.cut;
         let start = group * self.cut.len() + i * depth * nr;
         self.cut.panel(i, &self.buffer.as_slice()[start..][..depth * self.cut.width(i)])
+    }
+
+    /// Calls `pack(part, first column, columns, width, panel)` for each of so many parts of each panel of the first group; together they write
+    /// all of it.
+    pub fn fill_parts(&mut self, parts: usize, pack: impl Fn(usize, usize, usize, usize, SharedMut<f32>) + Sync) {
+        let cut = self.cut;
+        let data = SharedMut::new(&mut self.buffer.as_slice_mut::<f32>()[..cut.len()]);
+        // About a nanosecond an element.
+        parallel::for_each(parts * cut.count(), cut.len(), |i| {
+            let (panel, part) = (i / parts, i % parts);
+            let first = panel * cut.nr;
+            // SAFETY: the panel lies in the buffer.
+            pack(part, first, (cut.cols - first).min(cut.nr), cut.width(panel), unsafe { data.add(cut.depth * first) });
+        });
     }
 
     /// Calls `pack(group, first column, columns, width, panel)` for each panel.

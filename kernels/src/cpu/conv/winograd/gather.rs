@@ -1,15 +1,16 @@
 //! Forward pass and input gradient: a task transforms the patches of some tiles, multiplies them place by place with a panel of target
 //! channels, and transforms the sums back while they are in cache.
 
-use super::super::pack::{Cut, InMemory, Panels};
+use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
-use super::transform::{Check, load_places, of_sources, of_taps, store_places, to_targets};
-use super::{Grid, PATCH, PLACES, SIDE};
+use super::grid::{Block, Grid, MAX_SIDE, Phase};
+use super::transform::{Check, Form, PATCH, PLACES, load_places, of_sources, of_taps, store_places, store_some_places, to_targets};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::{F32s, MAX_LANES, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,31 +22,36 @@ const PATCH_BYTES: usize = 512 << 10;
 const MOST_TILES: usize = 8 * MAX_MR;
 const FEWEST_TILES: usize = 2 * MAX_MR;
 
+/// Source channels whose weights are transformed at once: with four phases of four taps they fit L1.
+const WEIGHT_CHANNELS: usize = 16;
+
 /// Tasks that a call is cut into if it has the tiles or the channels for it.
 const MIN_TASKS: usize = 16;
 
-/// See [`super::super::forward`]; `windows` computes the images that cannot be transformed: it gets a gather of some images, their sources and
-/// their targets.
-pub(in super::super) fn gather(
+/// See [`super::gather`].
+pub(super) fn gather<F: Form>(
     g: &Gather,
+    grid: &Grid,
     x: &[f32],
     w: &[f32],
     bias: Option<&[f32]>,
     y: &mut [f32],
     windows: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
 ) -> Result<(), OutOfMemory> {
-    let Some(grid) = Grid::of(g) else { return windows(g, x, y) };
-    let Some(panels) = transformed(g, &grid, w)? else { return windows(g, x, y) };
-    let block = (PATCH_BYTES / (PLACES * size_of::<f32>() * row_len(g.cin))).clamp(FEWEST_TILES, MOST_TILES) / MAX_MR * MAX_MR;
+    let Some(panels) = transformed::<F>(g, grid, w)? else { return windows(g, x, y) };
+    let sources = grid.source_phases().count() * g.cin;
+    let place = size_of::<f32>() * row_len(sources);
+    let block = (PATCH_BYTES / place * grid.plane_tiles() / grid.plane_places()).clamp(FEWEST_TILES, MOST_TILES) / MAX_MR * MAX_MR;
     let blocks = grid.len().div_ceil(block);
-    let splits = MIN_TASKS.div_ceil(blocks).min(panels.count());
+    let count = grid.target_phases().count() * panels.count();
+    let splits = MIN_TASKS.div_ceil(blocks).min(count);
     let failed: Vec<AtomicBool> = (0..g.n).map(|_| AtomicBool::new(false)).collect();
-    let run = Run { g, grid: &grid, x, bias, y: SharedMut::new(y), panels: &panels, failed: &failed };
+    let run = Run { g, grid, x, bias, y: SharedMut::new(y), sources, panels: &panels, failed: &failed, form: PhantomData::<F> };
     let out_of_memory = OnceLock::new();
-    parallel::for_each(blocks * splits, grid.len() * PLACES * g.cin * g.cout / 50, |i| {
+    parallel::for_each(blocks * splits, grid.products() * g.cin * g.cout / 50, |i| {
         let (i, split) = (i / splits, i % splits);
         let tiles = part_start(grid.len(), blocks, i)..part_start(grid.len(), blocks, i + 1);
-        let panels = part_start(panels.count(), splits, split)..part_start(panels.count(), splits, split + 1);
+        let panels = part_start(count, splits, split)..part_start(count, splits, split + 1);
         if let Err(error) = run.task(tiles, panels) {
             _ = out_of_memory.set(error);
         }
@@ -73,144 +79,163 @@ pub(super) fn place_len(rows: usize, row: usize) -> usize {
     rows * row + MAX_LANES
 }
 
-/// The weights of each place as panels, a place after the other; `None` if they cannot be transformed.
-fn transformed(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Panels>, OutOfMemory> {
+/// The weights as panels with rows `(phase of targets, place, phase of sources, channel)`; `None` if they cannot be transformed.
+fn transformed<F: Form>(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Panels>, OutOfMemory> {
     let kernels = MicroKernels::get();
-    let order: Vec<usize> = (0..9).map(|tap| grid.tap(tap / 3, tap % 3)).collect();
-    let taps = Panels::by_tap(&InMemory { g, w }, 1, Cut::new(kernels, 9 * g.cin, g.cout), &order)?;
-    let mut panels = Panels::new(1, Cut::new(kernels, PLACES * g.cin, g.cout))?;
+    let (order, sources, targets) = (grid.order(), grid.source_phases().count(), grid.target_phases().count());
+    let mut panels = Panels::new(1, Cut::new(kernels, targets * PLACES * sources * g.cin, g.cout))?;
     let fits = AtomicBool::new(true);
-    panels.fill(1, |_, first, _, width, panel| {
-        if !dispatch(Taps { from: taps.panel(0, first / kernels.nr).data, channels: g.cin, width, to: panel }) {
-            fits.store(false, Ordering::Relaxed);
+    panels.fill_parts(g.cin.div_ceil(WEIGHT_CHANNELS), |i, first, cols, width, panel| {
+        let start = i * WEIGHT_CHANNELS;
+        let part = Gather { cin: WEIGHT_CHANNELS.min(g.cin - start), ..g.clone() };
+        let (len, stride) = (part.cin * width, sources * g.cin * width);
+        let mut taps = vec![0f32; order.len() * len];
+        InMemory { g: &part, w: &w[start * g.in_stride..] }.pack(&order, 0, first, cols, width, &mut taps);
+        for (phase, from) in taps.chunks_exact(F::TAPS * F::TAPS * len).enumerate() {
+            let (target, source) = (phase / sources, phase % sources);
+            // SAFETY: the rows of these channels at every place lie in the panel, and are no other part's.
+            let to = unsafe { panel.add((target * PLACES * sources + source) * g.cin * width + start * width).get() };
+            if !dispatch(Taps { from, to, stride, form: PhantomData::<F> }) {
+                fits.store(false, Ordering::Relaxed);
+            }
         }
     });
     Ok(fits.into_inner().then_some(panels))
 }
 
-/// Transforms a panel: nine taps of `channels` rows to sixteen places. Whether all weights were small enough.
-struct Taps<'a> {
+/// Transforms the taps of a phase to sixteen places. Whether all weights were small enough.
+struct Taps<'a, F> {
     from: &'a [f32],
-    channels: usize,
-    width: usize,
-    to: &'a mut [f32],
+    /// Where the first place's rows can be written, as many values as a tap has, and those of the next `stride` values on.
+    to: *mut f32,
+    stride: usize,
+    form: PhantomData<F>,
 }
 
-impl WithSimd for Taps<'_> {
+impl<F: Form> WithSimd for Taps<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> bool {
-        let (len, half) = (self.channels * self.width, s.splat(0.5));
-        assert!(self.from.len() == 9 * len && self.to.len() == PLACES * len && len.is_multiple_of(S::LANES));
+        let (len, half) = (self.from.len() / (F::TAPS * F::TAPS), s.splat(0.5));
+        assert!(len.is_multiple_of(S::LANES));
         let mut check = Check::new(s);
         for at in (0..len).step_by(S::LANES) {
             let mut taps = [[s.zero(); 3]; 3];
-            for i in 0..3 {
-                for j in 0..3 {
-                    // SAFETY: a panel is some vectors wide, so that `at` and what follows lies within a tap's rows.
-                    taps[i][j] = unsafe { s.load(self.from.as_ptr().add((i * 3 + j) * len + at)) };
+            for i in 0..F::TAPS {
+                for j in 0..F::TAPS {
+                    // SAFETY: `len` is whole vectors, so that `at` and what follows lies within a tap's rows.
+                    taps[i][j] = unsafe { s.load(self.from.as_ptr().add((i * F::TAPS + j) * len + at)) };
                     check.see(taps[i][j]);
                 }
             }
             // SAFETY: as above, for a place's rows.
-            unsafe { store_places(of_taps(taps, half), self.to.as_mut_ptr().add(at), len) };
+            unsafe { store_places(of_taps::<F, _>(taps, half), self.to.add(at), self.stride) };
         }
         check.passed()
     }
 }
 
-struct Run<'a> {
+struct Run<'a, F> {
     g: &'a Gather,
     grid: &'a Grid,
     x: &'a [f32],
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
+    /// Channels of all phases of a source.
+    sources: usize,
     panels: &'a Panels,
     failed: &'a [AtomicBool],
+    form: PhantomData<F>,
 }
 
-impl Run<'_> {
-    /// Some tiles of some panels.
+impl<F: Form> Run<'_, F> {
+    /// Some tiles of some panels, which are counted phase by phase of targets.
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) -> Result<(), OutOfMemory> {
-        let (g, count) = (self.g, tiles.len());
-        let row = row_len(g.cin);
-        let mut patches = Buffer::new(size_of::<f32>() * PLACES * place_len(count, row))?;
+        let (g, block) = (self.g, self.grid.block(tiles));
+        let count = block.len();
+        let mut patches = Buffer::new(size_of::<f32>() * PLACES * place_len(count, row_len(self.sources)))?;
         let patches = patches.as_slice_mut::<f32>();
-        for tile in transform(self.grid, self.x, g.cin, 0..g.cin, tiles.clone(), patches) {
-            self.failed[self.grid.place(tile).0 / g.source[0]].store(true, Ordering::Relaxed);
+        for plane in transform(self.grid, self.x, g.cin, 0..g.cin, &block, patches) {
+            self.failed[plane / g.source[0]].store(true, Ordering::Relaxed);
         }
         let mut sums = Buffer::new(size_of::<f32>() * PLACES * place_len(count, MAX_NR))?;
         let sums = sums.as_slice_mut::<f32>();
-        for panel in panels {
-            self.multiply(patches, panel, count, sums);
-            let panel = self.panels.panel(0, panel);
-            let bias = self.bias.map(|bias| &bias[panel.first..][..panel.cols]);
-            let back = Back {
-                grid: self.grid,
-                channels: g.cout,
-                tiles: tiles.clone(),
-                sums,
-                first: panel.first,
-                cols: panel.cols,
-                bias,
-                y: self.y,
-            };
-            dispatch(back);
+        // Products that a tile does not need count as zero.
+        for (i, tile) in block.tiles.iter().enumerate() {
+            let Some(needed) = self.grid.needed_places(tile, true) else { continue };
+            for (place, _) in needed.iter().enumerate().filter(|(_, needed)| !**needed) {
+                sums[place * place_len(count, MAX_NR) + i * MAX_NR..][..MAX_NR].fill(0.0);
+            }
+        }
+        for phase in self.grid.target_phases() {
+            let first = phase.index * self.panels.count();
+            for i in panels.start.max(first)..panels.end.min(first + self.panels.count()) {
+                let panel = self.panels.panel(0, i - first);
+                self.multiply(patches, panel, phase, &block, sums);
+                let bias = self.bias.map(|bias| &bias[panel.first..][..panel.cols]);
+                let (first, cols, y) = (panel.first, panel.cols, self.y);
+                dispatch(Back { grid: self.grid, phase, channels: g.cout, block: &block, sums, first, cols, bias, y, form: self.form });
+            }
         }
         Ok(())
     }
 
     /// `sums[place][tile][j] = Σ_c patches[place][tile][c] · weights[place][c][j]`
-    fn multiply(&self, patches: &[f32], panel: usize, count: usize, sums: &mut [f32]) {
-        let (kernels, cin, row) = (MicroKernels::get(), self.g.cin, row_len(self.g.cin));
-        let panel = self.panels.panel(0, panel);
-        let tiles = kernels.row_tiles(count);
+    fn multiply(&self, patches: &[f32], panel: Panel, phase: Phase, block: &Block, sums: &mut [f32]) {
+        let (kernels, kc, row, count) = (MicroKernels::get(), self.sources, row_len(self.sources), block.len());
         for place in 0..PLACES {
-            let weights = [panel.data[place * cin * panel.stride..].as_ptr()];
+            let weights = [panel.data[(phase.index * PLACES + place) * kc * panel.stride..].as_ptr()];
+            let needing = self.grid.needing(block, place, phase);
+            let tiles = kernels.row_tiles(needing.len());
             for tile in 0..tiles.count {
-                let (start, height) = (tiles.start(tile), tiles.height(tile));
+                let (start, height) = (needing.start + tiles.start(tile), tiles.height(tile));
                 let (mut a, mut c) = ([std::ptr::null(); MAX_MR], [std::ptr::null_mut(); MAX_MR]);
                 for r in 0..height {
-                    a[r] = patches[place * place_len(count, row) + (start + r) * row..][..cin].as_ptr();
+                    a[r] = patches[place * place_len(count, row) + (start + r) * row..][..kc].as_ptr();
                     c[r] = sums[place * place_len(count, MAX_NR) + (start + r) * MAX_NR..][..panel.stride].as_mut_ptr();
                 }
                 let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: panel.stride, alpha: 1.0, init: Init::Zero };
                 let tile =
-                    Tile { segments: 1, kc: cin, a: a.as_ptr(), a_step: 0, a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
-                // SAFETY: each row of A has `cin` values, each row of C as many as the panel is wide, and the panel has `cin` rows for each place.
+                    Tile { segments: 1, kc, a: a.as_ptr(), a_step: 0, a_stride: 1, b: weights.as_ptr(), b_stride: panel.stride, out };
+                // SAFETY: each row of A has `kc` values, each row of C as many as the panel is wide, and the panel has `kc` rows for each place.
                 unsafe { kernels.tile(height, &tile) }
             }
         }
     }
 }
 
-/// Transforms the `channels` of the patches of some tiles to `out`, `[place][tile][row_len]` with places [`place_len`] apart; the tiles that have values too large for it.
-pub(super) fn transform(grid: &Grid, x: &[f32], all: usize, channels: Range<usize>, tiles: Range<usize>, out: &mut [f32]) -> Vec<usize> {
-    let (count, row) = (tiles.len(), row_len(channels.len()));
+/// Transforms the `channels` of the patches of a block to `out`, `[place][tile][row_len]` with rows `(phase, channel)` of sources and places
+/// [`place_len`] apart; the planes that have values too large for it.
+pub(super) fn transform(grid: &Grid, x: &[f32], all: usize, channels: Range<usize>, block: &Block, out: &mut [f32]) -> Vec<usize> {
+    let (count, width) = (block.len(), channels.len());
+    let row = row_len(grid.source_phases().count() * width);
     assert!(
         out.len() == PLACES * place_len(count, row)
             && x.len() == grid.planes * grid.source[0] * grid.source[1] * all
             && channels.end <= all
     );
-    let zeros = vec![0f32; channels.len()];
+    let zeros = vec![0f32; width];
     let mut failed = Vec::new();
-    for (i, tile) in tiles.enumerate() {
-        let (plane, [top, left]) = grid.place(tile);
-        let mut at = [zeros.as_ptr(); PLACES];
-        for (place, at) in at.iter_mut().enumerate() {
-            let source = |axis: usize, first: usize, step: usize| {
-                let source = grid.offset[axis] + (first + step) as isize;
-                usize::try_from(source).ok().filter(|&source| source < grid.source[axis])
-            };
-            if let (Some(h), Some(w)) = (source(0, top, place / PATCH), source(1, left, place % PATCH)) {
-                *at = x[((plane * grid.source[0] + h) * grid.source[1] + w) * all + channels.start..][..channels.len()].as_ptr();
+    for (i, tile) in block.tiles.iter().enumerate() {
+        for phase in grid.source_phases() {
+            let rows = grid.axes[0].pieces[tile.row].sources[phase.row];
+            let cols = grid.axes[1].pieces[tile.col].sources[phase.col];
+            let mut at = [zeros.as_ptr(); PLACES];
+            for (i, h) in rows.into_iter().enumerate() {
+                let Some(h) = h else { continue };
+                let line = x.as_ptr().wrapping_add((tile.plane * grid.source[0] + h) * grid.source[1] * all + channels.start);
+                for (j, w) in cols.into_iter().enumerate() {
+                    if let Some(w) = w {
+                        at[i * PATCH + j] = line.wrapping_add(w * all);
+                    }
+                }
             }
-        }
-        let patch =
-            Patch { at, channels: channels.len(), whole: !grid.middles_cover(), to: &mut out[i * row..], stride: place_len(count, row) };
-        if !dispatch(patch) {
-            failed.push(tile);
+            let to = &mut out[i * row + phase.index * width..];
+            let (needed, stride) = (grid.needed_places(tile, false), place_len(count, row));
+            if !dispatch(Patch { at, channels: width, whole: !grid.middles_cover(), needed, to, stride }) {
+                failed.push(tile.plane);
+            }
         }
     }
     failed
@@ -223,7 +248,9 @@ struct Patch<'a> {
     channels: usize,
     /// All values are checked, and not those in the middle only.
     whole: bool,
-    /// Of the first place; a row of whole vectors.
+    /// Places that are written, or all.
+    needed: Option<&'a [bool; PLACES]>,
+    /// From the patch on, in the first place. Whole vectors are written: what follows the channels is the next patch, or room.
     to: &'a mut [f32],
     /// From one place to the next.
     stride: usize,
@@ -253,54 +280,82 @@ impl WithSimd for Patch<'_> {
                     }
                 }
             }
-            // SAFETY: the row has room for whole vectors at every place.
-            unsafe { store_places(of_sources(d), self.to.as_mut_ptr().add(at), self.stride) };
+            // SAFETY: there is room for whole vectors at every place.
+            unsafe {
+                let (places, to) = (of_sources(d), self.to.as_mut_ptr().add(at));
+                match self.needed {
+                    None => store_places(places, to, self.stride),
+                    Some(needed) => store_some_places(places, needed, to, self.stride),
+                }
+            }
         }
         check.passed()
     }
 }
 
-/// Transforms the sums of a panel back, adds the bias, and stores the targets.
-struct Back<'a> {
+/// Transforms the sums of a panel back, adds the bias, and stores the targets of a phase.
+struct Back<'a, F> {
     grid: &'a Grid,
+    phase: Phase,
     /// Of a target.
     channels: usize,
-    tiles: Range<usize>,
+    block: &'a Block,
     sums: &'a [f32],
     /// The panel's first channel.
     first: usize,
     cols: usize,
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
+    form: PhantomData<F>,
 }
 
-impl WithSimd for Back<'_> {
+impl<F: Form> WithSimd for Back<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let (grid, stride) = (self.grid, place_len(self.tiles.len(), MAX_NR));
+        let (grid, stride) = (self.grid, place_len(self.block.len(), MAX_NR));
         assert!(self.sums.len() == PLACES * stride && self.cols <= MAX_NR && self.bias.is_none_or(|bias| bias.len() == self.cols));
-        for (i, tile) in self.tiles.enumerate() {
-            let (plane, [top, left]) = grid.place(tile);
+        for (i, tile) in self.block.tiles.iter().enumerate() {
+            let rows = grid.axes[0].pieces[tile.row].targets[self.phase.row];
+            let cols = grid.axes[1].pieces[tile.col].targets[self.phase.col];
+            let joined = [grid.axes[0].pieces[tile.row].is_joined, grid.axes[1].pieces[tile.col].is_joined];
+            let mut to = [[std::ptr::null_mut(); MAX_SIDE]; MAX_SIDE];
+            for (to, h) in to.iter_mut().zip(rows) {
+                for (to, w) in to.iter_mut().zip(cols) {
+                    if let (Some(h), Some(w)) = (h, w) {
+                        let pixel = (tile.plane * grid.target[0] + h) * grid.target[1] + w;
+                        *to = self.y.get().wrapping_add(pixel * self.channels + self.first);
+                    }
+                }
+            }
             for at in (0..self.cols).step_by(S::LANES) {
                 let count = S::LANES.min(self.cols - at);
                 // SAFETY: a row of sums has MAX_NR values, which are whole vectors.
-                let targets = to_targets(unsafe { load_places(s, self.sums.as_ptr().add(i * MAX_NR + at), stride) });
+                let mut targets = to_targets::<F, _>(unsafe { load_places(s, self.sums.as_ptr().add(i * MAX_NR + at), stride) });
+                for k in 0..F::SIDE {
+                    if joined[0] {
+                        targets[0][k] = targets[0][k] + targets[F::SIDE - 1][k];
+                    }
+                }
+                for k in 0..F::SIDE {
+                    if joined[1] {
+                        targets[k][0] = targets[k][0] + targets[k][F::SIDE - 1];
+                    }
+                }
                 let bias = match self.bias {
                     // SAFETY: `count` values follow.
                     Some(bias) => unsafe { s.load_partial(bias.as_ptr().add(at), count) },
                     None => s.zero(),
                 };
-                for di in 0..SIDE.min(grid.target[0] - top) {
-                    for dj in 0..SIDE.min(grid.target[1] - left) {
-                        let pixel = (plane * grid.target[0] + top + di) * grid.target[1] + left + dj;
-                        let target = targets[di][dj] + bias;
-                        // SAFETY: the pixel and the channels lie in the image of targets; no other task writes them.
-                        unsafe {
-                            let to = self.y.add(pixel * self.channels + self.first + at).get();
-                            if count == S::LANES { target.store(to) } else { target.store_partial(to, count) }
+                for di in 0..F::SIDE {
+                    for dj in 0..F::SIDE {
+                        if to[di][dj].is_null() {
+                            continue;
                         }
+                        let (target, to) = (targets[di][dj] + bias, to[di][dj].wrapping_add(at));
+                        // SAFETY: the pixel and the channels lie in the image of targets; no other task writes them.
+                        unsafe { if count == S::LANES { target.store(to) } else { target.store_partial(to, count) } }
                     }
                 }
             }

@@ -1,8 +1,12 @@
-//! 3×3 convolutions of stride 1 with 16 multiplications for four targets instead of 36: Winograd's F(2×2, 3×3).
+//! 3×3 convolutions of stride 1 and 4×4 ones of stride 2 with 16 multiplications for four or nine targets instead of 36: Winograd's F(2×2, 3×3)
+//! and F(3×3, 2×2).
 //!
-//! The image of targets is cut into tiles of 2×2, each of which sees a patch d of 4×4 sources. With the taps g of a pair of channels,
+//! The image of targets is cut into tiles, each of which sees a patch d of 4×4 sources ([`grid`]). With the taps g of a pair of channels,
 //! Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A, so that a convolution becomes sixteen products of matrices, one for each place in a patch. The gradient by the
 //! weights is the same read backwards: Gᵀ [Σ over tiles of (Bᵀ d B) ⊙ (A gY Aᵀ)] G. The matrices hold 0, ±1 and ±½ only.
+//!
+//! A convolution of stride 2 is four of stride 1, one for each parity of rows and columns, of the taps between which a stride lies: forward they are
+//! summed before they are transformed back, transposed each gives a quarter of the targets.
 //!
 //! Errors are of the size of those of plain sums, but relative to the largest value of a patch. A value that is not finite would reach
 //! all of its patch: such values, and those near the end of the range, send their images to the kernels for windows.
@@ -12,92 +16,65 @@
 #![allow(clippy::needless_range_loop, reason = "rows and columns of small matrices, as in the formulas")]
 
 mod gather;
+mod grid;
 #[cfg(test)]
 mod tests;
 mod transform;
 mod weight;
 
+use super::super::alloc::OutOfMemory;
 use super::Gather;
-pub(super) use gather::gather;
-pub(super) use weight::weight_grad;
-
-/// Targets of a tile along an axis.
-const SIDE: usize = 2;
-/// Sources of a patch along an axis.
-const PATCH: usize = 4;
-/// Places in a patch: as many products of matrices.
-const PLACES: usize = PATCH * PATCH;
+use grid::Grid;
+use transform::{F2x3, F3x2, Form, PLACES};
 
 /// Fewer channels than this are transformed for longer than they are multiplied.
 const MIN_CHANNELS: usize = 32;
 
-/// Tiles that the transformed weights of a call must serve at least.
-const MIN_TILES: usize = 48;
-
-/// How the targets of a gather are cut into tiles.
-#[derive(Clone, Copy, Debug)]
-struct Grid {
-    /// Images, or slices of volumes.
-    planes: usize,
-    source: [usize; 2],
-    target: [usize; 2],
-    /// Tiles of a plane: rows and columns.
-    tiles: [usize; 2],
-    /// The source that the first place of the first patch lies at.
-    offset: [isize; 2],
-    /// The taps run against the sources, as in an input gradient.
-    flipped: bool,
-}
-
-impl Grid {
-    /// `None` if the taps are not 3×3 neighbours, at every target.
-    fn of(g: &Gather) -> Option<Self> {
-        let is_slice = g.kernel[0] == 1 && g.source[0] == g.target[0] && (0..2).all(|i| g.axes[0].source(i, 0) == Some(i as isize));
-        if g.groups != 1 || g.kernel != [1, 3, 3] || !is_slice {
-            return None;
-        }
-        let axis = |i: usize| {
-            let at = |target, tap| g.axes[i].source(target, tap);
-            let (first, step) = (at(0, 0)?, at(0, 1)? - at(0, 0)?);
-            let is_plain = step.abs() == 1 && at(0, 2)? - first == 2 * step && at(1, 0)? - first == 1;
-            is_plain.then_some((first + 2 * step.min(0), step < 0))
-        };
-        let ((top, flipped), (left, also)) = (axis(1)?, axis(2)?);
-        let [source, target] = [g.source, g.target].map(|extent| [extent[1], extent[2]]);
-        let tiles = target.map(|extent| extent.div_ceil(SIDE));
-        (flipped == also).then_some(Self { planes: g.n * g.source[0], source, target, tiles, offset: [top, left], flipped })
-    }
-
-    fn plane_tiles(&self) -> usize {
-        self.tiles[0] * self.tiles[1]
-    }
-
-    fn len(&self) -> usize {
-        self.planes * self.plane_tiles()
-    }
-
-    /// The plane of a tile, and where its first target lies in it.
-    fn place(&self, tile: usize) -> (usize, [usize; 2]) {
-        let (plane, at) = (tile / self.plane_tiles(), tile % self.plane_tiles());
-        (plane, [at / self.tiles[1] * SIDE, at % self.tiles[1] * SIDE])
-    }
-
-    /// Whether the middles of all patches hold every source.
-    fn middles_cover(&self) -> bool {
-        self.offset == [-1; 2] && self.source == self.target
-    }
-
-    /// The index of the tap at row `i`, column `j` of the patch.
-    fn tap(&self, i: usize, j: usize) -> usize {
-        let tap = i * 3 + j;
-        if self.flipped { 8 - tap } else { tap }
-    }
-}
+/// Products in whose time a weight is transformed, written, and read again.
+const WEIGHT_PRODUCTS: usize = 60;
 
 /// Whether this takes less time than windows.
 pub(super) fn pays(g: &Gather) -> bool {
     let Some(grid) = Grid::of(g) else { return false };
-    let touched = |i: usize| (0..3).map(|tap| g.axes[i].pairs(tap, g.target[i], g.source[i]).len()).sum::<usize>();
+    let touched = |i: usize| (0..g.kernel[i]).map(|tap| g.axes[i].pairs(tap, g.target[i], g.source[i]).len()).sum::<usize>();
     let on_windows = grid.planes * touched(1) * touched(2);
-    g.cin >= MIN_CHANNELS && g.cout >= MIN_CHANNELS && grid.len() >= MIN_TILES && 4 * PLACES * grid.len() <= 3 * on_windows
+    let weights = PLACES * grid.source_phases().count() * grid.target_phases().count();
+    g.cin.min(g.cout) >= MIN_CHANNELS && 4 * grid.products() <= 3 * on_windows && grid.products() + weights * WEIGHT_PRODUCTS <= on_windows
+}
+
+/// See [`super::forward`]; `windows` computes the images that cannot be transformed: it gets a gather of some images, their sources and
+/// their targets.
+pub(super) fn gather(
+    g: &Gather,
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+    windows: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
+) -> Result<(), OutOfMemory> {
+    match Grid::of(g) {
+        Some(grid) if grid.taps() == F2x3::TAPS => gather::gather::<F2x3>(g, &grid, x, w, bias, y, windows),
+        Some(grid) => gather::gather::<F3x2>(g, &grid, x, w, bias, y, windows),
+        None => windows(g, x, y),
+    }
+}
+
+/// See [`super::weight_grad`]: of the two gathers of the same weights, one is taken whose sources have no phases. `false`, with nothing written, if
+/// that does not pay or values cannot be transformed.
+pub(super) fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
+    for (g, x, gy) in [(forward, x, gy), (transposed, gy, x)] {
+        if let Some(grid) = Grid::of(g).filter(|grid| grid.source_phases().count() == 1) {
+            return Ok(pays(g) && weight_grad_of(g, &grid, x, gy, gw)?);
+        }
+    }
+    Ok(false)
+}
+
+/// [`weight_grad`] of a gather whose sources have no phases.
+fn weight_grad_of(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
+    if grid.taps() == F2x3::TAPS {
+        weight::weight_grad::<F2x3>(g, grid, x, gy, gw)
+    } else {
+        weight::weight_grad::<F3x2>(g, grid, x, gy, gw)
+    }
 }

@@ -1,6 +1,5 @@
 //! The transforms of patches, taps and tiles of targets, a vector of channels at a time.
 
-use super::{PATCH, SIDE};
 use crate::cpu::simd::{F32s, Masks, Simd};
 
 /// Larger magnitudes are not transformed. A product of transformed values is at most 16 times as large as 2⁹⁶, so that any sum of
@@ -31,48 +30,103 @@ impl<S: Simd> Check<S> {
     }
 }
 
-/// A row of Bᵀ d.
+/// Sources of a patch along an axis, and products of a tile.
+pub(super) const PATCH: usize = 4;
+
+/// Places in a patch: as many products of matrices.
+pub(super) const PLACES: usize = PATCH * PATCH;
+
+/// A minimal algorithm along an axis: so many targets of so many taps in [`PATCH`] products. Targets and taps stand in arrays of three, of which
+/// those beyond their number are ignored, and returned as whatever it may be.
+pub(super) trait Form: Copy + Sync {
+    /// Targets of a tile.
+    const SIDE: usize;
+    /// Taps of a target.
+    const TAPS: usize;
+    /// A row of Aᵀ m.
+    fn targets<V: F32s>(m: [V; PATCH]) -> [V; 3];
+    /// A row of A y.
+    fn spread<V: F32s>(y: [V; 3]) -> [V; PATCH];
+    /// A row of G g, with ½ in every lane of `half`.
+    fn taps<V: F32s>(g: [V; 3], half: V) -> [V; PATCH];
+    /// A row of Gᵀ u.
+    fn to_taps<V: F32s>(u: [V; PATCH], half: V) -> [V; 3];
+}
+
+/// Two targets of three taps.
+#[derive(Clone, Copy)]
+pub(super) struct F2x3;
+
+impl Form for F2x3 {
+    const SIDE: usize = 2;
+    const TAPS: usize = 3;
+
+    #[inline(always)]
+    fn targets<V: F32s>([a, b, c, d]: [V; PATCH]) -> [V; 3] {
+        [a + b + c, b - c - d, a]
+    }
+
+    #[inline(always)]
+    fn spread<V: F32s>([a, b, _]: [V; 3]) -> [V; PATCH] {
+        [a, a + b, a - b, -b]
+    }
+
+    #[inline(always)]
+    fn taps<V: F32s>([a, b, c]: [V; 3], half: V) -> [V; PATCH] {
+        let (ends, middle) = ((a + c) * half, b * half);
+        [a, ends + middle, ends - middle, c]
+    }
+
+    #[inline(always)]
+    fn to_taps<V: F32s>([a, b, c, d]: [V; PATCH], half: V) -> [V; 3] {
+        let (sum, difference) = ((b + c) * half, (b - c) * half);
+        [a + sum, difference, sum + d]
+    }
+}
+
+/// Three targets of two taps.
+#[derive(Clone, Copy)]
+pub(super) struct F3x2;
+
+impl Form for F3x2 {
+    const SIDE: usize = 3;
+    const TAPS: usize = 2;
+
+    #[inline(always)]
+    fn targets<V: F32s>([a, b, c, d]: [V; PATCH]) -> [V; 3] {
+        let sum = b + c;
+        [a + sum, b - c, sum - d]
+    }
+
+    #[inline(always)]
+    fn spread<V: F32s>([a, b, c]: [V; 3]) -> [V; PATCH] {
+        let ends = a + c;
+        [a, ends + b, ends - b, -c]
+    }
+
+    #[inline(always)]
+    fn taps<V: F32s>([a, b, _]: [V; 3], half: V) -> [V; PATCH] {
+        let (x, y) = (a * half, b * half);
+        [a, x + y, x - y, b]
+    }
+
+    #[inline(always)]
+    fn to_taps<V: F32s>([a, b, c, d]: [V; PATCH], half: V) -> [V; 3] {
+        let (sum, difference) = ((b + c) * half, (b - c) * half);
+        [a + sum, difference + d, a]
+    }
+}
+
+/// A row of Bᵀ d, which is that of both forms.
 #[inline(always)]
 fn sources<V: F32s>([a, b, c, d]: [V; PATCH]) -> [V; PATCH] {
     [a - c, b + c, c - b, b - d]
 }
 
-/// A row of Aᵀ m.
-#[inline(always)]
-fn targets<V: F32s>([a, b, c, d]: [V; PATCH]) -> [V; SIDE] {
-    [a + b + c, b - c - d]
-}
-
-/// A row of A y.
-#[inline(always)]
-fn spread<V: F32s>([a, b]: [V; SIDE]) -> [V; PATCH] {
-    [a, a + b, a - b, -b]
-}
-
-/// The transforms of taps, with ½ in every lane.
-#[derive(Clone, Copy)]
-struct Taps<V>(V);
-
-impl<V: F32s> Taps<V> {
-    /// A row of G g.
-    #[inline(always)]
-    fn row(self, [a, b, c]: [V; 3]) -> [V; PATCH] {
-        let (ends, middle) = ((a + c) * self.0, b * self.0);
-        [a, ends + middle, ends - middle, c]
-    }
-
-    /// A row of Gᵀ u.
-    #[inline(always)]
-    fn back(self, [a, b, c, d]: [V; PATCH]) -> [V; 3] {
-        let (sum, difference) = ((b + c) * self.0, (b - c) * self.0);
-        [a + sum, difference, sum + d]
-    }
-}
-
 /// A function of rows, along the columns and then along the rows. Not a function of a function: a closure's instructions are not sure to be
 /// inlined where they are enabled.
 macro_rules! both_ways {
-    ($x:expr, $rows:literal -> $to:literal, $($f:tt)+) => {{
+    ($x:expr, $rows:literal -> $to:literal, $f:path $(, $with:expr)?) => {{
         let x = $x;
         let mut columns = [[x[0][0]; $to]; $rows];
         for j in 0..$rows {
@@ -80,7 +134,7 @@ macro_rules! both_ways {
             for i in 0..$rows {
                 column[i] = x[i][j];
             }
-            columns[j] = $($f)+(column);
+            columns[j] = $f(column $(, $with)?);
         }
         let mut out = [[x[0][0]; $to]; $to];
         for i in 0..$to {
@@ -88,7 +142,7 @@ macro_rules! both_ways {
             for j in 0..$rows {
                 row[j] = columns[j][i];
             }
-            out[i] = $($f)+(row);
+            out[i] = $f(row $(, $with)?);
         }
         out
     }};
@@ -102,26 +156,26 @@ pub(super) fn of_sources<V: F32s>(d: [[V; PATCH]; PATCH]) -> [[V; PATCH]; PATCH]
 
 /// G g Gᵀ
 #[inline(always)]
-pub(super) fn of_taps<V: F32s>(g: [[V; 3]; 3], half: V) -> [[V; PATCH]; PATCH] {
-    both_ways!(g, 3 -> 4, Taps(half).row)
+pub(super) fn of_taps<F: Form, V: F32s>(g: [[V; 3]; 3], half: V) -> [[V; PATCH]; PATCH] {
+    both_ways!(g, 3 -> 4, F::taps, half)
 }
 
 /// Aᵀ m A
 #[inline(always)]
-pub(super) fn to_targets<V: F32s>(m: [[V; PATCH]; PATCH]) -> [[V; SIDE]; SIDE] {
-    both_ways!(m, 4 -> 2, targets)
+pub(super) fn to_targets<F: Form, V: F32s>(m: [[V; PATCH]; PATCH]) -> [[V; 3]; 3] {
+    both_ways!(m, 4 -> 3, F::targets)
 }
 
 /// A y Aᵀ
 #[inline(always)]
-pub(super) fn of_targets<V: F32s>(y: [[V; SIDE]; SIDE]) -> [[V; PATCH]; PATCH] {
-    both_ways!(y, 2 -> 4, spread)
+pub(super) fn of_targets<F: Form, V: F32s>(y: [[V; 3]; 3]) -> [[V; PATCH]; PATCH] {
+    both_ways!(y, 3 -> 4, F::spread)
 }
 
 /// Gᵀ u G
 #[inline(always)]
-pub(super) fn to_taps<V: F32s>(u: [[V; PATCH]; PATCH], half: V) -> [[V; 3]; 3] {
-    both_ways!(u, 4 -> 3, Taps(half).back)
+pub(super) fn to_taps<F: Form, V: F32s>(u: [[V; PATCH]; PATCH], half: V) -> [[V; 3]; 3] {
+    both_ways!(u, 4 -> 3, F::to_taps, half)
 }
 
 /// Writes a vector to each place: place `p` lies `p · stride` values on.
@@ -134,6 +188,22 @@ pub(super) unsafe fn store_places<V: F32s>(places: [[V; PATCH]; PATCH], to: *mut
         for j in 0..PATCH {
             // SAFETY: the caller's contract.
             unsafe { places[i][j].store(to.add((i * PATCH + j) * stride)) };
+        }
+    }
+}
+
+/// [`store_places`] of those that are needed.
+///
+/// # Safety
+/// As there, for those.
+#[inline(always)]
+pub(super) unsafe fn store_some_places<V: F32s>(places: [[V; PATCH]; PATCH], needed: &[bool; PLACES], to: *mut f32, stride: usize) {
+    for i in 0..PATCH {
+        for j in 0..PATCH {
+            if needed[i * PATCH + j] {
+                // SAFETY: the caller's contract.
+                unsafe { places[i][j].store(to.add((i * PATCH + j) * stride)) };
+            }
         }
     }
 }
