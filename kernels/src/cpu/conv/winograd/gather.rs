@@ -4,7 +4,7 @@
 use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
 use super::grid::{Block, Grid, MAX_SIDE, Phase};
-use super::transform::{Check, Form, PATCH, PLACES, load_places, of_sources, of_taps, store_places, store_some_places, to_targets};
+use super::transform::{Check, Form, PATCH, PLACES, load_places, of_sources, of_taps, store_needed, store_places, to_targets};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -281,13 +281,7 @@ impl WithSimd for Patch<'_> {
                 }
             }
             // SAFETY: there is room for whole vectors at every place.
-            unsafe {
-                let (places, to) = (of_sources(d), self.to.as_mut_ptr().add(at));
-                match self.needed {
-                    None => store_places(places, to, self.stride),
-                    Some(needed) => store_some_places(places, needed, to, self.stride),
-                }
-            }
+            unsafe { store_needed(of_sources(d), self.needed, self.to.as_mut_ptr().add(at), self.stride) };
         }
         check.passed()
     }

@@ -192,12 +192,16 @@ pub(super) unsafe fn store_places<V: F32s>(places: [[V; PATCH]; PATCH], to: *mut
     }
 }
 
-/// [`store_places`] of those that are needed.
+/// [`store_places`] of those that are needed, or of all.
 ///
 /// # Safety
 /// As there, for those.
 #[inline(always)]
-pub(super) unsafe fn store_some_places<V: F32s>(places: [[V; PATCH]; PATCH], needed: &[bool; PLACES], to: *mut f32, stride: usize) {
+pub(super) unsafe fn store_needed<V: F32s>(places: [[V; PATCH]; PATCH], needed: Option<&[bool; PLACES]>, to: *mut f32, stride: usize) {
+    let Some(needed) = needed else {
+        // SAFETY: the caller's contract.
+        return unsafe { store_places(places, to, stride) };
+    };
     for i in 0..PATCH {
         for j in 0..PATCH {
             if needed[i * PATCH + j] {

@@ -3,8 +3,8 @@
 use super::super::weight::{MERGED_CHANNELS, TASK_COLS, put};
 use super::super::{Gather, part_start};
 use super::gather::{place_len, row_len, transform};
-use super::grid::{Block, Grid, Phase};
-use super::transform::{Check, Form, PATCH, PLACES, load_places, of_targets, store_places, to_taps};
+use super::grid::{Block, Grid, MAX_SIDE, Phase};
+use super::transform::{Check, Form, PATCH, PLACES, load_places, of_targets, store_needed, to_taps};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Source and target channels of a task: its sums, and the patches and targets of a chunk, fit an L2 of 1 MiB.
 const CHANNELS: usize = TASK_COLS;
 
-/// Tiles that are transformed at once.
+/// Tiles that are transformed at once, if they need all places.
 const CHUNK: usize = 64;
 
 /// Tasks that a call is cut into if it has the tiles for it.
@@ -95,12 +95,12 @@ impl<F: Form> Run<'_, F> {
     /// The sums over some tiles for a phase of targets, a block of source channels, and one of target channels. Whether all values could be
     /// transformed.
     fn task(&self, tiles: Range<usize>, phase: Phase, from: Range<usize>, to: Range<usize>, sums: &mut [f32]) -> Result<bool, OutOfMemory> {
-        let chunk = CHUNK.min(tiles.len());
+        let chunk = (CHUNK * PLACES * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
         let mut patches = Buffer::new(size_of::<f32>() * PLACES * place_len(chunk, row_len(from.len())))?;
         let mut targets = Buffer::new(size_of::<f32>() * PLACES * place_len(chunk, CHANNELS))?;
         let (mut passed, mut added) = (true, [false; PLACES]);
-        for start in tiles.clone().step_by(CHUNK) {
-            let block = self.grid.block(start..tiles.end.min(start + CHUNK));
+        for start in tiles.clone().step_by(chunk.max(1)) {
+            let block = self.grid.block(start..tiles.end.min(start + chunk));
             let patches = &mut patches.as_slice_mut::<f32>()[..PLACES * place_len(block.len(), row_len(from.len()))];
             let targets = &mut targets.as_slice_mut::<f32>()[..PLACES * place_len(block.len(), CHANNELS)];
             passed &= transform(self.grid, self.x, self.g.cin, from.clone(), &block, patches).is_empty();
@@ -137,7 +137,8 @@ struct Side<'a> {
 
 /// `sums[c][j] += Σ_tile a[tile][c] · b[tile][j]` over `count` tiles.
 fn multiply(a: &Side, b: &Side, count: usize, sums: &mut [f32], init: Init) {
-    assert!(a.width <= a.row && a.values.len() >= count * a.row && b.row == CHANNELS && b.values.len() >= count * CHANNELS);
+    assert!(a.width <= a.row.min(CHANNELS) && b.width <= b.row && b.row == CHANNELS && sums.len() == CHANNELS * CHANNELS);
+    assert!(a.values.len() >= count * a.row && b.values.len() >= count * CHANNELS);
     let kernels = MicroKernels::get();
     let tiles = kernels.row_tiles(a.width);
     for first in (0..b.width).step_by(kernels.nr) {
@@ -147,8 +148,8 @@ fn multiply(a: &Side, b: &Side, count: usize, sums: &mut [f32], init: Init) {
             let (start, height) = (tiles.start(tile), tiles.height(tile));
             let (mut rows, mut c) = ([std::ptr::null(); MAX_MR], [std::ptr::null_mut(); MAX_MR]);
             for r in 0..height {
-                rows[r] = a.values[start + r..].as_ptr();
-                c[r] = sums[(start + r) * CHANNELS + first..][..width].as_mut_ptr();
+                rows[r] = a.values.as_ptr().wrapping_add(start + r);
+                c[r] = sums.as_mut_ptr().wrapping_add((start + r) * CHANNELS + first);
             }
             let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: width, alpha: 1.0, init };
             let tile =
@@ -160,8 +161,8 @@ fn multiply(a: &Side, b: &Side, count: usize, sums: &mut [f32], init: Init) {
     }
 }
 
-/// Transforms the channels of a block's targets of a phase to `[place][tile][CHANNELS]`, with zeros beyond the image and the channels. Whether
-/// all values were small enough.
+/// Transforms the channels of a block's targets of a phase to `[place][tile][CHANNELS]`, with zeros for targets beyond the image. Whether all values
+/// were small enough.
 struct Targets<'a, F> {
     grid: &'a Grid,
     phase: Phase,
@@ -181,33 +182,36 @@ impl<F: Form> WithSimd for Targets<'_, F> {
     fn with_simd<S: Simd>(self, s: S) -> bool {
         let (grid, stride, width) = (self.grid, place_len(self.block.len(), CHANNELS), self.channels.len());
         assert!(self.out.len() == PLACES * stride && width <= CHANNELS && self.channels.end <= self.all);
+        assert!(self.y.len() == grid.planes * grid.target[0] * grid.target[1] * self.all);
         let mut check = Check::new(s);
         for (i, tile) in self.block.tiles.iter().enumerate() {
             let rows = grid.axes[0].pieces[tile.row].targets[self.phase.row];
             let cols = grid.axes[1].pieces[tile.col].targets[self.phase.col];
-            let mut pixels: [[Option<&[f32]>; 3]; 3] = Default::default();
-            for di in 0..F::SIDE {
-                for dj in 0..F::SIDE {
-                    if let (Some(h), Some(w)) = (rows[di], cols[dj]) {
-                        let pixel = (tile.plane * grid.target[0] + h) * grid.target[1] + w;
-                        pixels[di][dj] = Some(&self.y[pixel * self.all + self.channels.start..][..width]);
+            let mut pixels = [[std::ptr::null(); MAX_SIDE]; MAX_SIDE];
+            for (pixels, h) in pixels.iter_mut().zip(rows) {
+                for (pixel, w) in pixels.iter_mut().zip(cols) {
+                    if let (Some(h), Some(w)) = (h, w) {
+                        let at = (tile.plane * grid.target[0] + h) * grid.target[1] + w;
+                        *pixel = self.y.as_ptr().wrapping_add(at * self.all + self.channels.start);
                     }
                 }
             }
-            for at in (0..CHANNELS).step_by(S::LANES) {
-                let mut y = [[s.zero(); 3]; 3];
+            let needed = grid.needed_places(tile, false);
+            for at in (0..width).step_by(S::LANES) {
+                let count = S::LANES.min(width - at);
+                let mut y = [[s.zero(); MAX_SIDE]; MAX_SIDE];
                 for di in 0..F::SIDE {
                     for dj in 0..F::SIDE {
-                        y[di][dj] = match pixels[di][dj] {
-                            Some(pixel) if at + S::LANES <= width => s.load_slice(&pixel[at..]),
-                            Some(pixel) if at < width => s.load_slice_partial(&pixel[at..]),
-                            _ => s.zero(),
-                        };
-                        check.see(y[di][dj]);
+                        let from = pixels[di][dj].wrapping_add(at);
+                        if !pixels[di][dj].is_null() {
+                            // SAFETY: the pixel is one of the image's, of which `count` of the channels follow.
+                            y[di][dj] = unsafe { if count == S::LANES { s.load(from) } else { s.load_partial(from, count) } };
+                            check.see(y[di][dj]);
+                        }
                     }
                 }
                 // SAFETY: a row has room for CHANNELS values, which are whole vectors.
-                unsafe { store_places(of_targets::<F, _>(y), self.out.as_mut_ptr().add(i * CHANNELS + at), stride) };
+                unsafe { store_needed(of_targets::<F, _>(y), needed, self.out.as_mut_ptr().add(i * CHANNELS + at), stride) };
             }
         }
         check.passed()
