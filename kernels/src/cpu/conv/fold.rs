@@ -174,69 +174,79 @@ impl Fold<'_> {
         let g = self.g;
         let (td, th) = (self.targets[0][d], self.targets[1][h]);
         let cols = g.taps() * g.cout;
-        match self.bias {
-            Some(bias) => row.chunks_exact_mut(g.cout).for_each(|pixel| pixel.copy_from_slice(&bias[group * g.cout..][..g.cout])),
-            None => row.fill(0.0),
-        }
-        for (i, kd) in td.taps.iter().enumerate() {
-            let sd = td.first + i * td.step - band.source[0].start;
-            for (i, kh) in th.taps.iter().enumerate() {
-                let sh = th.first + i * th.step - band.source[1].start;
-                let tap = (kd * g.kernel[1] + kh) * g.kernel[2];
-                let line = &product[(sd * band.source[1].len() + sh) * g.source[2] * cols..][..g.source[2] * cols];
-                for class in self.rows {
-                    for (i, kw) in class.taps.iter().enumerate() {
-                        let entries = Entries { class, tap: i, start: (tap + kw) * g.cout, cols };
-                        match g.cout {
-                            1 => entries.add::<1>(line, row),
-                            2 => entries.add::<2>(line, row),
-                            3 => entries.add::<3>(line, row),
-                            4 => entries.add::<4>(line, row),
-                            _ => entries.add_any(line, row, g.cout),
-                        }
-                    }
+        let bias = self.bias.map(|bias| &bias[group * g.cout..][..g.cout]);
+        let mut taps = Vec::with_capacity(g.taps());
+        for class in self.rows {
+            taps.clear();
+            for (i, kd) in td.taps.iter().enumerate() {
+                let sd = td.first + i * td.step - band.source[0].start;
+                for (i, kh) in th.taps.iter().enumerate() {
+                    let sh = th.first + i * th.step - band.source[1].start;
+                    let line = (sd * band.source[1].len() + sh) * g.source[2];
+                    let tap = (kd * g.kernel[1] + kh) * g.kernel[2];
+                    let entry = |(i, kw): (usize, &usize)| (line + i * class.step as usize) * cols + (tap + kw) * g.cout;
+                    taps.extend(class.taps.iter().enumerate().map(entry));
                 }
+            }
+            let entries = Entries { class, taps: &taps, cols };
+            match g.cout {
+                1 => entries.sum::<1>(product, bias, row),
+                2 => entries.sum::<2>(product, bias, row),
+                3 => entries.sum::<3>(product, bias, row),
+                4 => entries.sum::<4>(product, bias, row),
+                _ => entries.sum_any(product, bias, row, g.cout),
             }
         }
         let line = ((band.image * g.target[0] + d) * g.target[1] + h) * g.target[2];
-        for (w, pixel) in row.chunks_exact(g.cout).enumerate() {
-            let at = ((line + w) * g.groups + group) * g.cout;
-            // SAFETY: bands and groups part the targets, so this pixel's channels are written here only; `y` holds all targets.
-            unsafe { std::slice::from_raw_parts_mut(self.y.get().add(at), g.cout) }.copy_from_slice(pixel);
+        // Without groups the pixels of a line are neighbours.
+        let run = if g.groups == 1 { row.len() } else { g.cout };
+        for (i, run) in row.chunks_exact(run).enumerate() {
+            let at = (line + i) * g.groups * g.cout + group * g.cout;
+            // SAFETY: bands and groups part the targets, so these channels are written here only; `y` holds all targets.
+            unsafe { std::slice::from_raw_parts_mut(self.y.get().add(at), run.len()) }.copy_from_slice(run);
         }
     }
 }
 
-/// The entries of one tap for the targets of a class along a row.
+/// The entries of the targets of a class along a row.
 struct Entries<'a> {
     class: &'a AxisClass,
-    /// Index into the class' taps.
-    tap: usize,
-    /// The tap's first column.
-    start: usize,
+    /// Where the entry of each tap lies for a target whose first source is the first of its line.
+    taps: &'a [usize],
     /// Columns of the product.
     cols: usize,
 }
 
 impl Entries<'_> {
     #[inline(always)]
-    fn add<const C: usize>(&self, line: &[f32], row: &mut [f32]) {
-        let shift = self.tap * self.class.step as usize;
+    fn sum<const C: usize>(&self, product: &[f32], bias: Option<&[f32]>, row: &mut [f32]) {
+        let mut start = [0.0; C];
+        if let Some(bias) = bias {
+            start.copy_from_slice(bias);
+        }
         for (target, first) in self.class.targets() {
-            let at = (first as usize + shift) * self.cols + self.start;
-            let (sum, values) = (&mut row[target * C..target * C + C], &line[at..at + C]);
-            for j in 0..C {
-                sum[j] += values[j];
+            let mut sum = start;
+            for tap in self.taps {
+                let values = &product[tap + first as usize * self.cols..][..C];
+                for j in 0..C {
+                    sum[j] += values[j];
+                }
             }
+            row[target * C..][..C].copy_from_slice(&sum);
         }
     }
 
-    fn add_any(&self, line: &[f32], row: &mut [f32], channels: usize) {
-        let shift = self.tap * self.class.step as usize;
+    fn sum_any(&self, product: &[f32], bias: Option<&[f32]>, row: &mut [f32], channels: usize) {
         for (target, first) in self.class.targets() {
-            let at = (first as usize + shift) * self.cols + self.start;
-            for (sum, value) in row[target * channels..][..channels].iter_mut().zip(&line[at..at + channels]) {
-                *sum += value;
+            let sums = &mut row[target * channels..][..channels];
+            match bias {
+                Some(bias) => sums.copy_from_slice(bias),
+                None => sums.fill(0.0),
+            }
+            for tap in self.taps {
+                for (sum, value) in sums.iter_mut().zip(&product[tap + first as usize * self.cols..][..channels]) {
+                    *sum += value;
+                }
             }
         }
     }
