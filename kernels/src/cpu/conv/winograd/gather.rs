@@ -3,8 +3,10 @@
 
 use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
-use super::grid::{Block, Grid, MAX_SIDE, Phase};
-use super::transform::{Check, Form, PATCH, PLACES, load_places, of_sources, of_taps, store_needed, store_places, to_targets};
+use super::grid::{Block, Grid, Phase};
+use super::transform::{
+    Check, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets,
+};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -83,7 +85,7 @@ pub(super) fn place_len(rows: usize, row: usize) -> usize {
 fn transformed<F: Form>(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Panels>, OutOfMemory> {
     let kernels = MicroKernels::get();
     let (order, sources, targets) = (grid.order(), grid.source_phases().count(), grid.target_phases().count());
-    let mut panels = Panels::new(1, Cut::new(kernels, targets * PLACES * sources * g.cin, g.cout))?;
+    let mut panels = Panels::new(1, Cut::new(kernels, targets * F::PLACES * sources * g.cin, g.cout))?;
     let fits = AtomicBool::new(true);
     panels.fill_parts(g.cin.div_ceil(WEIGHT_CHANNELS), |i, first, cols, width, panel| {
         let start = i * WEIGHT_CHANNELS;
@@ -94,7 +96,7 @@ fn transformed<F: Form>(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Pan
         for (phase, from) in taps.chunks_exact(F::TAPS * F::TAPS * len).enumerate() {
             let (target, source) = (phase / sources, phase % sources);
             // SAFETY: the rows of these channels at every place lie in the panel, and are no other part's.
-            let to = unsafe { panel.add((target * PLACES * sources + source) * g.cin * width + start * width).get() };
+            let to = unsafe { panel.add((target * F::PLACES * sources + source) * g.cin * width + start * width).get() };
             if !dispatch(Taps { from, to, stride, form: PhantomData::<F> }) {
                 fits.store(false, Ordering::Relaxed);
             }
@@ -117,11 +119,11 @@ impl<F: Form> WithSimd for Taps<'_, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> bool {
-        let (len, half) = (self.from.len() / (F::TAPS * F::TAPS), s.splat(0.5));
+        let len = self.from.len() / (F::TAPS * F::TAPS);
         assert!(len.is_multiple_of(S::LANES));
         let mut check = Check::new(s);
         for at in (0..len).step_by(S::LANES) {
-            let mut taps = [[s.zero(); 3]; 3];
+            let mut taps = [[s.zero(); MAX_SIDE]; MAX_SIDE];
             for i in 0..F::TAPS {
                 for j in 0..F::TAPS {
                     // SAFETY: `len` is whole vectors, so that `at` and what follows lies within a tap's rows.
@@ -130,7 +132,7 @@ impl<F: Form> WithSimd for Taps<'_, F> {
                 }
             }
             // SAFETY: as above, for a place's rows.
-            unsafe { store_places(of_taps::<F, _>(taps, half), self.to.add(at), self.stride) };
+            unsafe { store_places::<F, _>(of_taps::<F, S>(s, taps), self.to.add(at), self.stride) };
         }
         check.passed()
     }
@@ -154,12 +156,12 @@ impl<F: Form> Run<'_, F> {
     fn task(&self, tiles: Range<usize>, panels: Range<usize>) -> Result<(), OutOfMemory> {
         let (g, block) = (self.g, self.grid.block(tiles));
         let count = block.len();
-        let mut patches = Buffer::new(size_of::<f32>() * PLACES * place_len(count, row_len(self.sources)))?;
+        let mut patches = Buffer::new(size_of::<f32>() * F::PLACES * place_len(count, row_len(self.sources)))?;
         let patches = patches.as_slice_mut::<f32>();
-        for plane in transform(self.grid, self.x, g.cin, 0..g.cin, &block, patches) {
+        for plane in transform::<F>(self.grid, self.x, g.cin, 0..g.cin, &block, patches) {
             self.failed[plane / g.source[0]].store(true, Ordering::Relaxed);
         }
-        let mut sums = Buffer::new(size_of::<f32>() * PLACES * place_len(count, MAX_NR))?;
+        let mut sums = Buffer::new(size_of::<f32>() * F::PLACES * place_len(count, MAX_NR))?;
         let sums = sums.as_slice_mut::<f32>();
         // Products that a tile does not need count as zero.
         for (i, tile) in block.tiles.iter().enumerate() {
@@ -184,8 +186,8 @@ impl<F: Form> Run<'_, F> {
     /// `sums[place][tile][j] = Σ_c patches[place][tile][c] · weights[place][c][j]`
     fn multiply(&self, patches: &[f32], panel: Panel, phase: Phase, block: &Block, sums: &mut [f32]) {
         let (kernels, kc, row, count) = (MicroKernels::get(), self.sources, row_len(self.sources), block.len());
-        for place in 0..PLACES {
-            let weights = [panel.data[(phase.index * PLACES + place) * kc * panel.stride..].as_ptr()];
+        for place in 0..F::PLACES {
+            let weights = [panel.data[(phase.index * F::PLACES + place) * kc * panel.stride..].as_ptr()];
             let needing = self.grid.needing(block, place, phase);
             let tiles = kernels.row_tiles(needing.len());
             for tile in 0..tiles.count {
@@ -207,11 +209,11 @@ impl<F: Form> Run<'_, F> {
 
 /// Transforms the `channels` of the patches of a block to `out`, `[place][tile][row_len]` with rows `(phase, channel)` of sources and places
 /// [`place_len`] apart; the planes that have values too large for it.
-pub(super) fn transform(grid: &Grid, x: &[f32], all: usize, channels: Range<usize>, block: &Block, out: &mut [f32]) -> Vec<usize> {
+pub(super) fn transform<F: Form>(grid: &Grid, x: &[f32], all: usize, channels: Range<usize>, block: &Block, out: &mut [f32]) -> Vec<usize> {
     let (count, width) = (block.len(), channels.len());
     let row = row_len(grid.source_phases().count() * width);
     assert!(
-        out.len() == PLACES * place_len(count, row)
+        out.len() == F::PLACES * place_len(count, row)
             && x.len() == grid.planes * grid.source[0] * grid.source[1] * all
             && channels.end <= all
     );
@@ -221,19 +223,19 @@ pub(super) fn transform(grid: &Grid, x: &[f32], all: usize, channels: Range<usiz
         for phase in grid.source_phases() {
             let rows = grid.axes[0].pieces[tile.row].sources[phase.row];
             let cols = grid.axes[1].pieces[tile.col].sources[phase.col];
-            let mut at = [zeros.as_ptr(); PLACES];
+            let mut at = [zeros.as_ptr(); MAX_PLACES];
             for (i, h) in rows.into_iter().enumerate() {
                 let Some(h) = h else { continue };
                 let line = x.as_ptr().wrapping_add((tile.plane * grid.source[0] + h) * grid.source[1] * all + channels.start);
                 for (j, w) in cols.into_iter().enumerate() {
                     if let Some(w) = w {
-                        at[i * PATCH + j] = line.wrapping_add(w * all);
+                        at[i * F::PATCH + j] = line.wrapping_add(w * all);
                     }
                 }
             }
             let to = &mut out[i * row + phase.index * width..];
             let (needed, stride) = (grid.needed_places(tile, false), place_len(count, row));
-            if !dispatch(Patch { at, channels: width, whole: !grid.middles_cover(), needed, to, stride }) {
+            if !dispatch(Patch { at, channels: width, whole: !grid.middles_cover(), needed, to, stride, form: PhantomData::<F> }) {
                 failed.push(tile.plane);
             }
         }
@@ -242,46 +244,47 @@ pub(super) fn transform(grid: &Grid, x: &[f32], all: usize, channels: Range<usiz
 }
 
 /// Transforms a patch. Whether its values, or those in its middle, are small enough.
-struct Patch<'a> {
+struct Patch<'a, F> {
     /// Each has `channels` values.
-    at: [*const f32; PLACES],
+    at: [*const f32; MAX_PLACES],
     channels: usize,
     /// All values are checked, and not those in the middle only.
     whole: bool,
     /// Places that are written, or all.
-    needed: Option<&'a [bool; PLACES]>,
+    needed: Option<&'a [bool; MAX_PLACES]>,
     /// From the patch on, in the first place. Whole vectors are written: what follows the channels is the next patch, or room.
     to: &'a mut [f32],
     /// From one place to the next.
     stride: usize,
+    form: PhantomData<F>,
 }
 
-impl WithSimd for Patch<'_> {
+impl<F: Form> WithSimd for Patch<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> bool {
-        assert!(self.to.len() >= (PLACES - 1) * self.stride + self.channels.next_multiple_of(S::LANES));
+        assert!(self.to.len() >= (F::PLACES - 1) * self.stride + self.channels.next_multiple_of(S::LANES));
         let mut check = Check::new(s);
         for at in (0..self.channels).step_by(S::LANES) {
             let count = S::LANES.min(self.channels - at);
-            let mut d = [[s.zero(); PATCH]; PATCH];
-            for i in 0..PATCH {
-                for j in 0..PATCH {
-                    let from = self.at[i * PATCH + j].wrapping_add(at);
+            let mut d = [[s.zero(); MAX_PATCH]; MAX_PATCH];
+            for i in 0..F::PATCH {
+                for j in 0..F::PATCH {
+                    let from = self.at[i * F::PATCH + j].wrapping_add(at);
                     // SAFETY: each address has `channels` values, of which `count` follow.
                     d[i][j] = unsafe { if count == S::LANES { s.load(from) } else { s.load_partial(from, count) } };
                 }
             }
-            for i in 0..PATCH {
-                for j in 0..PATCH {
-                    if self.whole || (1..=2).contains(&i) && (1..=2).contains(&j) {
+            for i in 0..F::PATCH {
+                for j in 0..F::PATCH {
+                    if self.whole || (1..=F::SIDE).contains(&i) && (1..=F::SIDE).contains(&j) {
                         check.see(d[i][j]);
                     }
                 }
             }
             // SAFETY: there is room for whole vectors at every place.
-            unsafe { store_needed(of_sources(d), self.needed, self.to.as_mut_ptr().add(at), self.stride) };
+            unsafe { store_needed::<F, _>(of_sources::<F, S>(s, d), self.needed, self.to.as_mut_ptr().add(at), self.stride) };
         }
         check.passed()
     }
@@ -309,7 +312,7 @@ impl<F: Form> WithSimd for Back<'_, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let (grid, stride) = (self.grid, place_len(self.block.len(), MAX_NR));
-        assert!(self.sums.len() == PLACES * stride && self.cols <= MAX_NR && self.bias.is_none_or(|bias| bias.len() == self.cols));
+        assert!(self.sums.len() == F::PLACES * stride && self.cols <= MAX_NR && self.bias.is_none_or(|bias| bias.len() == self.cols));
         for (i, tile) in self.block.tiles.iter().enumerate() {
             let rows = grid.axes[0].pieces[tile.row].targets[self.phase.row];
             let cols = grid.axes[1].pieces[tile.col].targets[self.phase.col];
@@ -326,7 +329,7 @@ impl<F: Form> WithSimd for Back<'_, F> {
             for at in (0..self.cols).step_by(S::LANES) {
                 let count = S::LANES.min(self.cols - at);
                 // SAFETY: a row of sums has MAX_NR values, which are whole vectors.
-                let mut targets = to_targets::<F, _>(unsafe { load_places(s, self.sums.as_ptr().add(i * MAX_NR + at), stride) });
+                let mut targets = to_targets::<F, S>(s, unsafe { load_places::<F, S>(s, self.sums.as_ptr().add(i * MAX_NR + at), stride) });
                 for k in 0..F::SIDE {
                     if joined[0] {
                         targets[0][k] = targets[0][k] + targets[F::SIDE - 1][k];

@@ -5,11 +5,8 @@
 
 use super::super::Gather;
 use super::super::axis::Axis;
-use super::transform::{F2x3, F3x2, Form, PATCH, PLACES};
+use super::transform::{F2x3, F3x2, F3x3, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE};
 use std::ops::Range;
-
-/// The most targets of a tile along an axis.
-pub(super) const MAX_SIDE: usize = 3;
 
 /// Phases along an axis.
 const MAX_PHASES: usize = 2;
@@ -18,7 +15,7 @@ const MAX_PHASES: usize = 2;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Piece {
     /// For each phase of sources, the source at each place of the patch.
-    pub sources: [[Option<usize>; PATCH]; MAX_PHASES],
+    pub sources: [[Option<usize>; MAX_PATCH]; MAX_PHASES],
     /// For each phase of targets, the target at each place of the tile.
     pub targets: [[Option<usize>; MAX_SIDE]; MAX_PHASES],
     /// The one target is the sum of what is computed for both ends of the tile.
@@ -33,8 +30,10 @@ pub(super) struct AxisTiles {
     taps: Vec<[usize; 3]>,
     source_phases: usize,
     target_phases: usize,
-    /// The places that the last tile needs, for each phase of targets, if not all.
-    short: Option<[[bool; PATCH]; MAX_PHASES]>,
+    /// How many of the last tiles are short: they have fewer targets and do not need all places.
+    shorts: usize,
+    /// The places that a short tile needs, for each phase of targets.
+    needed: [[bool; MAX_PATCH]; MAX_PHASES],
     /// Whether the middles of all patches hold every source.
     middles_cover: bool,
 }
@@ -45,27 +44,32 @@ fn within(at: isize, len: usize) -> Option<usize> {
 }
 
 impl AxisTiles {
-    /// `None` if the taps are not three neighbours, or four at steps of half a stride, at every target.
-    fn of(axis: &Axis, kernel: usize, sources: usize, targets: usize) -> Option<Self> {
-        match kernel {
-            3 => Self::of_three(axis, sources, targets),
-            4 => Self::of_four(axis, sources, targets).or_else(|| Self::of_four_transposed(axis, sources, targets)),
-            _ => None,
+    /// `None` if the form is not one for these taps: three neighbours, or four at steps of half a stride, at every target.
+    fn of(form: Algorithm, axis: &Axis, sources: usize, targets: usize) -> Option<Self> {
+        match form {
+            Algorithm::F2x3 => Self::of_three(axis, sources, targets, F2x3::SIDE),
+            Algorithm::F3x3 => Self::of_three(axis, sources, targets, F3x3::SIDE),
+            Algorithm::F3x2 => Self::of_four(axis, sources, targets).or_else(|| Self::of_four_transposed(axis, sources, targets)),
         }
     }
 
-    fn of_three(axis: &Axis, sources: usize, targets: usize) -> Option<Self> {
+    /// Tiles of `side` targets, or of one less at the end: without the last target, the last source has no part in it.
+    fn of_three(axis: &Axis, sources: usize, targets: usize, side: usize) -> Option<Self> {
         let at = |target, tap| axis.source(target, tap);
         let (first, step) = (at(0, 0)?, at(0, 1)? - at(0, 0)?);
         if step.abs() != 1 || at(0, 2)? - first != 2 * step || at(1, 0)? - first != 1 {
             return None;
         }
         let low = first + 2 * step.min(0);
-        let pieces = (0..targets).step_by(F2x3::SIDE).map(|target| {
+        let tiles = targets.div_ceil(side);
+        let shorts = (tiles * side - targets).min(tiles);
+        let pieces = (0..tiles).map(|tile| {
+            let is_short = tile + shorts >= tiles;
+            let target = tile * side - (tile + shorts).saturating_sub(tiles);
+            let count = side - usize::from(is_short);
             let mut piece = Piece::default();
-            let is_short = target + 1 == targets;
-            piece.sources[0] = std::array::from_fn(|i| within(low + (target + i) as isize, sources).filter(|_| i < 3 || !is_short));
-            piece.targets[0] = [Some(target), (!is_short).then_some(target + 1), None];
+            piece.sources[0] = std::array::from_fn(|i| within(low + (target + i) as isize, sources).filter(|_| i < count + 2));
+            piece.targets[0] = std::array::from_fn(|i| Some(target + i).filter(|&target| i < count && target < targets));
             piece
         });
         Some(Self {
@@ -73,7 +77,8 @@ impl AxisTiles {
             taps: vec![if step < 0 { [2, 1, 0] } else { [0, 1, 2] }],
             source_phases: 1,
             target_phases: 1,
-            short: (targets % 2 == 1).then_some([[true, true, true, false]; 2]),
+            shorts,
+            needed: [std::array::from_fn(|place| place < side + 1); 2],
             middles_cover: low == -1 && sources == targets,
         })
     }
@@ -90,11 +95,11 @@ impl AxisTiles {
         let pieces = (0..targets).step_by(F3x2::SIDE).map(|target| {
             let mut piece = Piece::default();
             if has_short && target + 1 == targets {
-                piece.sources = std::array::from_fn(|phase| [source(phase, target), None, None, source(phase, target + 1)]);
+                piece.sources = std::array::from_fn(|phase| [source(phase, target), None, None, source(phase, target + 1), None]);
                 piece.targets[0] = [Some(target), None, None];
                 piece.is_joined = true;
             } else {
-                piece.sources = std::array::from_fn(|phase| std::array::from_fn(|i| source(phase, target + i)));
+                piece.sources = std::array::from_fn(|phase| std::array::from_fn(|i| source(phase, target + i).filter(|_| i < F3x2::PATCH)));
                 piece.targets[0] = std::array::from_fn(|i| Some(target + i).filter(|&target| target < targets));
             }
             piece
@@ -104,7 +109,8 @@ impl AxisTiles {
             taps: vec![[0, 2, 0], [1, 3, 0]],
             source_phases: 2,
             target_phases: 1,
-            short: has_short.then_some([[true, false, false, true]; 2]),
+            shorts: usize::from(has_short),
+            needed: [[true, false, false, true, false]; 2],
             middles_cover: false,
         })
     }
@@ -129,13 +135,13 @@ impl AxisTiles {
         let end = pairs.iter().map(|&(first, count)| first + count as isize).max().unwrap_or(0);
         let last = sources as isize - 1;
         let tiles = |pairs: isize| (pairs.max(0) as usize).div_ceil(F3x2::SIDE);
-        let has_short = lowest == -1 && end <= last + 1 && PATCH * tiles(last) + 1 < PATCH * tiles(end - lowest);
+        let has_short = lowest == -1 && end <= last + 1 && F3x2::PATCH * tiles(last) + 1 < F3x2::PATCH * tiles(end - lowest);
         let (start, end) = if has_short { (0, last) } else { (lowest, end) };
         let mut pieces: Vec<Piece> = (0..tiles(end - start))
             .map(|tile| {
                 let pair = start + (tile * F3x2::SIDE) as isize;
                 let mut piece = Piece::default();
-                piece.sources[0] = std::array::from_fn(|i| within(pair + i as isize, sources));
+                piece.sources[0] = std::array::from_fn(|i| within(pair + i as isize, sources).filter(|_| i < F3x2::PATCH));
                 piece.targets = std::array::from_fn(|phase| {
                     std::array::from_fn(|i| target(phase, pair + i as isize).filter(|_| pair + (i as isize) < end))
                 });
@@ -145,43 +151,57 @@ impl AxisTiles {
         let ends = |phase: usize| (target(phase, last), target(phase, -1));
         if has_short {
             let mut piece = Piece::default();
-            piece.sources[0] = [within(last, sources), None, None, Some(0)];
+            piece.sources[0] = [within(last, sources), None, None, Some(0), None];
             piece.targets = std::array::from_fn(|phase| [ends(phase).0, None, ends(phase).1]);
             pieces.push(piece);
         }
-        let needed = |phase| [ends(phase).0.is_some(), false, false, ends(phase).1.is_some()];
+        let needed = |phase| [ends(phase).0.is_some(), false, false, ends(phase).1.is_some(), false];
         Some(Self {
             pieces,
             taps,
             source_phases: 1,
             target_phases: 2,
-            short: has_short.then(|| std::array::from_fn(needed)),
+            shorts: usize::from(has_short),
+            needed: std::array::from_fn(needed),
             middles_cover: false,
         })
     }
 
-    /// The place of a short tile that is needed for a phase of targets.
-    fn needs(&self, place: usize, phase: usize) -> bool {
-        self.short.is_none_or(|needed| needed[phase][place])
-    }
-
     fn is_short(&self, piece: usize) -> bool {
-        self.short.is_some() && piece + 1 == self.pieces.len()
+        piece + self.shorts >= self.pieces.len()
     }
 
     /// The places that a tile needs for some phase of targets, or for every one.
-    fn uses(&self, is_short: bool, for_all: bool) -> [bool; PATCH] {
+    fn uses(&self, is_short: bool, for_all: bool) -> [bool; MAX_PATCH] {
         std::array::from_fn(|place| {
-            let needing = (0..self.target_phases).filter(|&phase| self.needs(place, phase)).count();
+            let needing = (0..self.target_phases).filter(|&phase| self.needed[phase][place]).count();
             !is_short || needing >= if for_all { self.target_phases } else { 1 }
         })
     }
 
-    /// Products of all tiles along this axis.
-    fn products(&self) -> usize {
-        let short = |phase: usize| (0..PATCH).filter(|&place| self.needs(place, phase)).count();
-        let last = (0..self.target_phases).map(short).sum::<usize>();
-        self.source_phases * ((self.pieces.len() - 1) * PATCH * self.target_phases + last)
+    /// Products of all tiles along this axis, which have `patch` if they are not short.
+    fn products(&self, patch: usize) -> usize {
+        let short = |phase: usize| (0..patch).filter(|&place| self.needed[phase][place]).count();
+        let shorts = (0..self.target_phases).map(short).sum::<usize>() * self.shorts;
+        self.source_phases * ((self.pieces.len() - self.shorts) * patch * self.target_phases + shorts)
+    }
+}
+
+/// The forms by name: targets of a tile × taps, along an axis.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Algorithm {
+    F2x3,
+    F3x3,
+    F3x2,
+}
+
+impl Algorithm {
+    fn patch(self) -> usize {
+        match self {
+            Self::F2x3 => F2x3::PATCH,
+            Self::F3x3 => F3x3::PATCH,
+            Self::F3x2 => F3x2::PATCH,
+        }
     }
 }
 
@@ -194,10 +214,13 @@ pub(super) struct Grid {
     pub target: [usize; 2],
     /// Rows and columns of tiles.
     pub axes: [AxisTiles; 2],
+    pub form: Algorithm,
+    /// Sources of a patch along an axis.
+    patch: usize,
     /// Taps along an axis.
     kernel: usize,
     /// For each kind of tile, the places that it needs for some phase of targets, and those for every one.
-    needed: [[[bool; PLACES]; KINDS]; 2],
+    needed: [[[bool; MAX_PLACES]; KINDS]; 2],
 }
 
 /// Kinds of tiles: short in their columns, in neither, in their rows, in both.
@@ -215,27 +238,29 @@ pub(super) struct Phase {
 }
 
 impl Grid {
-    /// `None` if the taps are neither 3×3 neighbours nor 4×4 of stride 2.
-    pub fn of(g: &Gather) -> Option<Self> {
+    /// `None` if the form is not one for these taps: 3×3 neighbours, or 4×4 of stride 2.
+    pub fn of(g: &Gather, form: Algorithm) -> Option<Self> {
         let is_slice = g.kernel[0] == 1 && g.source[0] == g.target[0] && (0..2).all(|i| g.axes[0].source(i, 0) == Some(i as isize));
-        if g.groups != 1 || g.kernel[1] != g.kernel[2] || !is_slice {
+        let kernel = if form == Algorithm::F3x2 { 4 } else { 3 };
+        if g.groups != 1 || g.kernel[1..] != [kernel; 2] || !is_slice {
             return None;
         }
-        let axis = |i: usize| AxisTiles::of(&g.axes[i], g.kernel[i], g.source[i], g.target[i]);
+        let axis = |i: usize| AxisTiles::of(form, &g.axes[i], g.source[i], g.target[i]);
         let axes = [axis(1)?, axis(2)?];
         // Both axes run the same way.
         if axes[0].taps != axes[1].taps || axes[0].pieces.is_empty() || axes[1].pieces.is_empty() {
             return None;
         }
         let [source, target] = [g.source, g.target].map(|extent| [extent[1], extent[2]]);
+        let patch = form.patch();
         let needed = [false, true].map(|for_all| {
             let [rows, cols] = axes.each_ref().map(|axis| [false, true].map(|is_short| axis.uses(is_short, for_all)));
             std::array::from_fn(|kind| {
                 let (rows, cols) = (rows[usize::from(kind > FULL)], cols[usize::from(kind.is_multiple_of(3))]);
-                std::array::from_fn(|place| rows[place / PATCH] && cols[place % PATCH])
+                std::array::from_fn(|place| place < patch * patch && rows[place / patch] && cols[place % patch])
             })
         });
-        Some(Self { planes: g.n * g.source[0], source, target, axes, kernel: g.kernel[1], needed })
+        Some(Self { planes: g.n * g.source[0], source, target, axes, form, patch, kernel, needed })
     }
 
     /// Taps that a target, of one phase and for one phase of sources, has along an axis.
@@ -278,14 +303,14 @@ impl Grid {
     /// Places that the tiles of a plane need.
     pub fn plane_places(&self) -> usize {
         let places = |axis: &AxisTiles| {
-            let needed = |piece: usize| axis.uses(axis.is_short(piece), false).into_iter().filter(|&needed| needed).count();
+            let needed = |piece: usize| axis.uses(axis.is_short(piece), false)[..self.patch].iter().filter(|&&needed| needed).count();
             (0..axis.pieces.len()).map(needed).sum::<usize>()
         };
         self.axes.iter().map(places).product()
     }
 
     /// The places that a tile needs for some phase of targets, or for every one, if not all.
-    pub fn needed_places(&self, at: &At, for_all: bool) -> Option<&[bool; PLACES]> {
+    pub fn needed_places(&self, at: &At, for_all: bool) -> Option<&[bool; MAX_PLACES]> {
         (at.kind != FULL).then(|| &self.needed[usize::from(for_all)][at.kind])
     }
 
@@ -294,9 +319,14 @@ impl Grid {
         self.planes * self.plane_tiles()
     }
 
+    /// Values that the weights of a pair of channels become.
+    pub fn weights(&self) -> usize {
+        self.patch * self.patch * self.source_phases().count() * self.target_phases().count()
+    }
+
     /// Products of a pair of channels.
     pub fn products(&self) -> usize {
-        self.planes * self.axes[0].products() * self.axes[1].products()
+        self.planes * self.axes[0].products(self.patch) * self.axes[1].products(self.patch)
     }
 
     /// Whether the middles of all patches hold every source.
@@ -327,7 +357,8 @@ impl Grid {
     pub fn needing(&self, block: &Block, place: usize, phase: Phase) -> Range<usize> {
         let [rows, cols] = &self.axes;
         let [short_cols, full, short_rows, short] = block.counts;
-        let (in_rows, in_cols) = (rows.needs(place / PATCH, phase.row), cols.needs(place % PATCH, phase.col));
+        let in_rows = rows.needed[phase.row][place / self.patch];
+        let in_cols = cols.needed[phase.col][place % self.patch];
         let start = if in_cols { 0 } else { short_cols };
         let end = short_cols + full + if in_rows { short_rows } else { 0 } + if in_rows && in_cols { short } else { 0 };
         start..end

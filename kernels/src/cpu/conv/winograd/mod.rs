@@ -1,9 +1,10 @@
-//! 3×3 convolutions of stride 1 and 4×4 ones of stride 2 with 16 multiplications for four or nine targets instead of 36: Winograd's F(2×2, 3×3)
-//! and F(3×3, 2×2).
+//! Convolutions with fewer multiplications: for 3×3 taps of stride 1 Winograd's F(2×2, 3×3) with 16 for four targets instead of 36 and F(3×3, 3×3)
+//! with 25 for nine instead of 81, for 4×4 taps of stride 2 F(3×3, 2×2) with 16 for nine instead of 36.
 //!
-//! The image of targets is cut into tiles, each of which sees a patch d of 4×4 sources ([`grid`]). With the taps g of a pair of channels,
-//! Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A, so that a convolution becomes sixteen products of matrices, one for each place in a patch. The gradient by the
-//! weights is the same read backwards: Gᵀ [Σ over tiles of (Bᵀ d B) ⊙ (A gY Aᵀ)] G. The matrices hold 0, ±1 and ±½ only.
+//! The image of targets is cut into tiles, each of which sees a patch d of sources ([`grid`]). With the taps g of a pair of channels,
+//! Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A, so that a convolution becomes a product of matrices for each place in a patch. The gradient by the weights is
+//! the same read backwards: Gᵀ [Σ over tiles of (Bᵀ d B) ⊙ (A gY Aᵀ)] G. The matrices come from points where polynomials are multiplied
+//! ([`transform`]); larger tiles need more points, and lose digits by them.
 //!
 //! A convolution of stride 2 is four of stride 1, one for each parity of rows and columns, of the taps between which a stride lies: forward they are
 //! summed before they are transformed back, transposed each gives a quarter of the targets.
@@ -24,8 +25,8 @@ mod weight;
 
 use super::super::alloc::OutOfMemory;
 use super::Gather;
-use grid::Grid;
-use transform::{F2x3, F3x2, Form, PLACES};
+use grid::{Algorithm, Grid};
+use transform::{F2x3, F3x2, F3x3};
 
 /// Fewer channels than this are transformed for longer than they are multiplied.
 const MIN_CHANNELS: usize = 32;
@@ -33,13 +34,23 @@ const MIN_CHANNELS: usize = 32;
 /// Products in whose time a weight is transformed, written, and read again.
 const WEIGHT_PRODUCTS: usize = 60;
 
+/// The form that takes the least time, if one can be had.
+fn grid(g: &Gather) -> Option<Grid> {
+    let grids = [Algorithm::F2x3, Algorithm::F3x3, Algorithm::F3x2].into_iter().filter_map(|form| Grid::of(g, form));
+    grids.min_by_key(cost)
+}
+
+/// The time that a form takes for a pair of channels, in products.
+fn cost(grid: &Grid) -> usize {
+    grid.products() + grid.weights() * WEIGHT_PRODUCTS
+}
+
 /// Whether this takes less time than windows.
 pub(super) fn pays(g: &Gather) -> bool {
-    let Some(grid) = Grid::of(g) else { return false };
+    let Some(grid) = grid(g) else { return false };
     let touched = |i: usize| (0..g.kernel[i]).map(|tap| g.axes[i].pairs(tap, g.target[i], g.source[i]).len()).sum::<usize>();
     let on_windows = grid.planes * touched(1) * touched(2);
-    let weights = PLACES * grid.source_phases().count() * grid.target_phases().count();
-    g.cin.min(g.cout) >= MIN_CHANNELS && 4 * grid.products() <= 3 * on_windows && grid.products() + weights * WEIGHT_PRODUCTS <= on_windows
+    g.cin.min(g.cout) >= MIN_CHANNELS && 4 * grid.products() <= 3 * on_windows && cost(&grid) <= on_windows
 }
 
 /// See [`super::forward`]; `windows` computes the images that cannot be transformed: it gets a gather of some images, their sources and
@@ -52,10 +63,26 @@ pub(super) fn gather(
     y: &mut [f32],
     windows: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
 ) -> Result<(), OutOfMemory> {
-    match Grid::of(g) {
-        Some(grid) if grid.taps() == F2x3::TAPS => gather::gather::<F2x3>(g, &grid, x, w, bias, y, windows),
-        Some(grid) => gather::gather::<F3x2>(g, &grid, x, w, bias, y, windows),
+    match grid(g) {
+        Some(grid) => gather_by(&grid, g, x, w, bias, y, windows),
         None => windows(g, x, y),
+    }
+}
+
+/// [`gather`] by one form.
+fn gather_by(
+    grid: &Grid,
+    g: &Gather,
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+    windows: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
+) -> Result<(), OutOfMemory> {
+    match grid.form {
+        Algorithm::F2x3 => gather::gather::<F2x3>(g, grid, x, w, bias, y, windows),
+        Algorithm::F3x3 => gather::gather::<F3x3>(g, grid, x, w, bias, y, windows),
+        Algorithm::F3x2 => gather::gather::<F3x2>(g, grid, x, w, bias, y, windows),
     }
 }
 
@@ -63,18 +90,18 @@ pub(super) fn gather(
 /// that does not pay or values cannot be transformed.
 pub(super) fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
     for (g, x, gy) in [(forward, x, gy), (transposed, gy, x)] {
-        if let Some(grid) = Grid::of(g).filter(|grid| grid.source_phases().count() == 1) {
-            return Ok(pays(g) && weight_grad_of(g, &grid, x, gy, gw)?);
+        if let Some(grid) = grid(g).filter(|grid| grid.source_phases().count() == 1) {
+            return Ok(pays(g) && weight_grad_by(&grid, g, x, gy, gw)?);
         }
     }
     Ok(false)
 }
 
-/// [`weight_grad`] of a gather whose sources have no phases.
-fn weight_grad_of(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
-    if grid.taps() == F2x3::TAPS {
-        weight::weight_grad::<F2x3>(g, grid, x, gy, gw)
-    } else {
-        weight::weight_grad::<F3x2>(g, grid, x, gy, gw)
+/// [`weight_grad`] of a gather whose sources have no phases, by one form.
+fn weight_grad_by(grid: &Grid, g: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
+    match grid.form {
+        Algorithm::F2x3 => weight::weight_grad::<F2x3>(g, grid, x, gy, gw),
+        Algorithm::F3x3 => weight::weight_grad::<F3x3>(g, grid, x, gy, gw),
+        Algorithm::F3x2 => weight::weight_grad::<F3x2>(g, grid, x, gy, gw),
     }
 }

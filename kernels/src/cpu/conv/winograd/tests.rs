@@ -2,6 +2,7 @@
 
 use super::super::tests::{each_product, narrow, shape2d, values};
 use super::super::{ConvShape, direct, weight as windows_weight};
+use super::transform::LIMIT;
 use super::*;
 use crate::cpu::gemm::micro::MicroKernels;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,12 +30,15 @@ fn in_windows(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
     direct::gather_singles(g, x, w, bias, y).unwrap();
 }
 
-fn transformed(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
-    gather(g, x, w, bias, y, |_, _, _| panic!("these values can be transformed")).unwrap();
+fn transformed(grid: &Grid, g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
+    gather_by(grid, g, x, w, bias, y, |_, _, _| panic!("these values can be transformed")).unwrap();
 }
 
-fn transformed_weights(g: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> bool {
-    weight_grad_of(g, &Grid::of(g).unwrap(), x, gy, gw).unwrap()
+/// The forms of a convolution's two gathers.
+fn grids(s: &ConvShape) -> impl Iterator<Item = [Grid; 2]> {
+    let (forward, back) = (s.forward_gather(), s.transposed_gather());
+    let forms = [Algorithm::F2x3, Algorithm::F3x3, Algorithm::F3x2];
+    forms.into_iter().filter_map(move |form| Some([Grid::of(&forward, form)?, Grid::of(&back, form)?]))
 }
 
 /// Root of the summed squares of the errors.
@@ -54,33 +58,37 @@ fn all_three_products_are_about_as_exact_as_in_windows() {
             gx[ix] += gy[iy] as f64 * w[iw] as f64;
             gw[iw] += x[ix] as f64 * gy[iy] as f64;
         });
-        let compare = |name: &str, got: &[f32], plain: &[f32], exact: &[f64]| {
-            let (got, plain) = (error(got, exact), error(plain, exact));
-            assert!(got <= 2.0 * plain, "{name} of {s:?}: error {got}, {plain} in windows");
-        };
         let (forward, back) = (s.forward_gather(), s.transposed_gather());
-        let (mut got, mut plain) = (vec![9f32; y.len()], vec![9f32; y.len()]);
-        transformed(&forward, &x, &w, Some(&bias_y), &mut got);
-        in_windows(&forward, &x, &w, Some(&bias_y), &mut plain);
-        compare("forward", &got, &plain, &y);
-        let (mut got, mut plain) = (vec![9f32; gx.len()], vec![9f32; gx.len()]);
-        transformed(&back, &gy, &w, Some(&bias_x), &mut got);
-        in_windows(&back, &gy, &w, Some(&bias_x), &mut plain);
-        compare("input_grad", &got, &plain, &gx);
-        let (mut got, mut plain) = (vec![9f32; gw.len()], vec![9f32; gw.len()]);
-        windows_weight::weight_grad(MicroKernels::get(), &forward, &back, &x, &gy, &mut plain).unwrap();
-        assert!(transformed_weights(&back, &gy, &x, &mut got));
-        compare("weight_grad from the transposed side", &got, &plain, &gw);
-        if s.stride == [1; 3] {
-            assert!(transformed_weights(&forward, &x, &gy, &mut got));
-            compare("weight_grad", &got, &plain, &gw);
+        let (mut plain_y, mut plain_gx, mut plain_gw) = (vec![9f32; y.len()], vec![9f32; gx.len()], vec![9f32; gw.len()]);
+        in_windows(&forward, &x, &w, Some(&bias_y), &mut plain_y);
+        in_windows(&back, &gy, &w, Some(&bias_x), &mut plain_gx);
+        windows_weight::weight_grad(MicroKernels::get(), &forward, &back, &x, &gy, &mut plain_gw).unwrap();
+        assert!(grids(&s).next().is_some());
+        for [by, back_by] in grids(&s) {
+            let compare = |name: &str, got: &[f32], plain: &[f32], exact: &[f64]| {
+                let (got, plain) = (error(got, exact), error(plain, exact));
+                assert!(got <= 2.0 * plain, "{name} of {s:?} by {:?}: error {got}, {plain} in windows", by.form);
+            };
+            let mut got = vec![9f32; y.len()];
+            transformed(&by, &forward, &x, &w, Some(&bias_y), &mut got);
+            compare("forward", &got, &plain_y, &y);
+            let mut got = vec![9f32; gx.len()];
+            transformed(&back_by, &back, &gy, &w, Some(&bias_x), &mut got);
+            compare("input_grad", &got, &plain_gx, &gx);
+            let mut got = vec![9f32; gw.len()];
+            assert!(weight_grad_by(&back_by, &back, &gy, &x, &mut got).unwrap());
+            compare("weight_grad from the transposed side", &got, &plain_gw, &gw);
+            if s.stride == [1; 3] {
+                assert!(weight_grad_by(&by, &forward, &x, &gy, &mut got).unwrap());
+                compare("weight_grad", &got, &plain_gw, &gw);
+            }
         }
     }
 }
 
 #[test]
 fn only_neighbouring_taps_in_a_plane_are_transformed() {
-    let grid = |s: ConvShape| Grid::of(&s.forward_gather()).is_some() && Grid::of(&s.transposed_gather()).is_some();
+    let grid = |s: ConvShape| grid(&s.forward_gather()).is_some() || grid(&s.transposed_gather()).is_some();
     let plain = shape2d(4, [64, 64], [14, 14], [3, 3], [1, 1, 1], 1);
     assert!(grid(plain) && pays(&plain.forward_gather()) && pays(&plain.transposed_gather()));
     for other in [
@@ -106,37 +114,39 @@ fn extreme_values_send_their_images_to_windows() {
         let s = shape2d(3, [34, 32], [6, 6], [3, 3], [1, padding, 1], 1);
         let (w, gy) = (filled(s.weight_len(), 1), filled(s.output_len(), 3));
         let g = s.forward_gather();
-        let image = s.input_len() / 3;
-        for extreme in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
-            for at in [image, image + 15 * 34 + 33, 2 * image - 1] {
-                let mut x = filled(s.input_len(), 2);
-                x[at] = extreme;
-                let (mut y, mut expected) = (vec![9f32; s.output_len()], vec![9f32; s.output_len()]);
+        for [by, _] in grids(&s) {
+            let image = s.input_len() / 3;
+            for extreme in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3e38] {
+                for at in [image, image + 15 * 34 + 33, 2 * image - 1] {
+                    let mut x = filled(s.input_len(), 2);
+                    x[at] = extreme;
+                    let (mut y, mut expected) = (vec![9f32; s.output_len()], vec![9f32; s.output_len()]);
+                    let seen = AtomicUsize::new(0);
+                    gather_by(&by, &g, &x, &w, None, &mut y, |g, x, y| {
+                        seen.fetch_add(g.n, Ordering::Relaxed);
+                        direct::gather_singles(g, x, &w, None, y)
+                    })
+                    .unwrap();
+                    assert_eq!(seen.into_inner(), 1, "{extreme} at {at}");
+                    in_windows(&g, &x, &w, None, &mut expected);
+                    let bits = |y: &[f32]| y[y.len() / 3..y.len() * 2 / 3].iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(&y), bits(&expected));
+                    let mut gw = vec![9f32; w.len()];
+                    assert!(!weight_grad_by(&by, &g, &x, &gy, &mut gw).unwrap());
+                    assert!(gw.iter().all(|&v| v == 9.0));
+                }
+                let x = filled(s.input_len(), 2);
+                let (mut bad_w, mut bad_gy) = (w.clone(), gy.clone());
+                (bad_w[7], bad_gy[s.output_len() - 1]) = (extreme, extreme);
                 let seen = AtomicUsize::new(0);
-                gather(&g, &x, &w, None, &mut y, |g, x, y| {
+                let count = |g: &Gather, _: &[f32], _: &mut [f32]| {
                     seen.fetch_add(g.n, Ordering::Relaxed);
-                    direct::gather_singles(g, x, &w, None, y)
-                })
-                .unwrap();
-                assert_eq!(seen.into_inner(), 1, "{extreme} at {at}");
-                in_windows(&g, &x, &w, None, &mut expected);
-                let bits = |y: &[f32]| y[y.len() / 3..y.len() * 2 / 3].iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&y), bits(&expected));
-                let mut gw = vec![9f32; w.len()];
-                assert!(!transformed_weights(&g, &x, &gy, &mut gw));
-                assert!(gw.iter().all(|&v| v == 9.0));
+                    Ok(())
+                };
+                gather_by(&by, &g, &x, &bad_w, None, &mut vec![0f32; s.output_len()], count).unwrap();
+                assert_eq!(seen.into_inner(), 3);
+                assert!(!weight_grad_by(&by, &g, &x, &bad_gy, &mut vec![0f32; w.len()]).unwrap());
             }
-            let x = filled(s.input_len(), 2);
-            let (mut bad_w, mut bad_gy) = (w.clone(), gy.clone());
-            (bad_w[7], bad_gy[s.output_len() - 1]) = (extreme, extreme);
-            let seen = AtomicUsize::new(0);
-            let count = |g: &Gather, _: &[f32], _: &mut [f32]| {
-                seen.fetch_add(g.n, Ordering::Relaxed);
-                Ok(())
-            };
-            gather(&g, &x, &bad_w, None, &mut vec![0f32; s.output_len()], count).unwrap();
-            assert_eq!(seen.into_inner(), 3);
-            assert!(!transformed_weights(&g, &x, &bad_gy, &mut vec![0f32; w.len()]));
         }
     }
 }
@@ -144,27 +154,36 @@ fn extreme_values_send_their_images_to_windows() {
 #[test]
 fn the_largest_values_that_are_transformed_do_not_overflow() {
     let s = shape2d(1, [512, 32], [14, 14], [3, 3], [1, 1, 1], 1);
-    let most = (1u64 << 48) as f32;
-    let (x, w) = (vec![most; s.input_len()], vec![most; s.weight_len()]);
+    let (x, w) = (vec![LIMIT; s.input_len()], vec![LIMIT; s.weight_len()]);
     let (mut y, mut expected) = (vec![0f32; s.output_len()], vec![0f32; s.output_len()]);
-    transformed(&s.forward_gather(), &x, &w, None, &mut y);
     in_windows(&s.forward_gather(), &x, &w, None, &mut expected);
-    for (got, expected) in y.iter().zip(&expected) {
-        assert!((got / expected - 1.0).abs() < 1e-5, "{got} {expected}");
+    for [by, _] in grids(&s) {
+        transformed(&by, &s.forward_gather(), &x, &w, None, &mut y);
+        for (got, expected) in y.iter().zip(&expected) {
+            assert!((got / expected - 1.0).abs() < 1e-5, "{got} {expected}");
+        }
     }
 }
 
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
-    for s in [shape2d(9, [64, 70], [14, 14], [3, 3], [1, 1, 1], 1), shape2d(1, [130, 200], [9, 12], [3, 3], [1, 1, 1], 1)] {
+    for s in [
+        shape2d(9, [64, 70], [14, 14], [3, 3], [1, 1, 1], 1),
+        shape2d(1, [130, 200], [9, 12], [3, 3], [1, 1, 1], 1),
+        shape2d(9, [64, 70], [14, 14], [4, 4], [2, 1, 1], 1),
+    ] {
         let (x, gy, w) = (filled(s.input_len(), 1), filled(s.output_len(), 2), filled(s.weight_len(), 3));
         let run = |threads| {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
                 let (mut y, mut gx, mut gw) = (gy.clone(), x.clone(), w.clone());
-                transformed(&s.forward_gather(), &x, &w, None, &mut y);
-                transformed(&s.transposed_gather(), &gy, &w, None, &mut gx);
-                assert!(transformed_weights(&s.transposed_gather(), &gy, &x, &mut gw));
-                [y, gx, gw].map(|v| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+                let mut bits = Vec::new();
+                for [by, back_by] in grids(&s) {
+                    transformed(&by, &s.forward_gather(), &x, &w, None, &mut y);
+                    transformed(&back_by, &s.transposed_gather(), &gy, &w, None, &mut gx);
+                    assert!(weight_grad_by(&back_by, &s.transposed_gather(), &gy, &x, &mut gw).unwrap());
+                    bits.extend(y.iter().chain(&gx).chain(&gw).map(|v| v.to_bits()));
+                }
+                bits
             })
         };
         let one = run(1);

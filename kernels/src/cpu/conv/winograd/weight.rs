@@ -3,8 +3,8 @@
 use super::super::weight::{MERGED_CHANNELS, TASK_COLS, put};
 use super::super::{Gather, part_start};
 use super::gather::{place_len, row_len, transform};
-use super::grid::{Block, Grid, MAX_SIDE, Phase};
-use super::transform::{Check, Form, PATCH, PLACES, load_places, of_targets, store_needed, to_taps};
+use super::grid::{Block, Grid, Phase};
+use super::transform::{Check, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE, load_places, of_targets, store_needed, to_taps};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -33,12 +33,12 @@ pub(super) fn weight_grad<F: Form>(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32
     let (pairs, phases) = (blocks[0] * blocks[1], grid.target_phases().count());
     let count = phases * pairs;
     let splits = MIN_TASKS.div_ceil(count).min(grid.len() / MIN_TILES).max(1);
-    let mut buffer = Buffer::new(size_of::<f32>() * splits * count * TASK)?;
+    let mut buffer = Buffer::new(size_of::<f32>() * splits * count * task_len::<F>())?;
     let sums = buffer.as_slice_mut::<f32>();
     let (failed, out_of_memory) = (AtomicBool::new(false), OnceLock::new());
     let run = Run { g, grid, x, gy, form: PhantomData::<F> };
     let place = |pair: usize| (channels(pair / blocks[1], g.cin), channels(pair % blocks[1], g.cout));
-    parallel::for_each_chunk(sums, TASK, grid.products() * g.cin * g.cout / 50, |i, sums| {
+    parallel::for_each_chunk(sums, task_len::<F>(), grid.products() * g.cin * g.cout / 50, |i, sums| {
         let (split, phase, pair) = (i / count, i % count / pairs, i % pairs);
         let tiles = part_start(grid.len(), splits, split)..part_start(grid.len(), splits, split + 1);
         let Some(phase) = grid.target_phases().nth(phase) else { return };
@@ -56,7 +56,7 @@ pub(super) fn weight_grad<F: Form>(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32
         return Ok(false);
     }
     let (out, chunks, taps) = (SharedMut::new(gw), CHANNELS / MERGED_CHANNELS, g.taps());
-    parallel::for_each(pairs * chunks, count * splits * TASK / 4, |i| {
+    parallel::for_each(pairs * chunks, count * splits * task_len::<F>() / 4, |i| {
         let (pair, first) = (i / chunks, i % chunks * MERGED_CHANNELS);
         let (from, to) = place(pair);
         if first < from.len() {
@@ -65,7 +65,7 @@ pub(super) fn weight_grad<F: Form>(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32
             for (row, weights) in rows.clone().zip(merged.chunks_exact_mut(taps * CHANNELS)) {
                 for phase in grid.target_phases() {
                     let task = |split: usize| split * count + phase.index * pairs + pair;
-                    let parts = (0..splits).map(|split| &sums[task(split) * TASK + row * CHANNELS..]).collect();
+                    let parts = (0..splits).map(|split| &sums[task(split) * task_len::<F>() + row * CHANNELS..]).collect();
                     dispatch(Merge { grid, phase, parts, weights, form: PhantomData::<F> });
                 }
             }
@@ -77,7 +77,9 @@ pub(super) fn weight_grad<F: Form>(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32
 }
 
 /// Values of a task's sums, `[place][source channel][target channel]`.
-const TASK: usize = PLACES * CHANNELS * CHANNELS;
+const fn task_len<F: Form>() -> usize {
+    F::PLACES * CHANNELS * CHANNELS
+}
 
 fn channels(block: usize, all: usize) -> Range<usize> {
     block * CHANNELS..((block + 1) * CHANNELS).min(all)
@@ -95,19 +97,19 @@ impl<F: Form> Run<'_, F> {
     /// The sums over some tiles for a phase of targets, a block of source channels, and one of target channels. Whether all values could be
     /// transformed.
     fn task(&self, tiles: Range<usize>, phase: Phase, from: Range<usize>, to: Range<usize>, sums: &mut [f32]) -> Result<bool, OutOfMemory> {
-        let chunk = (CHUNK * PLACES * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
-        let mut patches = Buffer::new(size_of::<f32>() * PLACES * place_len(chunk, row_len(from.len())))?;
-        let mut targets = Buffer::new(size_of::<f32>() * PLACES * place_len(chunk, CHANNELS))?;
-        let (mut passed, mut added) = (true, [false; PLACES]);
+        let chunk = (CHUNK * 16 * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
+        let mut patches = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, row_len(from.len())))?;
+        let mut targets = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, CHANNELS))?;
+        let (mut passed, mut added) = (true, [false; MAX_PLACES]);
         for start in tiles.clone().step_by(chunk.max(1)) {
             let block = self.grid.block(start..tiles.end.min(start + chunk));
-            let patches = &mut patches.as_slice_mut::<f32>()[..PLACES * place_len(block.len(), row_len(from.len()))];
-            let targets = &mut targets.as_slice_mut::<f32>()[..PLACES * place_len(block.len(), CHANNELS)];
-            passed &= transform(self.grid, self.x, self.g.cin, from.clone(), &block, patches).is_empty();
+            let patches = &mut patches.as_slice_mut::<f32>()[..F::PLACES * place_len(block.len(), row_len(from.len()))];
+            let targets = &mut targets.as_slice_mut::<f32>()[..F::PLACES * place_len(block.len(), CHANNELS)];
+            passed &= transform::<F>(self.grid, self.x, self.g.cin, from.clone(), &block, patches).is_empty();
             let (all, channels) = (self.g.cout, to.clone());
             let out = &mut *targets;
             passed &= dispatch(Targets { grid: self.grid, phase, y: self.gy, all, channels, block: &block, out, form: self.form });
-            for (place, added) in added.iter_mut().enumerate() {
+            for (place, added) in added[..F::PLACES].iter_mut().enumerate() {
                 let needing = self.grid.needing(&block, place, phase);
                 if needing.is_empty() {
                     continue;
@@ -181,7 +183,7 @@ impl<F: Form> WithSimd for Targets<'_, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> bool {
         let (grid, stride, width) = (self.grid, place_len(self.block.len(), CHANNELS), self.channels.len());
-        assert!(self.out.len() == PLACES * stride && width <= CHANNELS && self.channels.end <= self.all);
+        assert!(self.out.len() == F::PLACES * stride && width <= CHANNELS && self.channels.end <= self.all);
         assert!(self.y.len() == grid.planes * grid.target[0] * grid.target[1] * self.all);
         let mut check = Check::new(s);
         for (i, tile) in self.block.tiles.iter().enumerate() {
@@ -211,7 +213,7 @@ impl<F: Form> WithSimd for Targets<'_, F> {
                     }
                 }
                 // SAFETY: a row has room for CHANNELS values, which are whole vectors.
-                unsafe { store_needed(of_targets::<F, _>(y), needed, self.out.as_mut_ptr().add(i * CHANNELS + at), stride) };
+                unsafe { store_needed::<F, _>(of_targets::<F, S>(s, y), needed, self.out.as_mut_ptr().add(i * CHANNELS + at), stride) };
             }
         }
         check.passed()
@@ -233,19 +235,19 @@ impl<F: Form> WithSimd for Merge<'_, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         const STRIDE: usize = CHANNELS * CHANNELS;
-        assert!(self.parts.iter().all(|part| part.len() >= (PLACES - 1) * STRIDE + CHANNELS));
+        assert!(self.parts.iter().all(|part| part.len() >= (F::PLACES - 1) * STRIDE + CHANNELS));
         for at in (0..CHANNELS).step_by(S::LANES) {
-            let mut sum = [[s.zero(); PATCH]; PATCH];
+            let mut sum = [[s.zero(); MAX_PATCH]; MAX_PATCH];
             for part in &self.parts {
                 // SAFETY: a row has CHANNELS values, which are whole vectors, at every place.
-                let part = unsafe { load_places(s, part.as_ptr().add(at), STRIDE) };
-                for i in 0..PATCH {
-                    for j in 0..PATCH {
+                let part = unsafe { load_places::<F, S>(s, part.as_ptr().add(at), STRIDE) };
+                for i in 0..F::PATCH {
+                    for j in 0..F::PATCH {
                         sum[i][j] = sum[i][j] + part[i][j];
                     }
                 }
             }
-            let taps = to_taps::<F, _>(sum, s.splat(0.5));
+            let taps = to_taps::<F, S>(s, sum);
             for i in 0..F::TAPS {
                 for j in 0..F::TAPS {
                     taps[i][j].store_slice(&mut self.weights[self.grid.tap(self.phase, i, j) * CHANNELS + at..], S::LANES);
