@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Bytes of a task's transformed patches: with a place of a panel's weights and its sums they fit an L2 of 1 MiB.
+/// Bytes of a task's transformed patches and sums: with a place of a panel's weights they fit an L2 of 1 MiB.
 const PATCH_BYTES: usize = 512 << 10;
 
 /// Tiles of a task: each weight that is read serves so many.
@@ -42,7 +42,7 @@ pub(super) fn gather<F: Form>(
 ) -> Result<(), OutOfMemory> {
     let Some(panels) = transformed::<F>(g, grid, w)? else { return windows(g, x, y) };
     let sources = grid.source_phases().count() * g.cin;
-    let place = size_of::<f32>() * row_len(sources);
+    let place = size_of::<f32>() * (row_len(sources) + MAX_NR);
     let block = (PATCH_BYTES / place * grid.plane_tiles() / grid.plane_places()).clamp(FEWEST_TILES, MOST_TILES) / MAX_MR * MAX_MR;
     let blocks = grid.len().div_ceil(block);
     let count = grid.target_phases().count() * panels.count();
@@ -166,7 +166,7 @@ impl<F: Form> Run<'_, F> {
         // Products that a tile does not need count as zero.
         for (i, tile) in block.tiles.iter().enumerate() {
             let Some(needed) = self.grid.needed_places(tile, true) else { continue };
-            for (place, _) in needed.iter().enumerate().filter(|(_, needed)| !**needed) {
+            for (place, _) in needed[..F::PLACES].iter().enumerate().filter(|(_, needed)| !**needed) {
                 sums[place * place_len(count, MAX_NR) + i * MAX_NR..][..MAX_NR].fill(0.0);
             }
         }
