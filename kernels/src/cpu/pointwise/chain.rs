@@ -452,6 +452,16 @@ mod tests {
             let want = if results[0] == 2 { [&of_u, &of_x] } else { [&of_x, &of_u] };
             assert!(bits(&got[0]) == bits(want[0]) && bits(&got[1]) == bits(want[1]), "{} {results:?}", row.name);
         }
+        // f(x + u) + g
+        let sum = two(binary::Add::ROW, x, u);
+        let of_sum = run(&|out| apply(row, [0.0; 2], [Operand::Dense(&sum)], out));
+        let residual = two(binary::Add::ROW, Operand::Dense(&of_sum), g);
+        for (inner, outer) in [([x_at, u_at], [g_at, Value::Step(1)]), ([u_at, x_at], [Value::Step(1), g_at])] {
+            let add = |args| step(Function::Two(binary::Add::ROW), args);
+            let chain = Chain::new(&[add(inner), step(Function::One(row), [Value::Step(0), x_at]), add(outer)], &[2]).unwrap();
+            assert!(matches!(chain.unit, Some(Unit::Residual(..))));
+            assert!(bits(&run(&|out| chain.apply(&[x, u, g], [out]))) == bits(&residual), "{} and a residual", row.name);
+        }
     }
 
     #[test]
@@ -482,6 +492,12 @@ mod tests {
         assert!(!is_unit(&[gate, mul(f, f)], &[1]));
         assert!(!is_unit(&[gate, step(Function::Two(binary::Add::ROW), [f, u])], &[1]));
         assert!(!is_unit(&[gate, mul(u, g), mul(Value::Step(1), f)], &[2]));
+        let (add, of_sum) = (|a, b| step(Function::Two(binary::Add::ROW), [a, b]), step(Function::One(unary::Silu::ROW), [f, x]));
+        assert!(is_unit(&[add(x, u), of_sum, add(Value::Step(1), g)], &[2]));
+        assert!(!is_unit(&[add(x, u), of_sum, mul(Value::Step(1), g)], &[2]));
+        assert!(!is_unit(&[mul(x, u), of_sum, add(Value::Step(1), g)], &[2]));
+        assert!(!is_unit(&[add(x, u), of_sum, add(Value::Step(1), f)], &[2]));
+        assert!(!is_unit(&[add(x, Value::Scalar(1.0)), of_sum, add(Value::Step(1), g)], &[2]));
         assert!(!is_unit(&[step(Function::One(unary::Relu::ROW), [x, x]), mul(f, u)], &[1]));
     }
 

@@ -1,5 +1,6 @@
-//! Gated units f(x)·u in registers, forward and with both gradients: what a chain of steps is run as where it is one. The function and its
-//! derivative have their dearest part in common, and all operands advance together, as the hardware's prefetching wants it. The bits are the chain's.
+//! Units of an activation in registers: gated ones f(x)·u, forward and with both gradients, and f(x + b) + r, an activation between a bias and a
+//! residual. A chain of steps is run as one where it is one: the function and its derivative have their dearest part in common, and all operands
+//! advance together, as the hardware's prefetching wants it. The bits are the chain's.
 
 use super::chain::{Function, Step, Value};
 use super::{Operand, Output, Plan, Source};
@@ -43,13 +44,14 @@ gates! {
     GeluTanh(gelu_tanh, gelu_tanh_and_slope),
 }
 
-/// What is computed of the vectors x, u and, backward, of the gradient g.
+/// What is computed of vectors: x, u and, backward, the gradient g; or x, b and r.
 trait Body<T, const N: usize, const M: usize>: 'static {
     fn vectors<S: Simd>(s: S, inputs: [S::F32; N]) -> [S::F32; M];
 }
 
 struct Forward<P>(PhantomData<P>);
 struct Backward<P>(PhantomData<P>);
+struct Residual<P>(PhantomData<P>);
 
 /// f(x)·u.
 impl<P: Gate, T: Vectors> Body<T, 2, 1> for Forward<P> {
@@ -68,6 +70,14 @@ impl<P: Gate, T: Vectors> Body<T, 3, 2> for Backward<P> {
     }
 }
 
+/// f(x + b) + r.
+impl<P: Gate, T: Vectors> Body<T, 3, 1> for Residual<P> {
+    #[inline(always)]
+    fn vectors<S: Simd>(s: S, [x, b, r]: [S::F32; 3]) -> [S::F32; 1] {
+        [T::rounded(s, P::value(s, T::rounded(s, x + b))) + r]
+    }
+}
+
 /// Contiguous elements of N inputs and M outputs.
 ///
 /// # Safety
@@ -78,24 +88,33 @@ type Tile<const N: usize, const M: usize> = unsafe fn(inputs: [*const u8; N], ou
 pub(super) struct Kernels {
     row: &'static Row<1>,
     backward_row: &'static Row<2>,
-    f32: (Tile<2, 1>, Tile<3, 2>),
-    bf16: (Tile<2, 1>, Tile<3, 2>),
+    f32: Tiles,
+    bf16: Tiles,
+}
+
+/// The kernels of a type.
+#[derive(Clone, Copy)]
+struct Tiles {
+    forward: Tile<2, 1>,
+    backward: Tile<3, 2>,
+    residual: Tile<3, 1>,
+}
+
+impl Tiles {
+    const fn of<P: Gate, T: Vectors>() -> Self {
+        Self { forward: tile::<Forward<P>, T, 2, 1>, backward: tile::<Backward<P>, T, 3, 2>, residual: tile::<Residual<P>, T, 3, 1> }
+    }
 }
 
 impl Kernels {
     /// The kernels for `T`.
-    fn tiles<T: Stored>(&self) -> Option<(Tile<2, 1>, Tile<3, 2>)> {
+    fn tiles<T: Stored>(&self) -> Option<Tiles> {
         let of = [(TypeId::of::<f32>(), self.f32), (TypeId::of::<bf16>(), self.bf16)];
         of.into_iter().find(|(id, _)| *id == TypeId::of::<T>()).map(|(_, tiles)| tiles)
     }
 
     const fn of<P: Gate>(row: &'static Row<1>, backward_row: &'static Row<2>) -> Self {
-        Self {
-            row,
-            backward_row,
-            f32: (tile::<Forward<P>, f32, 2, 1>, tile::<Backward<P>, f32, 3, 2>),
-            bf16: (tile::<Forward<P>, bf16, 2, 1>, tile::<Backward<P>, bf16, 3, 2>),
-        }
+        Self { row, backward_row, f32: Tiles::of::<P, f32>(), bf16: Tiles::of::<P, bf16>() }
     }
 }
 
@@ -157,13 +176,15 @@ unsafe fn tile<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize>(inp
     dispatch(Run::<B, T, N, M> { inputs, outs, len, body: PhantomData });
 }
 
-/// A chain that is a gated unit.
+/// A chain that is a unit.
 #[derive(Clone, Copy)]
 pub(super) enum Unit {
     /// Of the operands x and u.
     Forward(&'static Kernels, [usize; 2]),
     /// Of the operands x, u and g. The results are the gradients of x and u, or if `flipped` of u and x.
     Backward { kernels: &'static Kernels, operands: [usize; 3], flipped: bool },
+    /// Of the operands x, b and r.
+    Residual(&'static Kernels, [usize; 3]),
 }
 
 impl std::fmt::Debug for Unit {
@@ -171,15 +192,16 @@ impl std::fmt::Debug for Unit {
         let (name, operands): (_, &[usize]) = match self {
             Unit::Forward(kernels, operands) => (kernels.row.name, operands),
             Unit::Backward { kernels, operands, .. } => (kernels.backward_row.name, operands),
+            Unit::Residual(kernels, operands) => (kernels.row.name, operands),
         };
         write!(f, "{name} of {operands:?}")
     }
 }
 
-/// The other factor of step `i`, if it is a product with `factor`.
-fn cofactor(steps: &[Step], i: usize, factor: Value) -> Option<Value> {
+/// The other operand of step `i`, if it is function `row` of `one`.
+fn other(steps: &[Step], i: usize, row: &Row<2>, one: Value) -> Option<Value> {
     match (steps[i].function, steps[i].args) {
-        (Function::Two(row), [a, b]) if row.name == binary::Mul::ROW.name => match (a == factor, b == factor) {
+        (Function::Two(function), [a, b]) if function.name == row.name => match (a == one, b == one) {
             (true, _) => Some(b),
             (_, true) => Some(a),
             _ => None,
@@ -188,13 +210,25 @@ fn cofactor(steps: &[Step], i: usize, factor: Value) -> Option<Value> {
     }
 }
 
+/// The other factor of step `i`, if it is a product with `factor`.
+fn cofactor(steps: &[Step], i: usize, factor: Value) -> Option<Value> {
+    other(steps, i, binary::Mul::ROW, factor)
+}
+
 impl Unit {
-    /// What the `needed` steps are, that lead to `results`, if they are a gated unit of operands.
+    /// What the `needed` steps are, that lead to `results`, if they are a unit of operands.
     pub(super) fn of(steps: &[Step], needed: &[usize], results: &[usize]) -> Option<Self> {
         let one = |&&i: &&usize| matches!(steps[i].function, Function::One(_));
         let &gate = needed.iter().find(one)?;
-        let (Function::One(row), Value::Operand(x)) = (steps[gate].function, steps[gate].args[0]) else { return None };
+        let Function::One(row) = steps[gate].function else { return None };
         let kernels = GATES.iter().find(|kernels| kernels.row.name == row.name)?;
+        if let (3, &[result], Value::Step(sum)) = (needed.len(), results, steps[gate].args[0]) {
+            let x = steps[sum].args[0];
+            let (b, r) = (other(steps, sum, binary::Add::ROW, x)?, other(steps, result, binary::Add::ROW, Value::Step(gate))?);
+            let (Value::Operand(x), Value::Operand(b), Value::Operand(r)) = (x, b, r) else { return None };
+            return Some(Unit::Residual(kernels, [x, b, r]));
+        }
+        let Value::Operand(x) = steps[gate].args[0] else { return None };
         match (needed.len(), results) {
             (2, &[result]) => {
                 let Value::Operand(u) = cofactor(steps, result, Value::Step(gate))? else { return None };
@@ -221,11 +255,14 @@ impl Unit {
         }
         match (self, outs) {
             (Unit::Forward(kernels, at), [out]) => {
-                kernels.tiles::<T>().map(|(tile, _)| run_tiles(tile, ns, at.map(|i| operands[i]), [out], 0)).is_some()
+                kernels.tiles::<T>().map(|tiles| run_tiles(tiles.forward, ns, at.map(|i| operands[i]), [out], 0)).is_some()
             }
             (Unit::Backward { kernels, operands: at, flipped }, [first, second]) => {
                 let outs = if *flipped { [second, first] } else { [first, second] };
-                kernels.tiles::<T>().map(|(_, tile)| run_tiles(tile, ns, at.map(|i| operands[i]), outs, *flipped as usize)).is_some()
+                kernels.tiles::<T>().map(|tiles| run_tiles(tiles.backward, ns, at.map(|i| operands[i]), outs, *flipped as usize)).is_some()
+            }
+            (Unit::Residual(kernels, at), [out]) => {
+                kernels.tiles::<T>().map(|tiles| run_tiles(tiles.residual, ns, at.map(|i| operands[i]), [out], 0)).is_some()
             }
             _ => false,
         }
