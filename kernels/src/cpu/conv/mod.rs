@@ -248,7 +248,10 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
         pairs::gather_rounded(g, x, w, bias, y)
     } else {
         let windows = |g: &Gather, x: &[f32], y: &mut [f32]| direct::gather_singles(g, x, w, bias, y);
-        if winograd::pays(g) { winograd::gather(g, x, w, bias, y, windows) } else { windows(g, x, y) }
+        match winograd::plan(g) {
+            Some(grid) => winograd::gather(&grid, g, x, w, bias, y, windows),
+            None => windows(g, x, y),
+        }
     }
 }
 

@@ -207,14 +207,14 @@ impl Algorithm {
 
 /// How the targets of a gather are cut into tiles.
 #[derive(Clone, Debug)]
-pub(super) struct Grid {
+pub(in super::super) struct Grid {
     /// Images, or slices of volumes.
-    pub planes: usize,
-    pub source: [usize; 2],
-    pub target: [usize; 2],
+    pub(super) planes: usize,
+    pub(super) source: [usize; 2],
+    pub(super) target: [usize; 2],
     /// Rows and columns of tiles.
-    pub axes: [AxisTiles; 2],
-    pub form: Algorithm,
+    pub(super) axes: [AxisTiles; 2],
+    pub(super) form: Algorithm,
     /// Sources of a patch along an axis.
     patch: usize,
     /// Taps along an axis.
@@ -239,7 +239,7 @@ pub(super) struct Phase {
 
 impl Grid {
     /// `None` if the form is not one for these taps: 3×3 neighbours, or 4×4 of stride 2.
-    pub fn of(g: &Gather, form: Algorithm) -> Option<Self> {
+    pub(super) fn of(g: &Gather, form: Algorithm) -> Option<Self> {
         let is_slice = g.kernel[0] == 1 && g.source[0] == g.target[0] && (0..2).all(|i| g.axes[0].source(i, 0) == Some(i as isize));
         let kernel = if form == Algorithm::F3x2 { 4 } else { 3 };
         if g.groups != 1 || g.kernel[1..] != [kernel; 2] || !is_slice {
@@ -264,7 +264,7 @@ impl Grid {
     }
 
     /// Taps that a target, of one phase and for one phase of sources, has along an axis.
-    pub fn taps(&self) -> usize {
+    pub(super) fn taps(&self) -> usize {
         self.kernel / self.axes[0].taps.len()
     }
 
@@ -273,21 +273,21 @@ impl Grid {
         (0..rows * cols).map(move |index| Phase { index, row: index / cols, col: index % cols })
     }
 
-    pub fn source_phases(&self) -> impl Iterator<Item = Phase> + use<> {
+    pub(super) fn source_phases(&self) -> impl Iterator<Item = Phase> + use<> {
         self.phases(|axis| axis.source_phases)
     }
 
-    pub fn target_phases(&self) -> impl Iterator<Item = Phase> + use<> {
+    pub(super) fn target_phases(&self) -> impl Iterator<Item = Phase> + use<> {
         self.phases(|axis| axis.target_phases)
     }
 
     /// The tap at row `i`, column `j` of a phase.
-    pub fn tap(&self, phase: Phase, i: usize, j: usize) -> usize {
+    pub(super) fn tap(&self, phase: Phase, i: usize, j: usize) -> usize {
         self.axes[0].taps[phase.row][i] * self.kernel + self.axes[1].taps[phase.col][j]
     }
 
     /// All taps, phase by phase.
-    pub fn order(&self) -> Vec<usize> {
+    pub(super) fn order(&self) -> Vec<usize> {
         let phases = self.phases(|axis| axis.taps.len());
         let taps = |i: usize| (i / self.taps(), i % self.taps());
         phases
@@ -296,12 +296,12 @@ impl Grid {
             .collect()
     }
 
-    pub fn plane_tiles(&self) -> usize {
+    pub(super) fn plane_tiles(&self) -> usize {
         self.axes[0].pieces.len() * self.axes[1].pieces.len()
     }
 
     /// Places that the tiles of a plane need.
-    pub fn plane_places(&self) -> usize {
+    pub(super) fn plane_places(&self) -> usize {
         let places = |axis: &AxisTiles| {
             let needed = |piece: usize| axis.uses(axis.is_short(piece), false)[..self.patch].iter().filter(|&&needed| needed).count();
             (0..axis.pieces.len()).map(needed).sum::<usize>()
@@ -310,32 +310,32 @@ impl Grid {
     }
 
     /// The places that a tile needs for some phase of targets, or for every one, if not all.
-    pub fn needed_places(&self, at: &At, for_all: bool) -> Option<&[bool; MAX_PLACES]> {
+    pub(super) fn needed_places(&self, at: &At, for_all: bool) -> Option<&[bool; MAX_PLACES]> {
         (at.kind != FULL).then(|| &self.needed[usize::from(for_all)][at.kind])
     }
 
     /// Number of tiles.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.planes * self.plane_tiles()
     }
 
     /// Values that the weights of a pair of channels become.
-    pub fn weights(&self) -> usize {
+    pub(super) fn weights(&self) -> usize {
         self.patch * self.patch * self.source_phases().count() * self.target_phases().count()
     }
 
     /// Products of a pair of channels.
-    pub fn products(&self) -> usize {
+    pub(super) fn products(&self) -> usize {
         self.planes * self.axes[0].products(self.patch) * self.axes[1].products(self.patch)
     }
 
     /// Whether the middles of all patches hold every source.
-    pub fn middles_cover(&self) -> bool {
+    pub(super) fn middles_cover(&self) -> bool {
         self.axes.iter().all(|axis| axis.middles_cover)
     }
 
     /// Some tiles.
-    pub fn block(&self, tiles: Range<usize>) -> Block {
+    pub(super) fn block(&self, tiles: Range<usize>) -> Block {
         let mut sorted: [Vec<At>; KINDS] = Default::default();
         let cols = self.axes[1].pieces.len();
         for tile in tiles {
@@ -354,7 +354,7 @@ impl Grid {
     }
 
     /// Which tiles of a block need a place for a phase of targets.
-    pub fn needing(&self, block: &Block, place: usize, phase: Phase) -> Range<usize> {
+    pub(super) fn needing(&self, block: &Block, place: usize, phase: Phase) -> Range<usize> {
         let [rows, cols] = &self.axes;
         let [short_cols, full, short_rows, short] = block.counts;
         let in_rows = rows.needed[phase.row][place / self.patch];

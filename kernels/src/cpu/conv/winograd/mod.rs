@@ -31,46 +31,37 @@ use transform::{F2x3, F3x2, F3x3};
 /// Fewer channels than this are transformed for longer than they are multiplied.
 const MIN_CHANNELS: usize = 32;
 
+/// The same for weight gradients, whose other ways are slower.
+const MIN_WEIGHT_CHANNELS: usize = 16;
+
 /// Products in whose time a weight is transformed, written, and read again.
 const WEIGHT_PRODUCTS: usize = 60;
-
-/// The form that takes the least time, if one can be had.
-fn grid(g: &Gather) -> Option<Grid> {
-    let grids = [Algorithm::F2x3, Algorithm::F3x3, Algorithm::F3x2].into_iter().filter_map(|form| Grid::of(g, form));
-    grids.min_by_key(cost)
-}
 
 /// The time that a form takes for a pair of channels, in products.
 fn cost(grid: &Grid) -> usize {
     grid.products() + grid.weights() * WEIGHT_PRODUCTS
 }
 
-/// Whether this takes less time than windows.
-pub(super) fn pays(g: &Gather) -> bool {
-    let Some(grid) = grid(g) else { return false };
+/// The form that takes the least time for a gather, if that is less than windows take.
+pub(super) fn plan(g: &Gather) -> Option<Grid> {
+    plan_from(MIN_CHANNELS, g)
+}
+
+/// [`plan`] with as many channels at least.
+fn plan_from(channels: usize, g: &Gather) -> Option<Grid> {
+    if g.cin.min(g.cout) < channels {
+        return None;
+    }
+    let forms = [Algorithm::F2x3, Algorithm::F3x3, Algorithm::F3x2];
+    let grid = forms.into_iter().filter_map(|form| Grid::of(g, form)).min_by_key(cost)?;
     let touched = |i: usize| (0..g.kernel[i]).map(|tap| g.axes[i].pairs(tap, g.target[i], g.source[i]).len()).sum::<usize>();
     let on_windows = grid.planes * touched(1) * touched(2);
-    g.cin.min(g.cout) >= MIN_CHANNELS && 4 * grid.products() <= 3 * on_windows && cost(&grid) <= on_windows
+    (4 * grid.products() <= 3 * on_windows && cost(&grid) <= on_windows).then_some(grid)
 }
 
 /// See [`super::forward`]; `windows` computes the images that cannot be transformed: it gets a gather of some images, their sources and
 /// their targets.
 pub(super) fn gather(
-    g: &Gather,
-    x: &[f32],
-    w: &[f32],
-    bias: Option<&[f32]>,
-    y: &mut [f32],
-    windows: impl Fn(&Gather, &[f32], &mut [f32]) -> Result<(), OutOfMemory>,
-) -> Result<(), OutOfMemory> {
-    match grid(g) {
-        Some(grid) => gather_by(&grid, g, x, w, bias, y, windows),
-        None => windows(g, x, y),
-    }
-}
-
-/// [`gather`] by one form.
-fn gather_by(
     grid: &Grid,
     g: &Gather,
     x: &[f32],
@@ -90,14 +81,14 @@ fn gather_by(
 /// that does not pay or values cannot be transformed.
 pub(super) fn weight_grad(forward: &Gather, transposed: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
     for (g, x, gy) in [(forward, x, gy), (transposed, gy, x)] {
-        if let Some(grid) = grid(g).filter(|grid| grid.source_phases().count() == 1) {
-            return Ok(pays(g) && weight_grad_by(&grid, g, x, gy, gw)?);
+        if let Some(grid) = plan_from(MIN_WEIGHT_CHANNELS, g).filter(|grid| grid.source_phases().count() == 1) {
+            return weight_grad_by(&grid, g, x, gy, gw);
         }
     }
     Ok(false)
 }
 
-/// [`weight_grad`] of a gather whose sources have no phases, by one form.
+/// [`weight_grad`] of a gather whose sources have no phases.
 fn weight_grad_by(grid: &Grid, g: &Gather, x: &[f32], gy: &[f32], gw: &mut [f32]) -> Result<bool, OutOfMemory> {
     match grid.form {
         Algorithm::F2x3 => weight::weight_grad::<F2x3>(g, grid, x, gy, gw),

@@ -14,6 +14,8 @@ fn shapes() -> Vec<ConvShape> {
         shape2d(1, [33, 130], [14, 5], [3, 3], [1, 0, 1], 1),
         shape2d(2, [65, 37], [5, 6], [3, 3], [1, 2, 1], 1),
         shape2d(40, [64, 64], [7, 7], [3, 3], [1, 1, 1], 1),
+        shape2d(20, [32, 40], [3, 12], [3, 3], [1, 0, 1], 1),
+        shape2d(20, [40, 32], [10, 4], [3, 3], [1, 0, 1], 1),
         shape2d(40, [32, 64], [14, 14], [4, 4], [2, 1, 1], 1),
         shape2d(3, [37, 70], [16, 11], [4, 4], [2, 1, 1], 1),
         shape2d(2, [64, 33], [13, 20], [4, 4], [2, 0, 1], 1),
@@ -31,7 +33,7 @@ fn in_windows(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
 }
 
 fn transformed(grid: &Grid, g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) {
-    gather_by(grid, g, x, w, bias, y, |_, _, _| panic!("these values can be transformed")).unwrap();
+    gather(grid, g, x, w, bias, y, |_, _, _| panic!("these values can be transformed")).unwrap();
 }
 
 /// The forms of a convolution's two gathers.
@@ -67,8 +69,9 @@ fn all_three_products_are_about_as_exact_as_in_windows() {
         for [by, back_by] in grids(&s) {
             let compare = |name: &str, got: &[f32], plain: &[f32], exact: &[f64]| {
                 let (got, plain) = (error(got, exact), error(plain, exact));
-                // The sums of a weight gradient are shorter here than where it is transformed, and plain ones more exact the shorter they are.
-                let most = if name.starts_with("weight") { 2.5 } else { 1.6 };
+                // Plain sums of few terms are the more exact: weight gradients over few targets, patches that are mostly padding.
+                let is_short = name.starts_with("weight") || s.output[1].min(s.output[2]) < 3;
+                let most = if is_short { 3.0 } else { 1.6 };
                 assert!(got <= most * plain, "{name} of {s:?} by {:?}: error {got}, {plain} in windows", by.form);
             };
             let mut got = vec![9f32; y.len()];
@@ -90,9 +93,9 @@ fn all_three_products_are_about_as_exact_as_in_windows() {
 
 #[test]
 fn only_neighbouring_taps_in_a_plane_are_transformed() {
-    let grid = |s: ConvShape| grid(&s.forward_gather()).is_some() || grid(&s.transposed_gather()).is_some();
+    let pays = |g: &Gather| plan(g).is_some();
     let plain = shape2d(4, [64, 64], [14, 14], [3, 3], [1, 1, 1], 1);
-    assert!(grid(plain) && pays(&plain.forward_gather()) && pays(&plain.transposed_gather()));
+    assert!(pays(&plain.forward_gather()) && pays(&plain.transposed_gather()));
     for other in [
         shape2d(4, [64, 64], [14, 14], [3, 3], [2, 1, 1], 1),
         shape2d(4, [64, 64], [14, 14], [3, 3], [1, 2, 2], 1),
@@ -102,7 +105,7 @@ fn only_neighbouring_taps_in_a_plane_are_transformed() {
         shape2d(4, [64, 64], [14, 14], [4, 4], [2, 1, 2], 1),
         shape2d(4, [64, 64], [14, 14], [4, 4], [4, 1, 1], 1),
     ] {
-        assert!(!grid(other), "{other:?}");
+        assert!(grids(&other).next().is_none() && !pays(&other.forward_gather()), "{other:?}");
     }
     // Mostly borders, and too few channels or tiles.
     assert!(!pays(&shape2d(40, [64, 64], [2, 2], [3, 3], [1, 1, 1], 1).forward_gather()));
@@ -124,7 +127,7 @@ fn extreme_values_send_their_images_to_windows() {
                     x[at] = extreme;
                     let (mut y, mut expected) = (vec![9f32; s.output_len()], vec![9f32; s.output_len()]);
                     let seen = AtomicUsize::new(0);
-                    gather_by(&by, &g, &x, &w, None, &mut y, |g, x, y| {
+                    gather(&by, &g, &x, &w, None, &mut y, |g, x, y| {
                         seen.fetch_add(g.n, Ordering::Relaxed);
                         direct::gather_singles(g, x, &w, None, y)
                     })
@@ -145,7 +148,7 @@ fn extreme_values_send_their_images_to_windows() {
                     seen.fetch_add(g.n, Ordering::Relaxed);
                     Ok(())
                 };
-                gather_by(&by, &g, &x, &bad_w, None, &mut vec![0f32; s.output_len()], count).unwrap();
+                gather(&by, &g, &x, &bad_w, None, &mut vec![0f32; s.output_len()], count).unwrap();
                 assert_eq!(seen.into_inner(), 3);
                 assert!(!weight_grad_by(&by, &g, &x, &bad_gy, &mut vec![0f32; w.len()]).unwrap());
             }

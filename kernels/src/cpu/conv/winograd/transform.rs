@@ -145,7 +145,7 @@ impl Form for F3x2 {
     }
 }
 
-/// Three targets of three taps, by the points 0, −1, ½, 2, ∞: with two pairs of opposite points, as in the literature, errors are twice as large.
+/// Three targets of three taps, by the points 0, −1, ½, 2, ∞: by 0, ±1, 2, ∞ errors would be half as large again.
 #[derive(Clone, Copy)]
 pub(super) struct F3x3;
 

@@ -9,7 +9,7 @@ use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{self, SharedMut};
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::{F32s, MAX_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Source and target channels of a task: its sums, and the patches and targets of a chunk, fit an L2 of 1 MiB.
 const CHANNELS: usize = TASK_COLS;
 
-/// Tiles that are transformed at once, if they need all places.
+/// Tiles that are transformed at once, if they are of [`CHANNELS`] channels and need sixteen places.
 const CHUNK: usize = 64;
 
 /// Tasks that a call is cut into if it has the tiles for it.
@@ -66,7 +66,7 @@ pub(super) fn weight_grad<F: Form>(g: &Gather, grid: &Grid, x: &[f32], gy: &[f32
                 for phase in grid.target_phases() {
                     let task = |split: usize| split * count + phase.index * pairs + pair;
                     let parts = (0..splits).map(|split| &sums[task(split) * task_len::<F>() + row * CHANNELS..]).collect();
-                    dispatch(Merge { grid, phase, parts, weights, form: PhantomData::<F> });
+                    dispatch(Merge { grid, phase, cols: to.len(), parts, weights, form: PhantomData::<F> });
                 }
             }
             // SAFETY: each pair of channels belongs to one task.
@@ -97,7 +97,8 @@ impl<F: Form> Run<'_, F> {
     /// The sums over some tiles for a phase of targets, a block of source channels, and one of target channels. Whether all values could be
     /// transformed.
     fn task(&self, tiles: Range<usize>, phase: Phase, from: Range<usize>, to: Range<usize>, sums: &mut [f32]) -> Result<bool, OutOfMemory> {
-        let chunk = (CHUNK * 16 * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
+        let chunk = CHUNK * CHANNELS / from.len().max(to.len()).next_multiple_of(MAX_LANES);
+        let chunk = (chunk * 16 * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
         let mut patches = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, row_len(from.len())))?;
         let mut targets = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, CHANNELS))?;
         let (mut passed, mut added) = (true, [false; MAX_PLACES]);
@@ -224,6 +225,8 @@ impl<F: Form> WithSimd for Targets<'_, F> {
 struct Merge<'a, F> {
     grid: &'a Grid,
     phase: Phase,
+    /// Target channels.
+    cols: usize,
     parts: Vec<&'a [f32]>,
     weights: &'a mut [f32],
     form: PhantomData<F>,
@@ -235,8 +238,8 @@ impl<F: Form> WithSimd for Merge<'_, F> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         const STRIDE: usize = CHANNELS * CHANNELS;
-        assert!(self.parts.iter().all(|part| part.len() >= (F::PLACES - 1) * STRIDE + CHANNELS));
-        for at in (0..CHANNELS).step_by(S::LANES) {
+        assert!(self.cols <= CHANNELS && self.parts.iter().all(|part| part.len() >= (F::PLACES - 1) * STRIDE + CHANNELS));
+        for at in (0..self.cols).step_by(S::LANES) {
             let mut sum = [[s.zero(); MAX_PATCH]; MAX_PATCH];
             for part in &self.parts {
                 // SAFETY: a row has CHANNELS values, which are whole vectors, at every place.
