@@ -97,6 +97,22 @@ pub fn cases() -> Vec<Case> {
             .sample(&[&[1, 9, 2, 2], &[9, 9, 1, 1], &[9]])
             .sample(&[&[1, 16, 2, 2], &[16, 16, 1, 1], &[16]])
             .large(&[&[8, 16, 20, 20], &[40, 16, 3, 3], &[40]]),
+        // Large ones of these and the next two are transformed (Winograd), both ways and for the weights.
+        conv2d(Slide { padding: 1, ..PLAIN }).label("padding").sample(&[&[1, 2, 3, 4], &[3, 2, 3, 3]]).large(&[
+            &[16, 32, 14, 11],
+            &[40, 32, 3, 3],
+            &[40],
+        ]),
+        conv2d(down).label("stride 2, transformed").sample(&[&[1, 2, 6, 4], &[2, 2, 4, 4]]).large(&[
+            &[24, 32, 14, 14],
+            &[40, 32, 4, 4],
+            &[40],
+        ]),
+        transpose2d(down).label("stride 2, transformed").sample(&[&[1, 2, 3, 2], &[2, 2, 4, 4]]).large(&[
+            &[24, 32, 7, 7],
+            &[32, 40, 4, 4],
+            &[40],
+        ]),
         // As the discriminator and the generator of a DCGAN use them.
         conv2d(down).label("stride 2").sample(&[&[2, 1, 4, 4], &[3, 1, 4, 4], &[3]]).sample(&[&[1, 8, 4, 4], &[2, 8, 4, 4]]),
         transpose2d(down).label("stride 2").sample(&[&[2, 3, 2, 2], &[3, 2, 4, 4], &[2]]).sample(&[&[1, 8, 2, 2], &[8, 1, 4, 4]]).large(&[

@@ -89,7 +89,7 @@ struct Runs<'a, W> {
 }
 
 impl<W: Word> Runs<'_, W> {
-    /// Copies runs of `count` words.
+    /// Copies runs of `count` words. The lengths by name are kernels of one channel, and of three or four channels.
     #[inline(always)]
     fn copy<S: Simd>(self, s: S, count: usize) {
         match count {

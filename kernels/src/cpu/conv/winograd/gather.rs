@@ -105,7 +105,7 @@ fn transformed<F: Form>(g: &Gather, grid: &Grid, w: &[f32]) -> Result<Option<Pan
     Ok(fits.into_inner().then_some(panels))
 }
 
-/// Transforms the taps of a phase to sixteen places. Whether all weights were small enough.
+/// Transforms the taps of a phase to all places. Whether all weights were small enough.
 struct Taps<'a, F> {
     from: &'a [f32],
     /// Where the first place's rows can be written, as many values as a tap has, and those of the next `stride` values on.

@@ -196,11 +196,21 @@ pub(super) enum Algorithm {
 }
 
 impl Algorithm {
+    /// Sources of a patch along an axis.
     fn patch(self) -> usize {
         match self {
             Self::F2x3 => F2x3::PATCH,
             Self::F3x3 => F3x3::PATCH,
             Self::F3x2 => F3x2::PATCH,
+        }
+    }
+
+    /// Taps of the convolution along an axis: those of a form for a stride of 2 are every second one.
+    fn kernel(self) -> usize {
+        match self {
+            Self::F2x3 => F2x3::TAPS,
+            Self::F3x3 => F3x3::TAPS,
+            Self::F3x2 => 2 * F3x2::TAPS,
         }
     }
 }
@@ -215,10 +225,6 @@ pub(in super::super) struct Grid {
     /// Rows and columns of tiles.
     pub(super) axes: [AxisTiles; 2],
     pub(super) form: Algorithm,
-    /// Sources of a patch along an axis.
-    patch: usize,
-    /// Taps along an axis.
-    kernel: usize,
     /// For each kind of tile, the places that it needs for some phase of targets, and those for every one.
     needed: [[[bool; MAX_PLACES]; KINDS]; 2],
 }
@@ -241,8 +247,7 @@ impl Grid {
     /// `None` if the form is not one for these taps: 3×3 neighbours, or 4×4 of stride 2.
     pub(super) fn of(g: &Gather, form: Algorithm) -> Option<Self> {
         let is_slice = g.kernel[0] == 1 && g.source[0] == g.target[0] && (0..2).all(|i| g.axes[0].source(i, 0) == Some(i as isize));
-        let kernel = if form == Algorithm::F3x2 { 4 } else { 3 };
-        if g.groups != 1 || g.kernel[1..] != [kernel; 2] || !is_slice {
+        if g.groups != 1 || g.kernel[1..] != [form.kernel(); 2] || !is_slice {
             return None;
         }
         let axis = |i: usize| AxisTiles::of(form, &g.axes[i], g.source[i], g.target[i]);
@@ -260,12 +265,12 @@ impl Grid {
                 std::array::from_fn(|place| place < patch * patch && rows[place / patch] && cols[place % patch])
             })
         });
-        Some(Self { planes: g.n * g.source[0], source, target, axes, form, patch, kernel, needed })
+        Some(Self { planes: g.n * g.source[0], source, target, axes, form, needed })
     }
 
     /// Taps that a target, of one phase and for one phase of sources, has along an axis.
     pub(super) fn taps(&self) -> usize {
-        self.kernel / self.axes[0].taps.len()
+        self.form.kernel() / self.axes[0].taps.len()
     }
 
     fn phases(&self, along: fn(&AxisTiles) -> usize) -> impl Iterator<Item = Phase> + use<> {
@@ -283,7 +288,7 @@ impl Grid {
 
     /// The tap at row `i`, column `j` of a phase.
     pub(super) fn tap(&self, phase: Phase, i: usize, j: usize) -> usize {
-        self.axes[0].taps[phase.row][i] * self.kernel + self.axes[1].taps[phase.col][j]
+        self.axes[0].taps[phase.row][i] * self.form.kernel() + self.axes[1].taps[phase.col][j]
     }
 
     /// All taps, phase by phase.
@@ -303,7 +308,8 @@ impl Grid {
     /// Places that the tiles of a plane need.
     pub(super) fn plane_places(&self) -> usize {
         let places = |axis: &AxisTiles| {
-            let needed = |piece: usize| axis.uses(axis.is_short(piece), false)[..self.patch].iter().filter(|&&needed| needed).count();
+            let needed =
+                |piece: usize| axis.uses(axis.is_short(piece), false)[..self.form.patch()].iter().filter(|&&needed| needed).count();
             (0..axis.pieces.len()).map(needed).sum::<usize>()
         };
         self.axes.iter().map(places).product()
@@ -321,12 +327,12 @@ impl Grid {
 
     /// Values that the weights of a pair of channels become.
     pub(super) fn weights(&self) -> usize {
-        self.patch * self.patch * self.source_phases().count() * self.target_phases().count()
+        self.form.patch() * self.form.patch() * self.source_phases().count() * self.target_phases().count()
     }
 
     /// Products of a pair of channels.
     pub(super) fn products(&self) -> usize {
-        self.planes * self.axes[0].products(self.patch) * self.axes[1].products(self.patch)
+        self.planes * self.axes[0].products(self.form.patch()) * self.axes[1].products(self.form.patch())
     }
 
     /// Whether the middles of all patches hold every source.
@@ -357,8 +363,8 @@ impl Grid {
     pub(super) fn needing(&self, block: &Block, place: usize, phase: Phase) -> Range<usize> {
         let [rows, cols] = &self.axes;
         let [short_cols, full, short_rows, short] = block.counts;
-        let in_rows = rows.needed[phase.row][place / self.patch];
-        let in_cols = cols.needed[phase.col][place % self.patch];
+        let in_rows = rows.needed[phase.row][place / self.form.patch()];
+        let in_cols = cols.needed[phase.col][place % self.form.patch()];
         let start = if in_cols { 0 } else { short_cols };
         let end = short_cols + full + if in_rows { short_rows } else { 0 } + if in_rows && in_cols { short } else { 0 };
         start..end

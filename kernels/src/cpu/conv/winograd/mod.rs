@@ -9,8 +9,9 @@
 //! A convolution of stride 2 is four of stride 1, one for each parity of rows and columns, of the taps between which a stride lies: forward they are
 //! summed before they are transformed back, transposed each gives a quarter of the targets.
 //!
-//! Errors are of the size of those of plain sums (half to twice as large), but relative to the largest value of a patch. A value that is not finite would reach
-//! all of its patch: such values, and those near the end of the range, send their images to the kernels for windows.
+//! Errors are of the size of those of plain sums, but relative to the largest value of a patch: half to one and a half times as large in images, up
+//! to three times in weight gradients, by the root mean square. A value that is not finite would reach all of its patch: such values, and those near
+//! the end of the range, send their images to the kernels for windows.
 //!
 //! Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks*, 2015.
 

@@ -2,8 +2,8 @@
 
 use crate::cpu::simd::{F32s, Masks, Simd};
 
-/// Larger magnitudes are not transformed. Transforms multiply them by at most 2⁶, so that products are below 2¹⁰⁰ and any sum of fewer than 2²¹,
-/// transformed back, stays finite.
+/// Larger magnitudes are not transformed. Forward, products of transformed values are below 2⁹⁴, and any sum of fewer than 2²⁷ stays finite,
+/// transformed back; those of a weight gradient are below 2⁹⁹, and fewer than 2²⁵ of them do so.
 pub(super) const LIMIT: f32 = (1u64 << 44) as f32;
 
 /// Whether all values seen were small enough.

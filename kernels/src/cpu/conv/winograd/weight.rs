@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Source and target channels of a task: its sums, and the patches and targets of a chunk, fit an L2 of 1 MiB.
 const CHANNELS: usize = TASK_COLS;
 
-/// Tiles that are transformed at once, if they are of [`CHANNELS`] channels and need sixteen places.
-const CHUNK: usize = 64;
+/// Places of tiles of [`CHANNELS`] channels that are transformed at once.
+const CHUNK: usize = 1024;
 
 /// Tasks that a call is cut into if it has the tiles for it.
 const MIN_TASKS: usize = 16;
@@ -97,8 +97,8 @@ impl<F: Form> Run<'_, F> {
     /// The sums over some tiles for a phase of targets, a block of source channels, and one of target channels. Whether all values could be
     /// transformed.
     fn task(&self, tiles: Range<usize>, phase: Phase, from: Range<usize>, to: Range<usize>, sums: &mut [f32]) -> Result<bool, OutOfMemory> {
-        let chunk = CHUNK * CHANNELS / from.len().max(to.len()).next_multiple_of(MAX_LANES);
-        let chunk = (chunk * 16 * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
+        let places = CHUNK * CHANNELS / from.len().max(to.len()).next_multiple_of(MAX_LANES);
+        let chunk = (places * self.grid.plane_tiles() / self.grid.plane_places()).min(tiles.len());
         let mut patches = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, row_len(from.len())))?;
         let mut targets = Buffer::new(size_of::<f32>() * F::PLACES * place_len(chunk, CHANNELS))?;
         let (mut passed, mut added) = (true, [false; MAX_PLACES]);
