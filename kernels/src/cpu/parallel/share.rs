@@ -4,8 +4,9 @@
 //! tens of microseconds, more than most small operations take. Here nobody waits for a thread to wake. Helpers that have finished look for
 //! the next job for a while ([`LINGER`]) before they go back to rayon, so that the operations of a training step find them awake.
 //!
-//! The caller takes tasks from the front, helpers from the back: as one operation follows another, a thread finds in its cache what it
-//! wrote itself. Fetching it from another core's would cost more than the second thread gains on sizes that fit a cache.
+//! The caller takes the tasks of its own share first, helpers those behind it, both in ascending order: as one operation follows another, a
+//! thread finds in its cache what it wrote itself (fetching it from another core's would cost more than the second thread gains on sizes that
+//! fit a cache), and each walks through memory as the hardware expects. Who is done goes on with the far end of the others' tasks.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -48,10 +49,12 @@ struct Job {
     /// Borrowed from the caller; valid while the job is open or has helpers.
     f: *const (dyn Fn(usize) + Sync),
     count: usize,
+    /// How many tasks are the caller's share: the first ones.
+    own: usize,
     /// How many tasks were taken.
     taken: AtomicUsize,
-    /// How many of them by helpers, from the back; the others are the caller's, from the front.
-    back: AtomicUsize,
+    /// How many of them by helpers.
+    helped: AtomicUsize,
     /// How many helpers may still join.
     places: AtomicUsize,
     /// How many helpers are at work, and [`CLOSED`].
@@ -71,7 +74,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Job {
-    /// Takes tasks until none is left, from the front for the one `CALLER`, from the back for a helper.
+    /// The `i`th task of the caller: those of its share, and then the others from the last one down.
+    fn of_caller(&self, i: usize) -> usize {
+        if i < self.own { i } else { self.count - 1 - (i - self.own) }
+    }
+
+    /// The `i`th task of all helpers: those behind the caller's share, and then the share's from its last one down.
+    fn of_helpers(&self, i: usize) -> usize {
+        if i < self.count - self.own { self.own + i } else { self.count - 1 - i }
+    }
+
+    /// Takes tasks until none is left, as the one `CALLER` or as a helper.
     ///
     /// # Safety
     /// `f` must be alive.
@@ -79,14 +92,14 @@ impl Job {
         // SAFETY: the caller's contract.
         let f = unsafe { &*self.f };
         let tasks = || {
-            let mut front = 0;
-            // Whoever is counted among the first `count` has a task: both ends together give no more than there are.
+            let mut called = 0;
+            // Whoever is counted among the first `count` has a task: both orders together give no more than there are, and one is the other's reverse.
             while self.taken.fetch_add(1, Ordering::Relaxed) < self.count {
                 if CALLER {
-                    f(front);
-                    front += 1;
+                    f(self.of_caller(called));
+                    called += 1;
                 } else {
-                    f(self.count - 1 - self.back.fetch_add(1, Ordering::Relaxed));
+                    f(self.of_helpers(self.helped.fetch_add(1, Ordering::Relaxed)));
                 }
             }
         };
@@ -132,8 +145,9 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
     let job = Arc::new(Job {
         f,
         count,
+        own: count / (helpers + 1),
         taken: AtomicUsize::new(0),
-        back: AtomicUsize::new(0),
+        helped: AtomicUsize::new(0),
         places: AtomicUsize::new(helpers),
         state: AtomicUsize::new(0),
         panic: Mutex::new(None),

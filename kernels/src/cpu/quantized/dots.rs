@@ -15,14 +15,20 @@ use std::ops::Range;
 /// Up to so many rows are multiplied here: beyond, what it costs to decode a matrix once is little beside its product.
 pub(super) const MAX_DOT_ROWS: usize = 16;
 
-/// Multiply-adds of a task: about 10 µs.
+/// Multiply-adds of a task at most: about 10 µs.
 const TASK_MACS: usize = 1 << 18;
+
+/// Bytes of codes of a task at most: about 3 µs, which is what a thread may have to wait for another at the end.
+const TASK_BYTES: usize = 1 << 16;
 
 /// Multiply-adds that a core does in a nanosecond.
 const MACS_PER_NS: usize = 16;
 
 /// Rows of the matrix whose sums are under way at once, which hides the latency of additions.
 const TILE_ROWS: usize = 4;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Rows of the input that share what was decoded.
 const TILE_INPUTS: usize = 4;
@@ -41,7 +47,7 @@ pub(super) fn product<T: Input>(matrix: &Blocks<'_>, x: &[T], bias: Option<&[T]>
     }
     let x = &*widened;
     let shared = SharedMut::new(out);
-    let chunk = (TASK_MACS / (count * cols)).next_multiple_of(TILE_ROWS).max(TILE_ROWS);
+    let chunk = (TASK_MACS / (count * cols)).min(TASK_BYTES / matrix.places.codes).next_multiple_of(TILE_ROWS).max(TILE_ROWS);
     for_each(rows.div_ceil(chunk), count * rows * cols / MACS_PER_NS, |task| {
         let range = task * chunk..rows.min((task + 1) * chunk);
         let out = shared.get();
@@ -95,12 +101,13 @@ impl<F: Format, T: Input> Dots<'_, F, T> {
         let mut sums = [[s.zero(); B]; TILE_ROWS];
         let units = self.matrix.cols.div_ceil(F::UNIT);
         let row_bytes = self.matrix.places.codes;
-        let ahead = read_ahead(self.matrix.bytes.len(), TILE_ROWS, row_bytes);
+        // The first inputs ask for all.
+        let ahead = if input == 0 { read_ahead(self.matrix.bytes.len()) } else { 0 };
+        let tile_bytes = TILE_ROWS * row_bytes / units;
         for unit in 0..units {
             if ahead > 0 {
-                let at = unit * row_bytes / units + ahead;
-                for row in rows {
-                    s.prefetch(row.codes.wrapping_add(at).cast());
+                for at in (0..tile_bytes).step_by(LINE) {
+                    s.prefetch(rows[0].codes.wrapping_add(unit * tile_bytes + at + ahead).cast());
                 }
             }
             let mut at = x;

@@ -144,8 +144,9 @@ impl Format for Int4 {
 #[inline(always)]
 unsafe fn meaning<S: Simd>(s: S, from: *const u8) -> [S::F32; 2] {
     // SAFETY: the caller's contract.
-    let [a, b, c, d] = unsafe { bytes(from) };
-    s.nibble_values(brain([a, b]), brain([c, d]))
+    let both = s.splat_i32(i32::from_le_bytes(unsafe { bytes(from) }));
+    // A bf16 is the upper half of an f32.
+    s.nibble_values(both.shl::<16>().from_bits(), (both & s.splat_i32(!0xFFFF)).from_bits())
 }
 
 /// Blocks of 32: d, and a signed byte for each value.
@@ -183,7 +184,7 @@ impl Format for Q4_0 {
             let block = row.codes.add(unit * 18);
             let d = half(block);
             // Both products are exact, and so is their sum.
-            let meaning = s.nibble_values(d, -8.0 * d);
+            let meaning = s.nibble_values(s.splat(d), s.splat(-8.0 * d));
             for at in (0..16).step_by(S::LANES) {
                 let codes = s.load_u8(block.add(2 + at));
                 sink.put(s, at, s.nibbles(codes, meaning));
@@ -224,9 +225,9 @@ impl Format for Q4K {
             let packed = bytes::<12>(block.add(4));
             for pair in 0..4 {
                 let [scale, min] = Self::scale_and_min(&packed, 2 * pair);
-                let low = s.nibble_values(d * scale, -(d_min * min));
+                let low = s.nibble_values(s.splat(d * scale), s.splat(-(d_min * min)));
                 let [scale, min] = Self::scale_and_min(&packed, 2 * pair + 1);
-                let high = s.nibble_values(d * scale, -(d_min * min));
+                let high = s.nibble_values(s.splat(d * scale), s.splat(-(d_min * min)));
                 for at in (0..32).step_by(S::LANES) {
                     let codes = s.load_u8(block.add(16 + 32 * pair + at));
                     sink.put(s, 64 * pair + at, s.nibbles(codes, low));

@@ -209,10 +209,10 @@ impl Simd for Avx512 {
         I32x16(unsafe { _mm512_cvtepu8_epi32(src.cast::<Unaligned<__m128i>>().read().0) })
     }
     #[inline(always)]
-    fn nibble_values(self, scale: f32, min: f32) -> [F32x16; 2] {
+    fn nibble_values(self, scale: F32x16, min: F32x16) -> [F32x16; 2] {
         // All sixteen values fit a vector, of which a permutation takes one for each lane.
         let all = op!(_mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.));
-        [F32x16(all).mul_add(self.splat(scale), self.splat(min)); 2]
+        [F32x16(all).mul_add(scale, min); 2]
     }
     #[inline(always)]
     fn nibbles(self, codes: I32x16, values: [F32x16; 2]) -> F32x16 {

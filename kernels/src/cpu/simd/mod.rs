@@ -127,10 +127,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
         // SAFETY: the caller's contract.
         unsafe { self.load_i8(src.cast()) & self.splat_i32(0xFF) }
     }
-    /// What [`nibbles`](Self::nibbles) takes for codes n that mean `n * scale + min`.
+    /// What [`nibbles`](Self::nibbles) takes for codes n that mean `n * scale + min`, each the same in all lanes.
     #[inline(always)]
-    fn nibble_values(self, scale: f32, min: f32) -> [Self::F32; 2] {
-        [self.splat(scale), self.splat(min)]
+    fn nibble_values(self, scale: Self::F32, min: Self::F32) -> [Self::F32; 2] {
+        [scale, min]
     }
     /// What the lowest four bits of each lane mean by [`nibble_values`](Self::nibble_values), rounded once; the other bits count for nothing.
     #[inline(always)]

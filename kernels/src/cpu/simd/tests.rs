@@ -40,7 +40,7 @@ impl WithSimd for LanesAgree {
         let bytes: Vec<u8> = (0..S::LANES).map(|i| (i * 77 + 120) as u8).collect();
         // SAFETY: there are LANES bytes.
         let (signed, unsigned) = unsafe { (s.load_i8(bytes.as_ptr().cast()), s.load_u8(bytes.as_ptr())) };
-        let meant = s.nibbles(unsigned, s.nibble_values(0.5, -3.0));
+        let meant = s.nibbles(unsigned, s.nibble_values(s.splat(0.5), s.splat(-3.0)));
         for (v, of) in [
             (signed.to_f32(), (|b| f32::from(b as i8)) as fn(u8) -> f32),
             (unsigned.to_f32(), f32::from),
