@@ -7,7 +7,8 @@ use super::online::{Online, Scores};
 use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::dot::Lanes;
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::gemm::read_ahead;
+use crate::cpu::simd::{CACHE_LINE, F32s, Simd};
 use crate::view::MatView;
 use std::ops::Range;
 
@@ -36,15 +37,21 @@ pub(super) fn sum<T: Attended, S: Simd>(
         widen_rows(s, &attention.q.matrix(head), 0..x.queries, stride, q);
     }
     let alpha = attention.scale * LOG2_E;
+    let ahead = read_ahead(x.heads / x.group * x.keys * (x.width + x.value_width) * size_of::<T>());
+    // As a rule the next head's keys are this thread's, too.
+    let after = (heads.end < x.heads).then(|| attention.k.matrix(heads.end / x.group));
     for first in keys.clone().step_by(KEYS) {
         let block = first..keys.end.min(first + KEYS);
         if k.col_stride() == 1 {
-            multiply(s, q, &k, block.clone(), alpha, scores);
+            for (keys, mut coming) in phases((&k, block.clone()), (&v, block.clone()), ahead) {
+                let scores = &mut scores[keys.start - first..];
+                multiply(s, q, &k, keys, alpha, scores, &mut coming);
+            }
         } else {
             widen_rows(s, &k, block.clone(), x.width, gathered);
             // A closure would be compiled without the instructions.
             if let Some(k) = MatView::new(&gathered[..], block.len(), x.width, x.width, 1) {
-                multiply(s, q, &k, 0..block.len(), alpha, scores);
+                multiply(s, q, &k, 0..block.len(), alpha, scores, &mut Coming::default());
             }
         }
         for (row, scores) in scores.chunks_exact_mut(KEYS).enumerate() {
@@ -52,82 +59,175 @@ pub(super) fn sum<T: Attended, S: Simd>(
             of.weigh(s, attention, x, scores, (row, online));
         }
         if v.col_stride() == 1 {
-            add(s, scores, &v, block, online.values);
+            let next = match &after {
+                Some(after) if block.end == keys.end => (after, keys.clone()),
+                _ => (&k, block.end..keys.end),
+            };
+            for (keys, mut coming) in phases((&v, block.clone()), next, ahead) {
+                let weights = &scores[keys.start - first..];
+                add(s, weights, &v, keys, online.values, &mut coming);
+            }
         } else {
             widen_rows(s, &v, block.clone(), x.value_width, gathered);
             if let Some(v) = MatView::new(&gathered[..], block.len(), x.value_width, x.value_width, 1) {
-                add(s, scores, &v, 0..block.len(), online.values);
+                add(s, scores, &v, 0..block.len(), online.values, &mut Coming::default());
             }
         }
     }
     Ok(())
 }
 
+/// Rows of a matrix.
+type Rows<'a, T> = (&'a MatView<'a, T>, Range<usize>);
+
+/// The rows `now` in two runs, and what is asked for with each: the rows that lie `ahead` bytes further, at the end the first of `next`. So memory and
+/// arithmetic overlap. The hardware's own prefetching begins anew with each head's keys and values.
+fn phases<T>(now: Rows<'_, T>, next: Rows<'_, T>, ahead: usize) -> [(Range<usize>, Coming); 2] {
+    let (matrix, Range { start, end }) = now;
+    if ahead == 0 {
+        return [(start..end, Coming::default()), (end..end, Coming::default())];
+    }
+    let further = (ahead / (matrix.cols() * size_of::<T>())).clamp(1, end - start);
+    let (next, rows) = next;
+    [
+        (start..end - further, Coming::new(matrix, start + further..end)),
+        (end - further..end, Coming::new(next, rows.start..rows.end.min(rows.start + further))),
+    ]
+}
+
+/// Rows that are asked for one by one while others are in work.
+struct Coming {
+    /// Where the next begins, and how many bytes further each of the others.
+    next: *const u8,
+    stride: usize,
+    /// Bytes of each.
+    len: usize,
+    left: usize,
+}
+
+impl Default for Coming {
+    fn default() -> Self {
+        Self { next: std::ptr::null(), stride: 0, len: 0, left: 0 }
+    }
+}
+
+impl Coming {
+    /// Rows of a matrix, or none if they are not whole stretches of memory.
+    fn new<T>(matrix: &MatView<T>, rows: Range<usize>) -> Self {
+        let next = matrix.data().as_ptr().wrapping_add(rows.start * matrix.row_stride()).cast();
+        let (stride, len) = (matrix.row_stride() * size_of::<T>(), matrix.cols() * size_of::<T>());
+        Self { next, stride, len, left: if matrix.col_stride() == 1 { rows.len() } else { 0 } }
+    }
+
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S) {
+        if self.left > 0 {
+            for at in (0..self.len).step_by(CACHE_LINE) {
+                s.prefetch(self.next.wrapping_add(at).cast());
+            }
+            self.next = self.next.wrapping_add(self.stride);
+            self.left -= 1;
+        }
+    }
+}
+
 /// Rows that are in work together: each row of keys and values is read for all of them.
 const ROWS: usize = 4;
 
-/// `scores[row][j] = alpha · q[row] · k[keys.start + j]`, rows of `q` being whole vectors, and those of `scores` [`KEYS`] long.
+/// `scores[row][j] = alpha · q[row] · k[keys.start + j]`, rows of `q` being whole vectors, and those of `scores` [`KEYS`] apart.
 #[inline(always)]
-fn multiply<T: Lanes, S: Simd>(s: S, q: &[f32], k: &MatView<T>, keys: Range<usize>, alpha: f32, scores: &mut [f32]) {
+fn multiply<T: Lanes, S: Simd>(s: S, q: &[f32], k: &MatView<T>, keys: Range<usize>, alpha: f32, scores: &mut [f32], coming: &mut Coming) {
     let stride = k.cols().next_multiple_of(S::LANES);
     for (q, scores) in q.chunks(ROWS * stride).zip(scores.chunks_mut(ROWS * KEYS)) {
         match q.len() / stride {
-            1 => multiply_rows::<T, S, 1>(s, q, k, keys.clone(), alpha, scores),
-            2 => multiply_rows::<T, S, 2>(s, q, k, keys.clone(), alpha, scores),
-            3 => multiply_rows::<T, S, 3>(s, q, k, keys.clone(), alpha, scores),
-            _ => multiply_rows::<T, S, ROWS>(s, q, k, keys.clone(), alpha, scores),
+            1 => multiply_rows::<T, S, 1>(s, q, k, keys.clone(), alpha, scores, coming),
+            2 => multiply_rows::<T, S, 2>(s, q, k, keys.clone(), alpha, scores, coming),
+            3 => multiply_rows::<T, S, 3>(s, q, k, keys.clone(), alpha, scores, coming),
+            _ => multiply_rows::<T, S, ROWS>(s, q, k, keys.clone(), alpha, scores, coming),
         }
     }
 }
 
 #[inline(always)]
-fn multiply_rows<T: Lanes, S: Simd, const R: usize>(s: S, q: &[f32], k: &MatView<T>, keys: Range<usize>, alpha: f32, scores: &mut [f32]) {
-    let stride = k.cols().next_multiple_of(S::LANES);
+fn multiply_rows<T: Lanes, S: Simd, const R: usize>(
+    s: S,
+    q: &[f32],
+    k: &MatView<T>,
+    keys: Range<usize>,
+    alpha: f32,
+    scores: &mut [f32],
+    coming: &mut Coming,
+) {
+    let (width, stride) = (k.cols(), k.cols().next_multiple_of(S::LANES));
+    let whole = width / S::LANES * S::LANES;
+    let q = &q[..R * stride];
     for (j, key) in keys.enumerate() {
-        let key = &k.data()[key * k.row_stride()..][..k.cols()];
+        coming.ask(s);
+        let key = &k.data()[key * k.row_stride()..][..width];
         let mut sums = [s.zero(); R];
-        for (i, key) in key.chunks(S::LANES).enumerate() {
-            // SAFETY: the chunk has that many values.
-            let key = unsafe { T::load(s, key.as_ptr(), key.len()) };
-            for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = key.mul_add(s.load_slice(&q[r * stride + i * S::LANES..]), *sum);
+        for i in (0..whole).step_by(S::LANES) {
+            // SAFETY: a whole vector is left of the key and of each row of `q`, which was cut to `R` of them.
+            unsafe {
+                let key = T::load(s, key.as_ptr().add(i), S::LANES);
+                for r in 0..R {
+                    sums[r] = key.mul_add(s.load(q.as_ptr().add(r * stride + i)), sums[r]);
+                }
             }
         }
-        for (r, sum) in sums.into_iter().enumerate() {
-            scores[r * KEYS + j] = alpha * sum.reduce_sum();
+        if whole < width {
+            // SAFETY: as above; so many values are left of the key, and rows of `q` are whole vectors.
+            unsafe {
+                let key = T::load(s, key.as_ptr().add(whole), width - whole);
+                for r in 0..R {
+                    sums[r] = key.mul_add(s.load(q.as_ptr().add(r * stride + whole)), sums[r]);
+                }
+            }
+        }
+        for r in 0..R {
+            scores[r * KEYS + j] = alpha * sums[r].reduce_sum();
         }
     }
 }
 
-/// `sums[row] += Σ_j weights[row][j] · v[keys.start + j]`, rows of `weights` being [`KEYS`] long.
+/// `sums[row] += Σ_j weights[row][j] · v[keys.start + j]`, rows of `weights` being [`KEYS`] apart.
 #[inline(always)]
-fn add<T: Lanes, S: Simd>(s: S, weights: &[f32], v: &MatView<T>, keys: Range<usize>, sums: &mut [f32]) {
+fn add<T: Lanes, S: Simd>(s: S, weights: &[f32], v: &MatView<T>, keys: Range<usize>, sums: &mut [f32], coming: &mut Coming) {
     for (weights, sums) in weights.chunks(ROWS * KEYS).zip(sums.chunks_mut(ROWS * v.cols())) {
-        match weights.len() / KEYS {
-            1 => add_rows::<T, S, 1>(s, weights, v, keys.clone(), sums),
-            2 => add_rows::<T, S, 2>(s, weights, v, keys.clone(), sums),
-            3 => add_rows::<T, S, 3>(s, weights, v, keys.clone(), sums),
-            _ => add_rows::<T, S, ROWS>(s, weights, v, keys.clone(), sums),
+        match sums.len() / v.cols() {
+            1 => add_rows::<T, S, 1>(s, weights, v, keys.clone(), sums, coming),
+            2 => add_rows::<T, S, 2>(s, weights, v, keys.clone(), sums, coming),
+            3 => add_rows::<T, S, 3>(s, weights, v, keys.clone(), sums, coming),
+            _ => add_rows::<T, S, ROWS>(s, weights, v, keys.clone(), sums, coming),
         }
     }
 }
 
 #[inline(always)]
-fn add_rows<T: Lanes, S: Simd, const R: usize>(s: S, weights: &[f32], v: &MatView<T>, keys: Range<usize>, sums: &mut [f32]) {
+fn add_rows<T: Lanes, S: Simd, const R: usize>(
+    s: S,
+    weights: &[f32],
+    v: &MatView<T>,
+    keys: Range<usize>,
+    sums: &mut [f32],
+    coming: &mut Coming,
+) {
     /// Enough sums for their additions to overlap, few enough for registers.
     const VECTORS: usize = 4;
     let mut col = 0;
     while col + VECTORS * S::LANES <= v.cols() {
-        add_columns::<T, S, R, VECTORS>(s, weights, v, keys.clone(), sums, col, S::LANES);
+        add_columns::<T, S, R, VECTORS>(s, weights, v, keys.clone(), sums, [col, S::LANES], coming);
         col += VECTORS * S::LANES;
     }
-    while col < v.cols() {
-        add_columns::<T, S, R, 1>(s, weights, v, keys.clone(), sums, col, S::LANES.min(v.cols() - col));
+    while col + S::LANES <= v.cols() {
+        add_columns::<T, S, R, 1>(s, weights, v, keys.clone(), sums, [col, S::LANES], coming);
         col += S::LANES;
+    }
+    if col < v.cols() {
+        add_columns::<T, S, R, 1>(s, weights, v, keys, sums, [col, v.cols() - col], coming);
     }
 }
 
-/// [`add`] for `N` vectors of columns from `col` on, the last of which has `last` columns.
+/// [`add`] for `N` vectors of columns from `col` on, of `lanes` columns each.
 #[inline(always)]
 fn add_columns<T: Lanes, S: Simd, const R: usize, const N: usize>(
     s: S,
@@ -135,27 +235,34 @@ fn add_columns<T: Lanes, S: Simd, const R: usize, const N: usize>(
     v: &MatView<T>,
     keys: Range<usize>,
     sums: &mut [f32],
-    col: usize,
-    last: usize,
+    [col, lanes]: [usize; 2],
+    coming: &mut Coming,
 ) {
     let width = v.cols();
+    assert!(weights.len() >= (R - 1) * KEYS + keys.len());
     let mut acc = [[s.zero(); N]; R];
-    for (j, key) in keys.enumerate() {
-        let values = &v.data()[key * v.row_stride()..][col..col + (N - 1) * S::LANES + last];
-        // By number, so that the sums stay in registers.
+    for r in 0..R {
         for n in 0..N {
-            let count = if n + 1 < N { S::LANES } else { last };
-            // SAFETY: so many values are left.
-            let values = unsafe { T::load(s, values[n * S::LANES..].as_ptr(), count) };
-            for (r, acc) in acc.iter_mut().enumerate() {
-                acc[n] = s.splat(weights[r * KEYS + j]).mul_add(values, acc[n]);
+            acc[r][n] = s.load_slice_partial(&sums[r * width + col + n * lanes..][..lanes]);
+        }
+    }
+    for (j, key) in keys.enumerate() {
+        coming.ask(s);
+        let values = &v.data()[key * v.row_stride()..][col..col + N * lanes];
+        for n in 0..N {
+            // SAFETY: so many values are there, and weights of all keys in each of the `R` rows.
+            unsafe {
+                let values = T::load(s, values.as_ptr().add(n * lanes), lanes);
+                for r in 0..R {
+                    acc[r][n] = s.splat(*weights.as_ptr().add(r * KEYS + j)).mul_add(values, acc[r][n]);
+                }
             }
         }
     }
     for (r, acc) in acc.into_iter().enumerate() {
-        let sums = &mut sums[r * width + col..][..(N - 1) * S::LANES + last];
+        let sums = &mut sums[r * width + col..][..N * lanes];
         for (sums, acc) in sums.chunks_mut(S::LANES).zip(acc) {
-            (s.load_slice_partial(sums) + acc).store_slice(sums, sums.len());
+            acc.store_slice(sums, sums.len());
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::read_ahead;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
-use crate::cpu::simd::{F32s, Simd};
+use crate::cpu::simd::{CACHE_LINE, F32s, Simd};
 use std::ops::Range;
 
 /// Up to so many rows are multiplied here: beyond, what it costs to decode a matrix once is little beside its product.
@@ -26,9 +26,6 @@ const MACS_PER_NS: usize = 16;
 
 /// Rows of the matrix whose sums are under way at once, which hides the latency of additions.
 const TILE_ROWS: usize = 4;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// Rows of the input that share what was decoded.
 const TILE_INPUTS: usize = 4;
@@ -106,7 +103,7 @@ impl<F: Format, T: Input> Dots<'_, F, T> {
         let tile_bytes = TILE_ROWS * row_bytes / units;
         for unit in 0..units {
             if ahead > 0 {
-                for at in (0..tile_bytes).step_by(LINE) {
+                for at in (0..tile_bytes).step_by(CACHE_LINE) {
                     s.prefetch(rows[0].codes.wrapping_add(unit * tile_bytes + at + ahead).cast());
                 }
             }
