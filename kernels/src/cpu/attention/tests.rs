@@ -164,15 +164,16 @@ fn close(label: &str, what: &str, got: &[f32], want: &[f64], tolerance: f64) {
 }
 
 /// Heads, of which so many share keys, queries, keys, and the widths of keys and of values.
-const SHAPES: [(usize, usize, usize, usize, usize, usize); 10] = [
+const SHAPES: [(usize, usize, usize, usize, usize, usize); 11] = [
     (2, 1, 5, 7, 4, 3),
     (4, 2, 130, 300, 64, 64),
     (2, 2, 100, 90, 40, 17),
     (1, 1, 260, 513, 33, 80),
-    // Few queries, where keys are not packed, and keys in parts.
+    // Few queries, where keys are not packed, and keys in parts; more of them than a cache is taken to hold.
     (3, 1, 1, 600, 16, 32),
     (8, 4, 1, 300, 20, 33),
     (1, 1, 3, 1400, 64, 64),
+    (16, 4, 1, 300, 40, 33),
     (2, 2, 4, 2, 7, 1),
     (1, 1, 30, 1500, 24, 16),
     (2, 1, 50, 1030, 16, 24),

@@ -313,6 +313,33 @@ fn the_same_bits_however_a_lies_in_memory() {
     }
 }
 
+/// One row with a factor that is cached, or streams past; its sums are those that it has beside others.
+fn check_one_row<T: GemmElement>(n: usize, k: usize, tolerance: f64) {
+    const ROWS: usize = 3;
+    for case in [Case::plain(1, n, k, Layout::RowMajor, Layout::Transposed), Case::plain(n, 1, k, Layout::Padded, Layout::RowMajor)] {
+        Case { bias: true, ..case }.check::<T>(1.0, tolerance);
+        Case { accumulate: true, alpha: 0.5, gap: 2, batch: 2, ..case }.check::<T>(1.0, tolerance);
+    }
+    let (x, w): (Vec<T>, Vec<T>) = (values(ROWS * k, 1, 1.0), values(n * k, 2, 1.0));
+    let w = MatView::row_major(&w, n, k).unwrap().t();
+    let product = |x: &[T]| {
+        let mut c = vec![T::default(); x.len() / k * n];
+        Gemm::new(MatView::row_major(x, x.len() / k, k).unwrap(), w).run(&mut c, n).unwrap();
+        c
+    };
+    let rows: Vec<T> = x.chunks(k).flat_map(product).collect();
+    assert!(product(&x) == rows, "{n} lanes of {k}");
+}
+
+#[test]
+fn one_row_has_the_bits_that_it_has_among_others() {
+    for (n, k) in [(5, 70), (7, 4000), (333, 1001), (1003, 768), (70, 5000)] {
+        check_one_row::<f32>(n, k, F32);
+        check_one_row::<bf16>(n, k, 8e-3);
+        check_one_row::<f16>(n, k, 1e-3);
+    }
+}
+
 /// Pairs of bf16 go through packing and blocking on every machine, emulated where it lacks the instruction.
 #[test]
 fn pairs_of_bf16_match_f64() {
