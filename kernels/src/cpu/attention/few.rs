@@ -169,8 +169,8 @@ fn multiply_rows<T: Lanes, S: Simd, const R: usize>(
             // SAFETY: a whole vector is left of the key and of each row of `q`, which was cut to `R` of them.
             unsafe {
                 let key = T::load(s, key.as_ptr().add(i), S::LANES);
-                for r in 0..R {
-                    sums[r] = key.mul_add(s.load(q.as_ptr().add(r * stride + i)), sums[r]);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    *sum = key.mul_add(s.load(q.as_ptr().add(r * stride + i)), *sum);
                 }
             }
         }
@@ -178,8 +178,8 @@ fn multiply_rows<T: Lanes, S: Simd, const R: usize>(
             // SAFETY: as above; so many values are left of the key, and rows of `q` are whole vectors.
             unsafe {
                 let key = T::load(s, key.as_ptr().add(whole), width - whole);
-                for r in 0..R {
-                    sums[r] = key.mul_add(s.load(q.as_ptr().add(r * stride + whole)), sums[r]);
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    *sum = key.mul_add(s.load(q.as_ptr().add(r * stride + whole)), *sum);
                 }
             }
         }
@@ -241,9 +241,9 @@ fn add_columns<T: Lanes, S: Simd, const R: usize, const N: usize>(
     let width = v.cols();
     assert!(weights.len() >= (R - 1) * KEYS + keys.len());
     let mut acc = [[s.zero(); N]; R];
-    for r in 0..R {
-        for n in 0..N {
-            acc[r][n] = s.load_slice_partial(&sums[r * width + col + n * lanes..][..lanes]);
+    for (r, acc) in acc.iter_mut().enumerate() {
+        for (n, acc) in acc.iter_mut().enumerate() {
+            *acc = s.load_slice_partial(&sums[r * width + col + n * lanes..][..lanes]);
         }
     }
     for (j, key) in keys.enumerate() {
@@ -253,8 +253,8 @@ fn add_columns<T: Lanes, S: Simd, const R: usize, const N: usize>(
             // SAFETY: so many values are there, and weights of all keys in each of the `R` rows.
             unsafe {
                 let values = T::load(s, values.as_ptr().add(n * lanes), lanes);
-                for r in 0..R {
-                    acc[r][n] = s.splat(*weights.as_ptr().add(r * KEYS + j)).mul_add(values, acc[r][n]);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    acc[n] = s.splat(*weights.as_ptr().add(r * KEYS + j)).mul_add(values, acc[n]);
                 }
             }
         }
