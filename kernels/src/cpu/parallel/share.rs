@@ -44,13 +44,31 @@ thread_local! {
 /// Set in [`Job::state`] once the caller has returned or is about to.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
+/// Who takes which task when.
+#[derive(Clone, Copy)]
+struct Order {
+    count: usize,
+    /// How many tasks are the caller's share: the first ones.
+    own: usize,
+}
+
+impl Order {
+    /// The `i`th task of the caller: those of its share, and then the others from the last one down.
+    fn of_caller(self, i: usize) -> usize {
+        if i < self.own { i } else { self.count - 1 - (i - self.own) }
+    }
+
+    /// The `i`th task of all helpers: those behind the caller's share, and then the share's from its last one down.
+    fn of_helpers(self, i: usize) -> usize {
+        if i < self.count - self.own { self.own + i } else { self.count - 1 - i }
+    }
+}
+
 /// Tasks `0..count` of one call of [`share`].
 struct Job {
     /// Borrowed from the caller; valid while the job is open or has helpers.
     f: *const (dyn Fn(usize) + Sync),
-    count: usize,
-    /// How many tasks are the caller's share: the first ones.
-    own: usize,
+    order: Order,
     /// How many tasks were taken.
     taken: AtomicUsize,
     /// How many of them by helpers.
@@ -74,16 +92,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Job {
-    /// The `i`th task of the caller: those of its share, and then the others from the last one down.
-    fn of_caller(&self, i: usize) -> usize {
-        if i < self.own { i } else { self.count - 1 - (i - self.own) }
-    }
-
-    /// The `i`th task of all helpers: those behind the caller's share, and then the share's from its last one down.
-    fn of_helpers(&self, i: usize) -> usize {
-        if i < self.count - self.own { self.own + i } else { self.count - 1 - i }
-    }
-
     /// Takes tasks until none is left, as the one `CALLER` or as a helper.
     ///
     /// # Safety
@@ -93,18 +101,18 @@ impl Job {
         let f = unsafe { &*self.f };
         let tasks = || {
             let mut called = 0;
-            // Whoever is counted among the first `count` has a task: both orders together give no more than there are, and one is the other's reverse.
-            while self.taken.fetch_add(1, Ordering::Relaxed) < self.count {
+            // Whoever is counted among the first `count` has a task: one order is the other's reverse, and both together take no more than that.
+            while self.taken.fetch_add(1, Ordering::Relaxed) < self.order.count {
                 if CALLER {
-                    f(self.of_caller(called));
+                    f(self.order.of_caller(called));
                     called += 1;
                 } else {
-                    f(self.of_helpers(self.helped.fetch_add(1, Ordering::Relaxed)));
+                    f(self.order.of_helpers(self.helped.fetch_add(1, Ordering::Relaxed)));
                 }
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(tasks)) {
-            self.taken.store(self.count, Ordering::Relaxed);
+            self.taken.store(self.order.count, Ordering::Relaxed);
             lock(&self.panic).get_or_insert(payload);
         }
     }
@@ -112,7 +120,7 @@ impl Job {
     /// Takes tasks if there is a place for another helper, and any task left.
     fn help(&self) {
         let leave = |places: usize| places.checked_sub(1);
-        if self.taken.load(Ordering::Relaxed) >= self.count
+        if self.taken.load(Ordering::Relaxed) >= self.order.count
             || self.places.fetch_update(Ordering::Relaxed, Ordering::Relaxed, leave).is_err()
         {
             return;
@@ -144,8 +152,7 @@ pub(super) fn share(count: usize, f: &(dyn Fn(usize) + Sync)) {
     let f = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
     let job = Arc::new(Job {
         f,
-        count,
-        own: count / (helpers + 1),
+        order: Order { count, own: count / (helpers + 1) },
         taken: AtomicUsize::new(0),
         helped: AtomicUsize::new(0),
         places: AtomicUsize::new(helpers),
@@ -206,6 +213,21 @@ fn serve() {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
+
+    #[test]
+    fn one_order_is_the_others_reverse() {
+        for count in 1..20 {
+            for own in 0..=count {
+                let order = Order { count, own };
+                let callers: Vec<usize> = (0..count).map(|i| order.of_caller(i)).collect();
+                let helpers: Vec<usize> = (0..count).rev().map(|i| order.of_helpers(i)).collect();
+                assert_eq!(callers, helpers, "{own} of {count}");
+                let mut sorted = callers;
+                sorted.sort_unstable();
+                assert!(sorted.into_iter().eq(0..count));
+            }
+        }
+    }
 
     #[test]
     fn every_task_runs_once() {
