@@ -69,10 +69,6 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let n = self.rows.n;
-        if let Some((w, b)) = self.affine {
-            s.prefetch_all(w);
-            s.prefetch_all(b);
-        }
         let (mut x_buffer, mut y_buffer) = (lanes::buffer::<T>(n), lanes::buffer::<T>(n));
         let statistics = self.mean.iter_mut().zip(self.rstd.iter_mut());
         for ((x, y), (mean, rstd)) in self.x.chunks_exact(n).zip(self.y.chunks_exact_mut(n)).zip(statistics) {

@@ -144,15 +144,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn prefetch(self, _address: *const f32) {}
 
-    /// Asks for the cache lines of values that are about to be read. Memory that was not touched for long takes its time for the first lines of each
-    /// stretch, before the hardware's own prefetching sets in; for a few kilobytes that is most of the time.
-    #[inline(always)]
-    fn prefetch_all<T>(self, values: &[T]) {
-        for at in (0..size_of_val(values)).step_by(CACHE_LINE) {
-            self.prefetch(values.as_ptr().wrapping_byte_add(at).cast());
-        }
-    }
-
     /// Transposes `LANES` rows of `LANES` values; the rows of `src` begin `src_stride` values apart, those of `dst` `dst_stride`.
     ///
     /// # Safety
