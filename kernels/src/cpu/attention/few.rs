@@ -43,7 +43,7 @@ pub(super) fn sum<T: Attended, S: Simd>(
     for first in keys.clone().step_by(KEYS) {
         let block = first..keys.end.min(first + KEYS);
         if k.col_stride() == 1 {
-            for (keys, mut coming) in phases((&k, block.clone()), (&v, block.clone()), ahead) {
+            for (keys, mut coming) in phases((&k, block.clone()), (&v, block.clone()), ahead).into_iter().flatten() {
                 let scores = &mut scores[keys.start - first..];
                 multiply(s, q, &k, keys, alpha, scores, &mut coming);
             }
@@ -63,7 +63,7 @@ pub(super) fn sum<T: Attended, S: Simd>(
                 Some(after) if block.end == keys.end => (after, keys.clone()),
                 _ => (&k, block.end..keys.end),
             };
-            for (keys, mut coming) in phases((&v, block.clone()), next, ahead) {
+            for (keys, mut coming) in phases((&v, block.clone()), next, ahead).into_iter().flatten() {
                 let weights = &scores[keys.start - first..];
                 add(s, weights, &v, keys, online.values, &mut coming);
             }
@@ -80,19 +80,18 @@ pub(super) fn sum<T: Attended, S: Simd>(
 /// Rows of a matrix.
 type Rows<'a, T> = (&'a MatView<'a, T>, Range<usize>);
 
-/// The rows `now` in two runs, and what is asked for with each: the rows that lie `ahead` bytes further, at the end the first of `next`. So memory and
-/// arithmetic overlap. The hardware's own prefetching begins anew with each head's keys and values.
-fn phases<T>(now: Rows<'_, T>, next: Rows<'_, T>, ahead: usize) -> [(Range<usize>, Coming); 2] {
+/// The rows `now` in one run or two, and what is asked for with each: the rows that lie `ahead` bytes further, at the end the first of `next`. So
+/// memory and arithmetic overlap. The hardware's own prefetching begins anew with each head's keys and values.
+fn phases<T>(now: Rows<'_, T>, next: Rows<'_, T>, ahead: usize) -> [Option<(Range<usize>, Coming)>; 2] {
     let (matrix, Range { start, end }) = now;
     if ahead == 0 {
-        return [(start..end, Coming::default()), (end..end, Coming::default())];
+        return [Some((start..end, Coming::default())), None];
     }
     let further = (ahead / (matrix.cols() * size_of::<T>())).clamp(1, end - start);
     let (next, rows) = next;
-    [
-        (start..end - further, Coming::new(matrix, start + further..end)),
-        (end - further..end, Coming::new(next, rows.start..rows.end.min(rows.start + further))),
-    ]
+    let middle = end - further;
+    let own = (start < middle).then(|| (start..middle, Coming::new(matrix, start + further..end)));
+    [own, Some((middle..end, Coming::new(next, rows.start..rows.end.min(rows.start + further))))]
 }
 
 /// Rows that are asked for one by one while others are in work.
