@@ -224,14 +224,14 @@ struct Task<'a, T, E> {
 
 /// A task's blocks. Widths are counted in entries where a block is summed over its columns; `stride` is a width padded for the micro-kernels.
 struct Scratch<'a> {
-    /// Keys: `[KEYS][width]`, their transpose in panels, and `[entries of KEYS][stride]`.
+    /// Keys: `[KEYS][width]` (where entries by rows are not those by columns), their transpose in panels, and `[entries of KEYS][stride]`.
     key_rows: &'a mut [f32],
     key_panels: &'a mut [f32],
     key_columns: &'a mut [f32],
     /// Values: `[KEYS][width]`, and their transpose in panels.
     value_rows: &'a mut [f32],
     value_panels: &'a mut [f32],
-    /// Queries: `[ROWS][width]` and `[entries of ROWS][stride]`.
+    /// Queries: `[ROWS][width]` (if these are not the same) and `[entries of ROWS][stride]`.
     q_rows: &'a mut [f32],
     q_columns: &'a mut [f32],
     /// Gradients of the output, likewise.
@@ -243,7 +243,7 @@ struct Scratch<'a> {
     d_scores: &'a mut [f32],
     /// Either as entries.
     packed: &'a mut [f32],
-    /// Sums of the gradients of keys and values, `[KEYS][width]`.
+    /// Sums of the gradients of keys, unscaled, and values, `[KEYS][width]`.
     dk: &'a mut [f32],
     dv: &'a mut [f32],
 }
@@ -276,19 +276,20 @@ impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
         let kernels = E::kernels();
         let (stride, value_stride, key_stride) = (padded(kernels, x.width), padded(kernels, x.value_width), padded(kernels, KEYS));
         let (width, value_width) = (x.width.div_ceil(E::TERMS), x.value_width.div_ceil(E::TERMS));
+        let by_rows = usize::from(E::TERMS > 1);
         let sizes = [
-            KEYS * width,
+            KEYS * width * by_rows,
             width * key_stride,
             KEYS / E::TERMS * stride,
             KEYS * value_width,
             value_width * key_stride,
-            ROWS * width,
+            ROWS * width * by_rows,
             ROWS / E::TERMS * stride,
-            ROWS * value_width,
+            ROWS * value_width * by_rows,
             ROWS / E::TERMS * value_stride,
             ROWS * KEYS,
             ROWS * KEYS,
-            if E::TERMS > 1 { ROWS * KEYS / E::TERMS } else { 0 },
+            ROWS * KEYS / E::TERMS * by_rows,
             KEYS * x.width,
             KEYS * x.value_width,
         ];
@@ -315,11 +316,10 @@ impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
         let (k, v) = (attention.k.matrix(key_head), attention.v.matrix(key_head));
         for first in keys.clone().step_by(KEYS) {
             let block = first..keys.end.min(first + KEYS);
-            E::load_rows(s, &k, block.clone(), scratch.key_rows);
-            E::load_columns(s, &k, block.clone(), stride, scratch.key_columns);
+            let loaded = E::load_both(s, &k, block.clone(), stride, scratch.key_rows, scratch.key_columns);
+            pack_transposed(s, kernels, loaded.rows, block.len(), width, scratch.key_panels);
             E::load_rows(s, &v, block.clone(), scratch.value_rows);
-            pack_transposed(s, kernels, scratch.key_rows, block.len(), width, scratch.key_panels);
-            pack_transposed(s, kernels, scratch.value_rows, block.len(), value_width, scratch.value_panels);
+            pack_transposed(s, kernels, (scratch.value_rows, value_width), block.len(), value_width, scratch.value_panels);
             scratch.dk.fill(0.0);
             scratch.dv.fill(0.0);
             for head in heads.clone() {
@@ -327,7 +327,9 @@ impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
                 // Queries before the first key do not look at the block.
                 let mut row = if attention.causal { first } else { 0 };
                 while row < x.queries {
-                    let rows = row..x.queries.min(row + if attention.causal && row < block.end { EDGE_ROWS } else { ROWS });
+                    let left = x.queries - row;
+                    let on_edge = attention.causal && row < block.end;
+                    let rows = row..row + if on_edge { EDGE_ROWS.min(left) } else { left.div_ceil(left.div_ceil(ROWS)) };
                     let reach = attention.reach(rows.end - 1, &block);
                     let dq = &mut dq[rows.start * x.width..rows.end * x.width];
                     row = rows.end;
@@ -337,6 +339,7 @@ impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
             }
             let at = first - keys.start;
             let (width, value_width) = (block.len() * x.width, block.len() * x.value_width);
+            scratch.dk[..width].iter_mut().for_each(|x| *x *= attention.scale);
             round(&scratch.dk[..width], &mut dk[at * x.width..][..width]);
             round(&scratch.dv[..value_width], &mut dv[at * x.value_width..][..value_width]);
         }
@@ -361,35 +364,33 @@ impl<T: Attended, E: Entries<T>> Rows<'_, T, E> {
     #[inline(always)]
     fn run<S: Simd>(&self, s: S, scratch: &mut Scratch, dq: &mut [f32]) {
         let Extents { queries, width, value_width, .. } = self.x;
-        let (kernels, scale) = (E::kernels(), self.attention.scale);
+        let kernels = E::kernels();
         let (count, keys, stride, value_stride) = (self.rows.len(), self.reach, padded(kernels, width), padded(kernels, value_width));
         let (entries, value_entries) = (width.div_ceil(E::TERMS), value_width.div_ceil(E::TERMS));
         let Scratch { key_panels, key_columns, value_panels, q_rows, q_columns, grad_rows, grad_columns, .. } = scratch;
         let Scratch { weights, d_scores, packed, dk, dv, .. } = scratch;
         let q = self.attention.q.matrix(self.head);
-        E::load_rows(s, &q, self.rows.clone(), q_rows);
-        E::load_columns(s, &q, self.rows.clone(), stride, q_columns);
+        let q = E::load_both(s, &q, self.rows.clone(), stride, q_rows, q_columns);
         let grads = &self.given.grad[self.head * queries * value_width..][..queries * value_width];
-        if let Some(grads) = MatView::row_major(grads, queries, value_width) {
-            E::load_rows(s, &grads, self.rows.clone(), grad_rows);
-            E::load_columns(s, &grads, self.rows.clone(), value_stride, grad_columns);
-        }
+        let Some(grads) = MatView::row_major(grads, queries, value_width) else { return };
+        let grads = E::load_both(s, &grads, self.rows.clone(), value_stride, grad_rows, grad_columns);
         // Whole panels, so that they are read as they were packed.
         let computed = keys.next_multiple_of(kernels.nr).min(self.keys.len());
-        let to = Sums { data: weights, stride: KEYS, alpha: scale * LOG2_E, add: false };
-        product(kernels, [count, entries, computed], Left::rows(q_rows, entries), Right::Panels(key_panels), to);
+        let [alpha, unit] = self.attention.units();
+        let to = Sums { data: weights, stride: KEYS, alpha, add: false };
+        product(kernels, [count, entries, computed], Left::rows(q.rows.0, q.rows.1), Right::Panels(key_panels), to);
         let to = Sums { data: d_scores, stride: KEYS, alpha: 1.0, add: false };
-        product(kernels, [count, value_entries, computed], Left::rows(grad_rows, value_entries), Right::Panels(value_panels), to);
+        product(kernels, [count, value_entries, computed], Left::rows(grads.rows.0, grads.rows.1), Right::Panels(value_panels), to);
         for (i, row) in self.rows.clone().enumerate() {
-            self.differentiate(s, row, &mut weights[i * KEYS..(i + 1) * KEYS], &mut d_scores[i * KEYS..(i + 1) * KEYS]);
+            self.differentiate(s, row, unit, &mut weights[i * KEYS..(i + 1) * KEYS], &mut d_scores[i * KEYS..(i + 1) * KEYS]);
         }
         let terms = count.div_ceil(E::TERMS);
         let left = Left::columns(E::columns_of(weights, [count, keys], KEYS, packed), KEYS);
         let to = Sums { data: dv, stride: value_width, alpha: 1.0, add: true };
-        product(kernels, [keys, terms, value_width], left, Right::Rows(grad_columns, value_stride), to);
+        product(kernels, [keys, terms, value_width], left, Right::Rows(grads.columns, value_stride), to);
         let left = Left::columns(E::columns_of(d_scores, [count, keys], KEYS, packed), KEYS);
-        let to = Sums { data: dk, stride: width, alpha: scale, add: true };
-        product(kernels, [keys, terms, width], left, Right::Rows(q_columns, stride), to);
+        let to = Sums { data: dk, stride: width, alpha: 1.0, add: true };
+        product(kernels, [keys, terms, width], left, Right::Rows(q.columns, stride), to);
         let (left, row_stride) = E::rows_of(d_scores, [count, keys], KEYS, packed);
         let to = Sums { data: dq, stride: width, alpha: 1.0, add: true };
         product(kernels, [count, keys.div_ceil(E::TERMS), width], Left::rows(left, row_stride), Right::Rows(key_columns, stride), to);
@@ -397,17 +398,17 @@ impl<T: Attended, E: Entries<T>> Rows<'_, T, E> {
 
     /// Turns a query's scores into weights, and the gradients of the weights into those of the scores.
     #[inline(always)]
-    fn differentiate<S: Simd>(&self, s: S, row: usize, weights: &mut [f32], gradients: &mut [f32]) {
+    fn differentiate<S: Simd>(&self, s: S, row: usize, unit: f32, weights: &mut [f32], gradients: &mut [f32]) {
         let own = self.attention.reach(row, &self.keys);
         let end = self.reach.next_multiple_of(S::LANES).min(weights.len());
         self.attention.mask_scores(self.head, row, self.keys.start, &mut weights[..own]);
         weights[own..end].fill(f32::NEG_INFINITY);
         gradients[own..end].fill(0.0);
         let at = self.head * self.x.queries + row;
-        let (lse, along) = (s.splat(self.given.lse[at] * LOG2_E), s.splat(self.along[at]));
+        let (lse, along, unit) = (s.splat(-self.given.lse[at] * LOG2_E), s.splat(self.along[at]), s.splat(unit));
         self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut gradients[..own]);
         for (w, g) in weights[..end].chunks_exact_mut(S::LANES).zip(gradients[..end].chunks_exact_mut(S::LANES)) {
-            let weight = math::exp2(s, s.load_slice(w) - lse);
+            let weight = math::exp2(s, s.load_slice(w).mul_add(unit, lse));
             weight.store_slice(w, S::LANES);
             ((s.load_slice(g) - along) * weight).store_slice(g, S::LANES);
         }

@@ -15,13 +15,20 @@ pub(super) fn cut<const N: usize>(mut scratch: &mut [f32], sizes: [usize; N]) ->
     })
 }
 
-/// Packs the transpose of `rows` rows of `k` entries, one after the other, into panels for [`Right::Panels`].
+/// Packs the transpose of `rows` rows of `k` entries, `stride` apart, into panels for [`Right::Panels`].
 #[inline(always)]
-pub(super) fn pack_transposed<S: Simd>(s: S, kernels: &MicroKernels, from: &[f32], rows: usize, k: usize, to: &mut [f32]) {
-    assert!(rows > 0 && from.len() >= rows * k && to.len() >= k * padded(kernels, rows));
+pub(super) fn pack_transposed<S: Simd>(
+    s: S,
+    kernels: &MicroKernels,
+    (from, stride): (&[f32], usize),
+    rows: usize,
+    k: usize,
+    to: &mut [f32],
+) {
+    assert!(rows > 0 && stride >= k && from.len() >= (rows - 1) * stride + k && to.len() >= k * padded(kernels, rows));
     for row in (0..rows).step_by(kernels.nr) {
         let lanes = kernels.nr.min(rows - row);
-        let strip = Strip { src: from[row * k..].as_ptr(), lanes, lane_stride: k, k, k_stride: 1 };
+        let strip = Strip { src: from[row * stride..].as_ptr(), lanes, lane_stride: stride, k, k_stride: 1 };
         // SAFETY: the strip lies in `from` and the panel in `to`, both checked above; lanes are at most a panel's width.
         unsafe { pack(s, strip, kernels.panel_width(lanes), to[row * k..].as_mut_ptr()) };
     }

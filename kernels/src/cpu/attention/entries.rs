@@ -35,12 +35,32 @@ pub trait Entries<T>: Copy + Send + Sync + 'static {
     /// Some rows, to be summed over: rows of `stride` entries, zero beyond the matrix's columns.
     fn load_columns<S: Simd>(s: S, from: &MatView<T>, rows: Range<usize>, stride: usize, to: &mut [f32]);
 
+    /// Some rows, to be summed over either way: [`load_rows`](Self::load_rows) into `by_rows` and [`load_columns`](Self::load_columns) into
+    /// `by_columns`, or only the latter where it serves for both.
+    fn load_both<'a, S: Simd>(
+        s: S,
+        from: &MatView<T>,
+        rows: Range<usize>,
+        stride: usize,
+        by_rows: &'a mut [f32],
+        by_columns: &'a mut [f32],
+    ) -> Loaded<'a>;
+
     /// `rows` rows of `cols` computed values, `stride` apart, to be summed over their columns, and the distance of the rows of entries. `to` has room for
     /// all rows' entries, rows `stride / TERMS` apart.
     fn rows_of<'a>(from: &'a [f32], extents: [usize; 2], stride: usize, to: &'a mut [f32]) -> (&'a [f32], usize);
 
     /// The same, to be summed over the rows: rows of entries `stride` apart.
     fn columns_of<'a>(from: &'a [f32], extents: [usize; 2], stride: usize, to: &'a mut [f32]) -> &'a [f32];
+}
+
+/// Rows of a matrix as entries.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded<'a> {
+    /// To be summed over their columns, and the distance of rows.
+    pub rows: (&'a [f32], usize),
+    /// To be summed over.
+    pub columns: &'a [f32],
 }
 
 /// Values as f32.
@@ -62,6 +82,19 @@ impl<T: Attended> Entries<T> for Single {
     #[inline(always)]
     fn load_columns<S: Simd>(s: S, from: &MatView<T>, rows: Range<usize>, stride: usize, to: &mut [f32]) {
         widen_rows(s, from, rows, stride, to);
+    }
+
+    #[inline(always)]
+    fn load_both<'a, S: Simd>(
+        s: S,
+        from: &MatView<T>,
+        rows: Range<usize>,
+        stride: usize,
+        _: &'a mut [f32],
+        by_columns: &'a mut [f32],
+    ) -> Loaded<'a> {
+        widen_rows(s, from, rows, stride, by_columns);
+        Loaded { rows: (by_columns, stride), columns: by_columns }
     }
 
     #[inline(always)]
@@ -90,8 +123,14 @@ pub(super) fn widen_rows<T: Attended, S: Simd>(s: S, from: &MatView<T>, rows: Ra
         let from = &from.data()[row * from.row_stride()..];
         let (values, rest) = to.split_at_mut(cols);
         if col_stride == 1 {
-            for (from, to) in from[..cols].chunks(S::LANES).zip(values.chunks_mut(S::LANES)) {
+            let (mut from, mut values) = (from[..cols].chunks_exact(S::LANES), values.chunks_exact_mut(S::LANES));
+            for (from, to) in from.by_ref().zip(values.by_ref()) {
                 // SAFETY: the chunk has that many values.
+                unsafe { <T as Lanes>::load(s, from.as_ptr(), S::LANES) }.store_slice(to, S::LANES);
+            }
+            let (from, to) = (from.remainder(), values.into_remainder());
+            if !from.is_empty() {
+                // SAFETY: as above.
                 unsafe { <T as Lanes>::load(s, from.as_ptr(), from.len()) }.store_slice(to, from.len());
             }
         } else {
@@ -154,6 +193,20 @@ impl Entries<bf16> for Pairs {
             }
             rest.fill(0.0);
         }
+    }
+
+    #[inline(always)]
+    fn load_both<'a, S: Simd>(
+        s: S,
+        from: &MatView<bf16>,
+        rows: Range<usize>,
+        stride: usize,
+        by_rows: &'a mut [f32],
+        by_columns: &'a mut [f32],
+    ) -> Loaded<'a> {
+        Self::load_rows(s, from, rows.clone(), by_rows);
+        Self::load_columns(s, from, rows, stride, by_columns);
+        Loaded { rows: (by_rows, from.cols().div_ceil(<Self as Entries<bf16>>::TERMS)), columns: by_columns }
     }
 
     #[inline(always)]

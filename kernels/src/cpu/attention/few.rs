@@ -55,7 +55,7 @@ pub(super) fn sum<T: Attended, S: Simd>(
             }
         }
         for (row, scores) in scores.chunks_exact_mut(KEYS).enumerate() {
-            let of = Scores { head: heads.start + row / x.queries, query: row % x.queries, first_key: first, keys: block.len() };
+            let of = Scores { head: heads.start + row / x.queries, query: row % x.queries, first_key: first, keys: block.len(), unit: 1.0 };
             of.weigh(s, attention, x, scores, (row, online));
         }
         if v.col_stride() == 1 {

@@ -7,7 +7,7 @@ use super::block::{Left, Right, Sums, cut, pack_transposed, product};
 use super::entries::{Entries, Single, padded};
 use super::few;
 use super::online::{Online, Scores};
-use super::{Attended, Attention, Extents, LOG2_E};
+use super::{Attended, Attention, Extents};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
@@ -20,9 +20,9 @@ use std::sync::OnceLock;
 pub(super) const KEYS: usize = 256;
 
 /// Queries of a task at most; a block of keys is packed once for them.
-const QUERIES: usize = 192;
+const QUERIES: usize = 256;
 
-/// Queries whose scores are in work at a time: with [`KEYS`], 24 KiB of first-level cache.
+/// Queries whose scores are in work at a time, at most: with [`KEYS`], 24 KiB of first-level cache.
 const ROWS: usize = 24;
 
 /// Tasks that there should be at least, to keep threads evenly busy.
@@ -55,7 +55,8 @@ struct Plan {
 impl Plan {
     fn new(x: &Extents, causal: bool) -> Self {
         let heads = if few::serves(x) { x.group } else { 1 };
-        let queries = (x.heads * x.queries).div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, QUERIES);
+        let most = (x.heads * x.queries).div_ceil(TASKS).next_multiple_of(ROWS).clamp(ROWS, QUERIES);
+        let queries = x.queries.div_ceil(x.queries.div_ceil(most));
         let chunks = x.queries.div_ceil(queries);
         let blocks = if causal { x.keys.min(x.queries) } else { x.keys }.div_ceil(KEYS);
         let wanted = TASKS.div_ceil(x.heads / heads * chunks).min(blocks);
@@ -244,9 +245,10 @@ impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
             let block = first..keys.end.min(first + KEYS);
             E::load_rows(s, &k, block.clone(), scratch.keys);
             E::load_columns(s, &v, block.clone(), value_stride, scratch.values);
-            pack_transposed(s, kernels, scratch.keys, block.len(), width, scratch.panels);
-            for row in (0..count).step_by(ROWS) {
-                let rows = row..count.min(row + ROWS);
+            pack_transposed(s, kernels, (scratch.keys, width), block.len(), width, scratch.panels);
+            let parts = count.div_ceil(ROWS);
+            for part in 0..parts {
+                let rows = part * count / parts..(part + 1) * count / parts;
                 let reach = attention.reach(queries.start + rows.end - 1, &block);
                 if reach > 0 {
                     self.rows(s, rows, &block, reach, scratch, online);
@@ -266,10 +268,11 @@ impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
         // Whole panels, so that they are read as they were packed.
         let computed = reach.next_multiple_of(kernels.nr).min(block.len());
         let q = Left::rows(&q[first * width..], width);
-        let to = Sums { data: scores, stride: KEYS, alpha: attention.scale * LOG2_E, add: false };
+        let [alpha, unit] = attention.units();
+        let to = Sums { data: scores, stride: KEYS, alpha, add: false };
         product(kernels, [count, width, computed], q, Right::Panels(panels), to);
         for (i, row) in rows.enumerate() {
-            let of = Scores { head: heads.start, query: self.queries.start + row, first_key: block.start, keys: reach };
+            let of = Scores { head: heads.start, query: self.queries.start + row, first_key: block.start, keys: reach, unit };
             of.weigh(s, attention, x, &mut scores[i * KEYS..(i + 1) * KEYS], (row, online));
         }
         let (weights, row_stride) = E::rows_of(scores, [count, reach], KEYS, weights);

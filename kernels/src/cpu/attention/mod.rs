@@ -153,6 +153,13 @@ impl<T: Attended> Attention<'_, T> {
         if self.causal { (query + 1).clamp(keys.start, keys.end) - keys.start } else { keys.len() }
     }
 
+    /// What scores are multiplied by to be in units of log₂ e: as they are summed, and when the largest is subtracted, which costs nothing. Nothing may be
+    /// left for then if a mask is added in between, or if the largest would not stay the largest.
+    fn units(&self) -> [f32; 2] {
+        let unit = self.scale * LOG2_E;
+        if self.mask.is_none() && unit > 0.0 && unit.is_finite() { [1.0, unit] } else { [unit, 1.0] }
+    }
+
     /// Multiplies values that belong to the weights of a query, for the keys from `first` on, by what dropout multiplies these by.
     #[inline(always)]
     fn drop<S: Simd>(&self, s: S, x: &Extents, head: usize, query: usize, first: usize, values: &mut [f32]) {

@@ -6,7 +6,6 @@ use super::entries::round;
 use super::{Attended, Attention, Extents};
 use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::math;
-use crate::cpu::reduce::row_max;
 use crate::cpu::simd::{F32s, Simd};
 
 /// Of some rows (queries of one head or more).
@@ -91,6 +90,8 @@ pub(super) struct Scores {
     pub first_key: usize,
     /// Keys that are computed; some may be shut to this query.
     pub keys: usize,
+    /// What scores are still to be multiplied by: the second of [`Attention::units`].
+    pub unit: f32,
 }
 
 impl Scores {
@@ -105,22 +106,26 @@ impl Scores {
         scores: &mut [f32],
         (row, online): (usize, &mut Online<'_>),
     ) {
-        let Self { head, query, first_key, keys } = *self;
+        let Self { head, query, first_key, keys, unit } = *self;
         let own = attention.reach(query, &(first_key..first_key + keys));
         let end = keys.next_multiple_of(S::LANES).min(scores.len());
         let (open, shut) = scores.split_at_mut(own);
         shut[..end - own].fill(f32::NEG_INFINITY);
         attention.mask_scores(head, query, first_key, open);
         let max = &mut online.max[row];
-        let new = larger(*max, row_max::<f32, S>(s, open));
+        // The largest is a weight's reference only: a NaN among others gets into their sum by itself.
+        let mut new = larger(*max, largest(s, &scores[..end]) * unit);
         if new == f32::NEG_INFINITY {
-            return scores[..end].fill(0.0);
+            if !scores[..own].iter().any(|score| score.is_nan()) {
+                return scores[..end].fill(0.0);
+            }
+            new = f32::NAN;
         }
         let is_first = *max == f32::NEG_INFINITY;
         let factor = if is_first { 0.0 } else { (*max - new).exp2() };
         *max = new;
         // The sum is that of all weights, dropped or not.
-        let sum = powers(s, &mut scores[..end], new);
+        let sum = powers(s, &mut scores[..end], unit, new);
         attention.drop(s, x, head, query, first_key, &mut scores[..own]);
         online.total[row] = online.total[row] * factor + sum;
         // Before the first keys the sums are zero.
@@ -130,13 +135,23 @@ impl Scores {
     }
 }
 
-/// Replaces each x by 2^(x − shift), and returns their sum. `x` is a whole number of vectors long.
+/// The largest that is not NaN, or −∞. `x` is a whole number of vectors long.
 #[inline(always)]
-fn powers<S: Simd>(s: S, x: &mut [f32], shift: f32) -> f32 {
-    let shift = s.splat(shift);
+fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let mut max = s.splat(f32::NEG_INFINITY);
+    for x in x.chunks_exact(S::LANES) {
+        max = s.load_slice(x).max(max);
+    }
+    max.reduce_max()
+}
+
+/// Replaces each x by 2^(unit·x − shift), and returns their sum. `x` is a whole number of vectors long.
+#[inline(always)]
+fn powers<S: Simd>(s: S, x: &mut [f32], unit: f32, shift: f32) -> f32 {
+    let (unit, shift) = (s.splat(unit), s.splat(-shift));
     let mut sum = s.zero();
     for x in x.chunks_exact_mut(S::LANES) {
-        let e = math::exp2(s, s.load_slice(x) - shift);
+        let e = math::exp2(s, s.load_slice(x).mul_add(unit, shift));
         e.store_slice(x, S::LANES);
         sum = sum + e;
     }

@@ -24,6 +24,7 @@ struct Inputs {
     causal: bool,
     /// 0 none, 1 open, 2 bias.
     mask: usize,
+    scale: f32,
     dropout: Option<Dropout>,
 }
 
@@ -48,8 +49,8 @@ impl Inputs {
         }
     }
 
-    fn plain(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32], scale: f32, factors: &[f32]) -> Plain {
-        let &Inputs { queries, keys, width, value_width, .. } = self;
+    fn plain(&self, q: &[f32], k: &[f32], v: &[f32], g: &[f32], factors: &[f32]) -> Plain {
+        let &Inputs { queries, keys, width, value_width, scale, .. } = self;
         let mut plain = Plain {
             out: vec![0.0; queries * value_width],
             dq: vec![0.0; queries * width],
@@ -88,7 +89,7 @@ impl Inputs {
     }
 
     fn check<T: Attended, E: Entries<T>>(&self, tolerance: f64) {
-        let &Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout } = self;
+        let &Inputs { heads, group, queries, keys, width, value_width, causal, mask, scale, dropout } = self;
         let key_heads = heads / group;
         let values = |heads, rows, cols, salt| values(heads, rows, cols, salt).into_iter().map(<T as Float>::narrow).collect::<Vec<T>>();
         let widen = |x: &[T]| x.iter().map(|x| x.widen()).collect::<Vec<f32>>();
@@ -100,7 +101,6 @@ impl Inputs {
         let open: Vec<Bool> = (0..queries * keys).map(|i| Bool(self.is_open(i / keys, i % keys) as u8)).collect();
         let bias: Vec<T> = (0..queries * keys).map(|i| <T as Float>::narrow(self.bias(i / keys, i % keys))).collect();
         let same = vec![0; heads];
-        let scale = 0.25;
         let attention = Attention {
             q: Heads { view: MatView::row_major(&q, queries, width).unwrap(), offsets: &q_at },
             k: Heads { view: MatView::row_major(&k, keys, width).unwrap(), offsets: &k_at },
@@ -125,7 +125,7 @@ impl Inputs {
         let [q, k, v, g, out, dq, dk, dv] = [q, k, v, g, out, dq, dk, dv].map(|x| widen(&x));
         let (mut all_dk, mut all_dv) = (vec![0f64; k.len()], vec![0f64; v.len()]);
         let label = format!(
-            "{heads}/{group} {queries}x{keys} {width} {value_width} causal {causal} mask {mask} {dropout:?} {}",
+            "{heads}/{group} {queries}x{keys} {width} {value_width} causal {causal} mask {mask} scale {scale} {dropout:?} {}",
             std::any::type_name::<E>()
         );
         let close = |what: &str, got: &[f32], want: &[f64]| close(&label, what, got, want, tolerance);
@@ -138,7 +138,6 @@ impl Inputs {
                 &part(&k, kh, kn),
                 &part(&v, kh, vn),
                 &part(&g, h, queries * value_width),
-                scale,
                 &part(&factors, h, queries * keys),
             );
             close("out", &part(&out, h, queries * value_width), &plain.out);
@@ -183,7 +182,7 @@ fn for_each_input(check: impl Fn(Inputs)) {
     for (heads, group, queries, keys, width, value_width) in SHAPES {
         for (causal, mask) in [(false, 0), (false, 1), (false, 2), (true, 0), (true, 1), (true, 2)] {
             for dropout in [None, Some(Dropout { stream: Stream { seed: 7, offset: 1 << 40 }, p: 0.3 })] {
-                check(Inputs { heads, group, queries, keys, width, value_width, causal, mask, dropout });
+                check(Inputs { heads, group, queries, keys, width, value_width, causal, mask, scale: 0.25, dropout });
             }
         }
     }
@@ -238,4 +237,53 @@ fn check_heads_alone<T: Attended>() {
 fn a_head_has_the_bits_that_it_has_among_others() {
     check_heads_alone::<f32>();
     check_heads_alone::<bf16>();
+}
+
+#[test]
+fn scores_may_have_any_scale() {
+    for (heads, group, queries, keys, width, value_width) in [(2, 1, 40, 300, 16, 16), (2, 2, 3, 300, 20, 33)] {
+        for scale in [-0.5, 0.0, -0.0, 1e-30, 1.0, 2.0] {
+            for mask in [0, 1, 2] {
+                let inputs = Inputs { heads, group, queries, keys, width, value_width, causal: mask == 0, mask, scale, dropout: None };
+                inputs.check::<f32, Single>(1e-4);
+            }
+        }
+    }
+}
+
+/// What a score that is not a number reaches: its query's output, and no other's.
+#[test]
+fn a_score_that_is_nan_reaches_the_output() {
+    let (keys, width) = (600, 16);
+    let v = values(1, keys, width, 3);
+    for queries in [3, 40] {
+        let run = |q: &[f32], k: &[f32], causal: bool, scale: f32| {
+            let view = |x, rows| Heads { view: MatView::row_major(x, rows, width).unwrap(), offsets: &[0] };
+            let (q, k, v) = (view(q, queries), view(k, keys), view(&v, keys));
+            let attention = Attention { q, k, v, mask: None, causal, scale, dropout: None };
+            let (mut out, mut lse) = (vec![0f32; queries * width], vec![0f32; queries]);
+            forward(&attention, &mut out, &mut lse).unwrap();
+            let is_nan = |row: usize| out[row * width..][..width].iter().all(|x| x.is_nan()) && lse[row].is_nan();
+            let is_finite = |row: usize| out[row * width..][..width].iter().all(|x| x.is_finite()) && lse[row].is_finite();
+            (0..queries).map(|row| if is_nan(row) { None } else { Some(is_finite(row)) }).collect::<Vec<_>>()
+        };
+        let (q, k) = (values(1, queries, width, 1), values(1, keys, width, 2));
+        for scale in [0.25, -0.25, 0.0] {
+            // All of a query's scores.
+            let mut bad = q.clone();
+            bad[2 * width] = f32::NAN;
+            let want: Vec<_> = (0..queries).map(|row| (row != 2).then_some(true)).collect();
+            assert_eq!(run(&bad, &k, false, scale), want, "{queries} {scale}");
+            // One score of those queries that look at the key.
+            let mut bad = k.clone();
+            bad[width] = f32::NAN;
+            assert_eq!(run(&q, &bad, false, scale), vec![None; queries], "{queries} {scale}");
+            let want: Vec<_> = (0..queries).map(|row| (row < 1).then_some(true)).collect();
+            assert_eq!(run(&q, &bad, true, scale), want, "{queries} {scale}");
+            // Of the second block, when the first has given a largest score.
+            let mut bad = k.clone();
+            bad[500 * width] = f32::NAN;
+            assert_eq!(run(&q, &bad, false, scale), vec![None; queries], "{queries} {scale}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! channels of one sample. Both memory orders of images are passes along contiguous memory: with channels last a pass over
 //! `[pixels, C]` with a vector of coefficients, otherwise one over rows of pixels with constants.
 
+use super::samples::Samples;
 use super::{Activation, SUM_ROWS, TASK, flush, parameter};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::WithSimd;
@@ -12,10 +13,10 @@ use crate::cpu::simd::Simd;
 use crate::view::StridedView;
 
 /// Rows of channels-last memory that are worked on at once, so that running sums are read and written once for all of them.
-const ROWS: usize = 4;
+pub(super) const ROWS: usize = 4;
 
 /// With fewer tasks than this the pixels of a sample are cut too.
-const ENOUGH_TASKS: usize = 16;
+pub(super) const ENOUGH_TASKS: usize = 16;
 
 /// Samples of `c` channels of `s` pixels, without gaps: `[n, c, s]`, or `[n, s, c]` if `channels_last`.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +63,7 @@ impl Channels {
     }
 
     /// The mean that belongs to channel `c` of sample `n`.
-    fn statistic_of(self, grouping: Grouping, n: usize, c: usize) -> usize {
+    pub(super) fn statistic_of(self, grouping: Grouping, n: usize, c: usize) -> usize {
         match grouping {
             Grouping::Batch => c,
             Grouping::Groups(groups) => n * groups + c / (self.c / groups),
@@ -119,7 +120,7 @@ pub struct Statistics<'a, L> {
 }
 
 /// Constants of each channel (one sample's, or the same for all samples): out = a·p + b·(q − centre) + c.
-struct Coefficients<L> {
+pub(super) struct Coefficients<L> {
     centre: Vec<L>,
     a: Vec<L>,
     b: Vec<L>,
@@ -129,7 +130,8 @@ struct Coefficients<L> {
 impl<L: FloatLane> Coefficients<L> {
     fn new(layout: Channels, grouping: Grouping, f: impl Fn(usize, usize) -> [L; 4]) -> Self {
         let samples = if grouping == Grouping::Batch { 1 } else { layout.n };
-        let mut all = Self { centre: vec![], a: vec![], b: vec![], c: vec![] };
+        let room = || Vec::with_capacity(samples * layout.c);
+        let mut all = Self { centre: room(), a: room(), b: room(), c: room() };
         for n in 0..samples {
             for channel in 0..layout.c {
                 let [centre, a, b, c] = f(n, channel);
@@ -144,7 +146,7 @@ impl<L: FloatLane> Coefficients<L> {
 }
 
 /// The constants of (x − mean)·rstd·weight + bias.
-fn forward_coefficients<T: FloatElement>(
+pub(super) fn forward_coefficients<T: FloatElement>(
     layout: Channels,
     statistics: Statistics<'_, T::Lane>,
     weight: Option<&[T]>,
@@ -167,6 +169,9 @@ pub fn normalize<T: FloatElement + Stored>(
     x: &[T],
     y: &mut [T],
 ) {
+    if let Some(samples) = Samples::of(layout, statistics.grouping) {
+        return samples.normalize(statistics, weight, bias, activation, x, y);
+    }
     let coefficients = forward_coefficients(layout, statistics, weight, bias);
     apply(layout, statistics.grouping, &coefficients, P::None, x, y, activation);
 }
@@ -222,10 +227,13 @@ pub fn normalize_backward<T: FloatElement + Stored>(
     dw: Option<&mut [T]>,
     db: Option<&mut [T]>,
 ) {
-    let Statistics { grouping, mean, rstd } = statistics;
+    let Statistics { grouping, mean, .. } = statistics;
     if g.is_empty() {
         [dw, db].into_iter().flatten().for_each(|out| out.fill(T::default()));
         return;
+    }
+    if let (Some(samples), Some(dx), false) = (Samples::of(layout, grouping), dx.as_deref_mut(), fixed) {
+        return samples.backward(statistics, weight, activated, g, x, dx, dw, db);
     }
     let w = parameter(weight, layout.c, T::Lane::ONE);
     let merged = layout.merged(grouping);
@@ -237,37 +245,61 @@ pub fn normalize_backward<T: FloatElement + Stored>(
     let needs_sums = !fixed || dw.is_some() || db.is_some() || before.is_some();
     let centres: Vec<T::Lane> = (0..merged.n * merged.c).map(|i| mean[layout.statistic_of(grouping, i / layout.c, i % layout.c)]).collect();
     let pairs = if needs_sums { gradient_sums(merged, &centres, g, x, before.as_ref()) } else { vec![[0.0; 2]; merged.n * merged.c] };
-    let channel = |i: usize| i % layout.c;
-    let statistic = |i: usize| layout.statistic_of(grouping, i / layout.c, channel(i));
     let mut groups = vec![[0f64; 2]; mean.len()];
     let mut parameters = vec![[0f64; 2]; layout.c];
-    for (i, pair) in pairs.iter().enumerate() {
-        let (k, c) = (statistic(i), channel(i));
-        for m in 0..2 {
-            groups[k][m] += pair[m] * w[c].wide();
-        }
-        parameters[c][0] += pair[1] * rstd[k].wide();
-        parameters[c][1] += pair[0];
-    }
+    totals(layout, statistics, &w, &pairs, &mut groups, &mut parameters);
     for (which, out) in [dw, db].into_iter().enumerate() {
         let Some(out) = out else { continue };
         out.iter_mut().zip(&parameters).for_each(|(out, sums)| *out = T::total(sums[which]));
     }
     let Some(dx) = dx else { return };
-    let len = layout.group_len(grouping) as f64;
-    let coefficients = Coefficients::new(layout, grouping, |n, c| {
-        let k = layout.statistic_of(grouping, n, c);
-        let r = rstd[k].wide();
-        let [b, c0] = if fixed { [0.0; 2] } else { [-r * r * r * groups[k][1] / len, -r * groups[k][0] / len] };
-        [mean[k], T::Lane::round_from(r * w[c].wide()), T::Lane::round_from(b), T::Lane::round_from(c0)]
-    });
+    let coefficients = gradient_coefficients(layout, statistics, fixed, &w, &groups);
     let p = if before.is_some() { P::Out } else { P::From(g) };
     apply(layout, grouping, &coefficients, p, x, dx, None);
 }
 
+/// Adds the sums Σ g and Σ g·(x − mean) of each channel (of each sample) to what they belong to: Σ g·w and Σ g·w·(x − mean) of each group, and the
+/// gradients of each channel's weight and bias.
+pub(super) fn totals<L: FloatLane>(
+    layout: Channels,
+    statistics: Statistics<'_, L>,
+    w: &[L],
+    pairs: &[[f64; 2]],
+    groups: &mut [[f64; 2]],
+    parameters: &mut [[f64; 2]],
+) {
+    for (i, pair) in pairs.iter().enumerate() {
+        let c = i % layout.c;
+        let k = layout.statistic_of(statistics.grouping, i / layout.c, c);
+        for m in 0..2 {
+            groups[k][m] += pair[m] * w[c].wide();
+        }
+        parameters[c][0] += pair[1] * statistics.rstd[k].wide();
+        parameters[c][1] += pair[0];
+    }
+}
+
+/// The constants of the gradient of the input, from the sums of [`totals`].
+pub(super) fn gradient_coefficients<L: FloatLane>(
+    layout: Channels,
+    statistics: Statistics<'_, L>,
+    fixed: bool,
+    w: &[L],
+    groups: &[[f64; 2]],
+) -> Coefficients<L> {
+    let Statistics { grouping, mean, rstd } = statistics;
+    let len = layout.group_len(grouping) as f64;
+    Coefficients::new(layout, grouping, |n, c| {
+        let k = layout.statistic_of(grouping, n, c);
+        let r = rstd[k].wide();
+        let [b, c0] = if fixed { [0.0; 2] } else { [-r * r * r * groups[k][1] / len, -r * groups[k][0] / len] };
+        [mean[k], L::round_from(r * w[c].wide()), L::round_from(b), L::round_from(c0)]
+    })
+}
+
 /// Where the first operand of a pass is.
 #[derive(Clone, Copy)]
-enum P<'a, T> {
+pub(super) enum P<'a, T> {
     /// There is none.
     None,
     /// Here.
@@ -303,14 +335,14 @@ fn apply<T: FloatElement + Stored>(
     });
 }
 
-struct Apply<'a, T: FloatElement> {
-    layout: Channels,
-    coefficients: &'a Coefficients<T::Lane>,
+pub(super) struct Apply<'a, T: FloatElement> {
+    pub layout: Channels,
+    pub coefficients: &'a Coefficients<T::Lane>,
     /// The number of the first run.
-    first: usize,
-    p: P<'a, T>,
-    q: &'a [T],
-    out: &'a mut [T],
+    pub first: usize,
+    pub p: P<'a, T>,
+    pub q: &'a [T],
+    pub out: &'a mut [T],
 }
 
 impl<T: FloatElement> WithSimd for Apply<'_, T> {
@@ -461,11 +493,11 @@ impl<T: FloatElement> WithSimd for RowSums<'_, T> {
 }
 
 /// Sums over pixels whose channels are neighbours: Σ g of each channel and then Σ g·(x − centre) of each.
-struct ColumnSums<'a, T: FloatElement> {
-    centres: &'a [T::Lane],
-    g: &'a [T],
-    x: &'a [T],
-    totals: &'a mut [f64],
+pub(super) struct ColumnSums<'a, T: FloatElement> {
+    pub centres: &'a [T::Lane],
+    pub g: &'a [T],
+    pub x: &'a [T],
+    pub totals: &'a mut [f64],
 }
 
 impl<T: FloatElement> WithSimd for ColumnSums<'_, T> {

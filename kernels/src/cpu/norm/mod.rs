@@ -3,6 +3,7 @@
 
 mod channels;
 mod rows;
+mod samples;
 
 pub use channels::{Activated, Channels, Grouping, Statistics, group_moments, normalize, normalize_backward};
 pub use rows::{Rows, layer_norm, layer_norm_backward};

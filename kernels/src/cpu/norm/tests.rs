@@ -149,7 +149,9 @@ fn channels<T: FloatElement + Stored>(layout: Channels, grouping: Grouping, tole
 
 #[test]
 fn channel_norms_match_f64_in_both_memory_orders() {
-    for (n, c, s) in [(1, 1, 2), (4, 6, 35), (3, 64, 49), (2, 20, 1000), (130, 32, 49), (8, 12, 1), (1, 4, 40_000), (0, 4, 9)] {
+    for (n, c, s) in
+        [(1, 1, 2), (4, 6, 35), (3, 64, 49), (2, 20, 1000), (130, 32, 49), (17, 40, 301), (8, 12, 1), (1, 4, 40_000), (0, 4, 9)]
+    {
         for channels_last in [false, true] {
             let layout = Channels { n, c, s, channels_last };
             for grouping in
@@ -219,7 +221,7 @@ fn check_activated<T: FloatElement + Stored>(layout: Channels, grouping: Groupin
 #[test]
 fn activations_in_the_same_pass_are_those_of_passes_of_their_own() {
     for channels_last in [false, true] {
-        for (n, c, s) in [(3, 4, 7), (20, 6, 35), (2, 64, 400)] {
+        for (n, c, s) in [(3, 4, 7), (20, 6, 35), (17, 40, 301), (2, 64, 400)] {
             let layout = Channels { n, c, s, channels_last };
             for grouping in [Grouping::Batch, Grouping::Groups(2)] {
                 check_activated::<f32>(layout, grouping);
