@@ -24,6 +24,9 @@ pub const MAX_MR: usize = 12;
 /// The widest tile at any level, in columns.
 pub const MAX_NR: usize = 32;
 
+/// How many k further the first row of A is asked for: some 100 ns.
+const AHEAD: usize = 32;
+
 /// What the tile's sum is added to.
 #[derive(Clone, Copy, Debug)]
 pub enum Init {
@@ -360,12 +363,15 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
         let row = unsafe { t.out.row(r) };
         (0..NV).for_each(|v| s.prefetch(row.wrapping_add(v * S::LANES)));
     }
+    // Columns of A lie a row apart, which the hardware does not foresee.
+    let ahead = if t.a_stride == 1 { 0 } else { AHEAD * t.a_stride };
     let mut acc = [[s.zero(); NV]; R];
     for segment in 0..t.segments {
         // SAFETY: `a` holds R addresses for each segment and `b` holds `segments`.
         let (a, mut b) = unsafe { (t.a.add(segment * t.a_step).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
-        let mut at = 0;
+        let mut at = 0usize;
         for _ in 0..t.kc {
+            s.prefetch(a[0].wrapping_add(at.wrapping_add(ahead)));
             // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc; the
             // addresses are advanced without a claim to be in bounds, as the last step leaves the operands.
             unsafe {

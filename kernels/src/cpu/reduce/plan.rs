@@ -17,6 +17,9 @@ const GATHER: usize = 1024;
 /// Columns of a gathered block; with [`MAX_ROWS`] rows it holds 64 KiB of f32, within L2.
 const GATHER_WIDTH: usize = 128;
 
+/// The same where memory holds them side by side: of short stretches of rows that lie far apart, each would be waited for.
+const WIDENED_WIDTH: usize = 512;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -200,8 +203,9 @@ impl Plan {
 
     fn run_columns<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
         let reduced = self.reduced.numel();
-        let is_wide = !source.is_narrow() && self.kept.inner_strides()[0] == 1;
-        let width = self.kept.run_len().min(if is_wide { MAX_WIDTH } else { GATHER_WIDTH });
+        let column_stride = self.kept.inner_strides()[0];
+        let is_wide = !source.is_narrow() && column_stride == 1;
+        let width = self.kept.run_len().min(if is_wide { MAX_WIDTH } else { gathered_width(column_stride) });
         let strips = self.kept.run_len().div_ceil(width);
         let columns = self.kept.runs() * strips;
         let group = TASK.div_ceil(reduced * width);
@@ -254,6 +258,11 @@ impl Plan {
             emit(strip.output, stride, &first[..strip.count]);
         }
     }
+}
+
+/// The most columns of a gathered block.
+fn gathered_width(column_stride: usize) -> usize {
+    if column_stride == 1 { WIDENED_WIDTH } else { GATHER_WIDTH }
 }
 
 /// A range of the reduced elements of the output whose elements begin at `input`.
@@ -392,7 +401,7 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
         let column_stride = plan.kept.inner_strides()[0];
         let direct = if let (Place::Memory(lanes), 1) = (source.place, column_stride) { Some(lanes) } else { None };
         // Rows that are gathered go by narrower strips, so that their tiles stay in L2.
-        let width = if direct.is_some() { count } else { count.min(GATHER_WIDTH) };
+        let width = if direct.is_some() { count } else { count.min(gathered_width(column_stride)) };
         let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS * width] };
         for (strip, accs) in self.accs.chunks_mut(width).enumerate() {
             let (input, count) = (input + strip * width * column_stride, accs.len());
