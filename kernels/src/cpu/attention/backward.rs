@@ -372,7 +372,9 @@ impl<T: Attended, E: Entries<T>> Rows<'_, T, E> {
         let q = self.attention.q.matrix(self.head);
         let q = E::load_both(s, &q, self.rows.clone(), stride, q_rows, q_columns);
         let grads = &self.given.grad[self.head * queries * value_width..][..queries * value_width];
-        let Some(grads) = MatView::row_major(grads, queries, value_width) else { return };
+        let grads = MatView::row_major(grads, queries, value_width);
+        assert!(grads.is_some(), "a gradient for each value of the output");
+        let Some(grads) = grads else { return };
         let grads = E::load_both(s, &grads, self.rows.clone(), value_stride, grad_rows, grad_columns);
         // Whole panels, so that they are read as they were packed.
         let computed = keys.next_multiple_of(kernels.nr).min(self.keys.len());

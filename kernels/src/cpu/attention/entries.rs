@@ -35,8 +35,9 @@ pub trait Entries<T>: Copy + Send + Sync + 'static {
     /// Some rows, to be summed over: rows of `stride` entries, zero beyond the matrix's columns.
     fn load_columns<S: Simd>(s: S, from: &MatView<T>, rows: Range<usize>, stride: usize, to: &mut [f32]);
 
-    /// Some rows, to be summed over either way: [`load_rows`](Self::load_rows) into `by_rows` and [`load_columns`](Self::load_columns) into
-    /// `by_columns`, or only the latter where it serves for both.
+    /// Some rows, to be summed over either way: [`load_columns`](Self::load_columns) into `by_columns` and, where an entry is more than one value, so that
+    /// these do not serve for both, [`load_rows`](Self::load_rows) into `by_rows`.
+    #[inline(always)]
     fn load_both<'a, S: Simd>(
         s: S,
         from: &MatView<T>,
@@ -44,7 +45,14 @@ pub trait Entries<T>: Copy + Send + Sync + 'static {
         stride: usize,
         by_rows: &'a mut [f32],
         by_columns: &'a mut [f32],
-    ) -> Loaded<'a>;
+    ) -> Loaded<'a> {
+        Self::load_columns(s, from, rows.clone(), stride, by_columns);
+        if Self::TERMS == 1 {
+            return Loaded { rows: (by_columns, stride), columns: by_columns };
+        }
+        Self::load_rows(s, from, rows, by_rows);
+        Loaded { rows: (by_rows, from.cols().div_ceil(Self::TERMS)), columns: by_columns }
+    }
 
     /// `rows` rows of `cols` computed values, `stride` apart, to be summed over their columns, and the distance of the rows of entries. `to` has room for
     /// all rows' entries, rows `stride / TERMS` apart.
@@ -82,19 +90,6 @@ impl<T: Attended> Entries<T> for Single {
     #[inline(always)]
     fn load_columns<S: Simd>(s: S, from: &MatView<T>, rows: Range<usize>, stride: usize, to: &mut [f32]) {
         widen_rows(s, from, rows, stride, to);
-    }
-
-    #[inline(always)]
-    fn load_both<'a, S: Simd>(
-        s: S,
-        from: &MatView<T>,
-        rows: Range<usize>,
-        stride: usize,
-        _: &'a mut [f32],
-        by_columns: &'a mut [f32],
-    ) -> Loaded<'a> {
-        widen_rows(s, from, rows, stride, by_columns);
-        Loaded { rows: (by_columns, stride), columns: by_columns }
     }
 
     #[inline(always)]
@@ -193,20 +188,6 @@ impl Entries<bf16> for Pairs {
             }
             rest.fill(0.0);
         }
-    }
-
-    #[inline(always)]
-    fn load_both<'a, S: Simd>(
-        s: S,
-        from: &MatView<bf16>,
-        rows: Range<usize>,
-        stride: usize,
-        by_rows: &'a mut [f32],
-        by_columns: &'a mut [f32],
-    ) -> Loaded<'a> {
-        Self::load_rows(s, from, rows.clone(), by_rows);
-        Self::load_columns(s, from, rows, stride, by_columns);
-        Loaded { rows: (by_rows, from.cols().div_ceil(<Self as Entries<bf16>>::TERMS)), columns: by_columns }
     }
 
     #[inline(always)]

@@ -135,7 +135,8 @@ impl Scores {
     }
 }
 
-/// The largest that is not NaN, or −∞. `x` is a whole number of vectors long.
+/// The largest that is not NaN, or −∞: [`row_max`](crate::cpu::reduce::row_max) keeps NaN, which takes short rows as long as their weights take. `x` is
+/// a whole number of vectors long.
 #[inline(always)]
 fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut max = s.splat(f32::NEG_INFINITY);

@@ -245,7 +245,8 @@ fn scores_may_have_any_scale() {
         for scale in [-0.5, 0.0, -0.0, 1e-30, 1.0, 2.0] {
             for mask in [0, 1, 2] {
                 let inputs = Inputs { heads, group, queries, keys, width, value_width, causal: mask == 0, mask, scale, dropout: None };
-                inputs.check::<f32, Single>(1e-4);
+                // Errors of scores grow with the scale, and so do those of the weights, relative to them.
+                inputs.check::<f32, Single>(4e-6 * (6.0 * scale.abs() as f64).max(1.0));
             }
         }
     }

@@ -232,12 +232,12 @@ pub fn normalize_backward<T: FloatElement + Stored>(
         [dw, db].into_iter().flatten().for_each(|out| out.fill(T::default()));
         return;
     }
-    if let (Some(samples), Some(dx), false) = (Samples::of(layout, grouping), dx.as_deref_mut(), fixed) {
-        return samples.backward(statistics, weight, activated, g, x, dx, dw, db);
+    assert!(activated.is_none() || dx.as_ref().is_some_and(|dx| dx.len() == g.len()), "room for the gradient before the activation");
+    if let Some(samples) = Samples::of(layout, grouping) {
+        return samples.backward(statistics, fixed, weight, activated, g, x, dx, dw, db);
     }
     let w = parameter(weight, layout.c, T::Lane::ONE);
     let merged = layout.merged(grouping);
-    assert!(activated.is_none() || dx.as_ref().is_some_and(|dx| dx.len() == g.len()), "room for the gradient before the activation");
     let before = dx.as_deref_mut().zip(activated).map(|(dx, Activated { activation, bias })| {
         let coefficients = forward_coefficients(layout, statistics, weight, bias);
         BeforeActivation { layout: merged, activation, coefficients, g, x, to: SharedMut::new(dx) }

@@ -90,47 +90,50 @@ impl Samples {
     pub fn backward<T: FloatElement + Stored>(
         self,
         statistics: Statistics<'_, T::Lane>,
+        fixed: bool,
         weight: Option<&[T]>,
         activated: Option<Activated<'_, T>>,
         g: &[T],
         x: &[T],
-        dx: &mut [T],
+        dx: Option<&mut [T]>,
         dw: Option<&mut [T]>,
         db: Option<&mut [T]>,
     ) {
         let Channels { n, c, .. } = self.layout;
-        assert!(x.len() == self.layout.numel() && g.len() == x.len() && dx.len() == x.len());
+        assert!(x.len() == self.layout.numel() && g.len() == x.len() && dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
         let w = parameter(weight, c, T::Lane::ONE);
         let mut parameters = vec![[0f64; 2]; n * c];
-        let dx = SharedMut::new(dx);
+        let dx = dx.map(SharedMut::new);
         parallel::for_each_chunk(&mut parameters, c, x.len() / 2, |sample, parameters| {
             let first = sample * self.len();
             let (g, x) = (&g[first..][..self.len()], &x[first..][..self.len()]);
             // SAFETY: a sample belongs to one task, and there is room for all of them.
-            let dx = unsafe { std::slice::from_raw_parts_mut(dx.get().add(first), self.len()) };
+            let mut dx = dx.map(|dx| unsafe { std::slice::from_raw_parts_mut(dx.get().add(first), self.len()) });
             let statistics = self.statistics(statistics, sample);
             let before = activated.map(|of| (of.activation, forward_coefficients(self.one(), statistics, weight, of.bias)));
             let centres: Vec<T::Lane> = (0..c).map(|c| statistics.mean[self.one().statistic_of(statistics.grouping, 0, c)]).collect();
             let mut sums = vec![0f64; 2 * c];
-            let stretches = g.chunks(self.stretch()).zip(x.chunks(self.stretch())).zip(dx.chunks_mut(self.stretch()));
-            for (i, ((g, x), dx)) in stretches.enumerate() {
-                let g = match &before {
-                    Some((activation, coefficients)) => {
-                        self.apply(coefficients, i, P::None, x, dx);
-                        activation.gradient(dx, g);
+            let stretches = || (0..self.len()).step_by(self.stretch()).map(|at| at..self.len().min(at + self.stretch())).enumerate();
+            for (i, range) in stretches() {
+                let g = match (&before, &mut dx) {
+                    (Some((activation, coefficients)), Some(dx)) => {
+                        let dx = &mut dx[range.clone()];
+                        self.apply(coefficients, i, P::None, &x[range.clone()], dx);
+                        activation.gradient(dx, &g[range.clone()]);
                         dx
                     }
-                    None => g,
+                    _ => &g[range.clone()],
                 };
-                T::Lane::dispatch(ColumnSums { centres: &centres, g, x, totals: &mut sums });
+                T::Lane::dispatch(ColumnSums { centres: &centres, g, x: &x[range], totals: &mut sums });
             }
             let pairs: Vec<[f64; 2]> = (0..c).map(|i| [sums[i], sums[c + i]]).collect();
             let mut groups = vec![[0f64; 2]; self.groups];
             totals(self.one(), statistics, &w, &pairs, &mut groups, parameters);
-            let coefficients = gradient_coefficients(self.one(), statistics, false, &w, &groups);
-            let stretches = g.chunks(self.stretch()).zip(x.chunks(self.stretch())).zip(dx.chunks_mut(self.stretch()));
-            for (i, ((g, x), dx)) in stretches.enumerate() {
-                self.apply(&coefficients, i, if before.is_some() { P::Out } else { P::From(g) }, x, dx);
+            let Some(dx) = dx else { return };
+            let coefficients = gradient_coefficients(self.one(), statistics, fixed, &w, &groups);
+            for (i, range) in stretches() {
+                let p = if before.is_some() { P::Out } else { P::From(&g[range.clone()]) };
+                self.apply(&coefficients, i, p, &x[range.clone()], &mut dx[range]);
             }
         });
         for (which, out) in [dw, db].into_iter().enumerate() {

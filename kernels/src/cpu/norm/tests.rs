@@ -137,6 +137,10 @@ fn channels<T: FloatElement + Stored>(layout: Channels, grouping: Grouping, tole
             let (mut y, mut dx, mut dw, mut db) = (case.x.clone(), case.x.clone(), case.w.clone(), case.b.clone());
             normalize(layout, statistics, w, b, None, &case.x, &mut y);
             normalize_backward(layout, statistics, false, w, None, &case.g, &case.x, Some(&mut dx), Some(&mut dw), Some(&mut db));
+            let (mut dw_alone, mut db_alone) = (case.w.clone(), case.b.clone());
+            normalize_backward(layout, statistics, false, w, None, &case.g, &case.x, None, Some(&mut dw_alone), Some(&mut db_alone));
+            let same = |a: &[T], b: &[T]| a.iter().zip(b).all(|(a, b)| a.to_f64().to_bits() == b.to_f64().to_bits());
+            assert!(same(&dw, &dw_alone) && same(&db, &db_alone), "{layout:?} {grouping:?}: without the input's gradient");
             (y, dx, dw, db)
         });
         close("y", &y, &want.y, tolerance);

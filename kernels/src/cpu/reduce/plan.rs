@@ -17,7 +17,7 @@ const GATHER: usize = 1024;
 /// Columns of a gathered block; with [`MAX_ROWS`] rows it holds 64 KiB of f32, within L2.
 const GATHER_WIDTH: usize = 128;
 
-/// The same where memory holds them side by side: of short stretches of rows that lie far apart, each would be waited for.
+/// The same where memory holds them side by side (256 KiB of f32): of short stretches of rows that lie far apart, each would be waited for.
 const WIDENED_WIDTH: usize = 512;
 
 /// Bytes of a cache line.
