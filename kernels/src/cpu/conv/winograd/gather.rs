@@ -3,7 +3,7 @@
 
 use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
-use super::grid::{Block, Grid, Phase};
+use super::grid::{At, Block, Grid, Phase, Targets};
 use super::transform::{
     Check, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets,
 };
@@ -29,6 +29,9 @@ const WEIGHT_CHANNELS: usize = 16;
 
 /// Tasks that a call is cut into if it has the tiles or the channels for it.
 const MIN_TASKS: usize = 16;
+
+/// How many tiles further the targets are asked for that are to be written.
+const AHEAD: usize = 2;
 
 /// See [`super::gather`].
 pub(super) fn gather<F: Form>(
@@ -171,13 +174,15 @@ impl<F: Form> Run<'_, F> {
             }
         }
         for phase in self.grid.target_phases() {
+            let of = |pixel: usize| self.y.get().wrapping_add(pixel * g.cout);
+            let targets = self.grid.targets(&block, phase, std::ptr::null_mut(), of);
             let first = phase.index * self.panels.count();
             for i in panels.start.max(first)..panels.end.min(first + self.panels.count()) {
                 let panel = self.panels.panel(0, i - first);
                 self.multiply(patches, panel, phase, &block, sums);
                 let bias = self.bias.map(|bias| &bias[panel.first..][..panel.cols]);
-                let (first, cols, y) = (panel.first, panel.cols, self.y);
-                dispatch(Back { grid: self.grid, phase, channels: g.cout, block: &block, sums, first, cols, bias, y, form: self.form });
+                let (first, cols) = (panel.first, panel.cols);
+                dispatch(Back { grid: self.grid, block: &block, sums, targets: &targets, first, cols, bias, form: self.form });
             }
         }
         Ok(())
@@ -218,26 +223,31 @@ pub(super) fn transform<F: Form>(grid: &Grid, x: &[f32], all: usize, channels: R
             && channels.end <= all
     );
     let zeros = vec![0f32; width];
-    let mut failed = Vec::new();
-    for (i, tile) in block.tiles.iter().enumerate() {
-        for phase in grid.source_phases() {
-            let rows = grid.axes[0].pieces[tile.row].sources[phase.row];
-            let cols = grid.axes[1].pieces[tile.col].sources[phase.col];
-            let mut at = [zeros.as_ptr(); MAX_PLACES];
-            for (i, h) in rows.into_iter().enumerate() {
-                let Some(h) = h else { continue };
-                let line = x.as_ptr().wrapping_add((tile.plane * grid.source[0] + h) * grid.source[1] * all + channels.start);
-                for (j, w) in cols.into_iter().enumerate() {
-                    if let Some(w) = w {
-                        at[i * F::PATCH + j] = line.wrapping_add(w * all);
-                    }
+    let sources = |tile: &At, phase: Phase| {
+        let rows = grid.axes[0].pieces[tile.row].sources[phase.row];
+        let cols = grid.axes[1].pieces[tile.col].sources[phase.col];
+        let mut at = [zeros.as_ptr(); MAX_PLACES];
+        for (i, h) in rows.into_iter().enumerate() {
+            let Some(h) = h else { continue };
+            let line = x.as_ptr().wrapping_add((tile.plane * grid.source[0] + h) * grid.source[1] * all + channels.start);
+            for (j, w) in cols.into_iter().enumerate() {
+                if let Some(w) = w {
+                    at[i * F::PATCH + j] = line.wrapping_add(w * all);
                 }
             }
-            let to = &mut out[i * row + phase.index * width..];
-            let (needed, stride) = (grid.needed_places(tile, false), place_len(count, row));
-            if !dispatch(Patch { at, channels: width, whole: !grid.middles_cover(), needed, to, stride, form: PhantomData::<F> }) {
-                failed.push(tile.plane);
-            }
+        }
+        at
+    };
+    let mut failed = Vec::new();
+    let mut steps = block.tiles.iter().enumerate().flat_map(|step| grid.source_phases().map(move |phase| (step, phase))).peekable();
+    let mut following = steps.peek().map(|((_, tile), phase)| sources(tile, *phase));
+    while let (Some(((i, tile), phase)), Some(at)) = (steps.next(), following) {
+        following = steps.peek().map(|((_, tile), phase)| sources(tile, *phase));
+        let to = &mut out[i * row + phase.index * width..];
+        let (needed, stride) = (grid.needed_places(tile, false), place_len(count, row));
+        let (next, whole) = (following.unwrap_or(at), !grid.middles_cover());
+        if !dispatch(Patch { at, next, channels: width, whole, needed, to, stride, form: PhantomData::<F> }) {
+            failed.push(tile.plane);
         }
     }
     failed
@@ -247,6 +257,8 @@ pub(super) fn transform<F: Form>(grid: &Grid, x: &[f32], all: usize, channels: R
 struct Patch<'a, F> {
     /// Each has `channels` values.
     at: [*const f32; MAX_PLACES],
+    /// Those of the patch that follows, which are asked for: the hardware does not foresee them.
+    next: [*const f32; MAX_PLACES],
     channels: usize,
     /// All values are checked, and not those in the middle only.
     whole: bool,
@@ -276,6 +288,9 @@ impl<F: Form> WithSimd for Patch<'_, F> {
                     d[i][j] = unsafe { if count == S::LANES { s.load(from) } else { s.load_partial(from, count) } };
                 }
             }
+            for next in &self.next[..F::PLACES] {
+                s.prefetch(next.wrapping_add(at));
+            }
             for i in 0..F::PATCH {
                 for j in 0..F::PATCH {
                     if self.whole || (1..=F::SIDE).contains(&i) && (1..=F::SIDE).contains(&j) {
@@ -293,16 +308,14 @@ impl<F: Form> WithSimd for Patch<'_, F> {
 /// Transforms the sums of a panel back, adds the bias, and stores the targets of a phase.
 struct Back<'a, F> {
     grid: &'a Grid,
-    phase: Phase,
-    /// Of a target.
-    channels: usize,
     block: &'a Block,
     sums: &'a [f32],
+    /// For each tile, where its targets can be written; null for those beyond the image.
+    targets: &'a [Targets<*mut f32>],
     /// The panel's first channel.
     first: usize,
     cols: usize,
     bias: Option<&'a [f32]>,
-    y: SharedMut<f32>,
     form: PhantomData<F>,
 }
 
@@ -313,19 +326,9 @@ impl<F: Form> WithSimd for Back<'_, F> {
     fn with_simd<S: Simd>(self, s: S) {
         let (grid, stride) = (self.grid, place_len(self.block.len(), MAX_NR));
         assert!(self.sums.len() == F::PLACES * stride && self.cols <= MAX_NR && self.bias.is_none_or(|bias| bias.len() == self.cols));
-        for (i, tile) in self.block.tiles.iter().enumerate() {
-            let rows = grid.axes[0].pieces[tile.row].targets[self.phase.row];
-            let cols = grid.axes[1].pieces[tile.col].targets[self.phase.col];
+        for (i, (tile, to)) in self.block.tiles.iter().zip(self.targets).enumerate() {
+            let next = self.targets.get(i + AHEAD).unwrap_or(to);
             let joined = [grid.axes[0].pieces[tile.row].is_joined, grid.axes[1].pieces[tile.col].is_joined];
-            let mut to = [[std::ptr::null_mut(); MAX_SIDE]; MAX_SIDE];
-            for (to, h) in to.iter_mut().zip(rows) {
-                for (to, w) in to.iter_mut().zip(cols) {
-                    if let (Some(h), Some(w)) = (h, w) {
-                        let pixel = (tile.plane * grid.target[0] + h) * grid.target[1] + w;
-                        *to = self.y.get().wrapping_add(pixel * self.channels + self.first);
-                    }
-                }
-            }
             for at in (0..self.cols).step_by(S::LANES) {
                 let count = S::LANES.min(self.cols - at);
                 // SAFETY: a row of sums has MAX_NR values, which are whole vectors.
@@ -347,10 +350,11 @@ impl<F: Form> WithSimd for Back<'_, F> {
                 };
                 for di in 0..F::SIDE {
                     for dj in 0..F::SIDE {
+                        s.prefetch(next[di][dj].wrapping_add(self.first + at));
                         if to[di][dj].is_null() {
                             continue;
                         }
-                        let (target, to) = (targets[di][dj] + bias, to[di][dj].wrapping_add(at));
+                        let (target, to) = (targets[di][dj] + bias, to[di][dj].wrapping_add(self.first + at));
                         // SAFETY: the pixel and the channels lie in the image of targets; no other task writes them.
                         unsafe { if count == S::LANES { target.store(to) } else { target.store_partial(to, count) } }
                     }

@@ -3,7 +3,7 @@
 use super::super::weight::{MERGED_CHANNELS, TASK_COLS, put};
 use super::super::{Gather, part_start};
 use super::gather::{place_len, row_len, transform};
-use super::grid::{Block, Grid, Phase};
+use super::grid::{Block, Grid, Phase, Targets};
 use super::transform::{Check, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE, load_places, of_targets, store_needed, to_taps};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
@@ -107,9 +107,10 @@ impl<F: Form> Run<'_, F> {
             let patches = &mut patches.as_slice_mut::<f32>()[..F::PLACES * place_len(block.len(), row_len(from.len()))];
             let targets = &mut targets.as_slice_mut::<f32>()[..F::PLACES * place_len(block.len(), CHANNELS)];
             passed &= transform::<F>(self.grid, self.x, self.g.cin, from.clone(), &block, patches).is_empty();
-            let (all, channels) = (self.g.cout, to.clone());
-            let out = &mut *targets;
-            passed &= dispatch(Targets { grid: self.grid, phase, y: self.gy, all, channels, block: &block, out, form: self.form });
+            let of = |pixel: usize| self.gy[pixel * self.g.cout..][to.clone()].as_ptr();
+            let pixels = &self.grid.targets(&block, phase, std::ptr::null(), of)[..];
+            let (channels, out) = (to.len(), &mut *targets);
+            passed &= dispatch(Spread { grid: self.grid, block: &block, pixels, channels, out, form: self.form });
             for (place, added) in added[..F::PLACES].iter_mut().enumerate() {
                 let needing = self.grid.needing(&block, place, phase);
                 if needing.is_empty() {
@@ -144,17 +145,17 @@ fn multiply(a: &Side, b: &Side, count: usize, sums: &mut [f32], init: Init) {
     assert!(a.values.len() >= count * a.row && b.values.len() >= count * CHANNELS);
     let kernels = MicroKernels::get();
     let tiles = kernels.row_tiles(a.width);
-    for first in (0..b.width).step_by(kernels.nr) {
-        let width = (b.width - first).min(kernels.nr);
-        let columns = [b.values[first..].as_ptr()];
-        for tile in 0..tiles.count {
-            let (start, height) = (tiles.start(tile), tiles.height(tile));
-            let (mut rows, mut c) = ([std::ptr::null(); MAX_MR], [std::ptr::null_mut(); MAX_MR]);
-            for r in 0..height {
-                rows[r] = a.values.as_ptr().wrapping_add(start + r);
-                c[r] = sums.as_mut_ptr().wrapping_add((start + r) * CHANNELS + first);
-            }
-            let out = Output { c: c.as_ptr(), offset: 0, values: Values::F32, cols: width, alpha: 1.0, init };
+    for tile in 0..tiles.count {
+        let (start, height) = (tiles.start(tile), tiles.height(tile));
+        let (mut rows, mut c) = ([std::ptr::null(); MAX_MR], [std::ptr::null_mut(); MAX_MR]);
+        for r in 0..height {
+            rows[r] = a.values.as_ptr().wrapping_add(start + r);
+            c[r] = sums.as_mut_ptr().wrapping_add((start + r) * CHANNELS);
+        }
+        for first in (0..b.width).step_by(kernels.nr) {
+            let cols = (b.width - first).min(kernels.nr);
+            let columns = [b.values[first..].as_ptr()];
+            let out = Output { c: c.as_ptr(), offset: first * size_of::<f32>(), values: Values::F32, cols, alpha: 1.0, init };
             let tile =
                 Tile { segments: 1, kc: count, a: rows.as_ptr(), a_step: 0, a_stride: a.row, b: columns.as_ptr(), b_stride: CHANNELS, out };
             // SAFETY: there are `count` rows of patches, read down the columns, and as many rows of targets with CHANNELS, which is whole
@@ -166,40 +167,28 @@ fn multiply(a: &Side, b: &Side, count: usize, sums: &mut [f32], init: Init) {
 
 /// Transforms the channels of a block's targets of a phase to `[place][tile][CHANNELS]`, with zeros for targets beyond the image. Whether all values
 /// were small enough.
-struct Targets<'a, F> {
+struct Spread<'a, F> {
     grid: &'a Grid,
-    phase: Phase,
-    y: &'a [f32],
-    /// Channels of a target.
-    all: usize,
-    channels: Range<usize>,
     block: &'a Block,
+    /// For each tile, where the channels of its targets lie; null for those beyond the image.
+    pixels: &'a [Targets<*const f32>],
+    channels: usize,
     out: &'a mut [f32],
     form: PhantomData<F>,
 }
 
-impl<F: Form> WithSimd for Targets<'_, F> {
+impl<F: Form> WithSimd for Spread<'_, F> {
     type Output = bool;
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> bool {
-        let (grid, stride, width) = (self.grid, place_len(self.block.len(), CHANNELS), self.channels.len());
-        assert!(self.out.len() == F::PLACES * stride && width <= CHANNELS && self.channels.end <= self.all);
-        assert!(self.y.len() == grid.planes * grid.target[0] * grid.target[1] * self.all);
+        let (stride, width) = (place_len(self.block.len(), CHANNELS), self.channels);
+        assert!(self.out.len() == F::PLACES * stride && width <= CHANNELS && self.pixels.len() == self.block.len());
         let mut check = Check::new(s);
-        for (i, tile) in self.block.tiles.iter().enumerate() {
-            let rows = grid.axes[0].pieces[tile.row].targets[self.phase.row];
-            let cols = grid.axes[1].pieces[tile.col].targets[self.phase.col];
-            let mut pixels = [[std::ptr::null(); MAX_SIDE]; MAX_SIDE];
-            for (pixels, h) in pixels.iter_mut().zip(rows) {
-                for (pixel, w) in pixels.iter_mut().zip(cols) {
-                    if let (Some(h), Some(w)) = (h, w) {
-                        let at = (tile.plane * grid.target[0] + h) * grid.target[1] + w;
-                        *pixel = self.y.as_ptr().wrapping_add(at * self.all + self.channels.start);
-                    }
-                }
-            }
-            let needed = grid.needed_places(tile, false);
+        for (i, (tile, pixels)) in self.block.tiles.iter().zip(self.pixels).enumerate() {
+            // The hardware does not foresee them.
+            let next = self.pixels.get(i + 1).unwrap_or(pixels);
+            let needed = self.grid.needed_places(tile, false);
             for at in (0..width).step_by(S::LANES) {
                 let count = S::LANES.min(width - at);
                 let mut y = [[s.zero(); MAX_SIDE]; MAX_SIDE];
@@ -211,6 +200,7 @@ impl<F: Form> WithSimd for Targets<'_, F> {
                             y[di][dj] = unsafe { if count == S::LANES { s.load(from) } else { s.load_partial(from, count) } };
                             check.see(y[di][dj]);
                         }
+                        s.prefetch(next[di][dj].wrapping_add(at));
                     }
                 }
                 // SAFETY: a row has room for CHANNELS values, which are whole vectors.
