@@ -9,6 +9,7 @@
 //!   with few source channels the taps of a tile are copied side by side first, so that the inner loop stays long.
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
 //! - `few`: with few targets the weights are read where they lie, by one product.
+//! - `pixels`: with one source channel neighbouring targets are the lanes of a vector instead of the channels.
 //! - `depthwise`: one channel a group: plain loops over channels.
 //! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16, or may be rounded to it.
 //! - `tiles`: on matrix tiles, where a machine has them.
@@ -29,6 +30,7 @@ mod half;
 mod pack;
 mod pairs;
 mod patch;
+mod pixels;
 mod plain;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -240,6 +242,9 @@ impl ConvElement for f64 {}
 fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f32]) -> Result<(), OutOfMemory> {
     if g.is_depthwise() {
         depthwise::gather(g, x, w, bias, y)
+    } else if pixels::pays(g) {
+        pixels::gather(g, x, w, bias, y);
+        Ok(())
     } else if fold::pays(g) {
         fold::gather(g, x, w, bias, y)
     } else if few::pays(g) {

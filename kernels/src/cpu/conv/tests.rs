@@ -90,6 +90,12 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         shape2d(1, [8, 8], [3, 3], [2, 2], [1, 2, 1], 1),
         shape2d(4, [130, 100], [4, 4], [3, 3], [1, 1, 1], 1),
         shape2d(1, [2, 1], [1, 300], [1, 31], [2, 15, 1], 1),
+        // One channel and lines that fill vectors, whole or not; the third is one of its own input gradient.
+        shape2d(2, [1, 8], [9, 32], [3, 3], [1, 1, 1], 1),
+        shape2d(2, [1, 16], [11, 47], [3, 5], [1, 2, 1], 1),
+        shape2d(1, [6, 1], [7, 30], [3, 3], [1, 2, 2], 1),
+        shape2d(1, [1, 5], [6, 98], [2, 3], [1, 0, 4], 1),
+        shape2d(1, [1, 3], [3, 12], [3, 9], [1, 4, 1], 1),
         // Few targets, many weights.
         shape2d(2, [130, 120], [5, 6], [3, 3], [1, 1, 1], 1),
         shape2d(1, [120, 130], [9, 7], [3, 3], [2, 1, 1], 1),
@@ -113,6 +119,7 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
     }
     shapes.push(volume);
     shapes.push(ConvShape { ci: 2, ..volume });
+    shapes.push(ConvShape { ci: 1, input: [5, 6, 31], output: [3, 6, 31], stride: [2, 1, 1], ..volume });
     shapes.push(ConvShape { co: 2, ci: 20, ..volume });
     shapes
 }
@@ -205,6 +212,7 @@ fn any_number_of_threads_gives_the_same_bits() {
         shape2d(8, [32, 40], [14, 14], [4, 4], [2, 1, 1], 1),
         shape2d(9, [3, 33], [16, 16], [3, 3], [1, 1, 1], 1),
         shape2d(9, [24, 1], [13, 10], [5, 4], [1, 2, 1], 1),
+        shape2d(9, [1, 12], [60, 60], [3, 3], [1, 1, 1], 1),
     ] {
         let [x, gy, w] = [values(s.input_len(), 1), values(s.output_len(), 2), values(s.weight_len(), 3)].map(|v| narrow(&v));
         let run = |threads| {
