@@ -363,26 +363,29 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
         let row = unsafe { t.out.row(r) };
         (0..NV).for_each(|v| s.prefetch(row.wrapping_add(v * S::LANES)));
     }
+    let mut acc = [[s.zero(); NV]; R];
+    let rows_of_packed = t.a_stride == 1 && t.b_stride == NV * S::LANES;
     // Columns of A lie a row apart, which the hardware does not foresee.
     let ahead = if t.a_stride == 1 { 0 } else { AHEAD * t.a_stride };
-    let mut acc = [[s.zero(); NV]; R];
     for segment in 0..t.segments {
         // SAFETY: `a` holds R addresses for each segment and `b` holds `segments`.
         let (a, mut b) = unsafe { (t.a.add(segment * t.a_step).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
         let mut at = 0usize;
+        if rows_of_packed {
+            // Strides that are known, and no count beside the addresses: with 12 rows there are just as many registers as this takes.
+            let end = b.wrapping_add(t.kc * NV * S::LANES);
+            while b != end {
+                // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc.
+                unsafe { add_step(s, multiply, &mut acc, &a, at, b) };
+                at = at.wrapping_add(1);
+                b = b.wrapping_add(NV * S::LANES);
+            }
+            continue;
+        }
         for _ in 0..t.kc {
             s.prefetch(a[0].wrapping_add(at.wrapping_add(ahead)));
-            // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc; the
-            // addresses are advanced without a claim to be in bounds, as the last step leaves the operands.
-            unsafe {
-                let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
-                for (row, sums) in a.iter().zip(&mut acc) {
-                    let x = s.load_splat(row.wrapping_add(at));
-                    for (sum, &y) in sums.iter_mut().zip(&bv) {
-                        *sum = multiply.mul_add(x, y, *sum);
-                    }
-                }
-            }
+            // SAFETY: as above; the addresses are advanced without a claim to be in bounds, as the last step leaves the operands.
+            unsafe { add_step(s, multiply, &mut acc, &a, at, b) };
             // A check for overflow in the dev profile would keep loads and sums apart, and both in memory.
             at = at.wrapping_add(t.a_stride);
             b = b.wrapping_add(t.b_stride);
@@ -390,6 +393,31 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
     }
     // SAFETY: `out` is the caller's word.
     unsafe { store(s, multiply, &acc, &t.out, rest) }
+}
+
+/// Adds the products of one k.
+///
+/// # Safety
+/// NV vectors must be readable at `b`, and a value at `at` in each row.
+#[inline(always)]
+unsafe fn add_step<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
+    s: S,
+    multiply: M,
+    acc: &mut [[S::F32; NV]; R],
+    a: &[*const f32; R],
+    at: usize,
+    b: *const f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let bv: [S::F32; NV] = std::array::from_fn(|v| s.load(b.add(v * S::LANES)));
+        for (row, sums) in a.iter().zip(acc) {
+            let x = s.load_splat(row.wrapping_add(at));
+            for (sum, &y) in sums.iter_mut().zip(&bv) {
+                *sum = multiply.mul_add(x, y, *sum);
+            }
+        }
+    }
 }
 
 /// # Safety
