@@ -13,7 +13,7 @@ use super::epilogue::Activated;
 use super::micro::{Init, Output, RowTiles, Tile, Values};
 use super::pack::Strip;
 use super::packing::{Magnitudes, Packing, Plain, Side};
-use super::{Gemm, GemmElement, Item, Matrix, Out, dot, shared};
+use super::{Gemm, GemmElement, Item, Matrix, Out, dot, shared, tiny};
 #[cfg(target_arch = "x86_64")]
 use super::{MatmulPrecision, matmul_precision, tiles};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
@@ -48,7 +48,7 @@ const MAX_TASKS: usize = 32;
 
 impl GemmElement for f32 {
     fn gemm(gemm: &Gemm<f32>, out: &mut [f32], row_stride: usize) -> Result<(), OutOfMemory> {
-        if dot::try_gemm(gemm, out, row_stride) {
+        if tiny::try_gemm(gemm, out, row_stride) || dot::try_gemm(gemm, out, row_stride) {
             return Ok(());
         }
         let sums = Sums { c: SharedMut::new(out), item_stride: gemm.a.rows() * row_stride, row_stride };

@@ -1,7 +1,7 @@
 //! Matrix products `C = activation(alpha · A · B (+ C, or + bias))`, batched, of any strides and any numeric element type.
 //!
 //! This file holds the argument struct and the choice of a path; the work is done by [`micro`] (register tiles), `pack` and `packing`
-//! (panels), `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory) and `generic`
+//! (panels), `blocked` and `shared` (cache blocking and threads), `dot` (few rows or columns, at the speed of memory), `tiny` (few elements) and `generic`
 //! (f64 and integers); `epilogue` is what follows a sum. On processors with matrix tiles, `tiles` takes what is large enough, in parts that `split` makes. f16 and bf16 (`rounded`) go the same ways: they are converted as they are packed, summed in f32, and rounded once.
 //!
 //! The path, the blocks and the order of every sum depend on shapes, strides, dtype and the
@@ -25,6 +25,7 @@ pub(in crate::cpu) mod split;
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod tiny;
 
 pub(crate) use dot::read_ahead;
 pub use epilogue::Activation;

@@ -5,7 +5,7 @@ use super::micro::MicroKernels;
 use super::packing::{Packing, Pairs, Widened};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
-use super::{Gemm, GemmElement, Out, dot};
+use super::{Gemm, GemmElement, Out, dot, tiny};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -19,6 +19,9 @@ const CHUNK: usize = 1 << 15;
 
 impl GemmElement for f16 {
     fn gemm(gemm: &Gemm<f16>, out: &mut [f16], row_stride: usize) -> Result<(), OutOfMemory> {
+        if tiny::try_gemm(gemm, out, row_stride) {
+            return Ok(());
+        }
         #[cfg(target_arch = "x86_64")]
         if tiles::pay(2, gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
             // Two parts hold an f16 exactly.
@@ -30,6 +33,9 @@ impl GemmElement for f16 {
 
 impl GemmElement for bf16 {
     fn gemm(gemm: &Gemm<bf16>, out: &mut [bf16], row_stride: usize) -> Result<(), OutOfMemory> {
+        if tiny::try_gemm(gemm, out, row_stride) {
+            return Ok(());
+        }
         #[cfg(target_arch = "x86_64")]
         if tiles::pay(1, gemm.a.rows(), gemm.b.cols(), gemm.a.cols()) {
             // Few rows, too: reading them as dot products is bound by arithmetic from about eight on.

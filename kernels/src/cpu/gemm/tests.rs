@@ -207,7 +207,7 @@ fn batches_biases_and_accumulation() {
 
 #[test]
 fn every_element_type() {
-    for (m, n, k) in [(1, 1, 1), (1, 50, 70), (7, 33, 9), (70, 140, 300)] {
+    for (m, n, k) in [(1, 1, 1), (3, 4, 5), (1, 50, 70), (7, 33, 9), (70, 140, 300)] {
         for (a, b) in [(Layout::RowMajor, Layout::Transposed), (Layout::Spread, Layout::RowMajor), (Layout::Broadcast, Layout::Padded)] {
             let case = Case { batch: 2, gap: 1, ..Case::plain(m, n, k, a, b) };
             for case in [Case { bias: true, ..case }, Case { bias: false, accumulate: true, ..case }] {
