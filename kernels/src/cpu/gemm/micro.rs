@@ -372,7 +372,7 @@ unsafe fn tile<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, m
         let (a, mut b) = unsafe { (t.a.add(segment * t.a_step).cast::<[*const f32; R]>().read(), t.b.add(segment).read()) };
         let mut at = 0usize;
         if rows_of_packed {
-            // Strides that are known, and no count beside the addresses: with 12 rows there are just as many registers as this takes.
+            // With strides that are known, the addresses of 12 rows stay in registers, but for one or two.
             let end = b.wrapping_add(t.kc * NV * S::LANES);
             while b != end {
                 // SAFETY: the caller vouches for NV vectors of B and each row's A value at every k < kc.
