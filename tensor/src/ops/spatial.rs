@@ -122,6 +122,11 @@ pub(super) fn pixels(x: &Tensor) -> Result<Tensor> {
     x.detach().permute(&order)?.contiguous()
 }
 
+/// `x` with its pixels in memory as [`pixels`] wants them: what several operations read is copied for all of them at once.
+pub(super) fn in_pixel_order(x: &Tensor) -> Result<Tensor> {
+    x.to_memory_order(&channels_last(x.rank().saturating_sub(2)))
+}
+
 /// Calls `f` with `x` as a batch of images in f32 or f64 (on a GPU also in a half type, which its kernels widen themselves), and gives
 /// the result `x`'s dtype; an image without batch dimension goes through as a batch of one.
 pub(super) fn by_image(op: &str, x: &Tensor, rank: usize, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {

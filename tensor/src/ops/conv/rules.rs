@@ -3,7 +3,7 @@
 
 use super::Geometry;
 use crate::graph::{Ctx, Grads, Op, record};
-use crate::ops::spatial::{Extents, for_real, pixels};
+use crate::ops::spatial::{Extents, for_real, in_pixel_order, pixels};
 use crate::profile::{Cost, convolution, operation, operation_with};
 use crate::{DType, Layout, Result, Shape, Tensor, WithDType, bf16, f16};
 use kiln_kernels::cpu::conv::{self, ConvShape, HalfElement, Pass};
@@ -164,6 +164,7 @@ impl Op for Forward {
         self.conv.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let grad = &in_pixel_order(grad)?;
         let gx = when(ctx, 0, &self.w, |w| self.conv.input_grad(grad, w, None))?;
         let gw = when(ctx, 1, &self.x, |x| self.conv.weight_grad(x, grad))?;
         Ok([vec![gx, gw], bias_grad(ctx, self.bias, &self.conv.geometry.narrow, grad)?].concat())
@@ -182,6 +183,7 @@ impl Op for InputGrad {
         self.conv.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let grad = &in_pixel_order(grad)?;
         let gg = when(ctx, 0, &self.w, |w| self.conv.forward(grad, w, None))?;
         let gw = when(ctx, 1, &self.g, |g| self.conv.weight_grad(grad, g))?;
         Ok([vec![gg, gw], bias_grad(ctx, self.bias, &self.conv.geometry.wide, grad)?].concat())

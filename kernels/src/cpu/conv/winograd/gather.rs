@@ -3,9 +3,10 @@
 
 use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
-use super::grid::{At, Block, Grid, Phase, Targets};
+use super::grid::{Block, Grid, Phase};
+use super::image::Image;
 use super::transform::{
-    Check, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets,
+    Check, Form, MAX_PATCH, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets,
 };
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
@@ -51,7 +52,9 @@ pub(super) fn gather<F: Form>(
     let count = grid.target_phases().count() * panels.count();
     let splits = MIN_TASKS.div_ceil(blocks).min(count);
     let failed: Vec<AtomicBool> = (0..g.n).map(|_| AtomicBool::new(false)).collect();
-    let run = Run { g, grid, x, bias, y: SharedMut::new(y), sources, panels: &panels, failed: &failed, form: PhantomData::<F> };
+    let (from, to) = (Image::of_sources(grid, F::PATCH, g.cin), Image::of_targets(grid, F::SIDE, g.cout));
+    let y_start = SharedMut::new(&mut *y);
+    let run = Run { g, grid, x, bias, y: y_start, from, to, sources, panels: &panels, failed: &failed, form: PhantomData::<F> };
     let out_of_memory = OnceLock::new();
     parallel::for_each(blocks * splits, grid.products() * g.cin * g.cout / 50, |i| {
         let (i, split) = (i / splits, i % splits);
@@ -147,6 +150,9 @@ struct Run<'a, F> {
     x: &'a [f32],
     bias: Option<&'a [f32]>,
     y: SharedMut<f32>,
+    /// How `x` and `y` are cut.
+    from: Image<MAX_PATCH>,
+    to: Image<MAX_SIDE>,
     /// Channels of all phases of a source.
     sources: usize,
     panels: &'a Panels,
@@ -161,7 +167,7 @@ impl<F: Form> Run<'_, F> {
         let count = block.len();
         let mut patches = Buffer::new(size_of::<f32>() * F::PLACES * place_len(count, row_len(self.sources)))?;
         let patches = patches.as_slice_mut::<f32>();
-        for plane in transform::<F>(self.grid, self.x, g.cin, 0..g.cin, &block, patches) {
+        for plane in transform::<F>(self.grid, &self.from, self.x, 0..g.cin, &block, patches) {
             self.failed[plane / g.source[0]].store(true, Ordering::Relaxed);
         }
         let mut sums = Buffer::new(size_of::<f32>() * F::PLACES * place_len(count, MAX_NR))?;
@@ -174,15 +180,13 @@ impl<F: Form> Run<'_, F> {
             }
         }
         for phase in self.grid.target_phases() {
-            let of = |pixel: usize| self.y.get().wrapping_add(pixel * g.cout);
-            let targets = self.grid.targets(&block, phase, std::ptr::null_mut(), of);
             let first = phase.index * self.panels.count();
             for i in panels.start.max(first)..panels.end.min(first + self.panels.count()) {
                 let panel = self.panels.panel(0, i - first);
                 self.multiply(patches, panel, phase, &block, sums);
                 let bias = self.bias.map(|bias| &bias[panel.first..][..panel.cols]);
-                let (first, cols) = (panel.first, panel.cols);
-                dispatch(Back { grid: self.grid, block: &block, sums, targets: &targets, first, cols, bias, form: self.form });
+                let (y, cols) = (self.y.get().wrapping_add(panel.first), panel.cols);
+                dispatch(Back { grid: self.grid, block: &block, sums, y, to: &self.to, phase, cols, bias, form: self.form });
             }
         }
         Ok(())
@@ -214,94 +218,71 @@ impl<F: Form> Run<'_, F> {
 
 /// Transforms the `channels` of the patches of a block to `out`, `[place][tile][row_len]` with rows `(phase, channel)` of sources and places
 /// [`place_len`] apart; the planes that have values too large for it.
-pub(super) fn transform<F: Form>(grid: &Grid, x: &[f32], all: usize, channels: Range<usize>, block: &Block, out: &mut [f32]) -> Vec<usize> {
-    let (count, width) = (block.len(), channels.len());
-    let row = row_len(grid.source_phases().count() * width);
-    assert!(
-        out.len() == F::PLACES * place_len(count, row)
-            && x.len() == grid.planes * grid.source[0] * grid.source[1] * all
-            && channels.end <= all
-    );
-    let zeros = vec![0f32; width];
-    let sources = |tile: &At, phase: Phase| {
-        let rows = grid.axes[0].pieces[tile.row].sources[phase.row];
-        let cols = grid.axes[1].pieces[tile.col].sources[phase.col];
-        let mut at = [zeros.as_ptr(); MAX_PLACES];
-        for (i, h) in rows.into_iter().enumerate() {
-            let Some(h) = h else { continue };
-            let line = x.as_ptr().wrapping_add((tile.plane * grid.source[0] + h) * grid.source[1] * all + channels.start);
-            for (j, w) in cols.into_iter().enumerate() {
-                if let Some(w) = w {
-                    at[i * F::PATCH + j] = line.wrapping_add(w * all);
-                }
-            }
-        }
-        at
-    };
-    let mut failed = Vec::new();
-    let mut steps = block.tiles.iter().enumerate().flat_map(|step| grid.source_phases().map(move |phase| (step, phase))).peekable();
-    let mut following = steps.peek().map(|((_, tile), phase)| sources(tile, *phase));
-    while let (Some(((i, tile), phase)), Some(at)) = (steps.next(), following) {
-        following = steps.peek().map(|((_, tile), phase)| sources(tile, *phase));
-        let to = &mut out[i * row + phase.index * width..];
-        let (needed, stride) = (grid.needed_places(tile, false), place_len(count, row));
-        let (next, whole) = (following.unwrap_or(at), !grid.middles_cover());
-        if !dispatch(Patch { at, next, channels: width, whole, needed, to, stride, form: PhantomData::<F> }) {
-            failed.push(tile.plane);
-        }
-    }
-    failed
+pub(super) fn transform<F: Form>(
+    grid: &Grid,
+    from: &Image<MAX_PATCH>,
+    x: &[f32],
+    channels: Range<usize>,
+    block: &Block,
+    out: &mut [f32],
+) -> Vec<usize> {
+    let x = from.channels(x, &channels);
+    dispatch(Patches { grid, block, from, x, channels: channels.len(), out, form: PhantomData::<F> })
 }
 
-/// Transforms a patch. Whether its values, or those in its middle, are small enough.
-struct Patch<'a, F> {
-    /// Each has `channels` values.
-    at: [*const f32; MAX_PLACES],
-    /// Those of the patch that follows, which are asked for: the hardware does not foresee them.
-    next: [*const f32; MAX_PLACES],
+/// See [`transform`].
+struct Patches<'a, F> {
+    grid: &'a Grid,
+    block: &'a Block,
+    from: &'a Image<MAX_PATCH>,
+    /// By [`Image::channels`].
+    x: &'a [f32],
     channels: usize,
-    /// All values are checked, and not those in the middle only.
-    whole: bool,
-    /// Places that are written, or all.
-    needed: Option<&'a [bool; MAX_PLACES]>,
-    /// From the patch on, in the first place. Whole vectors are written: what follows the channels is the next patch, or room.
-    to: &'a mut [f32],
-    /// From one place to the next.
-    stride: usize,
+    /// Whole vectors are written: what follows a patch's channels is the next, or room.
+    out: &'a mut [f32],
     form: PhantomData<F>,
 }
 
-impl<F: Form> WithSimd for Patch<'_, F> {
-    type Output = bool;
+impl<F: Form> WithSimd for Patches<'_, F> {
+    type Output = Vec<usize>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> bool {
-        assert!(self.to.len() >= (F::PLACES - 1) * self.stride + self.channels.next_multiple_of(S::LANES));
-        let mut check = Check::new(s);
-        for at in (0..self.channels).step_by(S::LANES) {
-            let count = S::LANES.min(self.channels - at);
-            let mut d = [[s.zero(); MAX_PATCH]; MAX_PATCH];
-            for i in 0..F::PATCH {
-                for j in 0..F::PATCH {
-                    let from = self.at[i * F::PATCH + j].wrapping_add(at);
-                    // SAFETY: each address has `channels` values, of which `count` follow.
-                    d[i][j] = unsafe { if count == S::LANES { s.load(from) } else { s.load_partial(from, count) } };
-                }
-            }
-            for next in &self.next[..F::PLACES] {
-                s.prefetch(next.wrapping_add(at));
-            }
-            for i in 0..F::PATCH {
-                for j in 0..F::PATCH {
-                    if self.whole || (1..=F::SIDE).contains(&i) && (1..=F::SIDE).contains(&j) {
-                        check.see(d[i][j]);
+    fn with_simd<S: Simd>(self, s: S) -> Vec<usize> {
+        let Self { grid, block, channels, .. } = self;
+        let phases = grid.source_phases().count();
+        let row = row_len(phases * channels);
+        let stride = place_len(block.len(), row);
+        assert!(self.out.len() == F::PLACES * stride);
+        // Whether all values are checked, and not those in the middle only.
+        let all = !grid.middles_cover();
+        let mut failed = Vec::new();
+        for (i, tile) in block.tiles.iter().enumerate() {
+            let (needed, mut check) = (grid.needed_places(tile, false), Check::new(s));
+            let next = block.tiles.get(i + 1).unwrap_or(tile);
+            for phase in grid.source_phases() {
+                let (sources, next) = (self.from.pixels(tile, phase), self.from.pixels(next, phase));
+                for at in (0..channels).step_by(S::LANES) {
+                    let x = self.x.as_ptr().wrapping_add(at);
+                    // SAFETY: of the image's pixels so many channels follow at `x`.
+                    let d = unsafe { sources.load(s, x, F::PATCH, S::LANES.min(channels - at)) };
+                    next.prefetch(s, x, F::PATCH);
+                    for i in 0..F::PATCH {
+                        for j in 0..F::PATCH {
+                            if all || (1..=F::SIDE).contains(&i) && (1..=F::SIDE).contains(&j) {
+                                check.see(d[i][j]);
+                            }
+                        }
                     }
+                    let to = self.out.as_mut_ptr().wrapping_add(i * row + phase.index * channels + at);
+                    // SAFETY: a row has room for whole vectors at every place.
+                    unsafe { store_needed::<F, _>(of_sources::<F, S>(s, d), needed, to, stride) };
                 }
             }
-            // SAFETY: there is room for whole vectors at every place.
-            unsafe { store_needed::<F, _>(of_sources::<F, S>(s, d), self.needed, self.to.as_mut_ptr().add(at), self.stride) };
+            if !check.passed() {
+                failed.push(tile.plane);
+            }
         }
-        check.passed()
+        failed
     }
 }
 
@@ -310,10 +291,10 @@ struct Back<'a, F> {
     grid: &'a Grid,
     block: &'a Block,
     sums: &'a [f32],
-    /// For each tile, where its targets can be written; null for those beyond the image.
-    targets: &'a [Targets<*mut f32>],
-    /// The panel's first channel.
-    first: usize,
+    /// The image of targets, from the panel's first channel on.
+    y: *mut f32,
+    to: &'a Image<MAX_SIDE>,
+    phase: Phase,
     cols: usize,
     bias: Option<&'a [f32]>,
     form: PhantomData<F>,
@@ -326,8 +307,9 @@ impl<F: Form> WithSimd for Back<'_, F> {
     fn with_simd<S: Simd>(self, s: S) {
         let (grid, stride) = (self.grid, place_len(self.block.len(), MAX_NR));
         assert!(self.sums.len() == F::PLACES * stride && self.cols <= MAX_NR && self.bias.is_none_or(|bias| bias.len() == self.cols));
-        for (i, (tile, to)) in self.block.tiles.iter().zip(self.targets).enumerate() {
-            let next = self.targets.get(i + AHEAD).unwrap_or(to);
+        for (i, tile) in self.block.tiles.iter().enumerate() {
+            let next = self.block.tiles.get(i + AHEAD).unwrap_or(tile);
+            let [pixels, next] = [tile, next].map(|tile| self.to.pixels(tile, self.phase));
             let joined = [grid.axes[0].pieces[tile.row].is_joined, grid.axes[1].pieces[tile.col].is_joined];
             for at in (0..self.cols).step_by(S::LANES) {
                 let count = S::LANES.min(self.cols - at);
@@ -348,15 +330,15 @@ impl<F: Form> WithSimd for Back<'_, F> {
                     Some(bias) => unsafe { s.load_partial(bias.as_ptr().add(at), count) },
                     None => s.zero(),
                 };
-                for di in 0..F::SIDE {
-                    for dj in 0..F::SIDE {
-                        s.prefetch(next[di][dj].wrapping_add(self.first + at));
-                        if to[di][dj].is_null() {
-                            continue;
+                let y = self.y.wrapping_add(at);
+                next.prefetch(s, y, F::SIDE);
+                for i in 0..F::SIDE {
+                    for j in 0..F::SIDE {
+                        if pixels.exists(i, j) {
+                            let (target, to) = (targets[i][j] + bias, y.wrapping_add(pixels.offset(i, j)));
+                            // SAFETY: the pixel and the channels lie in the image of targets; no other task writes them.
+                            unsafe { if count == S::LANES { target.store(to) } else { target.store_partial(to, count) } }
                         }
-                        let (target, to) = (targets[di][dj] + bias, to[di][dj].wrapping_add(self.first + at));
-                        // SAFETY: the pixel and the channels lie in the image of targets; no other task writes them.
-                        unsafe { if count == S::LANES { target.store(to) } else { target.store_partial(to, count) } }
                     }
                 }
             }

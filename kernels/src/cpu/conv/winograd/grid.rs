@@ -9,7 +9,7 @@ use super::transform::{F2x3, F3x2, F3x3, Form, MAX_PATCH, MAX_PLACES, MAX_SIDE};
 use std::ops::Range;
 
 /// Phases along an axis.
-const MAX_PHASES: usize = 2;
+pub(super) const MAX_PHASES: usize = 2;
 
 /// A tile along one axis. Places that hold nothing are zero.
 #[derive(Clone, Debug, Default)]
@@ -335,24 +335,6 @@ impl Grid {
         self.planes * self.axes[0].products(self.form.patch()) * self.axes[1].products(self.form.patch())
     }
 
-    /// For each tile of a block, what `of` makes of the pixels of its targets of a phase; `beyond` for those that the image does not have.
-    pub(super) fn targets<P: Copy>(&self, block: &Block, phase: Phase, beyond: P, of: impl Fn(usize) -> P) -> Vec<Targets<P>> {
-        let of_tile = |tile: &At| {
-            let rows = self.axes[0].pieces[tile.row].targets[phase.row];
-            let cols = self.axes[1].pieces[tile.col].targets[phase.col];
-            let mut targets = [[beyond; MAX_SIDE]; MAX_SIDE];
-            for (targets, h) in targets.iter_mut().zip(rows) {
-                for (target, w) in targets.iter_mut().zip(cols) {
-                    if let (Some(h), Some(w)) = (h, w) {
-                        *target = of((tile.plane * self.target[0] + h) * self.target[1] + w);
-                    }
-                }
-            }
-            targets
-        };
-        block.tiles.iter().map(of_tile).collect()
-    }
-
     /// Whether the middles of all patches hold every source.
     pub(super) fn middles_cover(&self) -> bool {
         self.axes.iter().all(|axis| axis.middles_cover)
@@ -397,9 +379,6 @@ pub(super) struct At {
     pub col: usize,
     kind: usize,
 }
-
-/// A tile's targets, as far as the form has any.
-pub(super) type Targets<P> = [[P; MAX_SIDE]; MAX_SIDE];
 
 /// Some tiles, sorted by kind: in this order those that need a place follow one another.
 #[derive(Clone, Debug)]

@@ -19,6 +19,7 @@
 
 mod gather;
 mod grid;
+mod image;
 #[cfg(test)]
 mod tests;
 mod transform;
