@@ -56,6 +56,7 @@ enum Step {
     Unfold(usize, usize, usize),
     Merge(usize),
     Contiguous,
+    Ordered(usize, usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -72,6 +73,7 @@ fn step() -> impl Strategy<Value = Step> {
         (n(), n(), n()).prop_map(|(a, b, c)| Step::Unfold(a, b, c)),
         n().prop_map(Step::Merge),
         Just(Step::Contiguous),
+        (n(), n()).prop_map(|(a, b)| Step::Ordered(a, b)),
     ]
 }
 
@@ -104,6 +106,14 @@ fn take(step: Step, x: Tensor, model: Model) -> Result<(Tensor, Model)> {
             (x.unsqueeze(dim as isize)?, model)
         }
         _ if rank == 0 => (x, model),
+        Step::Ordered(a, b) => {
+            let mut order: Vec<usize> = (0..rank).collect();
+            order.swap(a % rank, b % rank);
+            order.rotate_left(b % rank);
+            let ordered = x.to_memory_order(&order)?;
+            assert!(ordered.permute(&order.iter().map(|&d| d as isize).collect::<Vec<_>>())?.is_contiguous());
+            (ordered, model)
+        }
         Step::Transpose(a, b) => {
             let (a, b) = (a % rank, b % rank);
             let swap = |index: &[usize]| {
@@ -274,6 +284,16 @@ fn reduces(shape: &[usize], steps: &[Step], axes: [bool; 6]) -> Result<()> {
         if !model.from.is_empty() {
             assert_eq!(typed.max(&dims[..])?.to_dtype(DType::F64)?.to_vec::<f64>()?, largest);
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_order_names_each_dimension_once() -> Result<()> {
+    let x = base(&[2, 3, 4])?;
+    for order in [&[][..], &[0, 1], &[0, 1, 1], &[0, 1, 3], &[0, 1, 2, 0], &[usize::MAX, 1, 2]] {
+        let error = x.to_memory_order(order).unwrap_err().to_string();
+        assert!(error.contains("to_memory_order") && error.contains("[2, 3, 4]"), "{order:?}: {error}");
     }
     Ok(())
 }

@@ -96,7 +96,7 @@ impl Layout {
 
     /// A gapless layout of `shape` whose dimensions lie in memory in the order `order`, slowest first
     /// (`[0, 2, 3, 1]` for channels-last pictures).
-    pub fn with_memory_order(shape: Shape, order: &[usize]) -> Layout {
+    pub(crate) fn with_memory_order(shape: Shape, order: &[usize]) -> Layout {
         let mut strides = shape;
         let mut step = 1;
         for &d in order.iter().rev() {
@@ -104,6 +104,11 @@ impl Layout {
             step *= shape[d].max(1);
         }
         Layout { shape, strides, offset: 0 }
+    }
+
+    /// The same layout from another element of the storage on.
+    pub(crate) fn starting_at(self, offset: usize) -> Layout {
+        Layout { offset, ..self }
     }
 
     /// The layout broadcast to `shape` (new or repeated dimensions get stride 0).

@@ -77,6 +77,14 @@ impl Shape {
         }
     }
 
+    /// An error if `order` does not name each dimension once.
+    pub(crate) fn named_once(&self, op: &str, order: &[usize]) -> Result<()> {
+        if order.len() == self.rank() && (0..self.rank()).all(|d| order.contains(&d)) {
+            return Ok(());
+        }
+        Err(Error::index(op, format!("{order:?} does not name each dimension of shape {self} once")))
+    }
+
     /// The number of elements before, in and after dimension `at`: row-major memory seen as three dimensions.
     pub(crate) fn around(&self, at: usize) -> (usize, usize, usize) {
         (self[..at].iter().product(), self[at], self[at + 1..].iter().product())

@@ -92,12 +92,15 @@ impl Tensor {
 
     /// The same elements in the memory order `order` (dimensions, slowest first: `[0, 2, 3, 1]` is channels-last), copied if they are not so already.
     pub fn to_memory_order(&self, order: &[usize]) -> Result<Tensor> {
+        self.shape().named_once("to_memory_order", order)?;
         let layout = Layout::with_memory_order(*self.shape(), order);
         if layout.strides() == self.layout().strides() {
             return Ok(self.clone());
         }
         let ordered = self.layout().permute(order);
-        let packed = self.detach().with_layout(ordered).copy()?;
+        // They may lie so already, and differ in the strides of extents of 1 alone.
+        let packed = if ordered.is_contiguous() { self.detach() } else { self.detach().with_layout(ordered).copy()? };
+        let layout = layout.starting_at(packed.layout().offset());
         record("contiguous", packed.with_layout(layout), &[self], |_| Identity)
     }
 
@@ -152,11 +155,7 @@ impl Tensor {
     /// The dimensions in another order: dimension `i` of the result is dimension `order[i]` of the tensor.
     pub fn permute(&self, order: &[isize]) -> Result<Tensor> {
         let axes = order.iter().map(|&d| self.shape().dim("permute", d)).collect::<Result<Vec<_>>>()?;
-        let mut seen = axes.clone();
-        seen.sort_unstable();
-        if axes.len() != self.rank() || seen.windows(2).any(|w| w[0] == w[1]) {
-            return Err(Error::index("permute", format!("{order:?} does not name each dimension of shape {} once", self.shape())));
-        }
+        self.shape().named_once("permute", &axes)?;
         record("permute", self.with_layout(self.layout().permute(&axes)), &[self], |_| Permute { order: axes.clone() })
     }
 
