@@ -10,6 +10,7 @@
 //! - `fold`: with few target channels the taps become columns of a product per source pixel, whose entries are then summed.
 //! - `few`: with few targets the weights are read where they lie, by one product.
 //! - `pixels`: with one source channel neighbouring targets are the lanes of a vector instead of the channels.
+//! - `lines`: with three taps along a line and few weights, each source is multiplied by all three at once.
 //! - `depthwise`: one channel a group: plain loops over channels.
 //! - `pairs`: `direct` on pairs of bf16, where a machine has them and the values are bf16, or may be rounded to it.
 //! - `tiles`: on matrix tiles, where a machine has them.
@@ -27,6 +28,7 @@ mod direct;
 mod few;
 mod fold;
 mod half;
+mod lines;
 mod pack;
 mod pairs;
 mod patch;
@@ -255,6 +257,7 @@ fn on_vectors(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: &mut [f
         let windows = |g: &Gather, x: &[f32], y: &mut [f32]| direct::gather_singles(g, x, w, bias, y);
         match winograd::plan(g) {
             Some(grid) => winograd::gather(&grid, g, x, w, bias, y, windows),
+            None if lines::pays(g) => lines::gather(g, x, w, bias, y),
             None => windows(g, x, y),
         }
     }

@@ -96,6 +96,11 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         shape2d(1, [6, 1], [7, 30], [3, 3], [1, 2, 2], 1),
         shape2d(1, [1, 5], [6, 98], [2, 3], [1, 0, 4], 1),
         shape2d(1, [1, 3], [3, 12], [3, 9], [1, 4, 1], 1),
+        // Three taps along a line, of any padding, in lines shorter than a tile and longer, in groups.
+        shape2d(1, [5, 12], [6, 20], [3, 3], [1, 0, 1], 1),
+        shape2d(1, [9, 17], [5, 19], [3, 3], [1, 2, 1], 1),
+        shape2d(3, [10, 40], [2, 1], [2, 3], [1, 1, 1], 1),
+        shape2d(2, [18, 20], [7, 11], [3, 3], [1, 1, 1], 2),
         // Few targets, many weights.
         shape2d(2, [130, 120], [5, 6], [3, 3], [1, 1, 1], 1),
         shape2d(1, [120, 130], [9, 7], [3, 3], [2, 1, 1], 1),
@@ -121,6 +126,7 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
     shapes.push(ConvShape { ci: 2, ..volume });
     shapes.push(ConvShape { ci: 1, input: [5, 6, 31], output: [3, 6, 31], stride: [2, 1, 1], ..volume });
     shapes.push(ConvShape { co: 2, ci: 20, ..volume });
+    shapes.push(ConvShape { output: [3, 6, 7], stride: [2, 1, 1], ..volume });
     shapes
 }
 
@@ -213,6 +219,7 @@ fn any_number_of_threads_gives_the_same_bits() {
         shape2d(9, [3, 33], [16, 16], [3, 3], [1, 1, 1], 1),
         shape2d(9, [24, 1], [13, 10], [5, 4], [1, 2, 1], 1),
         shape2d(9, [1, 12], [60, 60], [3, 3], [1, 1, 1], 1),
+        shape2d(9, [16, 20], [30, 40], [3, 3], [1, 1, 1], 1),
     ] {
         let [x, gy, w] = [values(s.input_len(), 1), values(s.output_len(), 2), values(s.weight_len(), 3)].map(|v| narrow(&v));
         let run = |threads| {
@@ -284,6 +291,14 @@ fn empty_images_and_channels_are_fine() {
     let mut y = vec![9f32; 300];
     forward(&blind, &[], &[], Some(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), &mut y).unwrap();
     assert!(y.chunks(6).all(|p| p == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+    let mut y = vec![9f32; 2 * 25 * 12];
+    forward(&ConvShape { co: 12, ..blind }, &[], &[], None, &mut y).unwrap();
+    assert!(y.iter().all(|&v| v == 0.0));
+    // No sources, but targets in the padding; some are all the same.
+    let padded = ConvShape { groups: 2, co: 24, input: [1, 5, 0], output: [1, 7, 2], padding: [0, 2, 2], ..s };
+    let mut y = vec![9f32; padded.output_len()];
+    forward(&padded, &[], &vec![1.0; padded.weight_len()], None, &mut y).unwrap();
+    assert!(y.iter().all(|&v| v == 0.0));
     let mut y = vec![9f64; 300];
     forward(&blind, &[], &[], None, &mut y).unwrap();
     assert!(y.iter().all(|&v| v == 0.0));

@@ -5,9 +5,7 @@ use super::super::pack::{Cut, InMemory, Panel, Panels, Weights};
 use super::super::{Gather, part_start};
 use super::grid::{Block, Grid, Phase};
 use super::image::Image;
-use super::transform::{
-    Check, Form, MAX_PATCH, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets,
-};
+use super::transform::{Check, Form, MAX_PATCH, MAX_SIDE, load_places, of_sources, of_taps, store_needed, store_places, to_targets};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::micro::{Init, MAX_MR, MAX_NR, MicroKernels, Output, Tile, Values};
 use crate::cpu::isa::{WithSimd, dispatch};
