@@ -8,7 +8,7 @@ pub mod unary;
 pub(crate) mod vectors;
 
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::simd::{Simd, Twice};
+use crate::cpu::simd::{Simd, four};
 use crate::element::Element;
 use half::bf16;
 use vectors::Vectors;
@@ -223,7 +223,7 @@ unsafe fn element<T: Element, const N: usize>(inputs: [*const T; N], i: usize) -
     x
 }
 
-/// From this time an element on a function is a chain of instructions so long that two vectors at once pay.
+/// From this time an element on a function is a chain of instructions so long that four vectors at once pay.
 const LONG_NS: f32 = 0.35;
 
 struct SimdTile<P, T, const N: usize> {
@@ -239,9 +239,9 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> WithSimd for SimdTile<P, T, N>
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let mut done = 0;
-        if S::PAIRS && P::NS >= LONG_NS {
+        if S::FOURS && P::NS >= LONG_NS {
             // SAFETY: the caller vouches for `len` elements.
-            done = unsafe { self.whole_vectors(Twice(s), 0) };
+            done = unsafe { self.whole_vectors(four(s), 0) };
         }
         // SAFETY: as above; `done + rest == len`.
         unsafe {

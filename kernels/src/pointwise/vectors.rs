@@ -2,7 +2,7 @@
 //! between.
 
 use crate::cpu::cast::Stored;
-use crate::cpu::simd::{F32s, I32s, MAX_LANES_OF_TWO, Simd};
+use crate::cpu::simd::{F32s, I32s, MAX_LANES_OF_FOUR, Simd};
 use half::bf16;
 
 /// Elements that vectors of f32 are loaded from and rounded to.
@@ -58,7 +58,7 @@ impl Vectors for bf16 {
     }
     #[inline(always)]
     unsafe fn load_partial<S: Simd>(s: S, from: *const bf16, count: usize) -> S::F32 {
-        let mut lanes = [bf16::ZERO; MAX_LANES_OF_TWO];
+        let mut lanes = [bf16::ZERO; MAX_LANES_OF_FOUR];
         // SAFETY: the caller's; the array has room for a vector of any level, and for two.
         unsafe {
             std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);

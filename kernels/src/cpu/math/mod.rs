@@ -19,7 +19,7 @@ pub use log::{log, log1p};
 pub use pow::pow;
 pub use trig::{atan2, cos, sin};
 
-use super::simd::{F32s, I32s, MAX_LANES_OF_TWO, Masks, Simd};
+use super::simd::{F32s, I32s, MAX_LANES_OF_FOUR, Masks, Simd};
 
 /// `c[0] + c[1]·x + c[2]·x² + …` by Horner's rule.
 #[inline(always)]
@@ -86,11 +86,11 @@ fn scalar_remainder(a: f32, b: f32) -> f32 {
 /// `f` lane by lane, for the rare inputs that a vector algorithm does not cover.
 #[inline(always)]
 fn lanewise<S: Simd, const N: usize>(s: S, x: [S::F32; N], f: fn([f32; N]) -> f32) -> S::F32 {
-    let mut lanes = [[0f32; MAX_LANES_OF_TWO]; N];
+    let mut lanes = [[0f32; MAX_LANES_OF_FOUR]; N];
     for (lanes, x) in lanes.iter_mut().zip(x) {
         x.store_slice(lanes, S::LANES);
     }
-    let mut out = [0f32; MAX_LANES_OF_TWO];
+    let mut out = [0f32; MAX_LANES_OF_FOUR];
     for i in 0..S::LANES {
         out[i] = f(std::array::from_fn(|k| lanes[k][i]));
     }

@@ -1,6 +1,6 @@
 //! Sine, cosine and the arc tangent of a quotient.
 
-use super::{MAX_LANES_OF_TWO, polynomial, with_sign};
+use super::{MAX_LANES_OF_FOUR, polynomial, with_sign};
 use crate::cpu::simd::{F32s, I32s, Masks, Simd};
 use std::f32::consts::{FRAC_PI_2, PI};
 
@@ -62,9 +62,9 @@ fn reduce<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32, S::F32) {
 
 #[inline(always)]
 fn reduce_lanes<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32, S::F32) {
-    let mut lanes = [0f32; MAX_LANES_OF_TWO];
+    let mut lanes = [0f32; MAX_LANES_OF_FOUR];
     x.store_slice(&mut lanes, S::LANES);
-    let (mut n, mut high, mut low) = ([0f32; MAX_LANES_OF_TWO], [0f32; MAX_LANES_OF_TWO], [0f32; MAX_LANES_OF_TWO]);
+    let (mut n, mut high, mut low) = ([0f32; MAX_LANES_OF_FOUR], [0f32; MAX_LANES_OF_FOUR], [0f32; MAX_LANES_OF_FOUR]);
     for i in 0..S::LANES {
         let (quadrant, r) = reduce_any(lanes[i]);
         n[i] = quadrant as f32;

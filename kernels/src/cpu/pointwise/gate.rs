@@ -7,7 +7,7 @@ use super::{Operand, Output, Plan, Source};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
-use crate::cpu::simd::{Simd, Twice};
+use crate::cpu::simd::{Simd, four};
 use crate::pointwise::vectors::Vectors;
 use crate::pointwise::{Row, backward, binary, load, load_partial, unary};
 use half::bf16;
@@ -131,8 +131,8 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for 
     fn with_simd<S: Simd>(self, s: S) {
         // SAFETY: the caller vouches for `len` elements.
         let whole = unsafe {
-            let pairs = if S::PAIRS { self.whole_vectors(Twice(s), 0) } else { 0 };
-            self.whole_vectors(s, pairs)
+            let fours = if S::FOURS { self.whole_vectors(four(s), 0) } else { 0 };
+            self.whole_vectors(s, fours)
         };
         let rest = self.len - whole;
         if rest > 0 {

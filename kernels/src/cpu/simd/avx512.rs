@@ -162,7 +162,7 @@ fn first(count: usize) -> __mmask16 {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const PAIRS: bool = true;
+    const FOURS: bool = true;
     type F32 = F32x16;
     type I32 = I32x16;
     type Mask = Mask16;

@@ -20,7 +20,7 @@ pub use avx512::{Avx512, Avx512Bf16};
 #[cfg(target_arch = "aarch64")]
 pub use neon::Neon;
 pub use scalar::Scalar;
-pub use twice::{Twice, Two};
+pub use twice::{Twice, Two, four};
 
 use half::{bf16, f16};
 use std::mem::MaybeUninit;
@@ -40,15 +40,15 @@ pub(crate) const CACHE_LINE: usize = 64;
 /// Lanes of the widest vector of any level.
 pub(crate) const MAX_LANES: usize = 16;
 
-/// Lanes of two such vectors as one ([`Twice`]): what code has room for that elementary functions are made of.
-pub(crate) const MAX_LANES_OF_TWO: usize = 2 * MAX_LANES;
+/// Lanes of four such vectors as one ([`four`]): what code has room for that elementary functions are made of.
+pub(crate) const MAX_LANES_OF_FOUR: usize = 4 * MAX_LANES;
 
 /// An instruction set: makes vectors.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.
     const LANES: usize;
-    /// Whether there are registers enough to compute an elementary function of two vectors at once ([`Twice`]).
-    const PAIRS: bool = false;
+    /// Whether there are registers enough to compute an elementary function of four vectors at once ([`four`]).
+    const FOURS: bool = false;
 
     /// A vector of f32.
     type F32: F32s<I32 = Self::I32, Mask = Self::Mask>;

@@ -41,7 +41,7 @@ macro_rules! op {
 
 impl Simd for Neon {
     const LANES: usize = 4;
-    const PAIRS: bool = true;
+    const FOURS: bool = true;
     type F32 = F32x4;
     type I32 = I32x4;
     type Mask = Mask4;

@@ -95,6 +95,7 @@ impl WithSimd for LanesOfTwoAgree {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         LanesAgree.with_simd(Twice(s));
+        LanesAgree.with_simd(four(s));
     }
 }
 

@@ -1,5 +1,5 @@
 //! Two vectors as one: every operation is done on both, one after the other, so that what an elementary function computes of them is interleaved.
-//! A long chain of dependent instructions fills the processor's queues with what cannot start yet; two such chains keep it busy.
+//! A long chain of dependent instructions fills the processor's queues with what cannot start yet; two such chains, or four, keep it busy.
 
 use super::{F32s, I32s, Masks, Simd};
 use half::{bf16, f16};
@@ -8,6 +8,12 @@ use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 /// An instruction set of vectors twice as wide as those of `S`.
 #[derive(Clone, Copy)]
 pub struct Twice<S>(pub S);
+
+/// Four vectors as one.
+#[inline(always)]
+pub fn four<S: Simd>(s: S) -> Twice<Twice<S>> {
+    Twice(Twice(s))
+}
 
 /// The lower lanes and the upper ones.
 #[derive(Clone, Copy)]
