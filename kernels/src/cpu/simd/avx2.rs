@@ -347,7 +347,7 @@ impl Masks for Mask8 {
         self.to_bits() != 0
     }
     #[inline(always)]
-    fn to_bits(self) -> u32 {
-        op!(_mm256_movemask_ps(self.0)) as u32
+    fn to_bits(self) -> u64 {
+        op!(_mm256_movemask_ps(self.0)) as u64
     }
 }

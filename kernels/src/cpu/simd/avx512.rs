@@ -472,7 +472,7 @@ impl Masks for Mask16 {
         self.0 != 0
     }
     #[inline(always)]
-    fn to_bits(self) -> u32 {
-        self.0 as u32
+    fn to_bits(self) -> u64 {
+        self.0 as u64
     }
 }

@@ -353,13 +353,13 @@ pub trait I32s:
 
 /// A truth value a lane.
 pub trait Masks: Copy + BitAnd<Output = Self> + BitOr<Output = Self> + Not<Output = Self> {
-    /// How many there are, at most 32.
+    /// How many there are, at most 64.
     const LANES: usize;
 
     /// Whether any lane is true.
     fn any(self) -> bool;
     /// Bit `i` is lane `i`.
-    fn to_bits(self) -> u32;
+    fn to_bits(self) -> u64;
 }
 
 #[cfg(test)]

@@ -272,10 +272,10 @@ impl Masks for Mask4 {
         op!(vmaxvq_u32(self.0)) != 0
     }
     #[inline(always)]
-    fn to_bits(self) -> u32 {
+    fn to_bits(self) -> u64 {
         // One bit a lane, then their sum.
         const LANE_BITS: [u32; 4] = [1, 2, 4, 8];
         // SAFETY: NEON belongs to the target, and the array holds four values.
-        unsafe { vaddvq_u32(vandq_u32(self.0, vld1q_u32(LANE_BITS.as_ptr()))) }
+        unsafe { u64::from(vaddvq_u32(vandq_u32(self.0, vld1q_u32(LANE_BITS.as_ptr())))) }
     }
 }

@@ -218,7 +218,7 @@ impl Masks for Mask1 {
         self.0
     }
     #[inline(always)]
-    fn to_bits(self) -> u32 {
-        self.0 as u32
+    fn to_bits(self) -> u64 {
+        self.0 as u64
     }
 }

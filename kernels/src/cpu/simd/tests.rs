@@ -53,6 +53,8 @@ impl WithSimd for LanesAgree {
         assert_eq!(x.reduce_max(), a.iter().copied().fold(f32::MIN, f32::max));
         assert_eq!(x.reduce_min(), a.iter().copied().fold(f32::MAX, f32::min));
         assert_eq!(x.reduce_sum(), a.iter().sum::<f32>());
+        let bits = x.lt(y).to_bits();
+        assert!((0..64).all(|i| bits >> i & 1 == u64::from(i < S::LANES && a[i] < b[i])));
         assert!((x.lt(y) & !x.lt(y)).to_bits() == 0 && (x.eq(x) | x.is_nan()).any());
         let (n, stride) = (S::LANES, S::LANES + 3);
         let matrix: Vec<f32> = (0..n * stride).map(|i| i as f32).collect();

@@ -236,7 +236,7 @@ impl<M: Masks> Masks for Two<M> {
         (self.0 | self.1).any()
     }
     #[inline(always)]
-    fn to_bits(self) -> u32 {
+    fn to_bits(self) -> u64 {
         self.0.to_bits() | self.1.to_bits() << M::LANES
     }
 }
