@@ -1,6 +1,6 @@
 //! Softmax and log-softmax along the middle of `[outer, n, inner]`, forward and backward. Exponents are taken relative to the
 //! maximum, so nothing overflows; a row of −∞ alone gives NaN. The last dimension (`inner` = 1) is worked on row by row, any other
-//! in strips of neighbouring columns.
+//! in strips of neighbouring columns; so are, forward, short rows, some of them turned at a time.
 
 use super::isa::WithSimd;
 use super::lanes::{self, FloatElement, FloatLane, Lane, MAX_LANES, Pack, at, sums, sweep};
@@ -13,6 +13,15 @@ const TASK: usize = 1 << 14;
 
 /// What a row costs beyond its elements, in elements.
 const ROW_COST: usize = 32;
+
+/// Rows of at most so many elements become columns in a forward pass: vectors of them would be partly empty, and summed across their lanes.
+const SHORT_ROW: usize = 24;
+
+/// Short rows that are turned at once.
+const TURNED_ROWS: usize = 64;
+
+/// What a short row costs beyond its elements, in elements.
+const SHORT_ROW_COST: usize = 8;
 
 /// Elements of a strip of columns: 512 KiB of f32, which stay in L2.
 const STRIP_ELEMENTS: usize = 1 << 17;
@@ -63,18 +72,30 @@ enum Kind {
     LogBackward,
 }
 
+impl Kind {
+    fn is_backward(self) -> bool {
+        matches!(self, Kind::Backward | Kind::LogBackward)
+    }
+}
+
 fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind) {
     if out.is_empty() {
         return;
     }
     let estimated_ns = out.len() / 2;
     if axis.inner == 1 {
-        let estimated_ns = estimated_ns + axis.outer * ROW_COST / 2;
-        let group = TASK.div_ceil(axis.n + ROW_COST);
+        let turned = axis.n <= SHORT_ROW && !kind.is_backward();
+        let row_cost = if turned { SHORT_ROW_COST } else { ROW_COST };
+        let estimated_ns = estimated_ns + axis.outer * row_cost / 2;
+        let group = TASK.div_ceil(axis.n + row_cost);
         parallel::for_each_chunk(out, group * axis.n, estimated_ns, |i, out| {
             let start = i * group * axis.n;
             let inputs = inputs.map(|x| &x[start..start + out.len()]);
-            T::Lane::dispatch(Rows { n: axis.n, inputs, out, kind });
+            if turned {
+                T::Lane::dispatch(ShortRows { n: axis.n, x: inputs[0], out, kind });
+            } else {
+                T::Lane::dispatch(Rows { n: axis.n, inputs, out, kind });
+            }
         });
     } else {
         let strip = (STRIP_ELEMENTS / axis.n).clamp(MIN_STRIP, MAX_STRIP);
@@ -223,15 +244,49 @@ impl<T: FloatElement> WithSimd for Strip<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let width = self.width;
         let mut x = self.gather(0);
-        match self.kind {
-            Kind::Forward => softmax_columns(s, &mut x, width),
-            Kind::LogForward => log_softmax_columns(s, &mut x, width),
-            Kind::Backward => softmax_backward_columns(s, &mut x, &self.gather(1), width),
-            Kind::LogBackward => log_softmax_backward_columns(s, &mut x, &self.gather(1), width),
-        }
+        let y = if self.kind.is_backward() { self.gather(1) } else { Vec::new() };
+        columns(s, self.kind, &mut x, &y, self.width);
         self.scatter(&x);
+    }
+}
+
+/// Rows of at most [`SHORT_ROW`] elements, forward.
+struct ShortRows<'a, T> {
+    n: usize,
+    x: &'a [T],
+    out: &'a mut [T],
+    kind: Kind,
+}
+
+impl<T: FloatElement> WithSimd for ShortRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let mut tile = [T::Lane::default(); SHORT_ROW * TURNED_ROWS];
+        let len = TURNED_ROWS * self.n;
+        for (x, out) in self.x.chunks(len).zip(self.out.chunks_mut(len)) {
+            let (width, tile) = (x.len() / self.n, &mut tile[..x.len()]);
+            for (i, row) in x.chunks_exact(self.n).enumerate() {
+                row.iter().zip(tile[i..].iter_mut().step_by(width)).for_each(|(&x, to)| *to = x.to_lane());
+            }
+            columns(s, self.kind, tile, &[], width);
+            for (i, row) in out.chunks_exact_mut(self.n).enumerate() {
+                row.iter_mut().zip(tile[i..].iter().step_by(width)).for_each(|(to, &x)| *to = T::from_lane(x));
+            }
+        }
+    }
+}
+
+/// Works on the columns of a tile in place; a backward pass takes the results `y` of the forward pass.
+#[inline(always)]
+fn columns<L: FloatLane, S: Simd>(s: S, kind: Kind, x: &mut [L], y: &[L], width: usize) {
+    match kind {
+        Kind::Forward => softmax_columns(s, x, width),
+        Kind::LogForward => log_softmax_columns(s, x, width),
+        Kind::Backward => softmax_backward_columns(s, x, y, width),
+        Kind::LogBackward => log_softmax_backward_columns(s, x, y, width),
     }
 }
 
@@ -305,7 +360,9 @@ fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
         });
         sums.add(s, &exponentials);
     }
-    let log: Vec<L> = sums.totals().map(|sum| L::round_from(sum.ln())).collect();
+    // The maximum's own exponential is 1, and a small rest keeps its digits.
+    let mut log: Vec<L> = sums.totals().map(|sum| L::round_from(sum - 1.0)).collect();
+    sweep!(L, S, width, |j, count| L::log1p_pack(s, at(s, &log, j, count)).store(&mut log[j..], count));
     for row in x.chunks_exact_mut(width) {
         sweep!(L, S, width, |j, count| at(s, row, j, count).sub(at(s, &log, j, count)).store(&mut row[j..], count));
     }
@@ -385,6 +442,10 @@ mod tests {
             (3, 200, 130),
             (1, 7, 256),
             (4, 300, 1),
+            (2000, 1, 1),
+            (1001, 3, 1),
+            (2100, 24, 1),
+            (200, 25, 1),
             (0, 4, 1),
             (2, 0, 3),
         ] {
