@@ -26,6 +26,12 @@ const MOST_WEIGHTS: usize = 256 << 10;
 /// Multiply-adds of a task: some 10 µs.
 const TASK_MACS: usize = 1 << 20;
 
+/// Tasks that a call of few lines is cut into if they are long enough.
+const MIN_TASKS: usize = 16;
+
+/// Targets of a part of a line at least: the sources at its ends are multiplied for both neighbours.
+const MIN_PART: usize = 64;
+
 /// Lanes of the vectors of AVX-512. With the 16 registers of AVX2 there is room for four pixels only: half as fast as tiles of targets.
 const LANES: usize = 16;
 
@@ -62,11 +68,12 @@ pub(super) fn gather(g: &Gather, x: &[f32], w: &[f32], bias: Option<&[f32]>, y: 
     }
     let lines = g.n * g.target[0] * g.target[1];
     let macs = g.target_pixels() * g.groups * g.cout * g.cin * g.taps();
-    let tasks = macs.div_ceil(TASK_MACS).clamp(1, lines);
+    let parts = MIN_TASKS.div_ceil(lines).min(g.target[2] / MIN_PART).max(1);
+    let tasks = macs.div_ceil(TASK_MACS).clamp(1, lines * parts);
     let (y, weights) = (SharedMut::new(y), &*weights);
     parallel::for_each(tasks, macs / 50, |i| {
-        let lines = part_start(lines, tasks, i)..part_start(lines, tasks, i + 1);
-        dispatch(Lines { g, x, weights, bias, first, lines, y });
+        let some = part_start(lines * parts, tasks, i)..part_start(lines * parts, tasks, i + 1);
+        dispatch(Lines { g, x, weights, bias, first, parts, some, y });
     });
     Ok(())
 }
@@ -79,8 +86,9 @@ struct Lines<'a> {
     bias: Option<&'a [f32]>,
     /// The source of the first target of a line under the first tap.
     first: isize,
-    /// Lines of targets.
-    lines: Range<usize>,
+    /// How many parts each line of targets is cut into, and those that this task computes, counted through all lines.
+    parts: usize,
+    some: Range<usize>,
     y: SharedMut<f32>,
 }
 
@@ -139,26 +147,28 @@ impl Lines<'_> {
         acc
     }
 
-    /// The targets of a line, `cols` of their channels from `first` on.
+    /// The `targets` of a line, `cols` of their channels from `first` on.
     #[inline(always)]
-    fn line<S: Simd>(&self, s: S, panel: Panel, first: usize, cols: usize, line: usize, sources: &[Source]) {
+    fn part<S: Simd>(&self, s: S, panel: Panel, [first, cols]: [usize; 2], line: usize, targets: Range<usize>, sources: &[Source]) {
         let g = self.g;
         let bias = match self.bias {
             Some(bias) => s.load_slice_partial(&bias[first..first + cols]),
             None => s.zero(),
         };
         let to = self.y.get().wrapping_add(line * g.target[2] * g.groups * g.cout + first);
-        let mut sums = Sums::<S> { to, step: g.groups * g.cout, cols, width: g.target[2], bias, one: s.zero(), two: s.zero() };
-        // The target whose last source is the first of the line.
-        let behind = self.first + TAPS as isize - 1;
-        let inside = g.source[2].min((g.target[2] as isize + behind).max(0) as usize);
-        let count = inside.div_ceil(MAX_ROWS);
+        // A target's last source lies so much further on than itself.
+        let ahead = self.first + TAPS as isize - 1;
+        let within = |at: isize| at.clamp(0, g.source[2] as isize) as usize;
+        let (start, end) = (within(targets.start as isize + self.first), within(targets.end as isize + ahead));
+        let rest = end as isize..targets.end as isize + ahead;
+        let mut sums = Sums::<S> { to, step: g.groups * g.cout, cols, targets, bias, one: s.zero(), two: s.zero() };
+        let count = (end - start).div_ceil(MAX_ROWS);
         for tile in 0..count {
-            let (at, end) = (part_start(inside, count, tile), part_start(inside, count, tile + 1));
-            let target = at as isize - behind;
+            let [at, next] = [tile, tile + 1].map(|tile| start + part_start(end - start, count, tile));
+            let target = at as isize - ahead;
             macro_rules! rows {
                 ($($rows:literal),*) => {
-                    match end - at {
+                    match next - at {
                         // SAFETY: these pixels lie in the lines of sources.
                         $($rows => sums.add::<$rows>(target, unsafe { self.tile::<S, $rows>(s, panel, sources, at) }),)*
                         _ => {}
@@ -167,8 +177,8 @@ impl Lines<'_> {
             }
             rows!(1, 2, 3, 4, 5, 6, 7, 8, 9);
         }
-        for at in inside as isize..g.target[2] as isize + behind {
-            sums.add::<1>(at - behind, [[s.zero(); TAPS]]);
+        for at in rest {
+            sums.add::<1>(at - ahead, [[s.zero(); TAPS]]);
         }
     }
 }
@@ -179,7 +189,8 @@ struct Sums<S: Simd> {
     /// From a target to the next.
     step: usize,
     cols: usize,
-    width: usize,
+    /// Those that are written.
+    targets: Range<usize>,
     bias: S::F32,
     /// What the sources so far make of the target that has seen one of three, and of that which has seen two.
     one: S::F32,
@@ -194,9 +205,9 @@ impl<S: Simd> Sums<S> {
             let [first, second, third] = sums[r];
             let value = self.two + third + self.bias;
             (self.one, self.two) = (first, self.one + second);
-            let target = target + r as isize;
-            if (0..self.width as isize).contains(&target) {
-                let to = self.to.wrapping_add(target as usize * self.step);
+            let target = (target + r as isize) as usize;
+            if self.targets.contains(&target) {
+                let to = self.to.wrapping_add(target * self.step);
                 // SAFETY: a target of the line, which is this task's, has `cols` channels, at most a vector's lanes.
                 unsafe { if self.cols == S::LANES { value.store(to) } else { value.store_partial(to, self.cols) } }
             }
@@ -214,12 +225,14 @@ impl WithSimd for Lines<'_> {
         assert!(self.weights.len() == g.groups * g.cout.div_ceil(S::LANES) * g.taps() * g.cin * S::LANES);
         let mut sources = Vec::with_capacity(g.kernel[0] * g.kernel[1]);
         let (panels, taps) = (g.cout.div_ceil(S::LANES), TAPS * g.cin * S::LANES);
-        for line in self.lines.clone() {
+        for part in self.some.clone() {
+            let (line, part) = (part / self.parts, part % self.parts);
+            let targets = part_start(g.target[2], self.parts, part)..part_start(g.target[2], self.parts, part + 1);
             self.sources(line, taps, &mut sources);
             for (i, weights) in self.weights.chunks_exact(taps * g.kernel[0] * g.kernel[1]).enumerate() {
                 let (group, first) = (i / panels, i % panels * S::LANES);
                 let panel = Panel { x: self.x.as_ptr().wrapping_add(group * g.cin), weights };
-                self.line(s, panel, group * g.cout + first, S::LANES.min(g.cout - first), line, &sources);
+                self.part(s, panel, [group * g.cout + first, S::LANES.min(g.cout - first)], line, targets.clone(), &sources);
             }
         }
     }

@@ -101,6 +101,7 @@ pub(crate) fn shapes() -> Vec<ConvShape> {
         shape2d(1, [9, 17], [5, 19], [3, 3], [1, 2, 1], 1),
         shape2d(3, [10, 40], [2, 1], [2, 3], [1, 1, 1], 1),
         shape2d(2, [18, 20], [7, 11], [3, 3], [1, 1, 1], 2),
+        shape2d(1, [9, 12], [2, 201], [1, 3], [1, 1, 1], 1),
         // Few targets, many weights.
         shape2d(2, [130, 120], [5, 6], [3, 3], [1, 1, 1], 1),
         shape2d(1, [120, 130], [9, 7], [3, 3], [2, 1, 1], 1),
@@ -220,6 +221,7 @@ fn any_number_of_threads_gives_the_same_bits() {
         shape2d(9, [24, 1], [13, 10], [5, 4], [1, 2, 1], 1),
         shape2d(9, [1, 12], [60, 60], [3, 3], [1, 1, 1], 1),
         shape2d(9, [16, 20], [30, 40], [3, 3], [1, 1, 1], 1),
+        shape2d(1, [16, 20], [1, 4000], [1, 3], [1, 0, 1], 1),
     ] {
         let [x, gy, w] = [values(s.input_len(), 1), values(s.output_len(), 2), values(s.weight_len(), 3)].map(|v| narrow(&v));
         let run = |threads| {
