@@ -103,26 +103,10 @@ struct Panel<'a> {
 }
 
 impl Lines<'_> {
-    /// Lists the lines of sources of a line of targets that do not lie in the padding.
-    fn sources(&self, line: usize, panel: usize, sources: &mut Vec<Source>) {
-        let g = self.g;
-        let (image, d, h) = (line / (g.target[0] * g.target[1]), line / g.target[1] % g.target[0], line % g.target[1]);
-        let within = |axis: usize, target: usize, tap: usize| {
-            g.axes[axis].source(target, tap).and_then(|at| usize::try_from(at).ok()).filter(|&at| at < g.source[axis])
-        };
-        sources.clear();
-        for (kd, d) in (0..g.kernel[0]).filter_map(|kd| Some((kd, within(0, d, kd)?))) {
-            for (kh, h) in (0..g.kernel[1]).filter_map(|kh| Some((kh, within(1, h, kh)?))) {
-                let source = ((image * g.source[0] + d) * g.source[1] + h) * g.source[2];
-                sources.push((source * g.groups * g.cin, (kd * g.kernel[1] + kh) * panel));
-            }
-        }
-    }
-
     /// The sums of `R` source pixels from `at` on for each tap.
     ///
     /// # Safety
-    /// The pixels must lie in the lines of `sources`, which must come from [`sources`](Self::sources).
+    /// The pixels must lie in the lines of `sources`, which must be lines of `x`.
     #[inline(always)]
     unsafe fn tile<S: Simd, const R: usize>(&self, s: S, panel: Panel, sources: &[Source], at: usize) -> [[S::F32; TAPS]; R] {
         let (cin, step) = (self.g.cin, self.g.groups * self.g.cin);
@@ -228,7 +212,8 @@ impl WithSimd for Lines<'_> {
         for part in self.some.clone() {
             let (line, part) = (part / self.parts, part % self.parts);
             let targets = part_start(g.target[2], self.parts, part)..part_start(g.target[2], self.parts, part + 1);
-            self.sources(line, taps, &mut sources);
+            sources.clear();
+            sources.extend(g.source_lines(line).map(|(tap, line)| (line * g.source[2] * g.groups * g.cin, tap * taps)));
             for (i, weights) in self.weights.chunks_exact(taps * g.kernel[0] * g.kernel[1]).enumerate() {
                 let (group, first) = (i / panels, i % panels * S::LANES);
                 let panel = Panel { x: self.x.as_ptr().wrapping_add(group * g.cin), weights };

@@ -96,15 +96,9 @@ impl Lines<'_> {
     /// Copies the sources of a line of targets, and lists for each tap that does not lie in the padding altogether its number, and where its sources are.
     fn sources(&self, line: usize, copies: &mut [f32], rows: &mut Vec<(usize, usize)>) {
         let g = self.g;
-        let (image, d, h) = (line / (g.target[0] * g.target[1]), line / g.target[1] % g.target[0], line % g.target[1]);
-        let within = |axis: usize, target: usize, tap: usize| {
-            g.axes[axis].source(target, tap).and_then(|at| usize::try_from(at).ok()).filter(|&at| at < g.source[axis])
-        };
         rows.clear();
-        for (i, copy) in copies.chunks_exact_mut(self.taps.len).enumerate() {
-            let (kd, kh) = (i / g.kernel[1], i % g.kernel[1]);
-            let (Some(d), Some(h)) = (within(0, d, kd), within(1, h, kh)) else { continue };
-            let source = (image * g.source[0] + d) * g.source[1] + h;
+        for (i, source) in g.source_lines(line) {
+            let copy = &mut copies[i * self.taps.len..][..self.taps.len];
             self.taps.copy(&self.x[source * g.source[2]..][..g.source[2]], copy);
             rows.extend(self.taps.at.iter().enumerate().map(|(tap, at)| (i * g.kernel[2] + tap, i * self.taps.len + at)));
         }
