@@ -213,7 +213,7 @@ impl WithSimd for Lines<'_> {
             let (line, part) = (part / self.parts, part % self.parts);
             let targets = part_start(g.target[2], self.parts, part)..part_start(g.target[2], self.parts, part + 1);
             sources.clear();
-            sources.extend(g.source_lines(line).map(|(tap, line)| (line * g.source[2] * g.groups * g.cin, tap * taps)));
+            g.for_each_source_line(line, |tap, line| sources.push((line * g.source[2] * g.groups * g.cin, tap * taps)));
             for (i, weights) in self.weights.chunks_exact(taps * g.kernel[0] * g.kernel[1]).enumerate() {
                 let (group, first) = (i / panels, i % panels * S::LANES);
                 let panel = Panel { x: self.x.as_ptr().wrapping_add(group * g.cin), weights };

@@ -215,18 +215,19 @@ impl Gather {
             && (0..3).all(|i| self.axes[i].source(0, 0) == Some(0) && self.axes[i].source(1, 0) == Some(1))
     }
 
-    /// For a line of targets, counted through all images: the lines of the kernel whose sources do not lie in the padding, and these lines of
-    /// sources, counted alike.
-    fn source_lines(&self, line: usize) -> impl Iterator<Item = (usize, usize)> {
+    /// Calls `f` for a line of targets, counted through all images, with each line of the kernel whose sources do not lie in the padding, and with
+    /// that line of sources, counted alike.
+    #[inline(always)]
+    fn for_each_source_line(&self, line: usize, mut f: impl FnMut(usize, usize)) {
         let (image, d, h) = (line / (self.target[0] * self.target[1]), line / self.target[1] % self.target[0], line % self.target[1]);
-        let source = move |axis: usize, target: usize, tap: usize| {
+        let source = |axis: usize, target: usize, tap: usize| {
             self.axes[axis].source(target, tap).and_then(|at| usize::try_from(at).ok()).filter(|&at| at < self.source[axis])
         };
-        let planes = (0..self.kernel[0]).filter_map(move |kd| Some((kd, source(0, d, kd)?)));
-        planes.flat_map(move |(kd, d)| {
-            let plane = (image * self.source[0] + d) * self.source[1];
-            (0..self.kernel[1]).filter_map(move |kh| Some((kd * self.kernel[1] + kh, plane + source(1, h, kh)?)))
-        })
+        for (kd, d) in (0..self.kernel[0]).filter_map(|kd| Some((kd, source(0, d, kd)?))) {
+            for (kh, h) in (0..self.kernel[1]).filter_map(|kh| Some((kh, source(1, h, kh)?))) {
+                f(kd * self.kernel[1] + kh, (image * self.source[0] + d) * self.source[1] + h);
+            }
+        }
     }
 
     /// Products of a channel pair that a target pixel needs on average.

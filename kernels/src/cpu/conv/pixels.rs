@@ -97,11 +97,11 @@ impl Lines<'_> {
     fn sources(&self, line: usize, copies: &mut [f32], rows: &mut Vec<(usize, usize)>) {
         let g = self.g;
         rows.clear();
-        for (i, source) in g.source_lines(line) {
+        g.for_each_source_line(line, |i, source| {
             let copy = &mut copies[i * self.taps.len..][..self.taps.len];
             self.taps.copy(&self.x[source * g.source[2]..][..g.source[2]], copy);
             rows.extend(self.taps.at.iter().enumerate().map(|(tap, at)| (i * g.kernel[2] + tap, i * self.taps.len + at)));
-        }
+        });
     }
 
     /// The targets of a line, of `N` channels that are computed.
