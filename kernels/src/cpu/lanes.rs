@@ -3,7 +3,7 @@
 
 use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512};
 use super::math;
-use super::simd::{F32s, Simd};
+use super::simd::{F32s, Masks, Simd};
 use crate::element::{Bool, Element};
 use half::{bf16, f16};
 
@@ -80,6 +80,10 @@ pub trait Pack<L>: Copy {
     fn abs(self) -> Self;
     /// 1 where a lane is not zero (NaN is not), else 0.
     fn nonzero(self) -> Self;
+    /// The largest lane; NaN if any is.
+    fn largest(self) -> L;
+    /// The smallest lane; NaN if any is.
+    fn smallest(self) -> L;
     /// Writes the first `count` lanes.
     fn store(self, dst: &mut [L], count: usize);
 }
@@ -124,6 +128,14 @@ impl<S: Simd> Pack<f32> for F32Pack<S> {
         Self(zero.or_else(self.0.eq(zero), self.0.splat_like(1.0)))
     }
     #[inline(always)]
+    fn largest(self) -> f32 {
+        if self.0.is_nan().any() { f32::NAN } else { self.0.reduce_max() }
+    }
+    #[inline(always)]
+    fn smallest(self) -> f32 {
+        if self.0.is_nan().any() { f32::NAN } else { self.0.reduce_min() }
+    }
+    #[inline(always)]
     fn store(self, dst: &mut [f32], count: usize) {
         if count == S::LANES {
             assert!(dst.len() >= S::LANES);
@@ -143,6 +155,23 @@ const WIDE_LANES: usize = 8;
 /// Eight lanes as an array.
 #[derive(Clone, Copy)]
 pub struct Lanes<L>([L; WIDE_LANES]);
+
+/// `pairwise!(accs, n, |a, b| merged)` merges the first `n` of an array, a power of two, pair by pair. A macro for the reason that [`sweep`] is one.
+macro_rules! pairwise {
+    ($accs:expr, $n:expr, |$a:ident, $b:ident| $merged:expr) => {{
+        let mut accs = $accs;
+        let mut half = $n / 2;
+        while half > 0 {
+            for i in 0..half {
+                let ($a, $b) = (accs[i], accs[i + half]);
+                accs[i] = $merged;
+            }
+            half /= 2;
+        }
+        accs[0]
+    }};
+}
+pub(crate) use pairwise;
 
 /// The lanes that the expression gives for each `i`. A loop, for the reason that [`sweep`] is a macro.
 macro_rules! each {
@@ -196,6 +225,16 @@ macro_rules! array_pack {
             #[inline(always)]
             fn nonzero(self) -> Self {
                 each!(i => (self.0[i] != 0 as $t) as u8 as $t)
+            }
+            #[inline(always)]
+            fn largest(self) -> $t {
+                let nan: fn($t) -> bool = $nan;
+                pairwise!(self.0, WIDE_LANES, |a, b| if nan(a) | (a > b) { a } else { b })
+            }
+            #[inline(always)]
+            fn smallest(self) -> $t {
+                let nan: fn($t) -> bool = $nan;
+                pairwise!(self.0, WIDE_LANES, |a, b| if nan(a) | (a < b) { a } else { b })
             }
             #[inline(always)]
             fn store(self, dst: &mut [$t], count: usize) {
@@ -480,6 +519,21 @@ pub(crate) fn at<L: Lane, S: Simd>(s: S, src: &[L], at: usize, count: usize) -> 
     if count == L::lanes::<S>() { L::load(s, &src[at..]) } else { L::load_part(s, &src[at..], count) }
 }
 
+/// Asks for what lies a page beyond `x`. The hardware foresees no row beyond its end, nor what short rows need, of which most is masked
+/// or waits for a comparison: it was seen to wait for each line.
+#[inline(always)]
+pub(crate) fn ask_ahead<L: Lane, S: Simd>(s: S, x: &[L]) {
+    const PAGE: usize = 4096;
+    s.prefetch(x.as_ptr().wrapping_byte_add(PAGE).cast());
+}
+
+/// [`at`], and [`ask_ahead`] of there: for the first of several passes over a row.
+#[inline(always)]
+pub(crate) fn at_ahead<L: Lane, S: Simd>(s: S, src: &[L], from: usize, count: usize) -> L::Pack<S> {
+    ask_ahead(s, &src[from..]);
+    at(s, src, from, count)
+}
+
 /// `sweep!(L, S, len, |j, count| body)` runs the body for each pack of a slice of `len` lanes: its first lane, and how many it has.
 ///
 /// A macro because a closure would be a function of its own: used by several element types it is not inlined, and so compiled
@@ -496,23 +550,6 @@ macro_rules! sweep {
     }};
 }
 pub(crate) use sweep;
-
-/// `pairwise!(accs, n, |a, b| merged)` merges the first `n` of an array, a power of two, pair by pair. A macro for the reason that [`sweep`] is one.
-macro_rules! pairwise {
-    ($accs:expr, $n:expr, |$a:ident, $b:ident| $merged:expr) => {{
-        let mut accs = $accs;
-        let mut half = $n / 2;
-        while half > 0 {
-            for i in 0..half {
-                let ($a, $b) = (accs[i], accs[i + half]);
-                accs[i] = $merged;
-            }
-            half /= 2;
-        }
-        accs[0]
-    }};
-}
-pub(crate) use pairwise;
 
 /// The wide sum of all lanes.
 #[inline(always)]

@@ -3,7 +3,7 @@
 
 use super::{ROW_COST, ROWS_TASK, SUM_ROWS, flush, parameter};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, ask_ahead, at, at_ahead, sums, sweep};
 use crate::cpu::parallel;
 use crate::cpu::parallel::SharedMut;
 use crate::cpu::simd::Simd;
@@ -91,7 +91,7 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
 fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
     let n = x.len() as f64;
     let mean = if rows.centered {
-        let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [at(s, x, j, count)]);
+        let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [at_ahead(s, x, j, count)]);
         L::round_from(sum / n)
     } else {
         L::default()
@@ -225,8 +225,9 @@ impl<L: FloatLane> Row<'_, L> {
     fn gradients<S: Simd, const PARAMETERS: bool>(&self, s: S, centered: bool, dx: &mut [L], part: &mut [L]) {
         let (n, centre) = (self.g.len(), L::splat(s, self.mean));
         let [sum, dot] = sums!(s, 2, L, S, n, |j, count| {
+            ask_ahead(s, &self.g[j..]);
             let gw = self.weighted(s, j, count);
-            [gw, gw.mul(at(s, self.x, j, count).sub(centre))]
+            [gw, gw.mul(at_ahead(s, self.x, j, count).sub(centre))]
         });
         let rstd = self.rstd.wide();
         let b = L::splat(s, L::round_from(-rstd * rstd * rstd * dot / n as f64));

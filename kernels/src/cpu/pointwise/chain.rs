@@ -530,7 +530,7 @@ mod tests {
 
     #[test]
     fn sums_of_results_equal_those_of_the_results_in_memory() {
-        for (rows, cols) in [(37, 129), (1, 1), (3, 0), (2, 140_003), (140_003, 2), (300, 1100), (5000, 31)] {
+        for (rows, cols) in [(37, 129), (1, 1), (3, 0), (2, 140_003), (140_003, 2), (300, 1100), (5000, 31), (5000, 7)] {
             check_sums::<f32>(rows, cols);
             check_sums::<f64>(rows, cols);
             check_sums::<bf16>(rows, cols);

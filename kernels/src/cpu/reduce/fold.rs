@@ -1,7 +1,7 @@
 //! The folds: what a reduction does with a tile of one output's elements ([`Fold::row`]), and with a block of rows whose
 //! columns belong to different outputs ([`Fold::columns`]). Which elements those are is the business of [`plan`](super::plan).
 
-use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, at, pairwise, sums, sweep};
+use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
 
 /// The most columns that [`Fold::columns`] is given: their partial results stay in L1.
@@ -10,12 +10,16 @@ pub const MAX_WIDTH: usize = 1024;
 /// The most rows that [`Fold::columns`] is given: f32 sums of so many terms are then added in f64.
 pub const MAX_ROWS: usize = 128;
 
-/// An associative way to combine elements. Parts are merged in the order of their elements.
+/// An associative way to combine elements. Parts are merged in the order of their elements where that matters.
 pub trait Fold<L: Lane>: Copy + Send + Sync {
     /// The state of a partial result.
     type Acc: Copy + Send + Sync;
     /// Time for an element, in units of a sum's.
     const COST: usize = 1;
+    /// Whether many short rows are folded faster if they are turned into columns first, so that their lanes are all in use.
+    const TURNS_SHORT_ROWS: bool = true;
+    /// Whether the elements' order matters, other than for rounding.
+    const IS_ORDERED: bool = false;
     /// The result over no elements.
     fn empty(self) -> Self::Acc;
     /// The result over the elements of `a` followed by those of `b`.
@@ -43,6 +47,18 @@ pub trait Monoid<L: Lane>: Copy + Send + Sync {
     fn promote(self, x: L) -> Self::Acc;
     /// Combines accumulated values.
     fn merge(self, a: Self::Acc, b: Self::Acc) -> Self::Acc;
+    /// Accumulates all lanes of a pack.
+    #[inline(always)]
+    fn across<S: Simd>(self, x: L::Pack<S>) -> Self::Acc {
+        let n = L::lanes::<S>();
+        let mut lanes = [self.neutral(); MAX_LANES];
+        x.store(&mut lanes, n);
+        let mut accs = [self.promote(self.neutral()); MAX_LANES];
+        for i in 0..n {
+            accs[i] = self.promote(lanes[i]);
+        }
+        pairwise!(accs, n, |a, b| self.merge(a, b))
+    }
 }
 
 /// Combines everything in `tile` to one lane-wise pack.
@@ -58,6 +74,7 @@ fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pa
     let mut blocks = tile.chunks_exact(CHAINS * n);
     for block in &mut blocks {
         for (acc, x) in acc.iter_mut().zip(block.chunks_exact(n)) {
+            ask_ahead(s, x);
             *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
         }
     }
@@ -73,10 +90,12 @@ fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pa
     let mut all = acc[0];
     let mut packs = blocks.remainder().chunks_exact(n);
     for x in &mut packs {
+        ask_ahead(s, x);
         all = m.combine::<S>(all, m.map(s, L::load(s, x)));
     }
     let rest = packs.remainder();
     if !rest.is_empty() {
+        ask_ahead(s, rest);
         let mapped = m.map(s, L::load_part(s, rest, rest.len()));
         all = m.combine::<S>(all, L::keep(s, mapped, rest.len(), neutral));
     }
@@ -119,6 +138,8 @@ pub struct Each<M>(pub M);
 impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     type Acc = M::Acc;
     const COST: usize = M::COST;
+    /// Turning them takes longer than to fold a vector that is not full.
+    const TURNS_SHORT_ROWS: bool = false;
 
     fn empty(self) -> M::Acc {
         self.0.promote(self.0.neutral())
@@ -129,14 +150,7 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     }
     #[inline(always)]
     fn row<S: Simd>(self, s: S, tile: &[L], _start: usize) -> M::Acc {
-        let n = L::lanes::<S>();
-        let mut lanes = [self.0.neutral(); MAX_LANES];
-        combine_tile(self.0, s, tile).store(&mut lanes, n);
-        let mut accs = [self.0.promote(self.0.neutral()); MAX_LANES];
-        for i in 0..n {
-            accs[i] = self.0.promote(lanes[i]);
-        }
-        pairwise!(accs, n, |a, b| Monoid::merge(self.0, a, b))
+        self.0.across::<S>(combine_tile(self.0, s, tile))
     }
     #[inline(always)]
     fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [M::Acc]) {
@@ -272,6 +286,10 @@ macro_rules! extreme {
                 let first = a.is_nan() | (if $max { a > b } else { a < b });
                 if first { a } else { b }
             }
+            #[inline(always)]
+            fn across<S: Simd>(self, x: L::Pack<S>) -> L {
+                if $max { x.largest() } else { x.smallest() }
+            }
         }
     };
 }
@@ -300,6 +318,7 @@ fn beats<const MAX: bool, L: Lane>(x: L, best: L) -> bool {
 
 impl<const MAX: bool, L: Lane> Fold<L> for ArgExtreme<MAX> {
     type Acc = Found<L>;
+    const IS_ORDERED: bool = true;
 
     fn empty(self) -> Found<L> {
         Found { value: L::default(), index: usize::MAX }

@@ -30,8 +30,15 @@ const TASK: usize = 1 << 16;
 const ROWS_TASK: usize = 1 << 14;
 const ROW_COST: usize = 16;
 
+/// Columns of the one row that several rows of fewer make, where they follow one another.
+const JOINED_WIDTH: usize = 128;
+
 /// Results that are handed on at once.
-const EMITTED: usize = 32;
+const EMITTED: usize = 64;
+
+/// Where so many rows of so few elements follow one another, they may be taken as columns ([`Fold::TURNS_SHORT_ROWS`]).
+const MANY_ROWS: usize = 16;
+const FEW_ELEMENTS: usize = 32;
 
 /// With fewer tasks than this, one for each group of outputs, the reduced elements are cut too.
 const ENOUGH_TASKS: usize = 16;
@@ -162,9 +169,58 @@ impl Plan {
             (0..self.outputs).for_each(|o| emit(o, 1, &[fold.empty()]));
         } else if self.rows {
             self.run_rows(source, fold, emit);
+        } else if let (false, Some(rows)) = (F::IS_ORDERED, self.joined_rows()) {
+            self.run_joined(rows, source, fold, emit);
         } else {
             self.run_columns(source, fold, emit);
         }
+    }
+
+    /// How many rows make one of about [`JOINED_WIDTH`] columns, if all follow one another and several do.
+    fn joined_rows(&self) -> Option<usize> {
+        let (width, rows) = (self.kept.run_len(), JOINED_WIDTH / self.kept.run_len());
+        let is_dense = self.kept.runs() == 1
+            && self.reduced.runs() == 1
+            && self.kept.inner_strides()[0] == 1
+            && self.reduced.inner_strides() == [width];
+        (is_dense && rows > 1 && self.reduced.numel() >= 2 * rows).then_some(rows)
+    }
+
+    /// [`run`](Self::run) of dense rows: `joined` of them at a time as one, and at last those that are left. Each output has as many
+    /// columns then, which are merged.
+    fn run_joined<L: Lane, F: Fold<L>>(&self, joined: usize, source: Source<'_, L>, fold: F, emit: Emit<'_, F::Acc>) {
+        let (width, rows) = (self.kept.run_len(), self.reduced.numel());
+        let [input, output] = self.kept.offsets_of_run(0);
+        let left = rows % joined;
+        let mut accs = vec![fold.empty(); width * (joined + left.min(1))];
+        let (whole, rest) = accs.split_at_mut(width * joined);
+        Self::dense(input, rows / joined, width * joined).run_columns_into(source, fold, whole);
+        if left > 0 {
+            Self::dense(input + (rows - left) * width, left, width).run_columns_into(source, fold, rest);
+        }
+        let (first, others) = accs.split_at_mut(width);
+        for other in others.chunks(width) {
+            first.iter_mut().zip(other).for_each(|(a, &b)| *a = fold.merge(*a, b));
+        }
+        emit(output, self.kept.inner_strides()[1], first);
+    }
+
+    /// The plan to reduce the columns of a dense matrix that begins at `input`.
+    fn dense(input: usize, rows: usize, width: usize) -> Self {
+        let kept = Walk::new(&[width], [&[1], &[1]], [input, 0]);
+        Self { kept, reduced: Walk::new(&[rows], [&[width]], [0]), rows: false, outputs: width }
+    }
+
+    /// [`run_columns`](Self::run_columns) with a place for each output.
+    fn run_columns_into<L: Lane, F: Fold<L>>(&self, source: Source<'_, L>, fold: F, accs: &mut [F::Acc]) {
+        assert_eq!(accs.len(), self.outputs);
+        let accs = SharedMut::new(accs);
+        self.run_columns(source, fold, &|first, stride, part| {
+            for (i, &acc) in part.iter().enumerate() {
+                // SAFETY: the plan emits each of its outputs once, and there is a place for each.
+                unsafe { accs.get().add(first + i * stride).write(acc) }
+            }
+        });
     }
 
     fn estimated_ns<L: Lane, F: Fold<L>>(&self, source: &Source<'_, L>) -> usize {
@@ -343,28 +399,74 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
     fn with_simd<S: Simd>(self, s: S) {
         let Self { plan, source, fold, outputs, elements, emit } = self;
         let [step, out_step] = plan.kept.inner_strides();
+        let n = elements.len();
+        let room_len = match source.place {
+            Place::Memory(_) => 0,
+            Place::Made | Place::Narrow => SUM_TILE.min(outputs.len() * n),
+        };
         // From a cache line's begin on: a vector that crosses lines costs twice.
-        let mut room = if matches!(source.place, Place::Made) { vec![L::default(); SUM_TILE + LINE] } else { Vec::new() };
+        let mut room = vec![L::default(); if room_len > 0 { room_len + LINE } else { 0 }];
         let line = room.as_ptr().align_offset(LINE).min(room.len().min(LINE));
         let room = &mut room[line..];
         // Short rows that lie in one piece, as most do, are taken without a walk for each.
-        let whole = plan.reduced.runs() == 1 && plan.reduced.inner_strides() == [1] && elements.len() <= SUM_TILE;
-        let whole = if let (Place::Memory(lanes), true) = (source.place, whole) { Some(lanes) } else { None };
+        let tile = if room_len > 0 { GATHER } else { SUM_TILE };
+        let is_short = plan.reduced.runs() == 1 && plan.reduced.inner_strides() == [1] && n <= tile;
+        let most = if is_short && room_len > 0 { EMITTED.min(room_len / n) } else { EMITTED };
         for ([input, output], len) in plan.kept.stretches_of(outputs) {
-            for first in (0..len).step_by(EMITTED) {
-                let count = EMITTED.min(len - first);
+            for first in (0..len).step_by(most) {
+                let count = most.min(len - first);
                 let mut accs = [fold.empty(); EMITTED];
-                for (i, acc) in accs[..count].iter_mut().enumerate() {
-                    let input = input + (first + i) * step;
-                    *acc = match whole {
-                        Some(lanes) => fold.row(s, &lanes[input + elements.start..input + elements.end], elements.start),
-                        None => Row { plan, source, fold, input, elements: elements.clone() }.folded(s, room),
-                    };
+                let accs = &mut accs[..count];
+                let input = input + first * step;
+                if is_short {
+                    let (rows, step) = source.short_rows(input + elements.start, n, step, count, room);
+                    fold_short_rows(s, fold, rows, n, step, elements.start, accs);
+                } else {
+                    for (i, acc) in accs.iter_mut().enumerate() {
+                        *acc = Row { plan, source, fold, input: input + i * step, elements: elements.clone() }.folded(s, room);
+                    }
                 }
-                emit(output + first * out_step, out_step, &accs[..count]);
+                emit(output + first * out_step, out_step, accs);
             }
         }
     }
+}
+
+impl<'a, L: Lane> Source<'a, L> {
+    /// `count` rows of `n` elements, a `step` apart from `at` on: where they lie, or in `room`. Also gives their distance there.
+    #[inline(always)]
+    fn short_rows<'r>(&self, at: usize, n: usize, step: usize, count: usize, room: &'r mut [L]) -> (&'r [L], usize)
+    where
+        'a: 'r,
+    {
+        match self.place {
+            Place::Memory(lanes) => return (&lanes[at..], step),
+            _ if step == n => (self.gather)(at, 1, &mut room[..count * n]),
+            _ => room[..count * n].chunks_exact_mut(n).enumerate().for_each(|(i, row)| (self.gather)(at + i * step, 1, row)),
+        }
+        (&room[..count * n], n)
+    }
+}
+
+/// Folds rows of `n` elements, `step` apart, each of which begins with element number `start`.
+#[inline(always)]
+fn fold_short_rows<L: Lane, F: Fold<L>, S: Simd>(s: S, fold: F, rows: &[L], n: usize, step: usize, start: usize, accs: &mut [F::Acc]) {
+    if !F::TURNS_SHORT_ROWS || n > FEW_ELEMENTS || step != n || accs.len() < MANY_ROWS {
+        for (i, acc) in accs.iter_mut().enumerate() {
+            *acc = fold.row(s, &rows[i * step..][..n], start);
+        }
+        return;
+    }
+    let count = accs.len();
+    let mut turned = [[L::default(); EMITTED]; FEW_ELEMENTS];
+    let mut columns: [&[L]; FEW_ELEMENTS] = [&[]; FEW_ELEMENTS];
+    for ((i, column), slot) in turned[..n].iter_mut().enumerate().zip(&mut columns) {
+        for (x, row) in column[..count].iter_mut().zip(rows.chunks_exact(n)) {
+            *x = row[i];
+        }
+        *slot = &column[..count];
+    }
+    fold.columns(s, &columns[..n], start, accs);
 }
 
 /// Reduced elements `start..end` of `count` neighbouring columns.
@@ -402,7 +504,7 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
         let direct = if let (Place::Memory(lanes), 1) = (source.place, column_stride) { Some(lanes) } else { None };
         // Rows that are gathered go by narrower strips, so that their tiles stay in L2.
         let width = if direct.is_some() { count } else { count.min(gathered_width(column_stride)) };
-        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS * width] };
+        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS.min(end - start) * width] };
         for (strip, accs) in self.accs.chunks_mut(width).enumerate() {
             let (input, count) = (input + strip * width * column_stride, accs.len());
             for at in (start..end).step_by(MAX_ROWS) {
