@@ -32,6 +32,9 @@ pub(super) const KC: usize = 768;
 /// Rough work of a core in a nanosecond, to estimate times: half of 2 × 32 flop a cycle.
 pub(super) const FLOP_PER_NS: usize = 64;
 
+/// Elements of small factors that are packed in a nanosecond.
+const PACKED_PER_NS: usize = 4;
+
 /// A task of the small path has about this many multiply-adds of plain f32 (20 µs): cut finer, the strips that several tasks pack for themselves tell.
 const TASK_MACS: usize = 1 << 20;
 
@@ -248,7 +251,13 @@ fn small<P: Packing>(gemm: &Gemm<P::Element, f32>, target: &dyn Target) -> Resul
     let most = total.div_ceil(MAX_TASKS).max(of_macs(TINY_MACS)).max(1);
     let group = of_macs(P::SPEED * TASK_MACS).clamp(1, most);
     let failure = OnceLock::new();
-    for_each(total.div_ceil(group), 2 * batch * m * n * k / (P::SPEED * FLOP_PER_NS), |task| {
+    // A tile computes all columns of its vectors, and what is packed takes longest of small factors.
+    let width = match n % grid.nr {
+        0 => n,
+        rest => n - rest + P::kernels().panel_width(rest),
+    };
+    let estimated_ns = 2 * batch * m * width * k / (P::SPEED * FLOP_PER_NS) + batch * (m + n) * k / PACKED_PER_NS;
+    for_each(total.div_ceil(group), estimated_ns, |task| {
         let scratch = RefCell::new(Scratch::default());
         for i in task * group..total.min((task + 1) * group) {
             let (rows, cols) = grid.task(i % grid.count());
