@@ -118,12 +118,12 @@ stored_as_half!(f16, f16_to_f32, f32_to_f16);
 stored_as_half!(bf16, bf16_to_f32, f32_to_bf16);
 
 #[inline(always)]
-fn bf16_to_f32(x: u16) -> f32 {
+pub(in crate::cpu) fn bf16_to_f32(x: u16) -> f32 {
     f32::from_bits((x as u32) << 16)
 }
 
 #[inline(always)]
-fn f32_to_bf16(x: f32) -> u16 {
+pub(in crate::cpu) fn f32_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     // Rounding could carry a NaN into the sign: keep it, quiet.
@@ -140,7 +140,7 @@ pub(in crate::cpu) fn f16_to_f32(x: u16) -> f32 {
 }
 
 #[inline(always)]
-fn f32_to_f16(x: f32) -> u16 {
+pub(in crate::cpu) fn f32_to_f16(x: f32) -> u16 {
     let bits = x.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
@@ -151,6 +151,16 @@ fn f32_to_f16(x: f32) -> u16 {
     let limited = if magnitude >= 0x477f_f000 { 0x7c00 } else { finite };
     let result = if magnitude > 0x7f80_0000 { 0x7e00 } else { limited };
     (result | bits >> 16 & 0x8000) as u16
+}
+
+/// The f32 below or above `x`, if it is not one itself, whose last bit is 1: rounded to half of its bits, it gives what `x` rounded once
+/// would, as a tie is no longer taken for one. (Boldo and Melquiond, "When double rounding is odd")
+#[inline(always)]
+pub(in crate::cpu) fn f64_to_odd_f32(x: f64) -> f32 {
+    let nearest = x as f32;
+    let back = nearest as f64;
+    let towards_zero = nearest.to_bits().wrapping_sub((back.abs() > x.abs()) as u32);
+    f32::from_bits(towards_zero | (back != x) as u32)
 }
 
 /// A conversion between two types that arithmetic is done in.
@@ -192,6 +202,37 @@ mod tests {
         // SAFETY: both slices have that length.
         unsafe { T::narrow(x.as_ptr(), out.as_mut_ptr(), x.len()) };
         out
+    }
+
+    /// The bits of the value nearest to `x`, of two such the even one, among those of `bits` and their neighbours.
+    fn nearest(x: f64, bits: u16, value: impl Fn(u16) -> f64) -> u16 {
+        let near = [bits.wrapping_sub(1), bits, bits.wrapping_add(1)].into_iter().filter(|&bits| value(bits).is_finite());
+        near.min_by(|&a, &b| (value(a) - x).abs().total_cmp(&(value(b) - x).abs()).then((a & 1).cmp(&(b & 1)))).unwrap()
+    }
+
+    #[test]
+    fn doubles_are_rounded_to_halves_once() {
+        let as_f16 = |x: f64| f32_to_f16(f64_to_odd_f32(x));
+        let as_bf16 = |x: f64| f32_to_bf16(f64_to_odd_f32(x));
+        let from_f16 = |bits: u16| f16::from_bits(bits).to_f64();
+        let from_bf16 = |bits: u16| bf16::from_bits(bits).to_f64();
+        for bits in (1..0x7bffu16).step_by(7).flat_map(|bits| [bits, bits | 0x8000]) {
+            let middle = (from_f16(bits) + from_f16(bits + 1)) / 2.0;
+            for x in [from_f16(bits), middle, middle * (1.0 + 1e-14), middle * (1.0 - 1e-14)] {
+                if x.abs() < 65504.0 {
+                    assert_eq!(as_f16(x), nearest(x, f32_to_f16(x as f32), from_f16), "{x:e}");
+                }
+                for x in [x, x * 2f64.powi(100), x * 2f64.powi(-110)] {
+                    assert_eq!(as_bf16(x), nearest(x, f32_to_bf16(x as f32), from_bf16), "{x:e}");
+                }
+            }
+        }
+        // Halfway from the largest value to the next power of two.
+        assert_eq!([as_f16(65519.999999999), as_f16(65520.0), as_f16(-1e300)], [0x7bff, 0x7c00, 0xfc00]);
+        let limit = (from_bf16(0x7f7f) + 2f64.powi(128)) / 2.0;
+        assert_eq!([as_bf16(limit * (1.0 - 1e-15)), as_bf16(limit), as_bf16(f64::MIN)], [0x7f7f, 0x7f80, 0xff80]);
+        assert_eq!([as_f16(f64::INFINITY), as_bf16(f64::INFINITY), as_f16(5e-324), as_bf16(-0.0)], [0x7c00, 0x7f80, 0, 0x8000]);
+        assert!(f16::from_bits(as_f16(f64::NAN)).is_nan() && bf16::from_bits(as_bf16(f64::NAN)).is_nan());
     }
 
     #[test]

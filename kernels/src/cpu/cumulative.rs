@@ -10,13 +10,51 @@ const TASK: usize = 1 << 15;
 /// Neighbouring columns that a task takes: 2 KiB of running totals.
 const STRIP: usize = 256;
 
+/// Rows that are summed side by side: each addition waits for the one before it, those of other rows do not.
+const ROWS: usize = 8;
+
 /// Σ of the elements up to and including each; of those from it on if `reverse`.
 pub fn cumsum<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
-    let Axis { outer, n, inner } = axis;
     assert!(x.len() == axis.numel() && y.len() == x.len());
     if x.is_empty() {
-        return;
+    } else if axis.inner == 1 {
+        rows(axis.n, reverse, x, y);
+    } else {
+        columns(axis, reverse, x, y);
     }
+}
+
+/// Along rows of `n` neighbours.
+fn rows<T: Numeric>(n: usize, reverse: bool, x: &[T], y: &mut [T::Total]) {
+    let group = TASK.div_ceil(n * ROWS) * ROWS * n;
+    parallel::for_each_chunk(y, group, x.len() / 2, |i, y| {
+        let x = &x[i * group..][..y.len()];
+        let whole = y.len() / (ROWS * n) * (ROWS * n);
+        let (some, rest) = y.split_at_mut(whole);
+        some.chunks_exact_mut(ROWS * n).zip(x.chunks_exact(ROWS * n)).for_each(|(y, x)| some_rows::<T, ROWS>(n, reverse, x, y));
+        rest.chunks_exact_mut(n).zip(x[whole..].chunks_exact(n)).for_each(|(y, x)| some_rows::<T, 1>(n, reverse, x, y));
+    });
+}
+
+/// `R` rows of `n` neighbours.
+fn some_rows<T: Numeric, const R: usize>(n: usize, reverse: bool, x: &[T], y: &mut [T::Total]) {
+    let mut totals = [T::Lane::default().wide(); R];
+    let mut from_x = x.chunks_exact(n);
+    let x: [&[T]; R] = std::array::from_fn(|_| from_x.next().map_or(&[][..], |row| &row[..n]));
+    let mut from_y = y.chunks_exact_mut(n);
+    let y: [&mut [T::Total]; R] = std::array::from_fn(|_| from_y.next().map_or(&mut [][..], |row| &mut row[..n]));
+    for i in 0..n {
+        let i = if reverse { n - 1 - i } else { i };
+        for r in 0..R {
+            totals[r] = totals[r].plus(x[r][i].to_lane().wide());
+            y[r][i] = T::total(totals[r]);
+        }
+    }
+}
+
+/// Along any other dimension: the sums of neighbouring columns go on together.
+fn columns<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
+    let Axis { outer, n, inner } = axis;
     let strips = inner.div_ceil(STRIP);
     let group = TASK.div_ceil(n * inner.min(STRIP));
     let out = SharedMut::new(y);
@@ -48,7 +86,9 @@ mod tests {
 
     #[test]
     fn scans_match_a_plain_loop() {
-        for (outer, n, inner) in [(1, 1, 1), (3, 17, 1), (2, 9, 5), (1, 1000, 300), (500, 130, 1), (0, 3, 1), (2, 0, 3)] {
+        for (outer, n, inner) in
+            [(1, 1, 1), (3, 17, 1), (2, 9, 5), (1, 1000, 300), (500, 130, 1), (12, 5000, 1), (7, 3, 1), (0, 3, 1), (2, 0, 3)]
+        {
             let axis = Axis { outer, n, inner };
             let x: Vec<f32> = values(axis.numel(), 1.0).into_iter().map(|x| x as f32).collect();
             for reverse in [false, true] {

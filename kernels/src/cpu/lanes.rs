@@ -1,6 +1,7 @@
 //! What reductions, softmax and the norms compute in: three lane types (f32 by SIMD, f64 and i64 by plain arrays that the
 //! compiler vectorises), to which every element type widens, and sweeps over slices of them in packs with a shorter last one.
 
+use super::cast::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_odd_f32};
 use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512};
 use super::math;
 use super::simd::{F32s, Masks, Simd};
@@ -457,8 +458,8 @@ macro_rules! widened {
     )* };
 }
 widened!(
-    f16: f32, f16, f16::to_f32, f16::from_f32, f16::from_f64;
-    bf16: f32, bf16, bf16::to_f32, bf16::from_f32, bf16::from_f64;
+    f16: f32, f16, |x| f16_to_f32(x.to_bits()), |x| f16::from_bits(f32_to_f16(x)), |x| f16::from_bits(f32_to_f16(f64_to_odd_f32(x)));
+    bf16: f32, bf16, |x| bf16_to_f32(x.to_bits()), |x| bf16::from_bits(f32_to_bf16(x)), |x| bf16::from_bits(f32_to_bf16(f64_to_odd_f32(x)));
     i32: i64, i64, |x| x as i64, |x| x as i32, |x| x;
     u8: i64, i64, |x| x as i64, |x| x as u8, |x| x;
     Bool: i64, i64, |x| x.get() as i64, |x| Bool((x != 0) as u8), |x| x
@@ -476,6 +477,18 @@ impl FloatElement for bf16 {}
 pub(crate) fn widen<T: Numeric>(src: &[T], dst: &mut [T::Lane]) {
     for (d, &x) in dst.iter_mut().zip(src) {
         *d = x.to_lane();
+    }
+}
+
+/// [`widen`], by a kernel of its own.
+pub(crate) struct Widen<'a, T: Numeric>(pub &'a [T], pub &'a mut [T::Lane]);
+
+impl<T: Numeric> WithSimd for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        widen(self.0, self.1);
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{Lane, Numeric, SUM_TILE};
+use crate::cpu::lanes::{Lane, Numeric, SUM_TILE, Widen};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::Simd;
 use crate::iter::Walk;
@@ -102,8 +102,7 @@ impl<T: Numeric> Elements<T> for StridedView<'_, T> {
         let data = self.data();
         let gather = |at: usize, stride: usize, dst: &mut [T::Lane]| {
             if stride == 1 {
-                let src = &data[at..at + dst.len()];
-                dst.iter_mut().zip(src).for_each(|(d, x)| *d = x.to_lane());
+                T::Lane::dispatch(Widen(&data[at..at + dst.len()], dst));
             } else {
                 dst.iter_mut().enumerate().for_each(|(i, d)| *d = data[at + i * stride].to_lane());
             }
