@@ -57,7 +57,7 @@ def main():
     ap.add_argument("--budget", type=float, default=2.0, help="seconds of timed work per workload and round")
     ap.add_argument("--device", default="cpu", help="cpu or cuda")
     ap.add_argument("--compile", action="store_true", help="time PyTorch's models compiled, too, and take the faster")
-    ap.add_argument("--sweep", action="store_true", help="the sizes between the workloads instead of the workloads")
+    ap.add_argument("--sweep", action="store_true", help="the sizes between the workloads, and each operation, instead of the workloads")
     ap.add_argument("--binary", help="the workloads' program, if it is built already")
     ap.add_argument("--markdown", action="store_true", help="print the table in markdown")
     ap.add_argument("--isa", choices=sorted(ISA), help="hold both programs to this instruction set")

@@ -1,6 +1,6 @@
 //! The workloads of `benches/compare/torch_bench.py`, by the same names and shapes, timed by the same protocol:
 //! `cargo bench --bench workloads -- --json [--only SUBSTRING[,SUBSTRING…]] [--threads N] [--device cuda]`.
-//! With `--sweep`, the sizes between them instead ([`sweep`]). On a GPU, a call's time includes the wait for its result; [`gpu`] adds
+//! With `--sweep`, the sizes between them and one of each operation instead ([`sweep`], [`operations`]). On a GPU, a call's time includes the wait for its result; [`gpu`] adds
 //! shapes that are too large for a processor.
 
 mod decode;
@@ -8,6 +8,7 @@ mod diffusion;
 mod gpt;
 mod gpu;
 mod layers;
+mod operations;
 mod ops;
 mod sweep;
 mod training;
@@ -35,7 +36,7 @@ pub struct Args {
     /// Seconds of timed work per workload.
     #[arg(long, default_value_t = 3.0)]
     budget: f64,
-    /// The sizes between the workloads instead of the workloads.
+    /// The sizes between the workloads, and each operation, instead of the workloads.
     #[arg(long)]
     sweep: bool,
     /// Passed by cargo.
@@ -106,7 +107,8 @@ fn main() -> Result<()> {
     pool.install(|| {
         kiln::manual_seed(0);
         if bench.args.sweep {
-            return sweep::run(&bench);
+            sweep::run(&bench)?;
+            return operations::run(&bench);
         }
         ops::products(&bench)?;
         ops::memory_bound(&bench)?;
