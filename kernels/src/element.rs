@@ -1,5 +1,6 @@
 //! The element types that a kernel can read and write.
 
+use crate::cpu::cast;
 use half::{bf16, f16};
 
 /// A boolean as it is stored: one byte, 0 or 1.
@@ -70,7 +71,7 @@ impl Element for Bool {
 }
 
 macro_rules! half_element {
-    ($($t:ty),*) => { $(
+    ($($t:ty: $widen:ident, $narrow:ident;)*) => { $(
         impl sealed::Sealed for $t {}
         impl Element for $t {
             #[inline(always)] fn to_f64(self) -> f64 { <$t>::to_f64(self) }
@@ -78,12 +79,12 @@ macro_rules! half_element {
         }
         impl Float for $t {
             type Compute = f32;
-            #[inline(always)] fn widen(self) -> f32 { self.to_f32() }
-            #[inline(always)] fn narrow(x: f32) -> Self { <$t>::from_f32(x) }
+            #[inline(always)] fn widen(self) -> f32 { cast::$widen(self.to_bits()) }
+            #[inline(always)] fn narrow(x: f32) -> Self { <$t>::from_bits(cast::$narrow(x)) }
         }
     )* };
 }
-half_element!(f16, bf16);
+half_element! { f16: f16_to_f32, f32_to_f16; bf16: bf16_to_f32, f32_to_bf16; }
 
 macro_rules! full_float {
     ($($t:ty),*) => { $(

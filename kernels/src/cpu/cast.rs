@@ -118,12 +118,12 @@ stored_as_half!(f16, f16_to_f32, f32_to_f16);
 stored_as_half!(bf16, bf16_to_f32, f32_to_bf16);
 
 #[inline(always)]
-pub(in crate::cpu) fn bf16_to_f32(x: u16) -> f32 {
+pub(crate) fn bf16_to_f32(x: u16) -> f32 {
     f32::from_bits((x as u32) << 16)
 }
 
 #[inline(always)]
-pub(in crate::cpu) fn f32_to_bf16(x: f32) -> u16 {
+pub(crate) fn f32_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     // Rounding could carry a NaN into the sign: keep it, quiet.
@@ -131,7 +131,7 @@ pub(in crate::cpu) fn f32_to_bf16(x: f32) -> u16 {
 }
 
 #[inline(always)]
-pub(in crate::cpu) fn f16_to_f32(x: u16) -> f32 {
+pub(crate) fn f16_to_f32(x: u16) -> f32 {
     let magnitude = (x & 0x7fff) as u32;
     // The exponents' biases differ by 112; the product also normalises denormals.
     let scaled = (f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23)).to_bits();
@@ -140,7 +140,7 @@ pub(in crate::cpu) fn f16_to_f32(x: u16) -> f32 {
 }
 
 #[inline(always)]
-pub(in crate::cpu) fn f32_to_f16(x: f32) -> u16 {
+pub(crate) fn f32_to_f16(x: f32) -> u16 {
     let bits = x.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;

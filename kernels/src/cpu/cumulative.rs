@@ -1,7 +1,9 @@
 //! Cumulative sums along the middle of `[outer, n, inner]`, accumulated in f64 or i64, from either end.
 
+use super::isa::{WithSimd, dispatch};
 use super::lanes::{Lane, Numeric, Wide};
 use super::parallel::{self, SharedMut};
+use super::simd::Simd;
 use super::softmax::Axis;
 
 /// Elements a task should cover, so that handing it over costs little.
@@ -31,13 +33,31 @@ fn rows<T: Numeric>(n: usize, reverse: bool, x: &[T], y: &mut [T::Total]) {
         let x = &x[i * group..][..y.len()];
         let whole = y.len() / (ROWS * n) * (ROWS * n);
         let (some, rest) = y.split_at_mut(whole);
-        some.chunks_exact_mut(ROWS * n).zip(x.chunks_exact(ROWS * n)).for_each(|(y, x)| some_rows::<T, ROWS>(n, reverse, x, y));
-        rest.chunks_exact_mut(n).zip(x[whole..].chunks_exact(n)).for_each(|(y, x)| some_rows::<T, 1>(n, reverse, x, y));
+        let some_x = x.chunks_exact(ROWS * n);
+        some.chunks_exact_mut(ROWS * n).zip(some_x).for_each(|(y, x)| dispatch(SomeRows::<T, ROWS> { n, reverse, x, y }));
+        rest.chunks_exact_mut(n).zip(x[whole..].chunks_exact(n)).for_each(|(y, x)| dispatch(SomeRows::<T, 1> { n, reverse, x, y }));
     });
 }
 
 /// `R` rows of `n` neighbours.
-fn some_rows<T: Numeric, const R: usize>(n: usize, reverse: bool, x: &[T], y: &mut [T::Total]) {
+struct SomeRows<'a, T: Numeric, const R: usize> {
+    n: usize,
+    reverse: bool,
+    x: &'a [T],
+    y: &'a mut [T::Total],
+}
+
+impl<T: Numeric, const R: usize> WithSimd for SomeRows<'_, T, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        some_rows::<T, R>(self);
+    }
+}
+
+#[inline(always)]
+fn some_rows<T: Numeric, const R: usize>(SomeRows { n, reverse, x, y }: SomeRows<'_, T, R>) {
     let mut totals = [T::Lane::default().wide(); R];
     let mut from_x = x.chunks_exact(n);
     let x: [&[T]; R] = std::array::from_fn(|_| from_x.next().map_or(&[][..], |row| &row[..n]));

@@ -3,13 +3,16 @@
 //! Positions are checked before anything is written: one that is out of range is an [`OutOfRange`] error. Where several sources meet in one element,
 //! they are taken in the order of the index, whatever the number of threads.
 
+use super::isa::{WithSimd, dispatch};
 use super::parallel::{self, SharedMut};
+use super::simd::Simd;
 use crate::element::{Element, Float};
 use crate::iter::Walk;
 use crate::view::StridedView;
 use half::{bf16, f16};
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Elements a task moves: random access costs about a nanosecond each, so a task is well above a hand-over.
 const TASK: usize = 32 * 1024;
@@ -34,7 +37,16 @@ impl std::error::Error for OutOfRange {}
 /// An error that names the first position outside of `0..size`.
 pub fn check_indices(index: &[i64], size: usize) -> Result<(), OutOfRange> {
     // Negative positions are huge as unsigned numbers.
-    match index.iter().find(|&&i| i as u64 >= size as u64) {
+    let is_bad = |i: i64| i as u64 >= size as u64;
+    let bad_chunk = AtomicUsize::new(usize::MAX);
+    parallel::for_each(index.len().div_ceil(TASK), index.len() / 8, |c| {
+        let chunk = &index[c * TASK..index.len().min((c + 1) * TASK)];
+        // All of them, which the compiler does by vectors; to stop at the first would be a branch each.
+        if chunk.iter().fold(false, |any, &i| any | is_bad(i)) {
+            bad_chunk.fetch_min(c, Ordering::Relaxed);
+        }
+    });
+    match index.get(bad_chunk.into_inner().saturating_mul(TASK)..).and_then(|rest| rest.iter().find(|&&i| is_bad(i))) {
         Some(&index) => Err(OutOfRange { index, size }),
         None => Ok(()),
     }
@@ -55,16 +67,46 @@ pub fn index_select<T: Element>(src: &[T], shape: [usize; 3], index: &[i64], out
     let rows = (TASK / inner).max(1);
     let ns = out.len() / 2 + outer * index.len() * 4;
     parallel::for_each_chunk(out, rows * inner, ns, |task, out| {
-        for (row, out) in (task * rows..).zip(out.chunks_mut(inner)) {
-            let (o, j) = (row / index.len(), row % index.len());
-            let from = (o * n + index[j] as usize) * inner;
-            match out {
-                [one] => *one = src[from],
-                many => many.copy_from_slice(&src[from..from + inner]),
-            }
+        let (mut o, mut j) = (task * rows / index.len(), task * rows % index.len());
+        let mut left = out;
+        while let Some(out) = left.split_off_mut(..left.len().min((index.len() - j) * inner)).filter(|out| !out.is_empty()) {
+            select_rows(&src[o * n * inner..][..n * inner], inner, &index[j..], out);
+            (o, j) = (o + 1, 0);
         }
     });
     Ok(())
+}
+
+/// The rows of `inner` elements that the first positions name, as many as `out` has.
+fn select_rows<T: Element>(src: &[T], inner: usize, index: &[i64], out: &mut [T]) {
+    if inner == 1 {
+        out.iter_mut().zip(index).for_each(|(out, &j)| *out = src[j as usize]);
+    } else {
+        out.chunks_exact_mut(inner).zip(index).for_each(|(out, &j)| out.copy_from_slice(&src[j as usize * inner..][..inner]));
+    }
+}
+
+/// `out[o, j, ..] = src[o, n − 1 − j, ..]` for both of shape `[outer, n, inner]`.
+///
+/// # Panics
+/// If a length does not fit the shape.
+pub fn flip<T: Element>(src: &[T], shape: [usize; 3], out: &mut [T]) {
+    let [outer, n, inner] = shape;
+    assert!(src.len() == outer * n * inner && out.len() == src.len());
+    if out.is_empty() {
+        return;
+    }
+    let line = n * inner;
+    let lines = (TASK / line).max(1);
+    parallel::for_each_chunk(out, lines * line, src.len() / 4, |task, out| {
+        for (out, src) in out.chunks_exact_mut(line).zip(src[task * lines * line..].chunks_exact(line)) {
+            if inner == 1 {
+                out.iter_mut().zip(src.iter().rev()).for_each(|(out, &x)| *out = x);
+            } else {
+                out.chunks_exact_mut(inner).zip(src.chunks_exact(inner).rev()).for_each(|(out, x)| out.copy_from_slice(x));
+            }
+        }
+    });
 }
 
 /// An element that can be summed: f16 and bf16 in f32, integers wrap.
@@ -170,24 +212,37 @@ pub fn index_add<T: Accumulate>(out: &mut [T], shape: [usize; 3], index: &[i64],
             let at = (o * n + index[places[0]] as usize) * inner;
             // SAFETY: the index was checked, so the row lies inside `out`; rows of different (o, group) are disjoint.
             let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), inner) };
-            add_rows(out, &src[o * index.len() * inner..][..index.len() * inner], places);
+            dispatch(AddRows { out, src: &src[o * index.len() * inner..][..index.len() * inner], places });
         }
     });
     Ok(())
 }
 
-/// Adds the rows `places` of `src` to `out`, tile by tile, so that sums stay in a register or in L1.
-fn add_rows<T: Accumulate>(out: &mut [T], src: &[T], places: &[usize]) {
-    const TILE: usize = 256;
-    let inner = out.len();
-    for (t, out) in out.chunks_mut(TILE).enumerate() {
-        let mut sums = [T::Sum::default(); TILE];
-        sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
-        for &place in places {
-            let row = &src[place * inner + t * TILE..][..out.len()];
-            sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+/// Adds the rows `places` of `src` to `out`.
+struct AddRows<'a, T> {
+    out: &'a mut [T],
+    src: &'a [T],
+    places: &'a [usize],
+}
+
+impl<T: Accumulate> WithSimd for AddRows<'_, T> {
+    type Output = ();
+
+    /// Tile by tile, so that sums stay in registers or in L1.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        const TILE: usize = 256;
+        let inner = self.out.len();
+        for (t, out) in self.out.chunks_mut(TILE).enumerate() {
+            let mut sums = [T::Sum::default(); TILE];
+            let sums = &mut sums[..out.len()];
+            sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
+            for &place in self.places {
+                let row = &self.src[place * inner + t * TILE..][..out.len()];
+                sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+            }
+            out.iter_mut().zip(sums).for_each(|(x, &mut s)| *x = T::from_sum(s));
         }
-        out.iter_mut().zip(sums).for_each(|(x, s)| *x = T::from_sum(s));
     }
 }
 
@@ -220,9 +275,14 @@ pub fn gather<T: Element>(src: StridedView<T>, dim: usize, index: &[i64], shape:
         let first = task * TASK;
         let mut done = 0;
         for ([at], len) in walk.stretches_of(first..first + out.len()) {
-            let index = &index[first + done..][..len];
-            for (i, (out, &j)) in out[done..done + len].iter_mut().zip(index).enumerate() {
-                *out = src.data()[at + i * step + j as usize * stride];
+            let (index, out) = (&index[first + done..][..len], &mut out[done..done + len]);
+            if (step, stride) == (0, 1) {
+                // Along rows, as most are.
+                select_rows(&src.data()[at..][..src.shape()[dim]], 1, index, out);
+            } else {
+                for (i, (out, &j)) in out.iter_mut().zip(index).enumerate() {
+                    *out = src.data()[at + i * step + j as usize * stride];
+                }
             }
             done += len;
         }
@@ -284,13 +344,22 @@ fn scatter_with<T: Element>(
     let target = SharedMut::new(out);
     let task = |range: Range<usize>| {
         for ([at, to_at], len) in walk.stretches_of(range) {
-            for j in 0..shape[dim] {
+            let one = |j: usize, i: usize| {
+                let k = at + j * from[dim] + i * from_step;
+                let place = to_at + i * to_step + index[k] as usize * to[dim];
+                // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
+                put(unsafe { &mut *target.get().add(place) }, src[k]);
+            };
+            // In the order of memory; what meets does so in ascending j either way.
+            if (from[dim], to[dim]) == (1, 1) {
                 for i in 0..len {
-                    let k = at + j * from[dim] + i * from_step;
-                    let place = to_at + i * to_step + index[k] as usize * to[dim];
-                    // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
-                    put(unsafe { &mut *target.get().add(place) }, src[k]);
+                    let row = at + i * from_step..at + i * from_step + shape[dim];
+                    // SAFETY: the row lies inside `out`, and belongs to this task alone.
+                    let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at + i * to_step), out_shape[dim]) };
+                    index[row.clone()].iter().zip(&src[row]).for_each(|(&j, &x)| put(&mut out[j as usize], x));
                 }
+            } else {
+                (0..shape[dim]).for_each(|j| (0..len).for_each(|i| one(j, i)));
             }
         }
     };
@@ -312,8 +381,13 @@ pub fn nonzero<T: Element>(x: &[T]) -> Vec<i64> {
     let mut rest = out.as_mut_slice();
     let mut parts: Vec<&mut [i64]> = counts.iter().map(|&count| rest.split_off_mut(..count).unwrap_or_default()).collect();
     parallel::for_each_chunk(&mut parts, 1, x.len(), |c, part| {
-        let found = chunk(c).iter().enumerate().filter(|(_, v)| **v != zero);
-        part[0].iter_mut().zip(found).for_each(|(out, (i, _))| *out = (c * TASK + i) as i64);
+        // Each position is written, and stays if the element is not zero: there is nothing to branch on.
+        let (mut found, mut count) = (vec![0i64; chunk(c).len()], 0);
+        for (i, v) in chunk(c).iter().enumerate() {
+            found[count] = (c * TASK + i) as i64;
+            count += (*v != zero) as usize;
+        }
+        part[0].copy_from_slice(&found[..count]);
     });
     out
 }

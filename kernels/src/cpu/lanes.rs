@@ -1,11 +1,11 @@
 //! What reductions, softmax and the norms compute in: three lane types (f32 by SIMD, f64 and i64 by plain arrays that the
 //! compiler vectorises), to which every element type widens, and sweeps over slices of them in packs with a shorter last one.
 
-use super::cast::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_odd_f32};
+use super::cast::f64_to_odd_f32;
 use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512};
 use super::math;
 use super::simd::{F32s, Masks, Simd};
-use crate::element::{Bool, Element};
+use crate::element::{Bool, Element, Float};
 use half::{bf16, f16};
 
 pub(crate) use super::simd::MAX_LANES;
@@ -458,8 +458,8 @@ macro_rules! widened {
     )* };
 }
 widened!(
-    f16: f32, f16, |x| f16_to_f32(x.to_bits()), |x| f16::from_bits(f32_to_f16(x)), |x| f16::from_bits(f32_to_f16(f64_to_odd_f32(x)));
-    bf16: f32, bf16, |x| bf16_to_f32(x.to_bits()), |x| bf16::from_bits(f32_to_bf16(x)), |x| bf16::from_bits(f32_to_bf16(f64_to_odd_f32(x)));
+    f16: f32, f16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x));
+    bf16: f32, bf16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x));
     i32: i64, i64, |x| x as i64, |x| x as i32, |x| x;
     u8: i64, i64, |x| x as i64, |x| x as u8, |x| x;
     Bool: i64, i64, |x| x.get() as i64, |x| Bool((x != 0) as u8), |x| x

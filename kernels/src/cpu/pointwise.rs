@@ -152,12 +152,46 @@ pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b:
                 let out = shared.get().add(at);
                 let c = conditions.raw(at, len, std::ptr::null());
                 let [a, b] = sources.each_mut().map(|s| s.raw(at, len, out));
-                for i in 0..len {
-                    *out.add(i) = if (*c.add(i)).get() { *a.add(i) } else { *b.add(i) };
-                }
+                dispatch(Choose { condition: c, a, b, out, len });
             }
         });
     });
+}
+
+/// `len` elements of [`select`].
+struct Choose<T> {
+    condition: *const Bool,
+    a: *const T,
+    b: *const T,
+    out: *mut T,
+    len: usize,
+}
+
+impl<T: Stored> WithSimd for Choose<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        const BLOCK: usize = 32;
+        let Self { condition, a, b, out, len } = self;
+        let whole = len / BLOCK * BLOCK;
+        // SAFETY: `select` gives as many elements of each. Both are read, before any is written, so that there is nothing to branch on.
+        unsafe {
+            for i in (0..whole).step_by(BLOCK) {
+                let conditions = condition.add(i).cast::<[Bool; BLOCK]>().read();
+                let (a, b) = (a.add(i).cast::<[T; BLOCK]>().read(), b.add(i).cast::<[T; BLOCK]>().read());
+                let mut chosen = a;
+                for k in 0..BLOCK {
+                    chosen[k] = if conditions[k].get() { a[k] } else { b[k] };
+                }
+                out.add(i).cast::<[T; BLOCK]>().write(chosen);
+            }
+            for i in whole..len {
+                let (a, b) = (a.add(i).read(), b.add(i).read());
+                out.add(i).write(if (*condition.add(i)).get() { a } else { b });
+            }
+        }
+    }
 }
 
 /// How much longer an element of `T` takes than one of f32 by SIMD.

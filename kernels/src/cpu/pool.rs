@@ -221,13 +221,16 @@ fn channels_max<T: Real, const W: usize>(x: &[T], window: &[usize], c: usize, at
     let mut index = [window.first().map_or(NO_INPUT, |&p| p as i32); W];
     for &position in window {
         let x = &x[position * c + at..position * c + at + W];
+        // New arrays, which stay in registers: of those that are read, only what changes would be stored, and waited for.
+        let (mut next, mut next_index) = ([T::zero(); W], [0; W]);
         for i in 0..W {
             // Not "below or equal" is "above, or one of them is NaN"; a NaN that is in already stays.
             #[allow(clippy::neg_cmp_op_on_partial_ord)]
             let take = !(x[i] <= best[i]) & !best[i].is_nan();
-            best[i] = if take { x[i] } else { best[i] };
-            index[i] = if take { position as i32 } else { index[i] };
+            next[i] = if take { x[i] } else { best[i] };
+            next_index[i] = if take { position as i32 } else { index[i] };
         }
+        (best, index) = (next, next_index);
     }
     values[at..at + W].copy_from_slice(&best);
     indices[at..at + W].copy_from_slice(&index);

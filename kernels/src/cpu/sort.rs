@@ -29,15 +29,10 @@ macro_rules! float_key {
                 let bits = self.to_bits();
                 let magnitude = bits & !SIGN;
                 let infinity = <$t>::INFINITY.to_bits();
-                if magnitude > infinity {
-                    <$bits>::MAX as u64
-                } else if magnitude == 0 {
-                    SIGN as u64
-                } else if bits == magnitude {
-                    (bits | SIGN) as u64
-                } else {
-                    !bits as u64
-                }
+                // Without a branch: signs are hard to foresee.
+                let flips = if bits == magnitude { SIGN } else { <$bits>::MAX };
+                let number = if magnitude == 0 { SIGN } else { bits ^ flips };
+                (if magnitude > infinity { <$bits>::MAX } else { number }) as u64
             }
         }
     )* };

@@ -28,6 +28,8 @@ rows! { UNARY, 1;
     Recip("recip", 0.4) |s, [x], p| "A(1) / x" => s.splat(1.0) / x; f64: 1.0 / x,
     /// x².
     Square("square", 0.2) |s, [x], p| "x * x" => x * x; f64: x * x; int: x.mul(x),
+    /// x³.
+    Cube("cube", 0.2) |s, [x], p| "x * x * x" => x * x * x; f64: x * x * x,
     /// sin x.
     Sin("sin", 1.0) |s, [x], p| "math::sin(x)" => math::sin(s, x); f64: x.sin(),
     /// cos x.

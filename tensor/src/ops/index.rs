@@ -387,11 +387,17 @@ impl Tensor {
         }
         let flat = for_any!(self.dtype(), T => dense.as_slice::<T>().map(kernel::nonzero))?;
         let strides = self.shape().contiguous_strides();
-        Tensor::build::<i64>(Device::Cpu, &Shape::new(&[flat.len(), self.rank()])?, |out| {
-            for (row, at) in out.chunks_mut(self.rank().max(1)).zip(flat) {
-                for (d, o) in row.iter_mut().enumerate() {
-                    *o = at / strides[d] as i64 % self.dims()[d] as i64;
+        let (rank, line) = (self.rank(), self.dims().last().copied().unwrap_or(1) as i64);
+        Tensor::build::<i64>(Device::Cpu, &Shape::new(&[flat.len(), rank])?, |out| {
+            // Positions ascend: only that along the last dimension changes until the next line.
+            let (mut coordinates, mut begin, mut end) = (vec![0i64; rank], 0, 0);
+            for (row, at) in out.chunks_mut(rank.max(1)).zip(flat) {
+                if at >= end {
+                    coordinates.iter_mut().enumerate().for_each(|(d, c)| *c = at / strides[d] as i64 % self.dims()[d] as i64);
+                    (begin, end) = (at / line * line, (at / line + 1) * line);
                 }
+                row.copy_from_slice(&coordinates);
+                row.last_mut().into_iter().for_each(|last| *last = at - begin);
             }
             Ok(())
         })

@@ -225,9 +225,19 @@ impl Tensor {
         by_image(name, self, rank, |x| Ok(max_pool(name, x, rank, windows)?.0))
     }
 
+    /// Whether it is one or many images of as many axes, none of them empty, whose pixels have a mean.
+    fn is_image(&self, rank: usize) -> bool {
+        let axes = self.rank().checked_sub(rank).map_or(&[][..], |first| &self.dims()[first..]);
+        self.dtype().is_float() && (self.rank() == rank + 1 || self.rank() == rank + 2) && !axes.contains(&0)
+    }
+
     fn avg_pool(&self, name: &'static str, rank: usize, windows: Windows) -> Result<Tensor> {
         if matches!(windows, Windows::Sliding(o) if o.dilation != PerAxis::from(1)) {
             return Err(Error::argument(name, "average pooling takes no dilation"));
+        }
+        if matches!(windows, Windows::Adaptive(outputs) if outputs == PerAxis::from(1)) && self.is_image(rank) {
+            let axes: Vec<isize> = (1..=rank as isize).map(|d| -d).collect();
+            return self.mean_keepdim(axes);
         }
         by_image(name, self, rank, |x| resample(name, x, Arc::new(windows.of(name, &Extents::of(name, x, rank)?)?), rank))
     }

@@ -327,7 +327,7 @@ impl Tensor {
     pub fn outer(&self, other: &Tensor) -> Result<Tensor> {
         self.dims_n::<1>("outer")?;
         other.dims_n::<1>("outer")?;
-        self.unsqueeze(-1)?.matmul(&other.unsqueeze(0)?)
+        self.unsqueeze(-1)?.mul(&other.unsqueeze(0)?)
     }
 }
 

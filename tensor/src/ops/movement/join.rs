@@ -5,7 +5,7 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
-use kiln_kernels::cpu::index::{Triangle, index_select, triangle};
+use kiln_kernels::cpu::index::{Triangle, flip, triangle};
 use kiln_kernels::cuda;
 use kiln_kernels::element::Element;
 
@@ -286,9 +286,9 @@ impl Tensor {
                 out = out.index_select(d as isize, &reversed)?;
                 continue;
             }
-            let reversed: Vec<i64> = (0..n as i64).rev().collect();
             out = for_any!(self.dtype(), T => Tensor::build::<T>(Device::Cpu, self.shape(), |o| {
-                index_select(out.as_slice::<T>()?, [outer, n, inner], &reversed, o).map_err(|e| Error::index("flip", e.to_string()))
+                flip(out.as_slice::<T>()?, [outer, n, inner], o);
+                Ok(())
             }))?;
         }
         record("flip", out, &[self], |_| Flip { dims: dims.clone() })

@@ -70,9 +70,11 @@ impl Tensor {
         if !self.dtype().is_float() {
             return Err(Error::unsupported_dtype("powf", self.dtype(), "a float dtype"));
         }
-        // Exact where the general power is not, and faster.
+        // Exact where the general power is not, or nearly so, and faster.
         let out = if exponent == 2.0 {
             map(self, unary::Square::ROW)?
+        } else if exponent == 3.0 {
+            map(self, unary::Cube::ROW)?
         } else if exponent == -1.0 {
             map(self, unary::Recip::ROW)?
         } else if exponent == 0.5 {
