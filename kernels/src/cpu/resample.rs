@@ -4,10 +4,10 @@
 use super::isa::{WithSimd, dispatch};
 use super::parallel;
 use super::simd::Simd;
-use crate::element::Float;
+use crate::element::{Element, Float};
 use num_traits::Float as Num;
 
-/// f32 and f64: the floats that spatial kernels compute in directly (halves are widened to f32 by the caller).
+/// f32 and f64: the floats that spatial kernels compute in.
 pub trait Real: Float<Compute = Self> + Num {}
 impl Real for f32 {}
 impl Real for f64 {}
@@ -73,6 +73,15 @@ impl AxisMap {
         self.divisors[o]
     }
 
+    /// The one input of each output, if they are copied.
+    fn selection(&self) -> Option<Vec<usize>> {
+        let copied = |o: usize| match self.row(o) {
+            [tap] if tap.weight == 1.0 && self.divisors[o] == 1.0 => Some(tap.index),
+            _ => None,
+        };
+        (0..self.outputs()).map(copied).collect()
+    }
+
     /// The transposed matrix, divisors folded into its weights: the map of the gradient.
     pub fn transpose(&self) -> Self {
         let mut starts = vec![0; self.inputs + 1];
@@ -104,8 +113,9 @@ pub(super) fn rows_per_task(row_len: usize) -> usize {
     (16384 / row_len.max(1)).max(1)
 }
 
-/// Applies one map an axis to `n` images of `c` channels: `x` is `[n][d][h][w][c]`, so is `out`, which is fully written.
-pub fn resample<T: Real>(maps: &[AxisMap; 3], n: usize, c: usize, x: &[T], out: &mut [T]) {
+/// Applies one map an axis to `n` images of `c` channels: `x` is `[n][d][h][w][c]`, so is `out`, which is fully written. Halves are
+/// computed in f32 and rounded once.
+pub fn resample<T: Float<Compute: Real>>(maps: &[AxisMap; 3], n: usize, c: usize, x: &[T], out: &mut [T]) {
     let inputs = maps.each_ref().map(AxisMap::inputs);
     let outputs = maps.each_ref().map(AxisMap::outputs);
     assert_eq!(x.len(), n * image_len(inputs, c));
@@ -118,7 +128,32 @@ pub fn resample<T: Real>(maps: &[AxisMap; 3], n: usize, c: usize, x: &[T], out: 
     let taps_per_output: usize = maps.iter().map(|m| m.taps.len().div_ceil(m.outputs())).product();
     // An L1-resident multiply-add of 8 elements takes about a nanosecond.
     let ns = out.len() * taps_per_output.max(1) / 8;
+    if let [Some(depths), Some(heights), Some(columns)] = maps.each_ref().map(AxisMap::selection) {
+        let line = inputs[2] * c;
+        parallel::for_each_chunk(out, rows * row_len, ns, |i, out| {
+            let from = |row: usize| {
+                let (image, od, oh) = (row / (heights.len() * depths.len()), row / heights.len() % depths.len(), row % heights.len());
+                &x[((image * inputs[0] + depths[od]) * inputs[1] + heights[oh]) * line..][..line]
+            };
+            select_pixels(out, row_len, i * rows, from, &columns, c);
+        });
+        return;
+    }
     parallel::for_each_chunk(out, rows * row_len, ns, |i, out| dispatch(Rows { maps, c, x, out, first: i * rows }));
+}
+
+/// Rows of copied pixels of `c` channels: output row `first + r` has those at `columns` of line `from(first + r)`.
+fn select_pixels<'a, T: Float>(out: &mut [T], row_len: usize, first: usize, from: impl Fn(usize) -> &'a [T], columns: &[usize], c: usize) {
+    for r in 0..out.len() / row_len {
+        let (done, out) = out.split_at_mut(r * row_len);
+        let (out, line) = (&mut out[..row_len], from(first + r));
+        if r > 0 && std::ptr::eq(line, from(first + r - 1)) {
+            // The row before, once more.
+            out.copy_from_slice(&done[(r - 1) * row_len..]);
+        } else {
+            out.chunks_exact_mut(c).zip(columns).for_each(|(out, &w)| out.copy_from_slice(&line[w * c..][..c]));
+        }
+    }
 }
 
 struct Rows<'a, T> {
@@ -130,14 +165,14 @@ struct Rows<'a, T> {
     first: usize,
 }
 
-impl<T: Real> WithSimd for Rows<'_, T> {
+impl<T: Float<Compute: Real>> WithSimd for Rows<'_, T> {
     type Output = ();
 
     /// Plain loops over fixed-size channel blocks: the compiler vectorises them with the features of the level.
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let [md, mh, mw] = self.maps;
-        let mut taps: Vec<(usize, T)> = Vec::new();
+        let mut taps: Vec<(usize, T::Compute)> = Vec::new();
         for (row, out) in self.out.chunks_mut(mw.outputs() * self.c).enumerate() {
             let row = self.first + row;
             let (image, od, oh) = (row / (mh.outputs() * md.outputs()), row / mh.outputs() % md.outputs(), row % mh.outputs());
@@ -147,10 +182,10 @@ impl<T: Real> WithSimd for Rows<'_, T> {
                     for h in mh.row(oh) {
                         let line = ((image * md.inputs + d.index) * mh.inputs + h.index) * mw.inputs;
                         let weight = d.weight * h.weight;
-                        taps.extend(mw.row(ow).iter().map(|w| ((line + w.index) * self.c, T::from_f64(weight * w.weight))));
+                        taps.extend(mw.row(ow).iter().map(|w| ((line + w.index) * self.c, Element::from_f64(weight * w.weight))));
                     }
                 }
-                let divisor = T::from_f64(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
+                let divisor = Element::from_f64(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
                 pixel(self.x, &taps, divisor, out);
             }
         }
@@ -158,13 +193,7 @@ impl<T: Real> WithSimd for Rows<'_, T> {
 }
 
 #[inline(always)]
-fn pixel<T: Real>(x: &[T], taps: &[(usize, T)], divisor: T, out: &mut [T]) {
-    if let [(offset, weight)] = *taps
-        && weight == T::one()
-        && divisor == T::one()
-    {
-        return out.copy_from_slice(&x[offset..offset + out.len()]);
-    }
+fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor: T::Compute, out: &mut [T]) {
     let mut at = 0;
     while at + 64 <= out.len() {
         channels::<T, 64>(x, taps, divisor, at, out);
@@ -182,16 +211,16 @@ fn pixel<T: Real>(x: &[T], taps: &[(usize, T)], divisor: T, out: &mut [T]) {
 
 /// `W` channels of one output pixel, summed in registers.
 #[inline(always)]
-fn channels<T: Real, const W: usize>(x: &[T], taps: &[(usize, T)], divisor: T, at: usize, out: &mut [T]) {
-    let mut sum = [T::zero(); W];
+fn channels<T: Float<Compute: Real>, const W: usize>(x: &[T], taps: &[(usize, T::Compute)], divisor: T::Compute, at: usize, out: &mut [T]) {
+    let mut sum = [<T::Compute as Element>::from_f64(0.0); W];
     for &(offset, weight) in taps {
         let x = &x[offset + at..offset + at + W];
         for i in 0..W {
-            sum[i] = sum[i] + weight * x[i];
+            sum[i] = sum[i] + weight * x[i].widen();
         }
     }
     for (out, sum) in out[at..at + W].iter_mut().zip(sum) {
-        *out = sum / divisor;
+        *out = T::narrow(sum / divisor);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Max, average and adaptive pooling in one, two and three dimensions.
 
-use super::spatial::{Extents, PerAxis, by_image, for_real, pixels};
+use super::spatial::{Extents, PerAxis, by_image, by_wide_image, for_real, pixels};
 use super::upsample::resample;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::profile::{Cost, operation};
@@ -222,7 +222,7 @@ fn max_pool(name: &'static str, x: &Tensor, rank: usize, windows: Windows) -> Re
 
 impl Tensor {
     fn max_pool(&self, name: &'static str, rank: usize, windows: Windows) -> Result<Tensor> {
-        by_image(name, self, rank, |x| Ok(max_pool(name, x, rank, windows)?.0))
+        by_wide_image(name, self, rank, |x| Ok(max_pool(name, x, rank, windows)?.0))
     }
 
     /// Whether it is one or many images of as many axes, none of them empty, whose pixels have a mean.
@@ -273,7 +273,7 @@ impl Tensor {
 
     fn max_pool_with_indices(&self, name: &'static str, options: Windows) -> Result<(Tensor, Tensor)> {
         let mut indices = None;
-        let values = by_image(name, self, 2, |x| {
+        let values = by_wide_image(name, self, 2, |x| {
             let (values, at) = max_pool(name, x, 2, options)?;
             indices = Some(at);
             Ok(values)

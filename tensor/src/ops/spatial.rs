@@ -127,15 +127,21 @@ pub(super) fn in_pixel_order(x: &Tensor) -> Result<Tensor> {
     x.to_memory_order(&channels_last(x.rank().saturating_sub(2)))
 }
 
-/// Calls `f` with `x` as a batch of images in f32 or f64 (on a GPU also in a half type, which its kernels widen themselves), and gives
-/// the result `x`'s dtype; an image without batch dimension goes through as a batch of one.
+/// Calls `f` with `x` as a batch of images; one without batch dimension goes through as a batch of one.
 pub(super) fn by_image(op: &str, x: &Tensor, rank: usize, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     if x.rank() == rank + 1 && rank > 0 {
         return by_image(op, &x.unsqueeze(0)?, rank, f)?.squeeze(0);
     }
     match x.dtype() {
-        DType::F16 | DType::BF16 if x.device() == Device::Cpu => f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype()),
         dtype if dtype.is_float() => f(x),
         other => Err(Error::unsupported_dtype(op, other, "a float dtype")),
     }
+}
+
+/// [`by_image`] in f32 or f64 (on a GPU also in a half type, which its kernels widen themselves), with a result of `x`'s dtype.
+pub(super) fn by_wide_image(op: &str, x: &Tensor, rank: usize, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    by_image(op, x, rank, |x| match x.dtype() {
+        DType::F16 | DType::BF16 if x.device() == Device::Cpu => f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype()),
+        _ => f(x),
+    })
 }

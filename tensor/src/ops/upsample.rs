@@ -1,6 +1,6 @@
 //! Interpolation: images resized by the nearest neighbour or linearly along each axis.
 
-use super::spatial::{Extents, PerAxis, by_image, for_real, pixels};
+use super::spatial::{Extents, PerAxis, by_image, pixels};
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::profile::{Cost, operation};
 use crate::{Error, Result, Tensor};
@@ -48,7 +48,7 @@ pub(super) fn resample(name: &'static str, x: &Tensor, maps: Arc<[AxisMap; 3]>, 
         Some(gpu) => output.build_on_gpu(gpu, x.dtype(), |mut out| {
             Ok(gpu_resample::resample(gpu, &maps, input.n, input.c, source.gpu_slice()?, &mut out)?)
         }),
-        None => for_real!(x.dtype(), name, T => output.build::<T>(x.device(), |out| {
+        None => for_float!(x.dtype(), name, T => output.build::<T>(x.device(), |out| {
             resample::resample(&maps, input.n, input.c, source.as_slice::<T>()?, out);
             Ok(())
         })),
