@@ -5,6 +5,7 @@ use super::lanes::{Lane, Numeric, Wide};
 use super::parallel::{self, SharedMut};
 use super::simd::Simd;
 use super::softmax::Axis;
+use std::ops::Range;
 
 /// Elements a task should cover, so that handing it over costs little.
 const TASK: usize = 1 << 15;
@@ -15,11 +16,16 @@ const STRIP: usize = 256;
 /// Rows that are summed side by side: each addition waits for the one before it, those of other rows do not.
 const ROWS: usize = 8;
 
+/// Elements of a row whose sums are kept before they are rounded.
+const TILE: usize = 32;
+
 /// Σ of the elements up to and including each; of those from it on if `reverse`.
 pub fn cumsum<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
     assert!(x.len() == axis.numel() && y.len() == x.len());
     if x.is_empty() {
-    } else if axis.inner == 1 {
+        return;
+    }
+    if axis.inner == 1 {
         rows(axis.n, reverse, x, y);
     } else {
         columns(axis, reverse, x, y);
@@ -52,51 +58,75 @@ impl<T: Numeric, const R: usize> WithSimd for SomeRows<'_, T, R> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        some_rows::<T, R>(self);
-    }
-}
-
-#[inline(always)]
-fn some_rows<T: Numeric, const R: usize>(SomeRows { n, reverse, x, y }: SomeRows<'_, T, R>) {
-    let mut totals = [T::Lane::default().wide(); R];
-    let mut from_x = x.chunks_exact(n);
-    let x: [&[T]; R] = std::array::from_fn(|_| from_x.next().map_or(&[][..], |row| &row[..n]));
-    let mut from_y = y.chunks_exact_mut(n);
-    let y: [&mut [T::Total]; R] = std::array::from_fn(|_| from_y.next().map_or(&mut [][..], |row| &mut row[..n]));
-    for i in 0..n {
-        let i = if reverse { n - 1 - i } else { i };
-        for r in 0..R {
-            totals[r] = totals[r].plus(x[r][i].to_lane().wide());
-            y[r][i] = T::total(totals[r]);
+        let Self { n, reverse, x, y } = self;
+        let mut totals = [T::Lane::default().wide(); R];
+        let mut sums = [[T::Lane::default().wide(); TILE]; R];
+        let tiles = n.div_ceil(TILE);
+        for tile in 0..tiles {
+            let start = if reverse { tiles - 1 - tile } else { tile } * TILE;
+            let len = TILE.min(n - start);
+            let x: [&[T]; R] = std::array::from_fn(|r| &x[r * n + start..][..len]);
+            for i in 0..len {
+                let i = if reverse { len - 1 - i } else { i };
+                for r in 0..R {
+                    totals[r] = totals[r].plus(x[r][i].to_lane().wide());
+                    sums[r][i] = totals[r];
+                }
+            }
+            // Rounded together, by vectors.
+            for (sums, y) in sums.iter().zip(y.chunks_exact_mut(n)) {
+                y[start..start + len].iter_mut().zip(sums).for_each(|(y, &sum)| *y = T::total(sum));
+            }
         }
     }
 }
 
 /// Along any other dimension: the sums of neighbouring columns go on together.
 fn columns<T: Numeric>(axis: Axis, reverse: bool, x: &[T], y: &mut [T::Total]) {
-    let Axis { outer, n, inner } = axis;
-    let strips = inner.div_ceil(STRIP);
-    let group = TASK.div_ceil(n * inner.min(STRIP));
-    let out = SharedMut::new(y);
-    parallel::for_each((outer * strips).div_ceil(group), x.len(), |task| {
+    let strips = axis.outer * axis.inner.div_ceil(STRIP);
+    let group = TASK.div_ceil(axis.n * axis.inner.min(STRIP));
+    let y = SharedMut::new(y);
+    parallel::for_each(strips.div_ceil(group), x.len(), |task| {
+        dispatch(Columns { axis, reverse, x, y, strips: task * group..strips.min((task + 1) * group) });
+    });
+}
+
+/// Some strips of columns.
+struct Columns<'a, T: Numeric> {
+    axis: Axis,
+    reverse: bool,
+    x: &'a [T],
+    y: SharedMut<T::Total>,
+    strips: Range<usize>,
+}
+
+impl<T: Numeric> WithSimd for Columns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { axis: Axis { n, inner, .. }, reverse, x, y, strips } = self;
+        let across = inner.div_ceil(STRIP);
         let mut totals = [T::Lane::default().wide(); STRIP];
-        for line in task * group..(outer * strips).min((task + 1) * group) {
-            let column = line % strips * STRIP;
+        for strip in strips {
+            let column = strip % across * STRIP;
             let width = STRIP.min(inner - column);
             let totals = &mut totals[..width];
             totals.fill(T::Lane::default().wide());
             for i in 0..n {
                 let row = if reverse { n - 1 - i } else { i };
-                let at = (line / strips * n + row) * inner + column;
-                for (j, (total, &x)) in totals.iter_mut().zip(&x[at..at + width]).enumerate() {
+                let at = (strip / across * n + row) * inner + column;
+                let x = &x[at..at + width];
+                // SAFETY: `x` has elements there, and `y`, which is as long, stays borrowed until all are done; strips share no columns,
+                // and this slice ends before the next row's is made.
+                let y = unsafe { std::slice::from_raw_parts_mut(y.get().add(at), width) };
+                for ((total, &x), y) in totals.iter_mut().zip(x).zip(y) {
                     *total = total.plus(x.to_lane().wide());
-                    // SAFETY: `at + j` is an element's index (`x` was just read there), strips share no columns, and `y`, which
-                    // is as long as `x`, stays borrowed until all are done.
-                    unsafe { out.get().add(at + j).write(T::total(*total)) }
+                    *y = T::total(*total);
                 }
             }
         }
-    });
+    }
 }
 
 #[cfg(test)]

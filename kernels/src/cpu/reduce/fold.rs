@@ -18,6 +18,9 @@ pub trait Fold<L: Lane>: Copy + Send + Sync {
     const COST: usize = 1;
     /// Whether many short rows are folded faster if they are turned into columns first, so that their lanes are all in use.
     const TURNS_SHORT_ROWS: bool = true;
+    /// The most rows that are widened before [`columns`](Self::columns) takes them: the fewer, the less they take of the caches, and the more
+    /// often results are merged.
+    const WIDENED_ROWS: usize = MAX_ROWS;
     /// Whether the elements' order matters, other than for rounding.
     const IS_ORDERED: bool = false;
     /// The result over no elements.
@@ -140,6 +143,8 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     const COST: usize = M::COST;
     /// Turning them takes longer than to fold a vector that is not full.
     const TURNS_SHORT_ROWS: bool = false;
+    /// With as many columns as are gathered, 32 KiB.
+    const WIDENED_ROWS: usize = 16;
 
     fn empty(self) -> M::Acc {
         self.0.promote(self.0.neutral())

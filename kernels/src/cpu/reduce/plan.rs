@@ -503,11 +503,12 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
         let direct = if let (Place::Memory(lanes), 1) = (source.place, column_stride) { Some(lanes) } else { None };
         // Rows that are gathered go by narrower strips, so that their tiles stay in L2.
         let width = if direct.is_some() { count } else { count.min(gathered_width(column_stride)) };
-        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); MAX_ROWS.min(end - start) * width] };
+        let most = if source.is_narrow() { F::WIDENED_ROWS } else { MAX_ROWS };
+        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); most.min(end - start) * width] };
         for (strip, accs) in self.accs.chunks_mut(width).enumerate() {
             let (input, count) = (input + strip * width * column_stride, accs.len());
-            for at in (start..end).step_by(MAX_ROWS) {
-                let number = MAX_ROWS.min(end - at);
+            for at in (start..end).step_by(most) {
+                let number = most.min(end - at);
                 let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
                 let mut n = 0;
                 match direct {

@@ -3,7 +3,7 @@
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::profile::{Cost, operation};
-use crate::{DType, Device, Dims, Error, Layout, Result, Shape, Tensor};
+use crate::{DType, Device, Dims, Error, Layout, MAX_RANK, Result, Shape, Tensor};
 use kiln_kernels::cpu::copy::copy_into_strided;
 use kiln_kernels::cpu::index::{Triangle, flip, triangle};
 use kiln_kernels::cuda;
@@ -229,15 +229,36 @@ impl Tensor {
         let lead =
             lead.ok_or_else(|| Error::shape("repeat", format!("{counts:?} has fewer counts than shape {} dimensions", self.shape())))?;
         let mut out = self.reshape([&vec![1; lead], self.dims()].concat())?;
+        let repeated = counts.iter().filter(|&&count| count != 1).count();
+        if repeated > 1 && counts.len() + repeated <= MAX_RANK {
+            return out.repeat_at_once(counts);
+        }
         for (d, &count) in counts.iter().enumerate().filter(|&(_, &count)| count != 1) {
             // As three dimensions, so that the new one does not add to the rank.
             let (outer, n, inner) = out.shape().around(d);
-            let extent = n.checked_mul(count);
-            let extent = extent.ok_or_else(|| Error::shape("repeat", format!("{counts:?} times shape {} overflows", self.shape())))?;
-            let shape = out.shape().with_dim(d, extent)?;
+            let shape = out.shape().with_dim(d, self.repeated_extent(n, count, counts)?)?;
             out = out.reshape([outer, 1, n * inner])?.expand([outer, count, n * inner])?.reshape(shape)?;
         }
         Ok(out)
+    }
+
+    /// As many counts as dimensions, in one copy: each repeated dimension with one of its own before it.
+    fn repeat_at_once(&self, counts: &[usize]) -> Result<Tensor> {
+        let (mut one, mut many, mut shape) = (vec![], vec![], vec![]);
+        for (&n, &count) in self.dims().iter().zip(counts) {
+            if count != 1 {
+                one.push(1);
+                many.push(count);
+            }
+            one.push(n);
+            many.push(n);
+            shape.push(self.repeated_extent(n, count, counts)?);
+        }
+        self.reshape(one)?.expand(many)?.reshape(shape)
+    }
+
+    fn repeated_extent(&self, n: usize, count: usize, counts: &[usize]) -> Result<usize> {
+        n.checked_mul(count).ok_or_else(|| Error::shape("repeat", format!("{counts:?} times shape {} overflows", self.shape())))
     }
 
     /// A border around the last dimensions. `amounts` are pairs (before, after), the last dimension's first, as in PyTorch:
