@@ -173,6 +173,16 @@ fn joined() -> Vec<Case> {
         .sample(&[&[2, 3]])
         .sample(&[&[0, 2]]),
         case(
+            "repeat",
+            |x| x[0].repeat(&[2, 2, 3, 2, 2]),
+            |x| {
+                let shape: Vec<usize> = x[0].shape.iter().zip([2, 2, 3, 2, 2]).map(|(n, count)| n * count).collect();
+                Array::from_fn(&shape, |i| x[0].at(&i.iter().zip(&x[0].shape).map(|(i, n)| i % n).collect::<Vec<_>>()))
+            },
+        )
+        .label("more dimensions than a copy has")
+        .sample(&[&[1, 2, 1, 2, 2]]),
+        case(
             "flip",
             |x| x[0].flip([0, -1]),
             |x| Array::from_fn(&x[0].shape, |i| x[0].at(&[x[0].shape[0] - 1 - i[0], i[1], x[0].shape[2] - 1 - i[2]])),

@@ -111,6 +111,10 @@ pub fn cases() -> Vec<Case> {
         case("adaptive_avg_pool2d", |x| x[0].adaptive_avg_pool2d([3, 3]), |x| pool(&x[0], adaptive(3), mean))
             .sample(&[&[2, 2, 7, 2]])
             .sample(&[&[1, 2, 3, 4]]),
+        case("adaptive_avg_pool2d", |x| x[0].adaptive_avg_pool2d(1), |x| pool(&x[0], adaptive(1), mean))
+            .label("whole images")
+            .sample(&[&[2, 2, 7, 2]])
+            .large(&[&[16, 32, 24, 24]]),
         case("adaptive_avg_pool3d", |x| x[0].adaptive_avg_pool3d(2), |x| pool(&x[0], adaptive(2), mean)).sample(&[&[1, 2, 3, 2, 4]]),
         case("adaptive_max_pool1d", |x| x[0].adaptive_max_pool1d(3), |x| pool(&x[0], adaptive(3), max)).distinct().sample(&[&[2, 2, 7]]),
         case("adaptive_max_pool2d", |x| x[0].adaptive_max_pool2d(3), |x| pool(&x[0], adaptive(3), max)).distinct().sample(&[&[2, 2, 7, 2]]),
