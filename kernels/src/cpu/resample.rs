@@ -5,7 +5,7 @@ use super::isa::{WithSimd, dispatch};
 use super::parallel;
 use super::simd::Simd;
 use crate::element::{Element, Float};
-use num_traits::Float as Num;
+use num_traits::{Float as Num, One};
 
 /// f32 and f64: the floats that spatial kernels compute in.
 pub trait Real: Float<Compute = Self> + Num {}
@@ -194,6 +194,13 @@ impl<T: Float<Compute: Real>> WithSimd for Rows<'_, T> {
 
 #[inline(always)]
 fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor: T::Compute, out: &mut [T]) {
+    // A copy, also of −0, as of images that are copied whole.
+    if let [(offset, weight)] = *taps
+        && weight == One::one()
+        && divisor == One::one()
+    {
+        return out.copy_from_slice(&x[offset..offset + out.len()]);
+    }
     let mut at = 0;
     while at + 64 <= out.len() {
         channels::<T, 64>(x, taps, divisor, at, out);
@@ -227,6 +234,17 @@ fn channels<T: Float<Compute: Real>, const W: usize>(x: &[T], taps: &[(usize, T:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn single_taps_copy_negative_zeros() {
+        let tap = |index: usize, weight: f64| Tap { index, weight };
+        let mixed = AxisMap::new(2, [(vec![tap(0, 1.0)], 1.0), (vec![tap(0, 0.5), tap(1, 0.5)], 1.0), (vec![tap(1, 1.0)], 1.0)]);
+        for map in [mixed, AxisMap::new(2, [0, 0, 1].map(|i| ([tap(i, 1.0)], 1.0)))] {
+            let mut out = [9.0f64; 3];
+            resample(&[AxisMap::unit(), AxisMap::unit(), map], 1, 1, &[-0.0, -0.0], &mut out);
+            assert_eq!([out[0].to_bits(), out[2].to_bits()], [(-0.0f64).to_bits(); 2]);
+        }
+    }
 
     #[test]
     fn the_transpose_is_the_adjoint() {
