@@ -225,21 +225,19 @@ impl Tensor {
         by_wide_image(name, self, rank, |x| Ok(max_pool(name, x, rank, windows)?.0))
     }
 
-    /// Whether it is one or many images of as many axes, none of them empty, whose pixels have a mean.
-    fn is_image(&self, rank: usize) -> bool {
-        let axes = self.rank().checked_sub(rank).map_or(&[][..], |first| &self.dims()[first..]);
-        self.dtype().is_float() && (self.rank() == rank + 1 || self.rank() == rank + 2) && !axes.contains(&0)
-    }
-
     fn avg_pool(&self, name: &'static str, rank: usize, windows: Windows) -> Result<Tensor> {
         if matches!(windows, Windows::Sliding(o) if o.dilation != PerAxis::from(1)) {
             return Err(Error::argument(name, "average pooling takes no dilation"));
         }
-        if matches!(windows, Windows::Adaptive(outputs) if outputs == PerAxis::from(1)) && self.is_image(rank) {
-            let axes: Vec<isize> = (1..=rank as isize).map(|d| -d).collect();
-            return self.mean_keepdim(axes);
-        }
-        by_image(name, self, rank, |x| resample(name, x, Arc::new(windows.of(name, &Extents::of(name, x, rank)?)?), rank))
+        by_image(name, self, rank, |x| {
+            let image = Extents::of(name, x, rank)?;
+            let maps = windows.of(name, &image)?;
+            if matches!(windows, Windows::Adaptive(outputs) if outputs == PerAxis::from(1)) {
+                let axes: Vec<isize> = (1..=rank as isize).map(|d| -d).collect();
+                return x.mean_over(axes.into());
+            }
+            resample(name, x, Arc::new(maps), rank)
+        })
     }
 
     /// The maximum of each window of sequences `[n, c, length]`. See [`max_pool2d`](Tensor::max_pool2d).
@@ -326,5 +324,20 @@ impl Tensor {
     /// The maxima of the windows of [`adaptive_avg_pool3d`](Tensor::adaptive_avg_pool3d).
     pub fn adaptive_max_pool3d(&self, outputs: impl Into<PerAxis>) -> Result<Tensor> {
         self.max_pool("adaptive_max_pool3d", 3, Windows::Adaptive(outputs.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn pooling_keeps_its_dtype_under_autocast() {
+        let x = Tensor::ones([1, 2, 4, 4], DType::BF16).unwrap();
+        for outputs in [1, 2] {
+            let y = crate::autocast(DType::BF16, || x.adaptive_avg_pool2d(outputs)).unwrap().unwrap();
+            assert_eq!(y.dtype(), DType::BF16, "{outputs}");
+        }
     }
 }

@@ -174,7 +174,8 @@ impl Tensor {
         raised(self)?.mean_over(dims.into())
     }
 
-    fn mean_over(&self, dims: Dims) -> Result<Tensor> {
+    /// [`mean_keepdim`](Tensor::mean_keepdim) in the dtype that it has, under autocast, too.
+    pub(in crate::ops) fn mean_over(&self, dims: Dims) -> Result<Tensor> {
         let _running = operation("mean", &[self], || Cost::flops(self.numel() as u64));
         let axes = Axes::new("mean", *self.shape(), dims)?;
         let out = for_float!(self.dtype(), "mean", T => match axes.on_gpu(self, axes.keepdim, self.dtype(), gpu_reduce::mean)? {
