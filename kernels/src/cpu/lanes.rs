@@ -14,7 +14,9 @@ pub(crate) use super::simd::MAX_LANES;
 pub(crate) const SUM_TILE: usize = 4096;
 
 /// A type that kernels compute in.
-pub trait Lane: Element + PartialOrd + std::ops::Add<Output = Self> + std::ops::Sub<Output = Self> {
+pub trait Lane: Numeric<Lane = Self> + PartialOrd + std::ops::Add<Output = Self> + std::ops::Sub<Output = Self> {
+    /// A narrower type that kernels widen as they load it: bf16 of f32. It is this type itself where there is none.
+    type Half: Numeric<Lane = Self>;
     /// Accumulates many of them.
     type Wide: Wide;
     /// Some of them at once.
@@ -257,6 +259,7 @@ array_pack!(
 );
 
 impl Lane for f32 {
+    type Half = bf16;
     type Wide = f64;
     type Pack<S: Simd> = F32Pack<S>;
     const LEAST: Self = f32::NEG_INFINITY;
@@ -320,6 +323,7 @@ impl FloatLane for f32 {
 macro_rules! array_lane {
     ($t:ty, $dispatch:expr, $least:expr, $greatest:expr, $nan:expr, $pow:expr) => {
         impl Lane for $t {
+            type Half = $t;
             type Wide = $t;
             type Pack<S: Simd> = Lanes<$t>;
             const LEAST: Self = $least;
@@ -424,10 +428,45 @@ pub trait Numeric: Element {
     /// Rounds a total.
     fn total(x: <Self::Lane as Lane>::Wide) -> Self::Total;
     /// The same slice, if elements are lanes.
-    fn lanes(src: &[Self]) -> Option<&[Self::Lane]>;
+    fn as_lanes(src: &[Self]) -> Option<&[Self::Lane]>;
     /// The same slice, if elements are lanes.
-    fn lanes_mut(dst: &mut [Self]) -> Option<&mut [Self::Lane]>;
+    fn as_lanes_mut(dst: &mut [Self]) -> Option<&mut [Self::Lane]>;
+    /// The same slice, if elements are the narrower type of their lanes.
+    fn as_halves(_src: &[Self]) -> Option<&[<Self::Lane as Lane>::Half]> {
+        None
+    }
+    /// The first `count` elements of `src` as lanes; a short pack is filled with zeros.
+    #[inline(always)]
+    fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> PackOf<Self, S> {
+        let mut lanes = [Self::Lane::default(); MAX_LANES];
+        let n = Self::Lane::lanes::<S>();
+        if count == n {
+            widen(&src[..n], &mut lanes[..n]);
+        } else {
+            widen(&src[..count], &mut lanes[..count]);
+        }
+        Self::Lane::load(s, &lanes)
+    }
+    /// Writes the first `count` lanes, narrowed.
+    #[inline(always)]
+    fn store_pack<S: Simd>(x: PackOf<Self, S>, dst: &mut [Self], count: usize) {
+        let mut lanes = [Self::Lane::default(); MAX_LANES];
+        let n = Self::Lane::lanes::<S>();
+        x.store(&mut lanes, n);
+        let mut narrow = [Self::default(); MAX_LANES];
+        for i in 0..n {
+            narrow[i] = Self::from_lane(lanes[i]);
+        }
+        if count == n {
+            dst[..n].copy_from_slice(&narrow[..n]);
+        } else {
+            dst[..count].copy_from_slice(&narrow[..count]);
+        }
+    }
 }
+
+/// The pack of an element's lanes.
+pub(crate) type PackOf<T, S> = <<T as Numeric>::Lane as Lane>::Pack<S>;
 
 macro_rules! native {
     ($($t:ty),*) => { $(
@@ -437,29 +476,68 @@ macro_rules! native {
             #[inline(always)] fn to_lane(self) -> $t { self }
             #[inline(always)] fn from_lane(x: $t) -> Self { x }
             #[inline(always)] fn total(x: <$t as Lane>::Wide) -> $t { x as $t }
-            #[inline(always)] fn lanes(src: &[Self]) -> Option<&[$t]> { Some(src) }
-            #[inline(always)] fn lanes_mut(dst: &mut [Self]) -> Option<&mut [$t]> { Some(dst) }
+            #[inline(always)] fn as_lanes(src: &[Self]) -> Option<&[$t]> { Some(src) }
+            #[inline(always)] fn as_lanes_mut(dst: &mut [Self]) -> Option<&mut [$t]> { Some(dst) }
+            #[inline(always)]
+            fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> PackOf<Self, S> {
+                if count == <$t>::lanes::<S>() { Lane::load(s, src) } else { Lane::load_part(s, src, count) }
+            }
+            #[inline(always)]
+            fn store_pack<S: Simd>(x: PackOf<Self, S>, dst: &mut [Self], count: usize) {
+                x.store(dst, count);
+            }
         }
     )* };
 }
 native!(f32, f64, i64);
 
 macro_rules! widened {
-    ($($t:ty: $lane:ty, $total:ty, $to:expr, $from:expr, $sum:expr);*) => { $(
+    ($($t:ty: $lane:ty, $total:ty, $to:expr, $from:expr, $sum:expr $(, { $($packs:item)* })?);*) => { $(
         impl Numeric for $t {
             type Lane = $lane;
             type Total = $total;
             #[inline(always)] fn to_lane(self) -> $lane { let f: fn($t) -> $lane = $to; f(self) }
             #[inline(always)] fn from_lane(x: $lane) -> Self { let f: fn($lane) -> $t = $from; f(x) }
             #[inline(always)] fn total(x: <$lane as Lane>::Wide) -> $total { let f: fn(<$lane as Lane>::Wide) -> $total = $sum; f(x) }
-            #[inline(always)] fn lanes(_: &[Self]) -> Option<&[$lane]> { None }
-            #[inline(always)] fn lanes_mut(_: &mut [Self]) -> Option<&mut [$lane]> { None }
+            #[inline(always)] fn as_lanes(_: &[Self]) -> Option<&[$lane]> { None }
+            #[inline(always)] fn as_lanes_mut(_: &mut [Self]) -> Option<&mut [$lane]> { None }
+            $($($packs)*)?
         }
     )* };
 }
 widened!(
-    f16: f32, f16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x));
-    bf16: f32, bf16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x));
+    f16: f32, f16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x)), {
+        #[inline(always)]
+        fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> F32Pack<S> {
+            let mut part = [f16::ZERO; MAX_LANES];
+            let src = if count == S::LANES {
+                &src[..count]
+            } else {
+                part.iter_mut().zip(&src[..count]).for_each(|(to, &x)| *to = x);
+                &part
+            };
+            // SAFETY: there are as many as a vector has lanes.
+            F32Pack(unsafe { s.load_f16(src.as_ptr()) })
+        }
+    };
+    bf16: f32, bf16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x)), {
+        #[inline(always)]
+        fn as_halves(src: &[Self]) -> Option<&[bf16]> {
+            Some(src)
+        }
+        #[inline(always)]
+        fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> F32Pack<S> {
+            assert!(count <= S::LANES && src.len() >= count);
+            // SAFETY: the length was checked.
+            F32Pack(unsafe { if count == S::LANES { s.load_bf16(src.as_ptr()) } else { s.load_bf16_partial(src.as_ptr(), count) } })
+        }
+        #[inline(always)]
+        fn store_pack<S: Simd>(x: F32Pack<S>, dst: &mut [Self], count: usize) {
+            assert!(count <= S::LANES && dst.len() >= count);
+            // SAFETY: the length was checked.
+            unsafe { x.0.store_bf16(dst.as_mut_ptr(), count) }
+        }
+    };
     i32: i64, i64, |x| x as i64, |x| x as i32, |x| x;
     u8: i64, i64, |x| x as i64, |x| x as u8, |x| x;
     Bool: i64, i64, |x| x.get() as i64, |x| Bool((x != 0) as u8), |x| x
@@ -495,7 +573,7 @@ impl<T: Numeric> WithSimd for Widen<'_, T> {
 /// The lanes of `src`: the slice itself, or widened into the front of `buffer`.
 #[inline(always)]
 pub(crate) fn read<'a, T: Numeric>(src: &'a [T], buffer: &'a mut [T::Lane]) -> &'a [T::Lane] {
-    match T::lanes(src) {
+    match T::as_lanes(src) {
         Some(lanes) => lanes,
         None => {
             let buffer = &mut buffer[..src.len()];
@@ -510,11 +588,11 @@ pub(crate) fn read<'a, T: Numeric>(src: &'a [T], buffer: &'a mut [T::Lane]) -> &
 pub(crate) fn write<T: Numeric>(dst: &mut [T], buffer: &mut [T::Lane], f: impl FnOnce(&mut [T::Lane])) {
     let len = dst.len();
     // The one call keeps `f` inlined into the caller's features.
-    f(match T::lanes_mut(dst) {
+    f(match T::as_lanes_mut(dst) {
         Some(lanes) => lanes,
         None => &mut buffer[..len],
     });
-    if T::lanes(&[]).is_none() {
+    if T::as_lanes(&[]).is_none() {
         for (d, &x) in dst.iter_mut().zip(buffer.iter()) {
             *d = T::from_lane(x);
         }
@@ -523,26 +601,26 @@ pub(crate) fn write<T: Numeric>(dst: &mut [T], buffer: &mut [T::Lane], f: impl F
 
 /// A buffer for [`read`] and [`write`]: `len` lanes, or none if `T`'s elements are lanes.
 pub(crate) fn buffer<T: Numeric>(len: usize) -> Vec<T::Lane> {
-    if T::lanes(&[]).is_some() { Vec::new() } else { vec![T::Lane::default(); len] }
+    if T::as_lanes(&[]).is_some() { Vec::new() } else { vec![T::Lane::default(); len] }
 }
 
-/// The `count` lanes of `src` from `at` on; a short pack is filled with zeros.
+/// The `count` elements of `src` from `at` on, as lanes; a short pack is filled with zeros.
 #[inline(always)]
-pub(crate) fn at<L: Lane, S: Simd>(s: S, src: &[L], at: usize, count: usize) -> L::Pack<S> {
-    if count == L::lanes::<S>() { L::load(s, &src[at..]) } else { L::load_part(s, &src[at..], count) }
+pub(crate) fn at<T: Numeric, S: Simd>(s: S, src: &[T], at: usize, count: usize) -> PackOf<T, S> {
+    T::load_pack(s, &src[at..], count)
 }
 
 /// Asks for what lies a page beyond `x`. The hardware foresees no row beyond its end, nor what short rows need, of which most is masked
 /// or waits for a comparison: it was seen to wait for each line.
 #[inline(always)]
-pub(crate) fn ask_ahead<L: Lane, S: Simd>(s: S, x: &[L]) {
+pub(crate) fn ask_ahead<T: Numeric, S: Simd>(s: S, x: &[T]) {
     const PAGE: usize = 4096;
     s.prefetch(x.as_ptr().wrapping_byte_add(PAGE).cast());
 }
 
 /// [`at`], and [`ask_ahead`] of there: for the first of several passes over a row.
 #[inline(always)]
-pub(crate) fn at_ahead<L: Lane, S: Simd>(s: S, src: &[L], from: usize, count: usize) -> L::Pack<S> {
+pub(crate) fn at_ahead<T: Numeric, S: Simd>(s: S, src: &[T], from: usize, count: usize) -> PackOf<T, S> {
     ask_ahead(s, &src[from..]);
     at(s, src, from, count)
 }

@@ -67,6 +67,11 @@ impl AxisMap {
         &self.taps[self.starts[o]..self.starts[o + 1]]
     }
 
+    /// The most taps that an output has.
+    fn most_taps(&self) -> usize {
+        self.starts.windows(2).map(|row| row[1] - row[0]).max().unwrap_or(0)
+    }
+
     /// What the sum of output `o` is divided by.
     #[inline(always)]
     pub fn divisor(&self, o: usize) -> f64 {
@@ -172,32 +177,53 @@ impl<T: Float<Compute: Real>> WithSimd for Rows<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let [md, mh, mw] = self.maps;
-        let mut taps: Vec<(usize, T::Compute)> = Vec::new();
+        // Room for the taps of an output: pushing them one by one would take as long as to sum what they say.
+        let mut room = vec![(0, T::Compute::from_f64(0.0)); self.maps.iter().map(AxisMap::most_taps).product()];
         for (row, out) in self.out.chunks_mut(mw.outputs() * self.c).enumerate() {
             let row = self.first + row;
             let (image, od, oh) = (row / (mh.outputs() * md.outputs()), row / mh.outputs() % md.outputs(), row % mh.outputs());
             for (ow, out) in out.chunks_mut(self.c).enumerate() {
-                taps.clear();
+                let columns = mw.row(ow);
+                let mut taps = 0;
                 for d in md.row(od) {
                     for h in mh.row(oh) {
                         let line = ((image * md.inputs + d.index) * mh.inputs + h.index) * mw.inputs;
                         let weight = d.weight * h.weight;
-                        taps.extend(mw.row(ow).iter().map(|w| ((line + w.index) * self.c, Element::from_f64(weight * w.weight))));
+                        for (tap, w) in room[taps..].iter_mut().zip(columns) {
+                            *tap = ((line + w.index) * self.c, Element::from_f64(weight * w.weight));
+                        }
+                        taps += columns.len();
                     }
                 }
-                let divisor = Element::from_f64(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
-                pixel(self.x, &taps, divisor, out);
+                let divisor = Divisor::new(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
+                pixel(self.x, &room[..taps], divisor, out);
             }
         }
     }
 }
 
+/// How a sum is divided: by multiplication where that gives the same bits, as most are, by powers of two.
+#[derive(Clone, Copy, PartialEq)]
+enum Divisor<R> {
+    Times(R),
+    Over(R),
+}
+
+impl<R: Real> Divisor<R> {
+    #[inline(always)]
+    fn new(divisor: f64) -> Self {
+        const FRACTION: u64 = (1 << 52) - 1;
+        let is_power_of_two = divisor.to_bits() & FRACTION == 0 && (1.0..1e30).contains(&divisor);
+        if is_power_of_two { Self::Times(R::from_f64(1.0 / divisor)) } else { Self::Over(R::from_f64(divisor)) }
+    }
+}
+
 #[inline(always)]
-fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor: T::Compute, out: &mut [T]) {
+fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor: Divisor<T::Compute>, out: &mut [T]) {
     // A copy, also of −0, as of images that are copied whole.
     if let [(offset, weight)] = *taps
         && weight == One::one()
-        && divisor == One::one()
+        && divisor == Divisor::Times(One::one())
     {
         return out.copy_from_slice(&x[offset..offset + out.len()]);
     }
@@ -218,7 +244,13 @@ fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor
 
 /// `W` channels of one output pixel, summed in registers.
 #[inline(always)]
-fn channels<T: Float<Compute: Real>, const W: usize>(x: &[T], taps: &[(usize, T::Compute)], divisor: T::Compute, at: usize, out: &mut [T]) {
+fn channels<T: Float<Compute: Real>, const W: usize>(
+    x: &[T],
+    taps: &[(usize, T::Compute)],
+    divisor: Divisor<T::Compute>,
+    at: usize,
+    out: &mut [T],
+) {
     let mut sum = [<T::Compute as Element>::from_f64(0.0); W];
     for &(offset, weight) in taps {
         let x = &x[offset + at..offset + at + W];
@@ -226,8 +258,10 @@ fn channels<T: Float<Compute: Real>, const W: usize>(x: &[T], taps: &[(usize, T:
             sum[i] = sum[i] + weight * x[i].widen();
         }
     }
-    for (out, sum) in out[at..at + W].iter_mut().zip(sum) {
-        *out = T::narrow(sum / divisor);
+    let out = &mut out[at..at + W];
+    match divisor {
+        Divisor::Times(factor) => out.iter_mut().zip(sum).for_each(|(out, sum)| *out = T::narrow(sum * factor)),
+        Divisor::Over(divisor) => out.iter_mut().zip(sum).for_each(|(out, sum)| *out = T::narrow(sum / divisor)),
     }
 }
 

@@ -6,7 +6,7 @@ use super::samples::Samples;
 use super::{Activation, SUM_ROWS, TASK, flush, parameter};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use crate::cpu::lanes::{FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::reduce::{Spread, moments};
 use crate::cpu::simd::Simd;
@@ -350,69 +350,74 @@ impl<T: FloatElement> WithSimd for Apply<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let run = self.layout.run();
-        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(run));
-        let [p_buffer, q_buffer, out_buffer] = &mut buffers;
-        for (i, (q, out)) in self.q.chunks_exact(run).zip(self.out.chunks_exact_mut(run)).enumerate() {
-            let q = lanes::read(q, q_buffer);
-            let p = match self.p {
-                P::None => P::None,
-                P::From(p) => P::From(lanes::read(&p[i * run..][..run], p_buffer)),
-                P::Out => {
-                    if !out_buffer.is_empty() {
-                        lanes::widen(out, out_buffer);
-                    }
-                    P::Out
+        let Self { layout, coefficients, first, p, q, out } = self;
+        let part_of = |range: std::ops::Range<usize>| if let P::From(p) = p { P::From(&p[range]) } else { p };
+        if !layout.channels_last {
+            for (i, (q, out)) in q.chunks_exact(layout.s).zip(out.chunks_exact_mut(layout.s)).enumerate() {
+                let p = part_of(i * layout.s..(i + 1) * layout.s);
+                coefficients.apply_constant(s, (first + i) % coefficients.a.len(), p, q, out);
+            }
+            return;
+        }
+        let pixels = q.len() / layout.c;
+        let mut pixel = 0;
+        while pixel < pixels {
+            let (sample, within) = ((first + pixel) / layout.s, (first + pixel) % layout.s);
+            let count = ROWS.min(pixels - pixel).min(layout.s - within);
+            let range = pixel * layout.c..(pixel + count) * layout.c;
+            let (p, q, out) = (part_of(range.clone()), &q[range.clone()], &mut out[range]);
+            if count == ROWS {
+                coefficients.apply_pixels::<ROWS, T, S>(s, sample * layout.c, p, q, out);
+            } else {
+                for i in 0..count {
+                    let range = i * layout.c..(i + 1) * layout.c;
+                    let p = if let P::From(p) = p { P::From(&p[range.clone()]) } else { p };
+                    coefficients.apply_pixels::<1, T, S>(s, sample * layout.c, p, &q[range.clone()], &mut out[range]);
                 }
-            };
-            lanes::write(out, out_buffer, |out| {
-                if self.layout.channels_last {
-                    self.coefficients.apply_vector(s, (self.first + i) / self.layout.s * self.layout.c, p, q, out);
-                } else {
-                    self.coefficients.apply_constant(s, (self.first + i) % self.coefficients.a.len(), p, q, out);
-                }
-            });
+            }
+            pixel += count;
         }
     }
 }
 
 impl<L: FloatLane> Coefficients<L> {
-    /// The channels of a pixel, whose coefficients begin at `at_channel`.
+    /// The channels of `N` pixels of one sample, whose coefficients begin at `at_channel` and are loaded once for all.
     #[inline(always)]
-    fn apply_vector<S: Simd>(&self, s: S, at_channel: usize, p: P<'_, L>, q: &[L], out: &mut [L]) {
-        let n = q.len();
+    fn apply_pixels<const N: usize, T: FloatElement<Lane = L>, S: Simd>(&self, s: S, at_channel: usize, p: P<'_, T>, q: &[T], out: &mut [T]) {
+        let n = q.len() / N;
         let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
         let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);
-        match p {
-            P::None => sweep!(L, S, n, |j, count| {
-                at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count)).store(&mut out[j..], count);
-            }),
-            P::From(p) => sweep!(L, S, n, |j, count| {
-                let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
-                at(s, p, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
-            }),
-            P::Out => sweep!(L, S, n, |j, count| {
-                let d = at(s, q, j, count).sub(at(s, centre, j, count)).mul_add(at(s, b, j, count), at(s, c, j, count));
-                at(s, out, j, count).mul_add(at(s, a, j, count), d).store(&mut out[j..], count);
-            }),
-        }
+        sweep!(L, S, n, |j, count| {
+            let (centre, a) = (at(s, centre, j, count), at(s, a, j, count));
+            let (b, c) = (at(s, b, j, count), at(s, c, j, count));
+            for i in 0..N {
+                let k = i * n + j;
+                let d = at(s, q, k, count).sub(centre).mul_add(b, c);
+                let y = match p {
+                    P::None => d,
+                    P::From(p) => at(s, p, k, count).mul_add(a, d),
+                    P::Out => at(s, out, k, count).mul_add(a, d),
+                };
+                T::store_pack(y, &mut out[k..], count);
+            }
+        });
     }
 
     /// The pixels of a channel.
     #[inline(always)]
-    fn apply_constant<S: Simd>(&self, s: S, channel: usize, p: P<'_, L>, q: &[L], out: &mut [L]) {
+    fn apply_constant<T: FloatElement<Lane = L>, S: Simd>(&self, s: S, channel: usize, p: P<'_, T>, q: &[T], out: &mut [T]) {
         let n = q.len();
         let (centre, a) = (L::splat(s, self.centre[channel]), L::splat(s, self.a[channel]));
         let (b, c) = (L::splat(s, self.b[channel]), L::splat(s, self.c[channel]));
-        match p {
-            P::None => sweep!(L, S, n, |j, count| at(s, q, j, count).sub(centre).mul_add(b, c).store(&mut out[j..], count)),
-            P::From(p) => sweep!(L, S, n, |j, count| {
-                at(s, p, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
-            }),
-            P::Out => sweep!(L, S, n, |j, count| {
-                at(s, out, j, count).mul_add(a, at(s, q, j, count).sub(centre).mul_add(b, c)).store(&mut out[j..], count);
-            }),
-        }
+        sweep!(L, S, n, |j, count| {
+            let d = at(s, q, j, count).sub(centre).mul_add(b, c);
+            let y = match p {
+                P::None => d,
+                P::From(p) => at(s, p, j, count).mul_add(a, d),
+                P::Out => at(s, out, j, count).mul_add(a, d),
+            };
+            T::store_pack(y, &mut out[j..], count);
+        });
     }
 }
 
@@ -479,10 +484,8 @@ impl<T: FloatElement> WithSimd for RowSums<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let n = self.s;
-        let (mut g_buffer, mut x_buffer) = (lanes::buffer::<T>(n), lanes::buffer::<T>(n));
         let rows = self.g.chunks_exact(n).zip(self.x.chunks_exact(n));
         for ((g, x), (out, &centre)) in rows.zip(self.out.iter_mut().zip(self.centres)) {
-            let (g, x) = (lanes::read(g, &mut g_buffer), lanes::read(x, &mut x_buffer));
             let centre = T::Lane::splat(s, centre);
             *out = sums!(s, 2, T::Lane, S, n, |j, count| {
                 let g = at(s, g, j, count);
@@ -506,16 +509,14 @@ impl<T: FloatElement> WithSimd for ColumnSums<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let c = self.centres.len();
-        let (mut g_buffer, mut x_buffer) = (lanes::buffer::<T>(ROWS * c), lanes::buffer::<T>(ROWS * c));
         let mut part = vec![T::Lane::default(); 2 * c];
         for (g, x) in self.g.chunks(SUM_ROWS * c).zip(self.x.chunks(SUM_ROWS * c)) {
             for (g, x) in g.chunks(ROWS * c).zip(x.chunks(ROWS * c)) {
-                let (g, x) = (lanes::read(g, &mut g_buffer), lanes::read(x, &mut x_buffer));
                 if g.len() == ROWS * c {
-                    add_rows::<ROWS, T::Lane, S>(s, self.centres, g, x, &mut part);
+                    add_rows::<ROWS, T, S>(s, self.centres, g, x, &mut part);
                 } else {
                     for (g, x) in g.chunks_exact(c).zip(x.chunks_exact(c)) {
-                        add_rows::<1, T::Lane, S>(s, self.centres, g, x, &mut part);
+                        add_rows::<1, T, S>(s, self.centres, g, x, &mut part);
                     }
                 }
             }
@@ -526,10 +527,10 @@ impl<T: FloatElement> WithSimd for ColumnSums<'_, T> {
 
 /// Adds the terms of `N` pixels to the sums of each channel.
 #[inline(always)]
-fn add_rows<const N: usize, L: FloatLane, S: Simd>(s: S, centres: &[L], g: &[L], x: &[L], part: &mut [L]) {
+fn add_rows<const N: usize, T: FloatElement, S: Simd>(s: S, centres: &[T::Lane], g: &[T], x: &[T], part: &mut [T::Lane]) {
     let c = centres.len();
     let (sum, dot) = part.split_at_mut(c);
-    sweep!(L, S, c, |j, count| {
+    sweep!(T::Lane, S, c, |j, count| {
         let centre = at(s, centres, j, count);
         let (mut a, mut b) = (at(s, sum, j, count), at(s, dot, j, count));
         for i in 0..N {

@@ -1,7 +1,8 @@
 //! The folds: what a reduction does with a tile of one output's elements ([`Fold::row`]), and with a block of rows whose
 //! columns belong to different outputs ([`Fold::columns`]). Which elements those are is the business of [`plan`](super::plan).
+//! They are lanes, or narrower ones that are widened as they are loaded.
 
-use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
+use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Numeric, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
 
 /// The most columns that [`Fold::columns`] is given: their partial results stay in L1.
@@ -28,10 +29,10 @@ pub trait Fold<L: Lane>: Copy + Send + Sync {
     /// The result over the elements of `a` followed by those of `b`.
     fn merge(self, a: Self::Acc, b: Self::Acc) -> Self::Acc;
     /// The result over `tile`, whose first element is number `start`.
-    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Self::Acc;
+    fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], start: usize) -> Self::Acc;
     /// Merges the result over column `j` of `rows` into `accs[j]`. The first row is number `start`; there are at most
     /// [`MAX_ROWS`], and at most [`MAX_WIDTH`] columns.
-    fn columns<S: Simd>(self, s: S, rows: &[&[L]], start: usize, accs: &mut [Self::Acc]);
+    fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], start: usize, accs: &mut [Self::Acc]);
 }
 
 /// A fold that combines mapped elements lane by lane.
@@ -66,7 +67,7 @@ pub trait Monoid<L: Lane>: Copy + Send + Sync {
 
 /// Combines everything in `tile` to one lane-wise pack.
 #[inline(always)]
-fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pack<S> {
+fn combine_tile<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[E]) -> L::Pack<S> {
     // Eight independent chains: latency times throughput of an addition. Fewer elements make one: rows that are so short come in numbers,
     // and the processor works on several at once.
     const CHAINS: usize = 8;
@@ -78,7 +79,7 @@ fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pa
     for block in &mut blocks {
         for (acc, x) in acc.iter_mut().zip(block.chunks_exact(n)) {
             ask_ahead(s, x);
-            *acc = m.combine::<S>(*acc, m.map(s, L::load(s, x)));
+            *acc = m.combine::<S>(*acc, m.map(s, E::load_pack(s, x, n)));
         }
     }
     if is_long {
@@ -94,12 +95,12 @@ fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pa
     let mut packs = blocks.remainder().chunks_exact(n);
     for x in &mut packs {
         ask_ahead(s, x);
-        all = m.combine::<S>(all, m.map(s, L::load(s, x)));
+        all = m.combine::<S>(all, m.map(s, E::load_pack(s, x, n)));
     }
     let rest = packs.remainder();
     if !rest.is_empty() {
         ask_ahead(s, rest);
-        let mapped = m.map(s, L::load_part(s, rest, rest.len()));
+        let mapped = m.map(s, E::load_pack(s, rest, rest.len()));
         all = m.combine::<S>(all, L::keep(s, mapped, rest.len(), neutral));
     }
     all
@@ -107,12 +108,12 @@ fn combine_tile<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, tile: &[L]) -> L::Pa
 
 /// Combines the rows into `part`, lane by lane. Eight rows at a time, so that `part` is read and written once for all of them.
 #[inline(always)]
-fn combine_rows<L: Lane, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[&[L]], part: &mut [L]) {
+fn combine_rows<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[&[E]], part: &mut [L]) {
     let width = part.len();
     part.fill(m.neutral());
     let mut groups = rows.chunks_exact(8);
     for group in &mut groups {
-        let rows: [&[L]; 8] = std::array::from_fn(|i| &group[i][..width]);
+        let rows: [&[E]; 8] = std::array::from_fn(|i| &group[i][..width]);
         sweep!(L, S, width, |j, count| {
             let mut x = [m.map(s, at(s, rows[0], j, count)); 8];
             for i in 1..8 {
@@ -154,11 +155,11 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
         Monoid::merge(self.0, a, b)
     }
     #[inline(always)]
-    fn row<S: Simd>(self, s: S, tile: &[L], _start: usize) -> M::Acc {
+    fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], _start: usize) -> M::Acc {
         self.0.across::<S>(combine_tile(self.0, s, tile))
     }
     #[inline(always)]
-    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [M::Acc]) {
+    fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [M::Acc]) {
         let mut part = [L::default(); MAX_WIDTH];
         let part = &mut part[..accs.len()];
         combine_rows(self.0, s, rows, part);
@@ -333,23 +334,27 @@ impl<const MAX: bool, L: Lane> Fold<L> for ArgExtreme<MAX> {
         if a.index == usize::MAX || (b.index != usize::MAX && beats::<MAX, L>(b.value, a.value)) { b } else { a }
     }
     #[inline(always)]
-    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Found<L> {
+    fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], start: usize) -> Found<L> {
         let value = Each(Extreme::<MAX>).row(s, tile, start);
-        let is = |x: &L| *x == value || (x.is_nan() && value.is_nan());
+        let is = |x: &E| {
+            let x = x.to_lane();
+            x == value || (x.is_nan() && value.is_nan())
+        };
         // A block is searched as a whole first, which the compiler vectorises.
         let block = tile.chunks(64).position(|block| block.iter().fold(false, |any, x| any | is(x))).unwrap_or(0);
         let within = tile[block * 64..].iter().position(is).unwrap_or(0);
         Found { value, index: start + block * 64 + within }
     }
     #[inline(always)]
-    fn columns<S: Simd>(self, _: S, rows: &[&[L]], start: usize, accs: &mut [Found<L>]) {
+    fn columns<S: Simd, E: Numeric<Lane = L>>(self, _: S, rows: &[&[E]], start: usize, accs: &mut [Found<L>]) {
         let width = accs.len();
         let mut values = [L::default(); MAX_WIDTH];
         let mut at = [0u32; MAX_WIDTH];
         let Some((first, rest)) = rows.split_first() else { return };
-        values[..width].copy_from_slice(&first[..width]);
+        values[..width].iter_mut().zip(&first[..width]).for_each(|(value, x)| *value = x.to_lane());
         for (i, row) in rest.iter().enumerate() {
-            for ((best, at), &x) in values[..width].iter_mut().zip(&mut at).zip(&row[..width]) {
+            for ((best, at), x) in values[..width].iter_mut().zip(&mut at).zip(&row[..width]) {
+                let x = x.to_lane();
                 let wins = beats::<MAX, L>(x, *best);
                 *best = if wins { x } else { *best };
                 *at = if wins { i as u32 + 1 } else { *at };
@@ -409,13 +414,13 @@ impl Spread {
 
 /// Writes Σ (x − centre) and Σ (x − centre)² over the rows into `sums` and `squares`, each column having its own centre.
 #[inline(always)]
-fn deviations<L: FloatLane, S: Simd>(s: S, rows: &[&[L]], centres: &[L], sums: &mut [L], squares: &mut [L]) {
+fn deviations<L: FloatLane, E: Numeric<Lane = L>, S: Simd>(s: S, rows: &[&[E]], centres: &[L], sums: &mut [L], squares: &mut [L]) {
     let width = sums.len();
     sums.fill(L::default());
     squares.fill(L::default());
     let mut groups = rows.chunks_exact(4);
     for group in &mut groups {
-        let rows: [&[L]; 4] = std::array::from_fn(|i| &group[i][..width]);
+        let rows: [&[E]; 4] = std::array::from_fn(|i| &group[i][..width]);
         sweep!(L, S, width, |j, count| {
             let centre = at(s, centres, j, count);
             let mut d = [at(s, rows[0], j, count).sub(centre); 4];
@@ -448,7 +453,7 @@ impl<L: FloatLane> Fold<L> for Moments {
         if b.count == 0.0 { a } else { a.merge(b) }
     }
     #[inline(always)]
-    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Spread {
+    fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], start: usize) -> Spread {
         let count = tile.len() as f64;
         let centre = L::round_from(Each(Sum).row(s, tile, start) / count);
         let centres = L::splat(s, centre);
@@ -459,7 +464,7 @@ impl<L: FloatLane> Fold<L> for Moments {
         Spread::around(centre.wide(), count, sum, squares)
     }
     #[inline(always)]
-    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [Spread]) {
+    fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Spread]) {
         let (width, count) = (accs.len(), rows.len() as f64);
         let (mut sums, mut centres, mut squares) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
         let (sums, centres, squares) = (&mut sums[..width], &mut centres[..width], &mut squares[..width]);
@@ -516,14 +521,14 @@ impl<L: FloatLane> Fold<L> for LogSumExp {
         Scaled { shift, sum: scaled(a) + scaled(b) }
     }
     #[inline(always)]
-    fn row<S: Simd>(self, s: S, tile: &[L], start: usize) -> Scaled {
+    fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], start: usize) -> Scaled {
         let shift = shift_for(Each(Extreme::<true>).row(s, tile, start));
         let centre = L::splat(s, shift);
         let [sum] = sums!(s, 1, L, S, tile.len(), |j, count| [L::exp_pack(s, at(s, tile, j, count).sub(centre))]);
         Scaled::new(shift.wide(), sum)
     }
     #[inline(always)]
-    fn columns<S: Simd>(self, s: S, rows: &[&[L]], _start: usize, accs: &mut [Scaled]) {
+    fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Scaled]) {
         let width = accs.len();
         let (mut shifts, mut sums) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
         let (shifts, sums) = (&mut shifts[..width], &mut sums[..width]);

@@ -4,7 +4,7 @@
 
 use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{Lane, Numeric, SUM_TILE, Widen};
+use crate::cpu::lanes::{Lane, MAX_LANES, Numeric, SUM_TILE, Widen};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::Simd;
 use crate::iter::Walk;
@@ -57,7 +57,7 @@ pub trait Elements<T: Numeric> {
 
 /// Elements of any type, read as lanes.
 #[derive(Clone, Copy)]
-pub struct Source<'a, L> {
+pub struct Source<'a, L: Lane> {
     place: Place<'a, L>,
     /// Nanoseconds that it takes to make an element.
     ns: f32,
@@ -67,19 +67,21 @@ pub struct Source<'a, L> {
 
 /// Where lanes are found. What is made as it is read is cut into the same tiles as what lies in memory, for the sake of the same bits.
 #[derive(Clone, Copy)]
-enum Place<'a, L> {
+enum Place<'a, L: Lane> {
     /// Elements that are lanes lie in memory.
     Memory(&'a [L]),
-    /// Elements that are lanes are made on demand.
+    /// So do halves, which are widened as they are loaded.
+    Halves(&'a [L::Half]),
+    /// Elements that would be read so from memory are made on demand.
     Made,
-    /// Elements are narrower than lanes.
+    /// Elements are widened by tiles.
     Narrow,
 }
 
-impl<'a, L> Source<'a, L> {
+impl<'a, L: Lane> Source<'a, L> {
     /// Elements of type `T` that `gather` makes from an offset and a stride, in `ns` nanoseconds each.
     pub fn made<T: Numeric<Lane = L>>(ns: f32, gather: &'a (dyn Fn(usize, usize, &mut [L]) + Sync)) -> Self {
-        let place = if T::lanes(&[]).is_some() { Place::Made } else { Place::Narrow };
+        let place = if T::as_lanes(&[]).is_some() || T::as_halves(&[]).is_some() { Place::Made } else { Place::Narrow };
         Self { place, ns, gather }
     }
 
@@ -107,7 +109,7 @@ impl<T: Numeric> Elements<T> for StridedView<'_, T> {
                 dst.iter_mut().enumerate().for_each(|(i, d)| *d = data[at + i * stride].to_lane());
             }
         };
-        let place = T::lanes(data).map_or(Place::Narrow, Place::Memory);
+        let place = T::as_lanes(data).map(Place::Memory).or(T::as_halves(data).map(Place::Halves)).unwrap_or(Place::Narrow);
         f(Source { place, ns: 0.0, gather: &gather })
     }
 }
@@ -321,7 +323,7 @@ fn gathered_width(column_stride: usize) -> usize {
 }
 
 /// A range of the reduced elements of the output whose elements begin at `input`.
-struct Row<'a, L, F> {
+struct Row<'a, L: Lane, F> {
     plan: &'a Plan,
     source: Source<'a, L>,
     fold: F,
@@ -332,24 +334,18 @@ struct Row<'a, L, F> {
 impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
     /// `room` takes the tiles of a source that makes its elements.
     #[inline(always)]
-    fn folded<S: Simd>(self, s: S, room: &mut [L]) -> F::Acc {
+    fn folded<S: Simd>(&self, s: S, room: &mut [L]) -> F::Acc {
         let fold = self.fold;
         let reduced = &self.plan.reduced;
         let stride = reduced.inner_strides()[0];
-        let Range { start, end } = self.elements;
+        let Range { start, end } = self.elements.clone();
         let mut acc = fold.empty();
         let mut at = start;
         // Runs that are long enough to be tiles of their own.
         let is_long = stride == 1 && (reduced.run_len() >= GATHER / 4 || reduced.runs() == 1);
         match self.source.place {
-            Place::Memory(lanes) if is_long => {
-                for ([offset], len) in reduced.stretches_of(start..end) {
-                    for tile in lanes[self.input + offset..][..len].chunks(SUM_TILE) {
-                        acc = fold.merge(acc, fold.row(s, tile, at));
-                        at += tile.len();
-                    }
-                }
-            }
+            Place::Memory(lanes) if is_long => acc = self.in_memory(s, lanes),
+            Place::Halves(halves) if is_long => acc = self.in_memory(s, halves),
             Place::Made if is_long => {
                 for ([offset], len) in reduced.stretches_of(start..end) {
                     for from in (0..len).step_by(SUM_TILE) {
@@ -372,6 +368,19 @@ impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
                     acc = fold.merge(acc, fold.row(s, &tile[..count], at));
                     at += count;
                 }
+            }
+        }
+        acc
+    }
+
+    /// The same where long runs of elements lie side by side.
+    #[inline(always)]
+    fn in_memory<S: Simd, E: Numeric<Lane = L>>(&self, s: S, elements: &[E]) -> F::Acc {
+        let (mut acc, mut at) = (self.fold.empty(), self.elements.start);
+        for ([offset], len) in self.plan.reduced.stretches_of(self.elements.clone()) {
+            for tile in elements[self.input + offset..][..len].chunks(SUM_TILE) {
+                acc = self.fold.merge(acc, self.fold.row(s, tile, at));
+                at += tile.len();
             }
         }
         acc
@@ -401,7 +410,9 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
         let n = elements.len();
         let room_len = match source.place {
             Place::Memory(_) => 0,
-            Place::Made | Place::Narrow => SUM_TILE.min(outputs.len() * n),
+            // Rows of less than a vector are widened at once.
+            Place::Halves(_) if n >= MAX_LANES => 0,
+            _ => SUM_TILE.min(outputs.len() * n),
         };
         // From a cache line's begin on: a vector that crosses lines costs twice.
         let mut room = vec![L::default(); if room_len > 0 { room_len + LINE } else { 0 }];
@@ -418,8 +429,12 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
                 let accs = &mut accs[..count];
                 let input = input + first * step;
                 if is_short {
-                    let (rows, step) = source.short_rows(input + elements.start, n, step, count, room);
-                    fold_short_rows(s, fold, rows, n, step, elements.start, accs);
+                    let (at, start) = (input + elements.start, elements.start);
+                    match source.place {
+                        Place::Memory(lanes) => fold_short_rows(s, fold, &lanes[at..], n, step, start, accs),
+                        Place::Halves(halves) if room_len == 0 => fold_short_rows(s, fold, &halves[at..], n, step, start, accs),
+                        _ => fold_short_rows(s, fold, source.short_rows(at, n, step, count, room), n, n, start, accs),
+                    }
                 } else {
                     for (i, acc) in accs.iter_mut().enumerate() {
                         *acc = Row { plan, source, fold, input: input + i * step, elements: elements.clone() }.folded(s, room);
@@ -431,25 +446,31 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
     }
 }
 
-impl<'a, L: Lane> Source<'a, L> {
-    /// `count` rows of `n` elements, a `step` apart from `at` on: where they lie, or in `room`. Also gives their distance there.
+impl<L: Lane> Source<'_, L> {
+    /// `count` rows of `n` elements, a `step` apart from `at` on, one behind the other in `room`.
     #[inline(always)]
-    fn short_rows<'r>(&self, at: usize, n: usize, step: usize, count: usize, room: &'r mut [L]) -> (&'r [L], usize)
-    where
-        'a: 'r,
-    {
-        match self.place {
-            Place::Memory(lanes) => return (&lanes[at..], step),
-            _ if step == n => (self.gather)(at, 1, &mut room[..count * n]),
-            _ => room[..count * n].chunks_exact_mut(n).enumerate().for_each(|(i, row)| (self.gather)(at + i * step, 1, row)),
+    fn short_rows<'r>(&self, at: usize, n: usize, step: usize, count: usize, room: &'r mut [L]) -> &'r [L] {
+        let room = &mut room[..count * n];
+        if step == n {
+            (self.gather)(at, 1, room);
+        } else {
+            room.chunks_exact_mut(n).enumerate().for_each(|(i, row)| (self.gather)(at + i * step, 1, row));
         }
-        (&room[..count * n], n)
+        room
     }
 }
 
 /// Folds rows of `n` elements, `step` apart, each of which begins with element number `start`.
 #[inline(always)]
-fn fold_short_rows<L: Lane, F: Fold<L>, S: Simd>(s: S, fold: F, rows: &[L], n: usize, step: usize, start: usize, accs: &mut [F::Acc]) {
+fn fold_short_rows<L: Lane, E: Numeric<Lane = L>, F: Fold<L>, S: Simd>(
+    s: S,
+    fold: F,
+    rows: &[E],
+    n: usize,
+    step: usize,
+    start: usize,
+    accs: &mut [F::Acc],
+) {
     if !F::TURNS_SHORT_ROWS || n > FEW_ELEMENTS || step != n || accs.len() < MANY_ROWS {
         for (i, acc) in accs.iter_mut().enumerate() {
             *acc = fold.row(s, &rows[i * step..][..n], start);
@@ -461,7 +482,7 @@ fn fold_short_rows<L: Lane, F: Fold<L>, S: Simd>(s: S, fold: F, rows: &[L], n: u
     let mut columns: [&[L]; FEW_ELEMENTS] = [&[]; FEW_ELEMENTS];
     for ((i, column), slot) in turned[..n].iter_mut().enumerate().zip(&mut columns) {
         for (x, row) in column[..count].iter_mut().zip(rows.chunks_exact(n)) {
-            *x = row[i];
+            *x = row[i].to_lane();
         }
         *slot = &column[..count];
     }
@@ -469,7 +490,7 @@ fn fold_short_rows<L: Lane, F: Fold<L>, S: Simd>(s: S, fold: F, rows: &[L], n: u
 }
 
 /// Reduced elements `start..end` of `count` neighbouring columns.
-struct Strip<'a, L, F> {
+struct Strip<'a, L: Lane, F> {
     plan: &'a Plan,
     source: Source<'a, L>,
     fold: F,
@@ -497,41 +518,58 @@ impl<L: Lane, F: Fold<L>> WithSimd for StripInto<'_, L, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
+        match (self.strip.source.place, self.strip.plan.kept.inner_strides()[0]) {
+            (Place::Memory(lanes), 1) => self.in_memory(s, lanes),
+            (Place::Halves(halves), 1) => self.in_memory(s, halves),
+            _ => self.gathered(s),
+        }
+    }
+}
+
+impl<L: Lane, F: Fold<L>> StripInto<'_, L, F> {
+    /// Rows that are read where they lie.
+    #[inline(always)]
+    fn in_memory<S: Simd, E: Numeric<Lane = L>>(self, s: S, elements: &[E]) {
+        let Strip { plan, fold, input, count, start, end, .. } = self.strip;
+        let row_stride = plan.reduced.inner_strides()[0];
+        for at in (start..end).step_by(MAX_ROWS) {
+            let number = MAX_ROWS.min(end - at);
+            let mut rows: [&[E]; MAX_ROWS] = [&[]; MAX_ROWS];
+            let mut n = 0;
+            for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
+                for i in 0..len {
+                    rows[n] = &elements[input + offset + i * row_stride..][..count];
+                    n += 1;
+                }
+            }
+            fold.columns(s, &rows[..number], at, self.accs);
+        }
+    }
+
+    /// Rows that are gathered, by narrower strips, so that their tiles stay in L2.
+    #[inline(always)]
+    fn gathered<S: Simd>(self, s: S) {
         let Strip { plan, source, fold, input, count, start, end, .. } = self.strip;
         let row_stride = plan.reduced.inner_strides()[0];
         let column_stride = plan.kept.inner_strides()[0];
-        let direct = if let (Place::Memory(lanes), 1) = (source.place, column_stride) { Some(lanes) } else { None };
-        // Rows that are gathered go by narrower strips, so that their tiles stay in L2.
-        let width = if direct.is_some() { count } else { count.min(gathered_width(column_stride)) };
+        let width = count.min(gathered_width(column_stride));
         let most = if source.is_narrow() { F::WIDENED_ROWS } else { MAX_ROWS };
-        let mut gathered = if direct.is_some() { Vec::new() } else { vec![L::default(); most.min(end - start) * width] };
+        let mut gathered = vec![L::default(); most.min(end - start) * width];
         for (strip, accs) in self.accs.chunks_mut(width).enumerate() {
             let (input, count) = (input + strip * width * column_stride, accs.len());
             for at in (start..end).step_by(most) {
                 let number = most.min(end - at);
                 let mut rows: [&[L]; MAX_ROWS] = [&[]; MAX_ROWS];
                 let mut n = 0;
-                match direct {
-                    Some(lanes) => {
-                        for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
-                            for i in 0..len {
-                                rows[n] = &lanes[input + offset + i * row_stride..][..count];
-                                n += 1;
-                            }
-                        }
+                for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
+                    for i in 0..len {
+                        let row = &mut gathered[n * count..(n + 1) * count];
+                        (source.gather)(input + offset + i * row_stride, column_stride, row);
+                        n += 1;
                     }
-                    None => {
-                        for ([offset], len) in plan.reduced.stretches_of(at..at + number) {
-                            for i in 0..len {
-                                let row = &mut gathered[n * count..(n + 1) * count];
-                                (source.gather)(input + offset + i * row_stride, column_stride, row);
-                                n += 1;
-                            }
-                        }
-                        for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
-                            *row = lanes;
-                        }
-                    }
+                }
+                for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
+                    *row = lanes;
                 }
                 fold.columns(s, &rows[..number], at, accs);
             }

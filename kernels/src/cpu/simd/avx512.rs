@@ -194,6 +194,14 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    unsafe fn load_bf16_partial(self, src: *const bf16, count: usize) -> F32x16 {
+        // SAFETY: the token proves the features; masked lanes are not read.
+        F32x16(unsafe {
+            let bits = _mm256_maskz_loadu_epi16(first(count), src.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        })
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, src: *const f16) -> F32x16 {
         // SAFETY: the token proves the feature, the caller the memory.
         F32x16(unsafe { _mm512_cvtph_ps(src.cast::<Unaligned<__m256i>>().read().0) })

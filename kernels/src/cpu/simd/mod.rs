@@ -94,6 +94,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
         }
         self.load_slice(&lanes)
     }
+    /// Loads the first `count` values of bf16, widened; the other lanes are zero.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `count` values, and `count <= LANES`.
+    #[inline(always)]
+    unsafe fn load_bf16_partial(self, src: *const bf16, count: usize) -> Self::F32 {
+        let mut part = [bf16::ZERO; MAX_LANES];
+        for (i, x) in part.iter_mut().enumerate().take(count) {
+            // SAFETY: the caller's contract.
+            *x = unsafe { src.add(i).read() };
+        }
+        // SAFETY: the array is as long as the longest vector.
+        unsafe { self.load_bf16(part.as_ptr()) }
+    }
     /// Loads `LANES` values of f16, widened.
     ///
     /// # Safety
