@@ -2,7 +2,7 @@
 //! the backward pass makes them again. Exponents are taken relative to the maximum, so nothing overflows.
 
 use super::isa::WithSimd;
-use super::lanes::{self, FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use super::lanes::{FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
 use super::parallel::{self, SharedMut};
 use super::reduce::row_max;
 use super::simd::Simd;
@@ -66,17 +66,16 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let Rows { classes, x, targets } = self.rows;
-        let mut buffer = lanes::buffer::<T>(classes);
         let kept = self.max.iter_mut().zip(self.log.iter_mut());
         for (i, (loss, (max, log))) in self.loss.iter_mut().zip(kept).enumerate() {
             let row = self.first + i;
-            let x_row = lanes::read(&x[row * classes..][..classes], &mut buffer);
+            let x_row = &x[row * classes..][..classes];
             *max = row_max(s, x_row);
             let splat = T::Lane::splat(s, *max);
             let [sum] = sums!(s, 1, T::Lane, S, classes, |j, count| [T::Lane::exp_pack(s, at(s, x_row, j, count).sub(splat))]);
             *log = T::Lane::round_from(sum.ln());
             *loss = match targets[row] {
-                Some(target) => T::from_lane(-(x_row[target - row * classes] - *max - *log)),
+                Some(target) => T::from_lane(-(x_row[target - row * classes].to_lane() - *max - *log)),
                 None => T::default(),
             };
         }
@@ -111,7 +110,6 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let Rows { classes, x, targets } = self.rows;
-        let (mut x_buffer, mut dx_buffer) = (lanes::buffer::<T>(classes), lanes::buffer::<T>(classes));
         for (i, dx) in self.dx.chunks_exact_mut(classes.max(1)).enumerate() {
             let row = self.first + i;
             let Some(target) = targets[row] else {
@@ -119,18 +117,16 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
                 continue;
             };
             let target = target - row * classes;
-            let x_row = lanes::read(&x[row * classes..][..classes], &mut x_buffer);
+            let x_row = &x[row * classes..][..classes];
             let (max, log) = (T::Lane::splat(s, self.max[row]), T::Lane::splat(s, self.log[row]));
             let (g, zero) = (self.g[row].to_lane(), T::Lane::splat(s, T::Lane::default()));
             let scale = T::Lane::splat(s, g);
-            lanes::write(dx, &mut dx_buffer, |dx| {
-                sweep!(T::Lane, S, classes, |j, count| {
-                    let p = T::Lane::exp_pack(s, at(s, x_row, j, count).sub(max).sub(log));
-                    p.mul_add(scale, zero).store(&mut dx[j..], count);
-                });
-                let p = T::Lane::exp_pack(s, at(s, x_row, target, 1).sub(max).sub(log));
-                p.mul_add(scale, T::Lane::splat(s, -g)).store(&mut dx[target..], 1);
+            sweep!(T::Lane, S, classes, |j, count| {
+                let p = T::Lane::exp_pack(s, at(s, x_row, j, count).sub(max).sub(log));
+                T::store_pack(p.mul_add(scale, zero), &mut dx[j..], count);
             });
+            let p = T::Lane::exp_pack(s, at(s, x_row, target, 1).sub(max).sub(log));
+            T::store_pack(p.mul_add(scale, T::Lane::splat(s, -g)), &mut dx[target..], 1);
         }
     }
 }

@@ -718,3 +718,52 @@ impl<const M: usize, L: Lane, S: Simd> Sums<M, L, S> {
         self.chains = [[L::splat(s, L::default()); M]; CHAINS];
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Packs of every length hold what is there and zeros, and write what they hold and nothing beyond.
+    struct PacksAreWhole<T>(std::marker::PhantomData<T>);
+
+    impl<T: Numeric> WithSimd for PacksAreWhole<T> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, s: S) {
+            let n = T::Lane::lanes::<S>();
+            for count in 0..=n {
+                let src: Vec<T> = (0..count).map(|i| T::from_f64((i % 2 + 1) as f64)).collect();
+                let pack = T::load_pack(s, &src, count);
+                let mut lanes = vec![T::Lane::default(); n];
+                pack.store(&mut lanes, n);
+                for (i, lane) in lanes.iter().enumerate() {
+                    assert!(*lane == src.get(i).map_or(T::Lane::default(), |x| x.to_lane()), "{count} of {n}: {lane:?} in lane {i}");
+                }
+                let mut out = vec![T::from_f64(0.0); n + 1];
+                T::store_pack(T::Lane::splat(s, T::Lane::ONE), &mut out, count);
+                for (i, &x) in out.iter().enumerate() {
+                    assert!(x == T::from_f64(if i < count { 1.0 } else { 0.0 }), "{count} of {n}: {x:?} at {i}");
+                }
+            }
+            // A length that the compiler knows.
+            let mut out = [T::from_f64(2.0); 2];
+            T::store_pack(T::load_pack(s, &[T::from_f64(std::hint::black_box(1.0))], 1), &mut out, 1);
+            assert!(out == [T::from_f64(1.0), T::from_f64(2.0)], "{out:?}");
+        }
+    }
+
+    #[test]
+    fn packs_of_every_length_load_and_store_as_much() {
+        fn check<T: Numeric>() {
+            T::Lane::dispatch(PacksAreWhole::<T>(std::marker::PhantomData));
+        }
+        check::<f32>();
+        check::<f64>();
+        check::<f16>();
+        check::<bf16>();
+        check::<i64>();
+        check::<i32>();
+        check::<u8>();
+    }
+}

@@ -122,30 +122,22 @@ impl<T: FloatElement> WithSimd for Rows<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(self.n));
-        let [first, second, third] = &mut buffers;
+        let mut exponentials = lanes::buffer::<T>(self.n);
         let rows = self.out.len() / self.n;
         for from in (0..rows).step_by(MAX_LANES) {
             let number = MAX_LANES.min(rows - from);
             let mut shifts = [(T::Lane::default(), T::Lane::default()); MAX_LANES];
             if self.kind == Kind::LogForward {
-                shifts = self.log_shifts(s, from, number, first);
+                shifts = self.log_shifts(s, from, number);
             }
             for (i, &shift) in shifts.iter().enumerate().take(number) {
                 let at = (from + i) * self.n..(from + i + 1) * self.n;
-                let a = lanes::read(&self.inputs[0][at.clone()], first);
-                let out = &mut self.out[at.clone()];
+                let (a, b, out) = (&self.inputs[0][at.clone()], &self.inputs[1][at.clone()], &mut self.out[at]);
                 match self.kind {
-                    Kind::Forward => lanes::write(out, third, |y| softmax_row(s, a, y)),
-                    Kind::LogForward => lanes::write(out, third, |y| log_softmax_row(s, a, shift, y)),
-                    Kind::Backward => {
-                        let b = lanes::read(&self.inputs[1][at], second);
-                        lanes::write(out, third, |dx| softmax_backward_row(s, a, b, dx));
-                    }
-                    Kind::LogBackward => {
-                        let b = lanes::read(&self.inputs[1][at], second);
-                        lanes::write(out, third, |dx| log_softmax_backward_row(s, a, b, dx));
-                    }
+                    Kind::Forward => lanes::write(out, &mut exponentials, |y| softmax_row(s, a, y)),
+                    Kind::LogForward => log_softmax_row(s, a, shift, out),
+                    Kind::Backward => softmax_backward_row(s, a, b, out),
+                    Kind::LogBackward => log_softmax_backward_row(s, a, b, out),
                 }
             }
         }
@@ -156,11 +148,11 @@ impl<T: FloatElement> Rows<'_, T> {
     /// What is taken off the elements of each of `number` rows from row `from` on: the maximum, and the logarithm of the sum of the exponentials
     /// relative to it. The logarithms are taken together: one by one, they would cost more than all else of a short row.
     #[inline(always)]
-    fn log_shifts<S: Simd>(&self, s: S, from: usize, number: usize, buffer: &mut [T::Lane]) -> [(T::Lane, T::Lane); MAX_LANES] {
+    fn log_shifts<S: Simd>(&self, s: S, from: usize, number: usize) -> [(T::Lane, T::Lane); MAX_LANES] {
         let mut maxima = [T::Lane::default(); MAX_LANES];
         let mut logs = [T::Lane::default(); MAX_LANES];
         for i in 0..number {
-            let x = lanes::read(&self.inputs[0][(from + i) * self.n..(from + i + 1) * self.n], buffer);
+            let x = &self.inputs[0][(from + i) * self.n..(from + i + 1) * self.n];
             maxima[i] = row_max(s, x);
             let max = T::Lane::splat(s, maxima[i]);
             let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [T::Lane::exp_pack(s, at(s, x, j, count).sub(max))]);
@@ -173,7 +165,7 @@ impl<T: FloatElement> Rows<'_, T> {
 }
 
 #[inline(always)]
-fn softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
+fn softmax_row<L: FloatLane, T: FloatElement<Lane = L>, S: Simd>(s: S, x: &[T], y: &mut [L]) {
     let max = L::splat(s, row_max(s, x));
     let [sum] = sums!(s, 1, L, S, x.len(), |j, count| {
         let e = L::exp_pack(s, at(s, x, j, count).sub(max));
@@ -186,24 +178,26 @@ fn softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], y: &mut [L]) {
 
 /// `shifts` are the maximum and the logarithm of the sum.
 #[inline(always)]
-fn log_softmax_row<L: FloatLane, S: Simd>(s: S, x: &[L], shifts: (L, L), y: &mut [L]) {
+fn log_softmax_row<L: FloatLane, T: FloatElement<Lane = L>, S: Simd>(s: S, x: &[T], shifts: (L, L), y: &mut [T]) {
     let (max, log) = (L::splat(s, shifts.0), L::splat(s, shifts.1));
-    sweep!(L, S, x.len(), |j, count| at(s, x, j, count).sub(max).sub(log).store(&mut y[j..], count));
+    sweep!(L, S, x.len(), |j, count| T::store_pack(at(s, x, j, count).sub(max).sub(log), &mut y[j..], count));
 }
 
 #[inline(always)]
-fn softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
-    let [dot] = sums!(s, 1, L, S, g.len(), |j, count| [at(s, g, j, count).mul(at(s, y, j, count))]);
-    let dot = L::splat(s, L::round_from(dot));
-    sweep!(L, S, g.len(), |j, count| at(s, g, j, count).sub(dot).mul(at(s, y, j, count)).store(&mut dx[j..], count));
+fn softmax_backward_row<T: FloatElement, S: Simd>(s: S, g: &[T], y: &[T], dx: &mut [T]) {
+    let [dot] = sums!(s, 1, T::Lane, S, g.len(), |j, count| [at(s, g, j, count).mul(at(s, y, j, count))]);
+    let dot = T::Lane::splat(s, T::Lane::round_from(dot));
+    sweep!(T::Lane, S, g.len(), |j, count| {
+        T::store_pack(at(s, g, j, count).sub(dot).mul(at(s, y, j, count)), &mut dx[j..], count);
+    });
 }
 
 #[inline(always)]
-fn log_softmax_backward_row<L: FloatLane, S: Simd>(s: S, g: &[L], y: &[L], dx: &mut [L]) {
-    let [sum] = sums!(s, 1, L, S, g.len(), |j, count| [at(s, g, j, count)]);
-    let minus = L::splat(s, L::round_from(-sum));
-    sweep!(L, S, g.len(), |j, count| {
-        L::exp_pack(s, at(s, y, j, count)).mul_add(minus, at(s, g, j, count)).store(&mut dx[j..], count);
+fn log_softmax_backward_row<T: FloatElement, S: Simd>(s: S, g: &[T], y: &[T], dx: &mut [T]) {
+    let [sum] = sums!(s, 1, T::Lane, S, g.len(), |j, count| [at(s, g, j, count)]);
+    let minus = T::Lane::splat(s, T::Lane::round_from(-sum));
+    sweep!(T::Lane, S, g.len(), |j, count| {
+        T::store_pack(T::Lane::exp_pack(s, at(s, y, j, count)).mul_add(minus, at(s, g, j, count)), &mut dx[j..], count);
     });
 }
 

@@ -2,7 +2,7 @@
 //! between.
 
 use crate::cpu::cast::Stored;
-use crate::cpu::simd::{F32s, I32s, MAX_LANES_OF_FOUR, Simd};
+use crate::cpu::simd::{F32s, I32s, Simd};
 use half::bf16;
 
 /// Elements that vectors of f32 are loaded from and rounded to.
@@ -58,12 +58,8 @@ impl Vectors for bf16 {
     }
     #[inline(always)]
     unsafe fn load_partial<S: Simd>(s: S, from: *const bf16, count: usize) -> S::F32 {
-        let mut lanes = [bf16::ZERO; MAX_LANES_OF_FOUR];
-        // SAFETY: the caller's; the array has room for a vector of any level, and for two.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
-            s.load_bf16(lanes.as_ptr())
-        }
+        // SAFETY: the caller's.
+        unsafe { s.load_bf16_partial(from, count) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {

@@ -383,7 +383,14 @@ impl<T: FloatElement> WithSimd for Apply<'_, T> {
 impl<L: FloatLane> Coefficients<L> {
     /// The channels of `N` pixels of one sample, whose coefficients begin at `at_channel` and are loaded once for all.
     #[inline(always)]
-    fn apply_pixels<const N: usize, T: FloatElement<Lane = L>, S: Simd>(&self, s: S, at_channel: usize, p: P<'_, T>, q: &[T], out: &mut [T]) {
+    fn apply_pixels<const N: usize, T: FloatElement<Lane = L>, S: Simd>(
+        &self,
+        s: S,
+        at_channel: usize,
+        p: P<'_, T>,
+        q: &[T],
+        out: &mut [T],
+    ) {
         let n = q.len() / N;
         let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
         let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);

@@ -3,7 +3,7 @@
 
 use super::{ROW_COST, ROWS_TASK, SUM_ROWS, flush, parameter};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{self, FloatElement, FloatLane, Lane, Pack, ask_ahead, at, at_ahead, sums, sweep};
+use crate::cpu::lanes::{FloatElement, FloatLane, Lane, Pack, PackOf, ask_ahead, at, at_ahead, sums, sweep};
 use crate::cpu::parallel;
 use crate::cpu::parallel::SharedMut;
 use crate::cpu::simd::Simd;
@@ -69,39 +69,39 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let n = self.rows.n;
-        let (mut x_buffer, mut y_buffer) = (lanes::buffer::<T>(n), lanes::buffer::<T>(n));
         let statistics = self.mean.iter_mut().zip(self.rstd.iter_mut());
         for ((x, y), (mean, rstd)) in self.x.chunks_exact(n).zip(self.y.chunks_exact_mut(n)).zip(statistics) {
-            let x = lanes::read(x, &mut x_buffer);
             (*mean, *rstd) = row_statistics(s, self.rows, x);
             let (mean, rstd) = (T::Lane::splat(s, *mean), T::Lane::splat(s, *rstd));
-            lanes::write(y, &mut y_buffer, |y| match self.affine {
+            match self.affine {
                 Some((w, b)) => sweep!(T::Lane, S, n, |j, count| {
                     let scaled = at(s, x, j, count).sub(mean).mul(rstd);
-                    scaled.mul_add(at(s, w, j, count), at(s, b, j, count)).store(&mut y[j..], count);
+                    T::store_pack(scaled.mul_add(at(s, w, j, count), at(s, b, j, count)), &mut y[j..], count);
                 }),
-                None => sweep!(T::Lane, S, n, |j, count| at(s, x, j, count).sub(mean).mul(rstd).store(&mut y[j..], count)),
-            });
+                None => sweep!(T::Lane, S, n, |j, count| {
+                    T::store_pack(at(s, x, j, count).sub(mean).mul(rstd), &mut y[j..], count);
+                }),
+            }
         }
     }
 }
 
 /// The mean (0 if not centred) and rstd of a row.
 #[inline(always)]
-fn row_statistics<L: FloatLane, S: Simd>(s: S, rows: Rows, x: &[L]) -> (L, L) {
+fn row_statistics<T: FloatElement, S: Simd>(s: S, rows: Rows, x: &[T]) -> (T::Lane, T::Lane) {
     let n = x.len() as f64;
     let mean = if rows.centered {
-        let [sum] = sums!(s, 1, L, S, x.len(), |j, count| [at_ahead(s, x, j, count)]);
-        L::round_from(sum / n)
+        let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [at_ahead(s, x, j, count)]);
+        T::Lane::round_from(sum / n)
     } else {
-        L::default()
+        T::Lane::default()
     };
-    let centre = L::splat(s, mean);
-    let [squares] = sums!(s, 1, L, S, x.len(), |j, count| {
+    let centre = T::Lane::splat(s, mean);
+    let [squares] = sums!(s, 1, T::Lane, S, x.len(), |j, count| {
         let d = at(s, x, j, count).sub(centre);
         [d.mul(d)]
     });
-    (mean, L::round_from(1.0 / (squares / n + rows.eps).sqrt()))
+    (mean, T::Lane::round_from(1.0 / (squares / n + rows.eps).sqrt()))
 }
 
 /// Rows of a partial sum, which costs about as much as two of them.
@@ -174,23 +174,18 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let n = self.rows.n;
-        let mut buffers: [Vec<T::Lane>; 3] = std::array::from_fn(|_| lanes::buffer::<T>(n));
-        let [g_buffer, x_buffer, dx_buffer] = &mut buffers;
         let mut part = vec![T::Lane::default(); self.totals.len()];
         let wants_parameters = !part.is_empty();
         let g_row = |i: usize| if self.g.len() == n { self.g } else { &self.g[i * n..(i + 1) * n] };
         let outputs = self.x.chunks_exact(n).zip(self.dx.chunks_exact_mut(n));
         let statistics = self.mean.iter().zip(self.rstd);
         for (i, ((x, dx), (&mean, &rstd))) in outputs.zip(statistics).enumerate() {
-            let (g, x) = (lanes::read(g_row(i), g_buffer), lanes::read(x, x_buffer));
-            let row = Row { g, x, w: self.w, mean, rstd };
-            lanes::write(dx, dx_buffer, |dx| {
-                if wants_parameters {
-                    row.gradients::<S, true>(s, self.rows.centered, dx, &mut part);
-                } else {
-                    row.gradients::<S, false>(s, self.rows.centered, dx, &mut []);
-                }
-            });
+            let row = Row { g: g_row(i), x, w: self.w, mean, rstd };
+            if wants_parameters {
+                row.gradients::<S, true>(s, self.rows.centered, dx, &mut part);
+            } else {
+                row.gradients::<S, false>(s, self.rows.centered, dx, &mut []);
+            }
             if (i + 1) % SUM_ROWS == 0 {
                 flush(&mut part, self.totals);
             }
@@ -200,18 +195,18 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
 }
 
 /// One row's operands of the backward pass.
-struct Row<'a, L> {
-    g: &'a [L],
-    x: &'a [L],
-    w: Option<&'a [L]>,
-    mean: L,
-    rstd: L,
+struct Row<'a, T: FloatElement> {
+    g: &'a [T],
+    x: &'a [T],
+    w: Option<&'a [T::Lane]>,
+    mean: T::Lane,
+    rstd: T::Lane,
 }
 
-impl<L: FloatLane> Row<'_, L> {
+impl<T: FloatElement> Row<'_, T> {
     /// g·w
     #[inline(always)]
-    fn weighted<S: Simd>(&self, s: S, j: usize, count: usize) -> L::Pack<S> {
+    fn weighted<S: Simd>(&self, s: S, j: usize, count: usize) -> PackOf<T, S> {
         let g = at(s, self.g, j, count);
         match self.w {
             Some(w) => g.mul(at(s, w, j, count)),
@@ -222,21 +217,21 @@ impl<L: FloatLane> Row<'_, L> {
     /// dx = rstd·g·w + (x − mean)·b + c, b and c being constants of the row; with `PARAMETERS`, adds g·h to the first half of `part`, and g
     /// to the second.
     #[inline(always)]
-    fn gradients<S: Simd, const PARAMETERS: bool>(&self, s: S, centered: bool, dx: &mut [L], part: &mut [L]) {
-        let (n, centre) = (self.g.len(), L::splat(s, self.mean));
-        let [sum, dot] = sums!(s, 2, L, S, n, |j, count| {
+    fn gradients<S: Simd, const PARAMETERS: bool>(&self, s: S, centered: bool, dx: &mut [T], part: &mut [T::Lane]) {
+        let (n, centre) = (self.g.len(), T::Lane::splat(s, self.mean));
+        let [sum, dot] = sums!(s, 2, T::Lane, S, n, |j, count| {
             ask_ahead(s, &self.g[j..]);
             let gw = self.weighted(s, j, count);
             [gw, gw.mul(at_ahead(s, self.x, j, count).sub(centre))]
         });
         let rstd = self.rstd.wide();
-        let b = L::splat(s, L::round_from(-rstd * rstd * rstd * dot / n as f64));
-        let c = L::splat(s, L::round_from(if centered { -rstd * sum / n as f64 } else { 0.0 }));
-        let rstd = L::splat(s, self.rstd);
+        let b = T::Lane::splat(s, T::Lane::round_from(-rstd * rstd * rstd * dot / n as f64));
+        let c = T::Lane::splat(s, T::Lane::round_from(if centered { -rstd * sum / n as f64 } else { 0.0 }));
+        let rstd = T::Lane::splat(s, self.rstd);
         let (dw, db) = part.split_at_mut(part.len() / 2);
-        sweep!(L, S, n, |j, count| {
+        sweep!(T::Lane, S, n, |j, count| {
             let d = at(s, self.x, j, count).sub(centre);
-            self.weighted(s, j, count).mul_add(rstd, d.mul_add(b, c)).store(&mut dx[j..], count);
+            T::store_pack(self.weighted(s, j, count).mul_add(rstd, d.mul_add(b, c)), &mut dx[j..], count);
             if PARAMETERS {
                 let g = at(s, self.g, j, count);
                 g.mul_add(d.mul(rstd), at(s, dw, j, count)).store(&mut dw[j..], count);

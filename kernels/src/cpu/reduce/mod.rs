@@ -7,7 +7,7 @@
 mod fold;
 mod plan;
 
-use super::lanes::{FloatElement, FloatLane, Numeric};
+use super::lanes::{FloatElement, Numeric};
 use super::parallel::SharedMut;
 use super::simd::Simd;
 use crate::element::Bool;
@@ -158,7 +158,7 @@ pub fn logsumexp<T: FloatElement>(x: StridedView<'_, T>, axes: &[bool], out: &mu
 
 /// The largest of `x`; NaN if any is, −∞ for none.
 #[inline(always)]
-pub(crate) fn row_max<L: FloatLane, S: Simd>(s: S, x: &[L]) -> L {
+pub(crate) fn row_max<T: FloatElement, S: Simd>(s: S, x: &[T]) -> T::Lane {
     Each(Extreme::<true>).row(s, x, 0)
 }
 

@@ -105,7 +105,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
             // SAFETY: the caller's contract.
             *x = unsafe { src.add(i).read() };
         }
-        // SAFETY: the array is as long as the longest vector.
+        // SAFETY: the array is as long as the longest vector of one register.
         unsafe { self.load_bf16(part.as_ptr()) }
     }
     /// Loads `LANES` values of f16, widened.

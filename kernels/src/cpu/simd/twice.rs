@@ -52,6 +52,12 @@ impl<S: Simd> Simd for Twice<S> {
         unsafe { Two(self.0.load_bf16(src), self.0.load_bf16(src.add(S::LANES))) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_partial(self, src: *const bf16, count: usize) -> Self::F32 {
+        let (lower, upper) = halves(S::LANES, count);
+        // SAFETY: the caller's contract; where there is no upper half, no value of it is read.
+        unsafe { Two(self.0.load_bf16_partial(src, lower), self.0.load_bf16_partial(src.wrapping_add(S::LANES), upper)) }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, src: *const f16) -> Self::F32 {
         // SAFETY: the caller's contract, for each half.
         unsafe { Two(self.0.load_f16(src), self.0.load_f16(src.add(S::LANES))) }
