@@ -212,9 +212,11 @@ enum Divisor<R> {
 impl<R: Real> Divisor<R> {
     #[inline(always)]
     fn new(divisor: f64) -> Self {
+        // By its bits: to divide 1 by it takes as long as to sum a pixel.
         const FRACTION: u64 = (1 << 52) - 1;
-        let is_power_of_two = divisor.to_bits() & FRACTION == 0 && (1.0..1e30).contains(&divisor);
-        if is_power_of_two { Self::Times(R::from_f64(1.0 / divisor)) } else { Self::Over(R::from_f64(divisor)) }
+        let (bits, one) = (divisor.to_bits(), 1f64.to_bits());
+        let is_power_of_two = bits & FRACTION == 0 && (one..1e30f64.to_bits()).contains(&bits);
+        if is_power_of_two { Self::Times(R::from_f64(f64::from_bits(2 * one - bits))) } else { Self::Over(R::from_f64(divisor)) }
     }
 }
 
@@ -268,6 +270,19 @@ fn channels<T: Float<Compute: Real>, const W: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn powers_of_two_divide_by_multiplication() {
+        for (divisor, expected) in [
+            (1.0, Divisor::Times(1.0f32)),
+            (4.0, Divisor::Times(0.25)),
+            (1024.0, Divisor::Times(1.0 / 1024.0)),
+            (9.0, Divisor::Over(9.0)),
+            (0.5, Divisor::Over(0.5)),
+        ] {
+            assert!(Divisor::new(divisor) == expected, "{divisor}");
+        }
+    }
 
     #[test]
     fn single_taps_copy_negative_zeros() {

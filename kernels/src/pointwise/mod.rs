@@ -258,7 +258,9 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> WithSimd for SimdTile<P, T, N>
 impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
     #[inline(always)]
     fn params<S: Simd>(&self, s: S) -> [S::F32; 2] {
-        [s.splat(self.params[0] as f32), s.splat(self.params[1] as f32)]
+        // A NaN without a payload, as rounding to a half takes them to be.
+        let number = |x: f64| if x.is_nan() { f32::NAN } else { x as f32 };
+        [s.splat(number(self.params[0])), s.splat(number(self.params[1]))]
     }
 
     /// The whole vectors from element `from` on; returns where they end.

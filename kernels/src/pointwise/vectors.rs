@@ -5,7 +5,7 @@ use crate::cpu::cast::Stored;
 use crate::cpu::simd::{F32s, I32s, Simd};
 use half::bf16;
 
-/// Elements that vectors of f32 are loaded from and rounded to.
+/// Elements that vectors of f32 are loaded from, and to which what is computed of such is rounded.
 pub(crate) trait Vectors: Stored<Compute = f32> {
     /// # Safety
     /// `from` must be valid for reading a vector.
@@ -64,18 +64,15 @@ impl Vectors for bf16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {
         // SAFETY: the caller's.
-        unsafe { x.store_bf16(to, S::LANES) }
+        unsafe { x.computed_bf16_words().store_words(to.cast(), S::LANES) }
     }
     #[inline(always)]
     unsafe fn store_partial<S: Simd>(_: S, x: S::F32, to: *mut bf16, count: usize) {
         // SAFETY: the caller's.
-        unsafe { x.store_bf16(to, count) }
+        unsafe { x.computed_bf16_words().store_words(to.cast(), count) }
     }
     #[inline(always)]
-    fn rounded<S: Simd>(s: S, x: S::F32) -> S::F32 {
-        let bits = x.to_bits();
-        let odd = bits.shr_logical::<16>() & s.splat_i32(1);
-        // A NaN's lower half is zero here, be it an operand's or arithmetic's own: nothing is carried.
-        ((bits + (odd + s.splat_i32(0x7fff))) & s.splat_i32(-0x1_0000)).from_bits()
+    fn rounded<S: Simd>(_: S, x: S::F32) -> S::F32 {
+        x.computed_bf16_words().shl::<16>().from_bits()
     }
 }

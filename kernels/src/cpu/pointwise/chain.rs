@@ -333,7 +333,8 @@ fn needed(steps: &[Step], results: &[usize]) -> Option<Vec<bool>> {
 
 /// A number as an operand of a single function has it.
 fn scalar<T: Stored>(x: f64) -> T::Compute {
-    crate::element::Element::from_f64(x)
+    // A NaN without a payload, as rounding to a half takes them to be.
+    crate::element::Element::from_f64(if x.is_nan() { f64::NAN } else { x })
 }
 
 fn defined<C: Compute, const N: usize>(row: &Row<N>) -> crate::pointwise::Tile<C, N> {

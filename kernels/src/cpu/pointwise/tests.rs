@@ -100,16 +100,20 @@ fn conditions_of_any_layout_select() {
     }
 }
 
-/// A row's kernel for bf16 against the one for f32 and one rounding; lengths end within vectors, beyond tiles, and nowhere.
+/// A row's kernel for bf16 against the one for f32 and one rounding; lengths end within vectors, beyond tiles, and nowhere; the longest has every
+/// value, NaNs of all payloads too.
 fn check_half_row<const N: usize>(row: &Row<N>) {
     let extremes = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, -0.0, 1e-40, 3e38, -1.0];
     let params = [0.75, 1.25];
-    for n in [0, 1, 7, 16, 31, 32, 47, 64, 1100, 40_000] {
+    for n in [0, 1, 7, 16, 31, 32, 47, 64, 1100, 40_000, 1 << 16] {
         let value = |i: usize, k: usize| match i % 61 {
             r if r < extremes.len() => extremes[(r + 3 * k) % extremes.len()],
             _ => (i * (7 + 6 * k) % 1000) as f32 / 200.0 - 2.0,
         };
-        let inputs: [Vec<bf16>; N] = std::array::from_fn(|k| (0..n).map(|i| bf16::from_f32(value(i, k))).collect());
+        let inputs: [Vec<bf16>; N] = std::array::from_fn(|k| {
+            let every = |i: usize| bf16::from_bits((i * [1, 40503, 30011][k]) as u16);
+            (0..n).map(|i| if n == 1 << 16 { every(i) } else { bf16::from_f32(value(i, k)) }).collect()
+        });
         let wide = inputs.each_ref().map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<f32>>());
         let (mut want, mut got) = (vec![0f32; n], vec![bf16::ZERO; n]);
         apply(row, params, wide.each_ref().map(|x| Operand::Dense(x)), Output { data: &mut want, shape: &[n], strides: &[1] });

@@ -200,23 +200,6 @@ impl F32s for F32x8 {
         unsafe { _mm256_maskstore_ps(dst, first(count), self.0) }
     }
     #[inline(always)]
-    unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
-        // SAFETY: the vector proves the feature; `count` values may be written.
-        unsafe {
-            let words = self.bf16_words().0;
-            // Packing works in halves of 128 bits.
-            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(words, words));
-            let packed = _mm256_castsi256_si128(packed);
-            if count == 8 {
-                dst.cast::<Unaligned<_>>().write(Unaligned(packed));
-            } else {
-                let mut lanes = [bf16::ZERO; 8];
-                lanes.as_mut_ptr().cast::<Unaligned<_>>().write(Unaligned(packed));
-                std::ptr::copy_nonoverlapping(lanes.as_ptr(), dst, count);
-            }
-        }
-    }
-    #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
         F32x8(op!(_mm256_fmadd_ps(self.0, b.0, c.0)))
     }
@@ -290,6 +273,22 @@ impl I32s for I32x8 {
     type F32 = F32x8;
     type Mask = Mask8;
 
+    #[inline(always)]
+    unsafe fn store_words(self, dst: *mut u16, count: usize) {
+        // SAFETY: the vector proves the feature; `count` values may be written.
+        unsafe {
+            // Packing works in halves of 128 bits.
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(self.0, self.0));
+            let packed = _mm256_castsi256_si128(packed);
+            if count == 8 {
+                dst.cast::<Unaligned<_>>().write(Unaligned(packed));
+            } else {
+                let mut lanes = [0u16; 8];
+                lanes.as_mut_ptr().cast::<Unaligned<_>>().write(Unaligned(packed));
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), dst, count);
+            }
+        }
+    }
     #[inline(always)]
     fn splat_like(self, x: i32) -> Self {
         I32x8(op!(_mm256_set1_epi32(x)))

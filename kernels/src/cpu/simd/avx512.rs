@@ -312,19 +312,6 @@ impl Not for Mask16 {
 }
 
 impl F32s for F32x16 {
-    #[inline(always)]
-    unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
-        // SAFETY: the token proves the features; `count` values may be written.
-        unsafe {
-            let words = self.bf16_words().0;
-            if count == 16 {
-                dst.cast::<Unaligned<_>>().write(Unaligned(_mm512_cvtepi32_epi16(words)));
-            } else {
-                // Narrowed by the store: of a narrowed vector and a mask of one lane that it knows, LLVM 22 stores the one lane unnarrowed.
-                _mm512_mask_cvtepi32_storeu_epi16(dst.cast(), first(count), words);
-            }
-        }
-    }
     type I32 = I32x16;
     type Mask = Mask16;
 
@@ -424,6 +411,18 @@ impl I32s for I32x16 {
     type F32 = F32x16;
     type Mask = Mask16;
 
+    #[inline(always)]
+    unsafe fn store_words(self, dst: *mut u16, count: usize) {
+        // SAFETY: the token proves the features; `count` values may be written.
+        unsafe {
+            if count == 16 {
+                dst.cast::<Unaligned<_>>().write(Unaligned(_mm512_cvtepi32_epi16(self.0)));
+            } else {
+                // Narrowed by the store: of a narrowed vector and a mask of one lane that it knows, LLVM 22 stores the one lane unnarrowed.
+                _mm512_mask_cvtepi32_storeu_epi16(dst.cast(), first(count), self.0);
+            }
+        }
+    }
     #[inline(always)]
     fn splat_like(self, x: i32) -> Self {
         I32x16(op!(_mm512_set1_epi32(x)))

@@ -243,12 +243,8 @@ pub trait F32s:
     /// `dst` must be valid for writing `count` values, and `count <= LANES`.
     #[inline(always)]
     unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
-        let mut lanes = [0f32; MAX_LANES];
-        self.bf16_words().from_bits().store_slice(&mut lanes, Self::Mask::LANES);
-        for (i, word) in lanes.iter().enumerate().take(count) {
-            // SAFETY: the caller's contract.
-            unsafe { dst.add(i).write(bf16::from_bits(word.to_bits() as u16)) };
-        }
+        // SAFETY: the caller's contract; a bf16 is its bits.
+        unsafe { self.bf16_words().store_words(dst.cast(), count) }
     }
     /// The bits of the nearest bf16, ties to even, in the lower half of each lane; NaN stays one.
     #[inline(always)]
@@ -258,6 +254,14 @@ pub trait F32s:
         let rounded = (bits + ((high & high.splat_like(1)) + high.splat_like(0x7fff))).shr_logical::<16>();
         // Rounding could carry a NaN into the sign: it is kept, quiet.
         rounded.or_else(self.eq(self), high | high.splat_like(0x40))
+    }
+    /// [`bf16_words`](Self::bf16_words) of lanes that were bf16, or are computed from such: a NaN's lower half is zero there, be it an operand's or
+    /// arithmetic's own, so nothing is carried into the sign.
+    #[inline(always)]
+    fn computed_bf16_words(self) -> Self::I32 {
+        let bits = self.to_bits();
+        let odd = bits.shr_logical::<16>() & bits.splat_like(1);
+        (bits + (odd + bits.splat_like(0x7fff))).shr_logical::<16>()
     }
     /// `self * b + c`, rounded once.
     fn mul_add(self, b: Self, c: Self) -> Self;
@@ -361,6 +365,19 @@ pub trait I32s:
     fn from_bits(self) -> Self::F32;
     /// Converts to floats, rounding to nearest even.
     fn to_f32(self) -> Self::F32;
+    /// Writes the first `count <= LANES` lanes, which are below 2^16, as words.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `count` values, and `count <= LANES`.
+    #[inline(always)]
+    unsafe fn store_words(self, dst: *mut u16, count: usize) {
+        let mut lanes = [0f32; MAX_LANES];
+        self.from_bits().store_slice(&mut lanes, Self::Mask::LANES);
+        for (i, lane) in lanes.iter().enumerate().take(count) {
+            // SAFETY: the caller's contract.
+            unsafe { dst.add(i).write(lane.to_bits() as u16) };
+        }
+    }
     /// `self` where `mask`, else `other`.
     fn or_else(self, mask: Self::Mask, other: Self) -> Self;
 }

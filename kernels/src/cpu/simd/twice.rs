@@ -170,15 +170,6 @@ impl<V: F32s<I32: I32s<F32 = V, Mask = V::Mask>>> F32s for Two<V> {
         }
     }
     #[inline(always)]
-    unsafe fn store_bf16(self, dst: *mut bf16, count: usize) {
-        let (lower, upper) = halves(V::Mask::LANES, count);
-        // SAFETY: as above.
-        unsafe {
-            self.0.store_bf16(dst, lower);
-            self.1.store_bf16(dst.wrapping_add(V::Mask::LANES), upper);
-        }
-    }
-    #[inline(always)]
     fn or_else(self, mask: Self::Mask, other: Self) -> Self {
         Two(self.0.or_else(mask.0, other.0), self.1.or_else(mask.1, other.1))
     }
@@ -205,6 +196,15 @@ impl<V: I32s<F32: F32s<I32 = V, Mask = V::Mask>>> I32s for Two<V> {
         gt(other) -> Self::Mask;
         to_f32() -> Self::F32;
         from_bits() -> Self::F32;
+    }
+    #[inline(always)]
+    unsafe fn store_words(self, dst: *mut u16, count: usize) {
+        let (lower, upper) = halves(V::Mask::LANES, count);
+        // SAFETY: the caller's contract; where there is no upper half, nothing of it is written.
+        unsafe {
+            self.0.store_words(dst, lower);
+            self.1.store_words(dst.wrapping_add(V::Mask::LANES), upper);
+        }
     }
     #[inline(always)]
     fn splat_like(self, x: i32) -> Self {
