@@ -67,11 +67,6 @@ impl AxisMap {
         &self.taps[self.starts[o]..self.starts[o + 1]]
     }
 
-    /// The most taps that an output has.
-    fn most_taps(&self) -> usize {
-        self.starts.windows(2).map(|row| row[1] - row[0]).max().unwrap_or(0)
-    }
-
     /// What the sum of output `o` is divided by.
     #[inline(always)]
     pub fn divisor(&self, o: usize) -> f64 {
@@ -177,29 +172,35 @@ impl<T: Float<Compute: Real>> WithSimd for Rows<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let [md, mh, mw] = self.maps;
-        // Room for the taps of an output: pushing them one by one would take as long as to sum what they say.
-        let mut room = vec![(0, T::Compute::from_f64(0.0)); self.maps.iter().map(AxisMap::most_taps).product()];
+        let tap = |index: usize, weight: f64| Part { offset: index * self.c, weight: Element::from_f64(weight) };
+        let columns: Vec<Part<T::Compute>> = mw.taps.iter().map(|w| tap(w.index, w.weight)).collect();
+        let mut lines = Vec::new();
+        let (mut last, mut divisor) = (1.0, Divisor::new(1.0));
         for (row, out) in self.out.chunks_mut(mw.outputs() * self.c).enumerate() {
             let row = self.first + row;
             let (image, od, oh) = (row / (mh.outputs() * md.outputs()), row / mh.outputs() % md.outputs(), row % mh.outputs());
+            lines.clear();
+            for d in md.row(od) {
+                let plane = (image * md.inputs + d.index) * mh.inputs;
+                lines.extend(mh.row(oh).iter().map(|h| tap((plane + h.index) * mw.inputs, d.weight * h.weight)));
+            }
+            let of_row = md.divisors[od] * mh.divisors[oh];
             for (ow, out) in out.chunks_mut(self.c).enumerate() {
-                let columns = mw.row(ow);
-                let mut taps = 0;
-                for d in md.row(od) {
-                    for h in mh.row(oh) {
-                        let line = ((image * md.inputs + d.index) * mh.inputs + h.index) * mw.inputs;
-                        let weight = d.weight * h.weight;
-                        for (tap, w) in room[taps..].iter_mut().zip(columns) {
-                            *tap = ((line + w.index) * self.c, Element::from_f64(weight * w.weight));
-                        }
-                        taps += columns.len();
-                    }
+                let of_pixel = of_row * mw.divisors[ow];
+                if of_pixel != last {
+                    (last, divisor) = (of_pixel, Divisor::new(of_pixel));
                 }
-                let divisor = Divisor::new(md.divisors[od] * mh.divisors[oh] * mw.divisors[ow]);
-                pixel(self.x, &room[..taps], divisor, out);
+                pixel(self.x, &lines, &columns[mw.starts[ow]..mw.starts[ow + 1]], divisor, out);
             }
         }
     }
+}
+
+/// A tap of a line or of a column: where it begins among the elements, and its factor.
+#[derive(Clone, Copy)]
+struct Part<R> {
+    offset: usize,
+    weight: R,
 }
 
 /// How a sum is divided: by multiplication where that gives the same bits, as most are, by powers of two.
@@ -212,34 +213,38 @@ enum Divisor<R> {
 impl<R: Real> Divisor<R> {
     #[inline(always)]
     fn new(divisor: f64) -> Self {
-        // By its bits: to divide 1 by it takes as long as to sum a pixel.
         const FRACTION: u64 = (1 << 52) - 1;
-        let (bits, one) = (divisor.to_bits(), 1f64.to_bits());
-        let is_power_of_two = bits & FRACTION == 0 && (one..1e30f64.to_bits()).contains(&bits);
-        if is_power_of_two { Self::Times(R::from_f64(f64::from_bits(2 * one - bits))) } else { Self::Over(R::from_f64(divisor)) }
+        let is_power_of_two = divisor.to_bits() & FRACTION == 0 && (1.0..1e30).contains(&divisor);
+        if is_power_of_two { Self::Times(R::from_f64(1.0 / divisor)) } else { Self::Over(R::from_f64(divisor)) }
     }
 }
 
 #[inline(always)]
-fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor: Divisor<T::Compute>, out: &mut [T]) {
+fn pixel<T: Float<Compute: Real>>(
+    x: &[T],
+    lines: &[Part<T::Compute>],
+    columns: &[Part<T::Compute>],
+    divisor: Divisor<T::Compute>,
+    out: &mut [T],
+) {
     // A copy, also of −0, as of images that are copied whole.
-    if let [(offset, weight)] = *taps
-        && weight == One::one()
+    if let ([line], [column]) = (lines, columns)
+        && line.weight * column.weight == One::one()
         && divisor == Divisor::Times(One::one())
     {
-        return out.copy_from_slice(&x[offset..offset + out.len()]);
+        return out.copy_from_slice(&x[line.offset + column.offset..][..out.len()]);
     }
     let mut at = 0;
     while at + 64 <= out.len() {
-        channels::<T, 64>(x, taps, divisor, at, out);
+        channels::<T, 64>(x, lines, columns, divisor, at, out);
         at += 64;
     }
     while at + 16 <= out.len() {
-        channels::<T, 16>(x, taps, divisor, at, out);
+        channels::<T, 16>(x, lines, columns, divisor, at, out);
         at += 16;
     }
     while at < out.len() {
-        channels::<T, 1>(x, taps, divisor, at, out);
+        channels::<T, 1>(x, lines, columns, divisor, at, out);
         at += 1;
     }
 }
@@ -248,16 +253,20 @@ fn pixel<T: Float<Compute: Real>>(x: &[T], taps: &[(usize, T::Compute)], divisor
 #[inline(always)]
 fn channels<T: Float<Compute: Real>, const W: usize>(
     x: &[T],
-    taps: &[(usize, T::Compute)],
+    lines: &[Part<T::Compute>],
+    columns: &[Part<T::Compute>],
     divisor: Divisor<T::Compute>,
     at: usize,
     out: &mut [T],
 ) {
     let mut sum = [<T::Compute as Element>::from_f64(0.0); W];
-    for &(offset, weight) in taps {
-        let x = &x[offset + at..offset + at + W];
-        for i in 0..W {
-            sum[i] = sum[i] + weight * x[i].widen();
+    for line in lines {
+        for column in columns {
+            let weight = line.weight * column.weight;
+            let x = &x[line.offset + column.offset + at..][..W];
+            for i in 0..W {
+                sum[i] = sum[i] + weight * x[i].widen();
+            }
         }
     }
     let out = &mut out[at..at + W];
