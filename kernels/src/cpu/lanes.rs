@@ -509,6 +509,7 @@ widened!(
     f16: f32, f16, Float::widen, Float::narrow, |x| Float::narrow(f64_to_odd_f32(x)), {
         #[inline(always)]
         fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> F32Pack<S> {
+            const { assert!(S::LANES <= MAX_LANES) }
             let mut part = [f16::ZERO; MAX_LANES];
             let src = if count == S::LANES {
                 &src[..count]

@@ -100,6 +100,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `src` must be valid for reading `count` values, and `count <= LANES`.
     #[inline(always)]
     unsafe fn load_bf16_partial(self, src: *const bf16, count: usize) -> Self::F32 {
+        const { assert!(Self::LANES <= MAX_LANES) }
         let mut part = [bf16::ZERO; MAX_LANES];
         for (i, x) in part.iter_mut().enumerate().take(count) {
             // SAFETY: the caller's contract.
