@@ -440,6 +440,7 @@ pub trait Numeric: Element {
     fn load_pack<S: Simd>(s: S, src: &[Self], count: usize) -> PackOf<Self, S> {
         let mut lanes = [Self::Lane::default(); MAX_LANES];
         let n = Self::Lane::lanes::<S>();
+        // A number that the compiler knows is a loop of vectors; here and below.
         if count == n {
             widen(&src[..n], &mut lanes[..n]);
         } else {

@@ -6,7 +6,7 @@ use super::samples::Samples;
 use super::{Activation, SUM_ROWS, TASK, flush, parameter};
 use crate::cpu::cast::Stored;
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{FloatElement, FloatLane, Lane, Pack, at, sums, sweep};
+use crate::cpu::lanes::{FloatElement, FloatLane, Lane, Pack, PackOf, at, sums, sweep};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::reduce::{Spread, moments};
 use crate::cpu::simd::Simd;
@@ -363,17 +363,14 @@ impl<T: FloatElement> WithSimd for Apply<'_, T> {
         let mut pixel = 0;
         while pixel < pixels {
             let (sample, within) = ((first + pixel) / layout.s, (first + pixel) % layout.s);
-            let count = ROWS.min(pixels - pixel).min(layout.s - within);
+            let is_group = ROWS <= (pixels - pixel).min(layout.s - within);
+            let count = if is_group { ROWS } else { 1 };
             let range = pixel * layout.c..(pixel + count) * layout.c;
             let (p, q, out) = (part_of(range.clone()), &q[range.clone()], &mut out[range]);
-            if count == ROWS {
+            if is_group {
                 coefficients.apply_pixels::<ROWS, T, S>(s, sample * layout.c, p, q, out);
             } else {
-                for i in 0..count {
-                    let range = i * layout.c..(i + 1) * layout.c;
-                    let p = if let P::From(p) = p { P::From(&p[range.clone()]) } else { p };
-                    coefficients.apply_pixels::<1, T, S>(s, sample * layout.c, p, &q[range.clone()], &mut out[range]);
-                }
+                coefficients.apply_pixels::<1, T, S>(s, sample * layout.c, p, q, out);
             }
             pixel += count;
         }
@@ -395,17 +392,9 @@ impl<L: FloatLane> Coefficients<L> {
         let (centre, a) = (&self.centre[at_channel..][..n], &self.a[at_channel..][..n]);
         let (b, c) = (&self.b[at_channel..][..n], &self.c[at_channel..][..n]);
         sweep!(L, S, n, |j, count| {
-            let (centre, a) = (at(s, centre, j, count), at(s, a, j, count));
-            let (b, c) = (at(s, b, j, count), at(s, c, j, count));
+            let of = [at(s, centre, j, count), at(s, a, j, count), at(s, b, j, count), at(s, c, j, count)];
             for i in 0..N {
-                let k = i * n + j;
-                let d = at(s, q, k, count).sub(centre).mul_add(b, c);
-                let y = match p {
-                    P::None => d,
-                    P::From(p) => at(s, p, k, count).mul_add(a, d),
-                    P::Out => at(s, out, k, count).mul_add(a, d),
-                };
-                T::store_pack(y, &mut out[k..], count);
+                combine(s, of, p, q, out, i * n + j, count);
             }
         });
     }
@@ -413,19 +402,30 @@ impl<L: FloatLane> Coefficients<L> {
     /// The pixels of a channel.
     #[inline(always)]
     fn apply_constant<T: FloatElement<Lane = L>, S: Simd>(&self, s: S, channel: usize, p: P<'_, T>, q: &[T], out: &mut [T]) {
-        let n = q.len();
-        let (centre, a) = (L::splat(s, self.centre[channel]), L::splat(s, self.a[channel]));
-        let (b, c) = (L::splat(s, self.b[channel]), L::splat(s, self.c[channel]));
-        sweep!(L, S, n, |j, count| {
-            let d = at(s, q, j, count).sub(centre).mul_add(b, c);
-            let y = match p {
-                P::None => d,
-                P::From(p) => at(s, p, j, count).mul_add(a, d),
-                P::Out => at(s, out, j, count).mul_add(a, d),
-            };
-            T::store_pack(y, &mut out[j..], count);
-        });
+        let [centre, a] = [L::splat(s, self.centre[channel]), L::splat(s, self.a[channel])];
+        let [b, c] = [L::splat(s, self.b[channel]), L::splat(s, self.c[channel])];
+        sweep!(L, S, q.len(), |j, count| combine(s, [centre, a, b, c], p, q, out, j, count));
     }
+}
+
+/// Writes a·p + b·(q − centre) + c of the `count` elements from `k` on.
+#[inline(always)]
+fn combine<T: FloatElement, S: Simd>(
+    s: S,
+    [centre, a, b, c]: [PackOf<T, S>; 4],
+    p: P<'_, T>,
+    q: &[T],
+    out: &mut [T],
+    k: usize,
+    count: usize,
+) {
+    let d = at(s, q, k, count).sub(centre).mul_add(b, c);
+    let y = match p {
+        P::None => d,
+        P::From(p) => at(s, p, k, count).mul_add(a, d),
+        P::Out => at(s, out, k, count).mul_add(a, d),
+    };
+    T::store_pack(y, &mut out[k..], count);
 }
 
 /// Σ g and Σ g·(x − centre) over the pixels of each channel of each sample, where g may be one that is made on the way.

@@ -133,6 +133,17 @@ fn rows_of_bf16_are_those_of_f32_rounded_once() {
 }
 
 #[test]
+fn numbers_that_are_none_stay_none_in_bf16() {
+    // All bits of its payload are set: rounding would carry them into the sign.
+    let nan = f64::from_bits(i64::MAX as u64);
+    for n in [1, 16, 70] {
+        let (x, mut y) = (vec![bf16::NEG_ONE; n], vec![bf16::ZERO; n]);
+        apply(unary::LeakyRelu::ROW, [nan, 0.0], [Operand::Dense(&x)], Output { data: &mut y, shape: &[n], strides: &[1] });
+        assert!(y.iter().all(|y| y.is_nan()), "{n}: {y:?}");
+    }
+}
+
+#[test]
 fn numbers_beside_bf16_are_not_rounded() {
     let n = 5000;
     let x: Vec<bf16> = (0..n).map(|i| bf16::from_f32(i as f32)).collect();
