@@ -1,10 +1,11 @@
 //! Kernel files through CUDA's own compiler on a machine without a GPU: what the emulator runs is then known to compile for GPUs, too.
 //!
 //! `KILN_CUDA_CHECK=sm_75,sm_90a` names the architectures, and NVRTC must be there. A file is tried from the capability on that the end of
-//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone, and what is tuned for Hopper must keep all values in registers. Files of many variants
-//! that differ in types and functions, not in instructions, are tried for one architecture a variant, by turns.
+//! its name asks for: `_mma` 8.0, `_hopper` 9.0 alone, and what is tuned for Hopper must keep all values in registers. Variants of the other
+//! files differ in types and functions, not in instructions, and are tried for one architecture each, by turns. What passed is noted in the
+//! folder of compiled kernels, and not tried again.
 
-use super::compile::digest;
+use super::compile::{cache_folder, digest};
 use super::error::CudaError;
 use super::nvrtc::nvrtc;
 
@@ -26,9 +27,9 @@ fn level(name: &str, arch: &str) -> (bool, bool) {
     }
 }
 
-/// Whether files of this name have instructions of some architectures: products, and what is made of them.
+/// Whether files of this name have instructions of some architectures: those of tensor cores.
 fn is_special(name: &str) -> bool {
-    ["gemm", "conv", "attention"].iter().any(|part| name.starts_with(part)) || name.ends_with("_mma") || name.ends_with("_hopper")
+    name.ends_with("_mma") || name.ends_with("_hopper")
 }
 
 /// Those of the architectures that a file of this name and text is tried for.
@@ -47,12 +48,18 @@ pub(super) fn check(name: &str, text: &str, contract: bool) -> Result<(), CudaEr
         if !applies {
             continue;
         }
+        let passed = cache_folder().join(format!("{name}-{}.{arch}", &digest(&[&[u8::from(contract)], text.as_bytes()])[..32]));
+        if passed.exists() {
+            continue;
+        }
         let (_, log) = nvrtc()?.compile(name, text, contract, arch)?;
         let spills = |line: &&str| line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
         let serialized = |line: &&str| line.contains("wgmma") && line.contains("serializ");
         if let Some(line) = log.lines().find(|line| tuned && (spills(line) || serialized(line))) {
             return Err(CudaError::Compile { name: name.to_string(), log: format!("for {arch}: {}", line.trim()) });
         }
+        // Without the note it is tried again.
+        let _ = std::fs::write(&passed, []);
     }
     Ok(())
 }

@@ -99,7 +99,7 @@ fn include(file: &str, text: &str, out: &mut String, seen: &mut Vec<&'static str
 }
 
 /// Where compiled kernels are kept: `KILN_CACHE`, else the user's cache folder.
-fn cache_folder() -> PathBuf {
+pub(super) fn cache_folder() -> PathBuf {
     let from = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let user = || from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
     from("KILN_CACHE")

@@ -13,6 +13,7 @@ struct Layouts {
 
 __device__ __forceinline__ void offsets_of(const Layouts& l, i64 i, i64& from, i64& to) {
     from = to = 0;
+#pragma unroll 1
     for (int d = l.rank - 1; d > 0; --d) {
         i64 rest;
         if (l.numel <= 0x7fffffff) {

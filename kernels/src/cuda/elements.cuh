@@ -8,11 +8,26 @@ struct Memory {
     __device__ __forceinline__ Memory from(i64 offset) const {
         return Memory{x + offset};
     }
-    __device__ __forceinline__ T at(i64 i) const {
-        return x[i];
+    // N neighbours by one access.
+    template <int N> __device__ __forceinline__ void pack(T* to) const {
+        *(Pack<T, N>*)to = *(const Pack<T, N>*)x;
     }
-    template <int N> __device__ __forceinline__ void pack(i64 i, T* to) const {
-        *(Pack<T, N>*)to = *(const Pack<T, N>*)(x + i);
+    // The first `count` of N elements that are `stride` apart, and zeros for those that are missing.
+    template <int N> __device__ __forceinline__ void strided(i64 stride, i64 count, T* to) const {
+        if (count >= N) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                to[j] = x[j * stride];
+            }
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            to[j] = T{};
+            if (j < count) {
+                to[j] = x[j * stride];
+            }
+        }
     }
 };
 
@@ -24,16 +39,23 @@ struct Made {
     __device__ __forceinline__ Made from(i64 offset) const {
         return Made{in, base + offset};
     }
-    __device__ __forceinline__ T at(i64 i) const {
-        T to[1];
-        pack<1>(i, to);
-        return to[0];
+    // One after the other: the chain N times over would be most of a kernel's code, and of the time that it takes to compile.
+    template <int N> __device__ __forceinline__ void strided(i64 stride, i64 count, T* to) const {
+        T made[N] = {};
+#pragma unroll 1
+        for (int j = 0; j < N && j < count; ++j) {
+            from(j * stride).pack<1>(made + j);
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            to[j] = made[j];
+        }
     }
-    template <int N> __device__ __forceinline__ void pack(i64 i, T* to) const {
+    template <int N> __device__ __forceinline__ void pack(T* to) const {
         A v[CHAINED][N];
 #pragma unroll
         for (int k = 0; k < CHAINED; ++k) {
-            read<T, N>(*in, k, base + i, v[k]);
+            read<T, N>(*in, k, base, v[k]);
         }
         const A none[2] = {};
 #pragma unroll

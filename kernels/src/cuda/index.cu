@@ -34,6 +34,7 @@ __device__ __forceinline__ i64 place_of(const Strided& view, i64 i, bool small) 
     }
     u32 rest = (u32)i;
     i64 offset = 0;
+#pragma unroll 1
     for (int d = view.rank - 1; d > 0; --d) {
         const u32 extent = (u32)view.shape[d], next = rest / extent;
         offset += (i64)(rest - next * extent) * view.strides[d];

@@ -92,9 +92,11 @@ struct Strided {
     i64 strides[8];
 };
 
-// The offset of row-major element `i` of a view.
+// The offset of row-major element `i` of a view. Loops with a division a dimension are not unrolled, here and where offsets are found elsewhere: kernels
+// inline them in dozens of places, and would be several times as long, and as long in compilation.
 __device__ __forceinline__ i64 offset_of(const Strided& view, i64 i) {
     i64 offset = 0;
+#pragma unroll 1
     for (int d = view.rank - 1; d > 0; --d) {
         i64 rest = i / view.shape[d];
         offset += (i - rest * view.shape[d]) * view.strides[d];

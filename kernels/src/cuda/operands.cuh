@@ -26,6 +26,7 @@ __device__ __forceinline__ i64 strided_offset(const Operands& in, int k, i64 i) 
     i64 offset = 0;
     if (in.numel <= 0x7fffffff) {
         u32 at = (u32)i;
+#pragma unroll 1
         for (int d = in.rank - 1; d > 0; --d) {
             u32 extent = (u32)in.shape[d], rest = at / extent;
             offset += (i64)(at - rest * extent) * in.strides[k][d];
@@ -33,6 +34,7 @@ __device__ __forceinline__ i64 strided_offset(const Operands& in, int k, i64 i) 
         }
         return offset + (i64)at * in.strides[k][0];
     }
+#pragma unroll 1
     for (int d = in.rank - 1; d > 0; --d) {
         i64 rest = i / in.shape[d];
         offset += (i - rest * in.shape[d]) * in.strides[k][d];

@@ -494,6 +494,7 @@ __device__ __forceinline__ i64 divide(i64 a, i64 b, i64& rest) {
 
 __device__ __forceinline__ void kept_offsets(const Plan& p, int rank, i64 o, i64& in, i64& out) {
     in = out = 0;
+#pragma unroll 1
     for (int d = rank - 1; d >= 0; --d) {
         i64 i = o;
         if (d > 0) {
@@ -507,6 +508,7 @@ __device__ __forceinline__ void kept_offsets(const Plan& p, int rank, i64 o, i64
 // The offset of element `i` of the outer `rank` reduced dimensions.
 __device__ __forceinline__ i64 reduced_offset(const Plan& p, int rank, i64 i) {
     i64 offset = 0;
+#pragma unroll 1
     for (int d = rank - 1; d > 0; --d) {
         i64 at;
         i = divide(i, p.reduced_shape[d], at);
@@ -540,25 +542,11 @@ __device__ __forceinline__ Acc fold_row(const Elements x, const Plan& p, i64 fir
             const i64 left = unit < end ? p.run - at : 0;
             const Elements from = x.from(start + at * p.stride);
             T* to = raw + k * PACK;
-            if (left >= PACK) {
-                valid |= (~0ull >> (64 - PACK)) << (k * PACK);
-#if VECTOR
-                from.pack<PACK>(0, to);
-#else
-#pragma unroll
-                for (int j = 0; j < PACK; ++j) {
-                    to[j] = from.at(j * p.stride);
-                }
-#endif
+            valid |= (left >= PACK ? ~0ull >> (64 - PACK) : left > 0 ? (1ull << left) - 1 : 0) << (k * PACK);
+            if (VECTOR && left >= PACK) {
+                from.pack<PACK>(to);
             } else {
-#pragma unroll
-                for (int j = 0; j < PACK; ++j) {
-                    to[j] = T{};
-                    if (j < left) {
-                        to[j] = from.at(j * p.stride);
-                        valid |= 1ull << (k * PACK + j);
-                    }
-                }
+                from.strided<PACK>(p.stride, left, to);
             }
         }
         Lane v[BATCH];
@@ -671,18 +659,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) columns(const __grid_const
                     const i64 at = row + (i64)k * down;
                     const bool exists = at < end;
                     const Elements from = base.from(exists ? reduced_offset(p, p.reduced_rank, at) : 0);
-#if VECTOR
-                    if (left >= COLUMNS) {
+                    if (VECTOR && left >= COLUMNS) {
                         *(Pack<T, COLUMNS>*)raw[k] = Pack<T, COLUMNS>{};
                         if (exists) {
-                            from.pack<COLUMNS>(0, raw[k]);
+                            from.pack<COLUMNS>(raw[k]);
                         }
-                        continue;
-                    }
-#endif
-#pragma unroll
-                    for (int j = 0; j < COLUMNS; ++j) {
-                        raw[k][j] = exists && j < left ? from.at(j * p.stride) : T{};
+                    } else {
+                        from.strided<COLUMNS>(p.stride, exists ? left : 0, raw[k]);
                     }
                 }
                 const bool full = row + (i64)(ROWS - 1) * down < end;
