@@ -100,7 +100,8 @@ impl Tensor {
         if beta == 0.0 {
             return self.l1_loss_with(target, reduction);
         }
-        huber(self, target, "smooth_l1_loss", beta, reduction, |loss| loss / beta)
+        // Dividing by 1, the default, would be a step of the chain for nothing.
+        huber(self, target, "smooth_l1_loss", beta, reduction, |loss| if beta == 1.0 { loss } else { loss / beta })
     }
 
     /// The mean of [`huber_loss_with`](Tensor::huber_loss_with) with δ = 1.
