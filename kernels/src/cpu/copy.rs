@@ -47,6 +47,41 @@ pub fn copy_into_strided<T: Element>(src: StridedView<T>, out: &mut [T], offset:
     unsafe { copy(src, out, offset, strides) }
 }
 
+/// Runs shorter than this are not worth leaving out of a fill.
+const MIN_RUN: usize = 16;
+
+/// Writes `value` to what [`copy_into_strided`] of this shape leaves alone; what it writes may be written, too.
+///
+/// # Panics
+/// As that does.
+pub fn fill_around<T: Element>(out: &mut [T], value: T, shape: &[usize], offset: usize, strides: &[usize]) {
+    assert!(StridedView::new(out, offset, shape, strides).is_some(), "the region leaves the output");
+    assert!(is_nested(shape, strides), "the region overlaps itself");
+    let mut dims: Vec<(usize, usize)> = shape.iter().copied().zip(strides.iter().copied()).filter(|&(n, _)| n != 1).collect();
+    dims.sort_unstable_by_key(|&(_, stride)| std::cmp::Reverse(stride));
+    let mut run = 1;
+    while let Some((n, _)) = dims.pop_if(|&mut (_, stride)| stride == run) {
+        run *= n;
+    }
+    if run < MIN_RUN {
+        return out.fill(value);
+    }
+    let mut done = 0;
+    each_offset(&dims, offset, &mut |at| {
+        out[done..at].fill(value);
+        done = at + run;
+    });
+    out[done..].fill(value);
+}
+
+/// Calls `f` with the offset of each index of these dimensions (extent and stride), outermost first.
+fn each_offset(dims: &[(usize, usize)], at: usize, f: &mut impl FnMut(usize)) {
+    match dims {
+        [] => f(at),
+        [(n, stride), inner @ ..] => (0..*n).for_each(|i| each_offset(inner, at + i * stride, f)),
+    }
+}
+
 /// Fills `strides` with those of row-major memory of this shape.
 fn row_major_strides(shape: &[usize], strides: &mut [usize]) {
     let mut step = 1;
@@ -308,6 +343,24 @@ mod tests {
         reference(view, &mut expected, 3, &strides);
         copy_into_strided(view, &mut out, 3, &strides);
         assert!(out == expected, "{shape:?} {strides:?} into a region");
+        fill_and_copy(view, &dense);
+    }
+
+    /// A border of 2 before and 1 behind each dimension, or none around the innermost.
+    fn fill_and_copy<T: Element>(view: StridedView<T>, dense: &[usize]) {
+        let inner = view.shape().len().saturating_sub(1);
+        for kept in [usize::MAX, inner] {
+            let extents: Vec<usize> = view.shape().iter().enumerate().map(|(d, n)| if d == kept { *n } else { n + 3 }).collect();
+            let mut strides = dense.to_vec();
+            row_major_strides(&extents, &mut strides);
+            let offset = strides.iter().enumerate().map(|(d, stride)| if d == kept { 0 } else { 2 * stride }).sum();
+            let mut expected = vec![T::from_f64(3.0); extents.iter().product()];
+            let mut out = vec![T::default(); expected.len()];
+            reference(view, &mut expected, offset, &strides);
+            fill_around(&mut out, T::from_f64(3.0), view.shape(), offset, &strides);
+            copy_into_strided(view, &mut out, offset, &strides);
+            assert!(out == expected, "{extents:?} around {:?}", view.shape());
+        }
     }
 
     fn check_all(shape: &[usize], strides: &[usize], offset: usize) {

@@ -4,7 +4,7 @@ use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Dims, Error, Layout, MAX_RANK, Result, Shape, Tensor};
-use kiln_kernels::cpu::copy::copy_into_strided;
+use kiln_kernels::cpu::copy::{copy_into_strided, fill_around};
 use kiln_kernels::cpu::index::{Triangle, flip, triangle};
 use kiln_kernels::cuda;
 use kiln_kernels::element::Element;
@@ -122,8 +122,11 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
             Ok(cuda::copy::copy_into_strided(gpu, inner.gpu_view()?, out, offset, layout.strides())?)
         }),
         None => for_any!(x.dtype(), T => Tensor::build_with_layout::<T>(Device::Cpu, layout, |out| {
-            out.fill(<T as Element>::from_f64(value));
-            if inner.numel() > 0 {
+            let value = <T as Element>::from_f64(value);
+            if inner.numel() == 0 {
+                out.fill(value);
+            } else {
+                fill_around(out, value, inner.dims(), offset, layout.strides());
                 copy_into_strided(inner.view_of::<T>()?, out, offset, layout.strides());
             }
             Ok(())

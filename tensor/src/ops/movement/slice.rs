@@ -5,7 +5,7 @@ use crate::graph::{Ctx, Grads, Op, record};
 use crate::ops::index::index_sum;
 use crate::profile::{Cost, operation};
 use crate::{Device, Error, Layout, Result, Shape, Tensor};
-use kiln_kernels::cpu::copy::copy_into_strided;
+use kiln_kernels::cpu::copy::{copy_into_strided, fill_around};
 use kiln_kernels::cuda;
 
 /// Which elements of a tensor a view shows, each at most once.
@@ -69,8 +69,10 @@ fn put_part(name: &'static str, x: &Tensor, part: Part, shape: Shape) -> Result<
             Ok(cuda::copy::copy_into_strided(gpu, x.gpu_view()?, out, region.offset(), region.strides())?)
         }),
         None => for_any!(x.dtype(), T => Tensor::build::<T>(Device::Cpu, &shape, |out| {
-            out.fill(T::default());
-            if x.numel() > 0 {
+            if x.numel() == 0 {
+                out.fill(T::default());
+            } else {
+                fill_around(out, T::default(), x.dims(), region.offset(), region.strides());
                 copy_into_strided(x.view_of::<T>()?, out, region.offset(), region.strides());
             }
             Ok(())
