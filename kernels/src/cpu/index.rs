@@ -1,7 +1,7 @@
 //! Reading and writing at positions that are data: index_select, index_add, gather, scatter, nonzero; and triangles of matrices.
 //!
-//! Positions are checked before anything is written: one that is out of range is an [`OutOfRange`] error. Where several sources meet in one element,
-//! they are taken in the order of the index, whatever the number of threads.
+//! A position that is out of range is an [`OutOfRange`] error that names the first; what the output holds then is not said. Where several sources meet
+//! in one element, they are taken in the order of the index, whatever the number of threads.
 
 use super::isa::{WithSimd, dispatch};
 use super::parallel::{self, SharedMut};
@@ -34,22 +34,50 @@ impl fmt::Display for OutOfRange {
 
 impl std::error::Error for OutOfRange {}
 
+/// The search for positions outside of `0..size`, by pieces of an index and by any thread.
+struct Bounds {
+    size: usize,
+    /// Where the first piece begins that holds one.
+    bad: AtomicUsize,
+}
+
+impl Bounds {
+    fn new(size: usize) -> Self {
+        Self { size, bad: AtomicUsize::new(usize::MAX) }
+    }
+
+    fn is_bad(&self, i: i64) -> bool {
+        // Negative positions are huge as unsigned numbers.
+        i as u64 >= self.size as u64
+    }
+
+    /// Whether all positions of the piece that begins at number `at` are inside.
+    #[inline]
+    fn hold(&self, piece: &[i64], at: usize) -> bool {
+        // All of them, which the compiler does by vectors; to stop at the first would be a branch each.
+        let any = piece.iter().fold(false, |any, &i| any | self.is_bad(i));
+        if any {
+            self.bad.fetch_min(at, Ordering::Relaxed);
+        }
+        !any
+    }
+
+    /// An error that names the first position outside, after all pieces of `index` were looked at.
+    fn result(self, index: &[i64]) -> Result<(), OutOfRange> {
+        match index.get(self.bad.load(Ordering::Relaxed)..).and_then(|rest| rest.iter().find(|&&i| self.is_bad(i))) {
+            Some(&index) => Err(OutOfRange { index, size: self.size }),
+            None => Ok(()),
+        }
+    }
+}
+
 /// An error that names the first position outside of `0..size`.
 pub fn check_indices(index: &[i64], size: usize) -> Result<(), OutOfRange> {
-    // Negative positions are huge as unsigned numbers.
-    let is_bad = |i: i64| i as u64 >= size as u64;
-    let bad_chunk = AtomicUsize::new(usize::MAX);
+    let bounds = Bounds::new(size);
     parallel::for_each(index.len().div_ceil(TASK), index.len() / 8, |c| {
-        let chunk = &index[c * TASK..index.len().min((c + 1) * TASK)];
-        // All of them, which the compiler does by vectors; to stop at the first would be a branch each.
-        if chunk.iter().fold(false, |any, &i| any | is_bad(i)) {
-            bad_chunk.fetch_min(c, Ordering::Relaxed);
-        }
+        bounds.hold(&index[c * TASK..index.len().min((c + 1) * TASK)], c * TASK);
     });
-    match index.get(bad_chunk.into_inner().saturating_mul(TASK)..).and_then(|rest| rest.iter().find(|&&i| is_bad(i))) {
-        Some(&index) => Err(OutOfRange { index, size }),
-        None => Ok(()),
-    }
+    bounds.result(index)
 }
 
 /// `out[o, j, ..] = src[o, index[j], ..]` for `src` of shape `[outer, n, inner]`.
@@ -113,6 +141,8 @@ pub fn flip<T: Element>(src: &[T], shape: [usize; 3], out: &mut [T]) {
 pub trait Accumulate: Element {
     /// What sums are kept in.
     type Sum: Copy + Default + Send + Sync;
+    /// Whether that is this type itself: sums may be kept in its elements.
+    const IS_SUM: bool;
     /// To the type of sums.
     fn to_sum(self) -> Self::Sum;
     /// Back, rounded.
@@ -122,9 +152,10 @@ pub trait Accumulate: Element {
 }
 
 macro_rules! accumulate {
-    ($($t:ty: $sum:ty, $up:expr, $down:expr, $plus:expr;)*) => { $(
+    ($($t:ty: $sum:ty, $is_sum:literal, $up:expr, $down:expr, $plus:expr;)*) => { $(
         impl Accumulate for $t {
             type Sum = $sum;
+            const IS_SUM: bool = $is_sum;
             #[inline(always)] fn to_sum(self) -> $sum { $up(self) }
             #[inline(always)] fn from_sum(sum: $sum) -> $t { $down(sum) }
             #[inline(always)] fn plus(a: $sum, b: $sum) -> $sum { $plus(a, b) }
@@ -132,13 +163,13 @@ macro_rules! accumulate {
     )* };
 }
 accumulate! {
-    f32: f32, |x| x, |x| x, |a, b| a + b;
-    f64: f64, |x| x, |x| x, |a, b| a + b;
-    f16: f32, Float::widen, Float::narrow, |a, b| a + b;
-    bf16: f32, Float::widen, Float::narrow, |a, b| a + b;
-    i64: i64, |x| x, |x| x, i64::wrapping_add;
-    i32: i32, |x| x, |x| x, i32::wrapping_add;
-    u8: u8, |x| x, |x| x, u8::wrapping_add;
+    f32: f32, true, |x| x, |x| x, |a, b| a + b;
+    f64: f64, true, |x| x, |x| x, |a, b| a + b;
+    f16: f32, false, Float::widen, Float::narrow, |a, b| a + b;
+    bf16: f32, false, Float::widen, Float::narrow, |a, b| a + b;
+    i64: i64, true, |x| x, |x| x, i64::wrapping_add;
+    i32: i32, true, |x| x, |x| x, i32::wrapping_add;
+    u8: u8, true, |x| x, |x| x, u8::wrapping_add;
 }
 
 /// The places of an index ordered by what they name, and then ascending, by counting.
@@ -234,14 +265,23 @@ impl<T: Accumulate> WithSimd for AddRows<'_, T> {
         const TILE: usize = 256;
         let inner = self.out.len();
         for (t, out) in self.out.chunks_mut(TILE).enumerate() {
+            let len = out.len();
             let mut sums = [T::Sum::default(); TILE];
-            let sums = &mut sums[..out.len()];
-            sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
-            for &place in self.places {
-                let row = &self.src[place * inner + t * TILE..][..out.len()];
-                sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+            let sums = &mut sums[..len];
+            if !T::IS_SUM {
+                sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
             }
-            out.iter_mut().zip(sums).for_each(|(x, &mut s)| *x = T::from_sum(s));
+            for &place in self.places {
+                let row = &self.src[place * inner + t * TILE..][..len];
+                if T::IS_SUM {
+                    out.iter_mut().zip(row).for_each(|(sum, &x)| *sum = T::from_sum(T::plus(sum.to_sum(), x.to_sum())));
+                } else {
+                    sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+                }
+            }
+            if !T::IS_SUM {
+                out.iter_mut().zip(sums).for_each(|(x, &mut s)| *x = T::from_sum(s));
+            }
         }
     }
 }
@@ -267,15 +307,18 @@ fn row_major(shape: &[usize]) -> Vec<usize> {
 pub fn gather<T: Element>(src: StridedView<T>, dim: usize, index: &[i64], shape: &[usize], out: &mut [T]) -> Result<(), OutOfRange> {
     assert!(shape.len() == src.shape().len() && (0..shape.len()).all(|d| d == dim || shape[d] <= src.shape()[d]));
     assert!(index.len() == out.len() && out.len() == shape.iter().product());
-    check_indices(index, src.shape()[dim])?;
     let stride = src.strides()[dim];
     let walk = Walk::new(shape, [&without_dim(src.strides(), dim)], [src.offset()]);
     let [step] = walk.inner_strides();
-    parallel::for_each_chunk(out, TASK, index.len() * 2, |task, out| {
-        let first = task * TASK;
-        let mut done = 0;
-        for ([at], len) in walk.stretches_of(first..first + out.len()) {
-            let (index, out) = (&index[first + done..][..len], &mut out[done..done + len]);
+    let bounds = Bounds::new(src.shape()[dim]);
+    parallel::for_each_chunk(out, TASK, index.len(), |task, out| {
+        let mut from = task * TASK;
+        let mut left = out;
+        for ([at], len) in walk.stretches_of(from..from + left.len()) {
+            let (begin, index) = (from, &index[from..from + len]);
+            from += len;
+            // A piece is checked when it is in the cache for its use.
+            let Some(out) = left.split_off_mut(..len).filter(|_| bounds.hold(index, begin)) else { continue };
             if (step, stride) == (0, 1) {
                 // Along rows, as most are.
                 select_rows(&src.data()[at..][..src.shape()[dim]], 1, index, out);
@@ -284,10 +327,9 @@ pub fn gather<T: Element>(src: StridedView<T>, dim: usize, index: &[i64], shape:
                     *out = src.data()[at + i * step + j as usize * stride];
                 }
             }
-            done += len;
         }
     });
-    Ok(())
+    bounds.result(index)
 }
 
 /// `out[i with coordinate dim replaced by index[i]] = src[i]` for every index i of `shape`, the shape of `index` and `src`, in row-major order along `dim`:
@@ -306,7 +348,7 @@ pub fn scatter<T: Element>(
     scatter_with(out, out_shape, dim, index, shape, src, |out, x| *out = x)
 }
 
-/// As [`scatter`], but adds.
+/// As [`scatter`], but adds. Sums of f16 and bf16 are rounded once.
 pub fn scatter_add<T: Accumulate>(
     out: &mut [T],
     out_shape: &[usize],
@@ -315,7 +357,68 @@ pub fn scatter_add<T: Accumulate>(
     shape: &[usize],
     src: &[T],
 ) -> Result<(), OutOfRange> {
-    scatter_with(out, out_shape, dim, index, shape, src, |out, x| *out = T::from_sum(T::plus(out.to_sum(), x.to_sum())))
+    if T::IS_SUM {
+        scatter_with(out, out_shape, dim, index, shape, src, |out, x| *out = T::from_sum(T::plus(out.to_sum(), x.to_sum())))
+    } else {
+        scatter_sums(out, out_shape, dim, index, shape, src)
+    }
+}
+
+/// How a scatter walks its sources and its target: by columns along `dim`, where alone elements meet. Tasks share them out.
+struct Columns<'a> {
+    /// Offsets in the sources and in the target, over the other dimensions.
+    walk: Walk<2>,
+    /// Sources of a column and the distance between them; of the target likewise.
+    from: (usize, usize),
+    to: (usize, usize),
+    index: &'a [i64],
+    bounds: Bounds,
+}
+
+impl<'a> Columns<'a> {
+    /// # Panics
+    /// If the ranks, lengths or extents do not fit.
+    fn new(out: (usize, &[usize]), dim: usize, index: &'a [i64], src: (usize, &[usize])) -> Result<Self, OutOfRange> {
+        let ((out_len, out_shape), (src_len, shape)) = (out, src);
+        assert!(shape.len() == out_shape.len() && (0..shape.len()).all(|d| d == dim || shape[d] <= out_shape[d]));
+        assert!(out_len == out_shape.iter().product() && index.len() == src_len && src_len == shape.iter().product());
+        let (from, to) = (row_major(shape), row_major(out_shape));
+        let mut others = shape.to_vec();
+        others[dim] = 1;
+        let walk = Walk::new(&others, [&from, &to], [0, 0]);
+        let columns =
+            Self { walk, from: (shape[dim], from[dim]), to: (out_shape[dim], to[dim]), index, bounds: Bounds::new(out_shape[dim]) };
+        if !columns.are_rows() {
+            check_indices(index, out_shape[dim])?;
+        }
+        Ok(columns)
+    }
+
+    /// Whether columns are rows of memory. Their positions are checked when they are in the cache for their use.
+    fn are_rows(&self) -> bool {
+        (self.from.1, self.to.1) == (1, 1)
+    }
+
+    /// Calls `f(at, to, count)` for all columns, `count` of them at a time, which are one step of the walk apart: where the first begins in the
+    /// sources and in the target.
+    fn run(self, f: impl Fn(usize, usize, usize) + Sync + Send) -> Result<(), OutOfRange> {
+        let (columns, [step, to_step]) = (self.walk.numel(), self.walk.inner_strides());
+        let per_task = (TASK / self.from.0.max(1)).max(1);
+        parallel::for_each(columns.div_ceil(per_task), self.index.len(), |task| {
+            for ([at, to], count) in self.walk.stretches_of(task * per_task..columns.min((task + 1) * per_task)) {
+                if !self.are_rows() {
+                    f(at, to, count);
+                    continue;
+                }
+                for (at, to) in (0..count).map(|i| (at + i * step, to + i * to_step)) {
+                    if self.bounds.hold(&self.index[at..at + self.from.0], at) {
+                        f(at, to, 1);
+                    }
+                }
+            }
+        });
+        self.bounds.result(self.index)
+    }
 }
 
 fn scatter_with<T: Element>(
@@ -327,44 +430,105 @@ fn scatter_with<T: Element>(
     src: &[T],
     put: impl Fn(&mut T, T) + Sync + Send,
 ) -> Result<(), OutOfRange> {
-    assert!(shape.len() == out_shape.len() && (0..shape.len()).all(|d| d == dim || shape[d] <= out_shape[d]));
-    assert!(out.len() == out_shape.iter().product() && index.len() == src.len() && src.len() == shape.iter().product());
-    check_indices(index, out_shape[dim])?;
-    if src.is_empty() {
-        return Ok(());
-    }
-    let (from, to) = (row_major(shape), row_major(out_shape));
-    // Elements meet only along `dim`: tasks share out the other coordinates.
-    let mut others = shape.to_vec();
-    others[dim] = 1;
-    let walk = Walk::new(&others, [&from, &to], [0, 0]);
-    let [from_step, to_step] = walk.inner_strides();
-    let columns = walk.numel();
-    let columns_per_task = (TASK / shape[dim]).max(1);
+    let columns = Columns::new((out.len(), out_shape), dim, index, (src.len(), shape))?;
+    let ((n, from), (out_n, to), [step, to_step], rows) = (columns.from, columns.to, columns.walk.inner_strides(), columns.are_rows());
     let target = SharedMut::new(out);
-    let task = |range: Range<usize>| {
-        for ([at, to_at], len) in walk.stretches_of(range) {
-            let one = |j: usize, i: usize| {
-                let k = at + j * from[dim] + i * from_step;
-                let place = to_at + i * to_step + index[k] as usize * to[dim];
-                // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
-                put(unsafe { &mut *target.get().add(place) }, src[k]);
-            };
-            // In the order of memory; what meets does so in ascending j either way.
-            if (from[dim], to[dim]) == (1, 1) {
-                for i in 0..len {
-                    let row = at + i * from_step..at + i * from_step + shape[dim];
-                    // SAFETY: the row lies inside `out`, and belongs to this task alone.
-                    let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at + i * to_step), out_shape[dim]) };
-                    index[row.clone()].iter().zip(&src[row]).for_each(|(&j, &x)| put(&mut out[j as usize], x));
-                }
-            } else {
-                (0..shape[dim]).for_each(|j| (0..len).for_each(|i| one(j, i)));
+    columns.run(|at, to_at, count| {
+        if rows {
+            // SAFETY: the row lies inside `out`, and belongs to this task alone.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at), out_n) };
+            index[at..at + n].iter().zip(&src[at..at + n]).for_each(|(&j, &x)| put(&mut out[j as usize], x));
+            return;
+        }
+        // In the order of memory; what meets does so in ascending j either way.
+        for (j, i) in (0..n).flat_map(|j| (0..count).map(move |i| (j, i))) {
+            let k = at + j * from + i * step;
+            let place = to_at + i * to_step + index[k] as usize * to;
+            // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
+            put(unsafe { &mut *target.get().add(place) }, src[k]);
+        }
+    })
+}
+
+/// [`scatter_add`] with a sum beside each element of some columns.
+fn scatter_sums<T: Accumulate>(
+    out: &mut [T],
+    out_shape: &[usize],
+    dim: usize,
+    index: &[i64],
+    shape: &[usize],
+    src: &[T],
+) -> Result<(), OutOfRange> {
+    /// Columns at a time where they are not rows: neighbours share cache lines.
+    const WIDTH: usize = 32;
+    let columns = Columns::new((out.len(), out_shape), dim, index, (src.len(), shape))?;
+    let ((n, from), (out_n, to), [step, to_step], rows) = (columns.from, columns.to, columns.walk.inner_strides(), columns.are_rows());
+    let target = SharedMut::new(out);
+    columns.run(|at, to_at, count| {
+        if rows {
+            // SAFETY: the row lies inside `out`, and belongs to this task alone.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at), out_n) };
+            dispatch(AddAt { out, index: &index[at..at + n], src: &src[at..at + n] });
+            return;
+        }
+        let mut sums = vec![T::Sum::default(); out_n * WIDTH.min(count)];
+        for first in (0..count).step_by(WIDTH) {
+            let width = WIDTH.min(count - first);
+            let sums = &mut sums[..out_n * width];
+            // SAFETY: the coordinates lie inside `out_shape`; columns of different tasks are disjoint.
+            let element = |j: usize, i: usize| unsafe { target.get().add(to_at + (first + i) * to_step + j * to) };
+            for (s, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: as above.
+                *sums = unsafe { element(s / width, s % width).read() }.to_sum();
+            }
+            for (j, i) in (0..n).flat_map(|j| (0..width).map(move |i| (j, i))) {
+                let k = at + j * from + (first + i) * step;
+                let sum = &mut sums[index[k] as usize * width + i];
+                *sum = T::plus(*sum, src[k].to_sum());
+            }
+            for (s, &sum) in sums.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { element(s / width, s % width).write(T::from_sum(sum)) }
             }
         }
-    };
-    parallel::for_each(columns.div_ceil(columns_per_task), src.len() * 2, |t| {
-        task(t * columns_per_task..columns.min((t + 1) * columns_per_task));
+    })
+}
+
+/// Adds each source to the element of `out` that its position names.
+struct AddAt<'a, T> {
+    out: &'a mut [T],
+    index: &'a [i64],
+    src: &'a [T],
+}
+
+impl<T: Accumulate> WithSimd for AddAt<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let mut sums: Vec<T::Sum> = self.out.iter().map(|x| x.to_sum()).collect();
+        for (&j, x) in self.index.iter().zip(self.src) {
+            let sum = &mut sums[j as usize];
+            *sum = T::plus(*sum, x.to_sum());
+        }
+        self.out.iter_mut().zip(sums).for_each(|(x, sum)| *x = T::from_sum(sum));
+    }
+}
+
+/// `out[r, c] = 1` where c is `index[r]`, else 0, for `classes` columns.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn one_hot(index: &[i64], classes: usize, out: &mut [i64]) -> Result<(), OutOfRange> {
+    assert_eq!(out.len(), index.len() * classes);
+    check_indices(index, classes)?;
+    if out.is_empty() {
+        return Ok(());
+    }
+    let rows = (TASK / classes).max(1);
+    parallel::for_each_chunk(out, rows * classes, out.len() / 4, |task, out| {
+        out.fill(0);
+        out.chunks_exact_mut(classes).zip(&index[task * rows..]).for_each(|(row, &class)| row[class as usize] = 1);
     });
     Ok(())
 }
@@ -444,18 +608,24 @@ mod tests {
     }
 
     #[test]
-    fn a_position_out_of_range_is_an_error_and_writes_nothing() {
+    fn the_first_position_out_of_range_is_an_error() {
         let src = numbers(6);
+        let halves: Vec<bf16> = src.iter().map(|&x| bf16::from_f32(x)).collect();
         for bad in [-1, 3, i64::MIN, i64::MAX] {
             let mut out = vec![7.0; 6];
             let expected = Err(OutOfRange { index: bad, size: 3 });
             assert_eq!(index_select(&src, [1, 3, 2], &[0, bad, 1], &mut out), expected);
             assert_eq!(index_add(&mut out, [1, 3, 2], &[0, bad, 1], &src), expected);
-            let view = StridedView::new(&src, 0, &[3, 2], &[2, 1]).unwrap();
-            assert_eq!(gather(view, 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &mut out), expected);
-            assert_eq!(scatter(&mut out, &[3, 2], 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &src), expected);
-            assert_eq!(scatter_add(&mut out, &[3, 2], 0, &[0, 1, 2, bad, 0, 0], &[3, 2], &src), expected);
-            assert!(out.iter().all(|&x| x == 7.0));
+            assert_eq!(one_hot(&[0, bad], 3, &mut [0; 6]), expected);
+            for (shape, dim) in [([3, 2], 0), ([2, 3], 1)] {
+                let index = [0, 1, 2, bad, 0, 3];
+                let strides = [shape[1], 1];
+                let view = StridedView::new(&src, 0, &shape, &strides).unwrap();
+                assert_eq!(gather(view, dim, &index, &shape, &mut out), expected);
+                assert_eq!(scatter(&mut out, &shape, dim, &index, &shape, &src), expected);
+                assert_eq!(scatter_add(&mut out, &shape, dim, &index, &shape, &src), expected);
+                assert_eq!(scatter_add(&mut halves.clone(), &shape, dim, &index, &shape, &halves), expected);
+            }
         }
     }
 
@@ -493,6 +663,13 @@ mod tests {
         let mut out = [f16::from_f32(2048.0)];
         index_add(&mut out, [1, 1, 1], &[0, 0], &[f16::ONE, f16::ONE]).unwrap();
         assert_eq!(out[0].to_f32(), 2050.0);
+        for (shape, dim) in [([1, 40], 0), ([40, 1], 1), ([1, 3], 0)] {
+            let sources: [usize; 2] = if dim == 0 { [2, shape[1]] } else { [shape[0], 2] };
+            let mut out = vec![f16::from_f32(2048.0); shape[0] * shape[1]];
+            let ones = vec![f16::ONE; sources[0] * sources[1]];
+            scatter_add(&mut out, &shape, dim, &vec![0; ones.len()], &sources, &ones).unwrap();
+            assert!(out.iter().all(|x| x.to_f32() == 2050.0), "{shape:?} {dim}");
+        }
     }
 
     #[test]
@@ -511,13 +688,16 @@ mod tests {
             let values = numbers(index.len());
             let (mut set, mut expected_set) = (src.clone(), src.clone());
             let (mut sum, mut expected_sum) = (src.clone(), src.clone());
+            let to_halves = |x: &[f32]| -> Vec<f16> { x.iter().map(|&x| f16::from_f32(x)).collect() };
+            let mut half_sum = to_halves(&src);
             scatter(&mut set, &src_shape, dim, &index, &shape, &values).unwrap();
             scatter_add(&mut sum, &src_shape, dim, &index, &shape, &values).unwrap();
+            scatter_add(&mut half_sum, &src_shape, dim, &index, &shape, &to_halves(&values)).unwrap();
             for k in 0..index.len() {
                 expected_set[place(k)] = values[k];
                 expected_sum[place(k)] += values[k];
             }
-            assert!(set == expected_set && sum == expected_sum);
+            assert!(set == expected_set && sum == expected_sum && half_sum == to_halves(&expected_sum));
         }
     }
 

@@ -160,7 +160,8 @@ pub fn isa() -> Isa {
 }
 
 /// A computation written once over any instruction set. `with_simd` must be `#[inline(always)]`, as must all that it
-/// calls in its hot loops, so that it is compiled with the features of [`dispatch`]'s shims.
+/// calls in its hot loops, so that it is compiled with the features of [`dispatch`]'s shims. What is called a tile at a time, from several places or for
+/// several types, is better work of its own, run by [`Simd::call`]: it is compiled once.
 pub trait WithSimd {
     /// What the computation returns.
     type Output;
@@ -213,14 +214,22 @@ pub fn dispatch_widest<W: WithSimd>(work: W) -> W::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-fn with_avx512<W: WithSimd>(token: Avx512, work: W) -> W::Output {
+pub(super) fn with_avx512<W: WithSimd>(token: Avx512, work: W) -> W::Output {
     work.with_simd(token)
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-fn with_avx2<W: WithSimd>(token: Avx2, work: W) -> W::Output {
+pub(super) fn with_avx2<W: WithSimd>(token: Avx2, work: W) -> W::Output {
+    work.with_simd(token)
+}
+
+/// Work with instructions that every machine has, as a function of its own.
+#[inline(never)]
+pub(super) fn with_baseline<W: WithSimd, S: Simd>(token: S, work: W) -> W::Output {
     work.with_simd(token)
 }
 

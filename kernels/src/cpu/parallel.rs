@@ -21,11 +21,15 @@ pub fn set_threads(count: usize) -> bool {
 
 /// Calls `f(i)` for each `i < count`: on the pool if all calls together are estimated at [`MIN_PARALLEL_NS`] or more, in order otherwise.
 pub fn for_each(count: usize, estimated_ns: usize, f: impl Fn(usize) + Sync) {
+    // Behind a pointer, so that the machinery and the work are compiled once, and not for every kernel and both ways.
+    for_each_by_pointer(count, estimated_ns, &f);
+}
+
+fn for_each_by_pointer(count: usize, estimated_ns: usize, f: &(dyn Fn(usize) + Sync)) {
     if is_serial(count, estimated_ns) {
         (0..count).for_each(f);
     } else {
-        // Behind a pointer, so that the machinery is compiled once and not for every kernel.
-        share::share(count, &f);
+        share::share(count, f);
     }
 }
 

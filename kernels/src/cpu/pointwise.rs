@@ -252,10 +252,10 @@ impl<'a, T: Stored> Source<'a, T> {
         }
     }
 
-    /// The number of elements after which it repeats, if several periods fit a tile.
+    /// The number of elements after which it repeats, if a tile holds as many.
     fn period(&self) -> Option<usize> {
         match self {
-            Source::Strided(_, walk) if walk.repeats(1) && walk.run_len() <= TILE / 2 => Some(walk.run_len()),
+            Source::Strided(_, walk) if walk.repeats(1) && walk.run_len() <= TILE => Some(walk.run_len()),
             _ => None,
         }
     }

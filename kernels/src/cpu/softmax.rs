@@ -211,25 +211,20 @@ struct Strip<'a, T> {
     kind: Kind,
 }
 
-impl<T: FloatElement> Strip<'_, T> {
-    /// The strip's elements of an input, row after row without gaps.
-    fn gather(&self, input: usize) -> Vec<T::Lane> {
-        let mut tile = vec![T::Lane::default(); self.axis.n * self.width];
-        for (i, row) in tile.chunks_exact_mut(self.width).enumerate() {
-            lanes::widen(&self.inputs[input][self.base + i * self.axis.inner..][..self.width], row);
-        }
-        tile
+impl<T: FloatElement> Ends<T::Lane> for Strip<'_, T> {
+    #[inline(always)]
+    fn load<S: Simd>(&self, s: S, input: usize, i: usize, row: &mut [T::Lane]) {
+        let from = &self.inputs[input][self.base + i * self.axis.inner..][..self.width];
+        sweep!(T::Lane, S, from.len(), |j, count| at(s, from, j, count).store(&mut row[j..], count));
     }
 
-    /// Writes the strip of the output.
-    fn scatter(&self, tile: &[T::Lane]) {
-        assert!(self.base + (self.axis.n - 1) * self.axis.inner + self.width <= self.axis.numel());
-        for (i, row) in tile.chunks_exact(self.width).enumerate() {
-            // SAFETY: the row lies inside of the output (checked above for the last one), which has `numel` elements and stays
-            // borrowed until all strips are done; strips share no columns, and the slice ends before the next row's is made.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(self.base + i * self.axis.inner), self.width) };
-            out.iter_mut().zip(row).for_each(|(out, &x)| *out = T::from_lane(x));
-        }
+    #[inline(always)]
+    fn store<S: Simd>(&self, s: S, i: usize, row: &[T::Lane]) {
+        assert!(i < self.axis.n && self.base + (self.axis.n - 1) * self.axis.inner + self.width <= self.axis.numel());
+        // SAFETY: the row lies inside of the output (checked above for the last one), which has `numel` elements and stays
+        // borrowed until all strips are done; strips share no columns, and the slice ends before the next row's is made.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(self.base + i * self.axis.inner), self.width) };
+        sweep!(T::Lane, S, row.len(), |j, count| T::store_pack(at(s, row, j, count), &mut out[j..], count));
     }
 }
 
@@ -238,10 +233,10 @@ impl<T: FloatElement> WithSimd for Strip<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let mut x = self.gather(0);
-        let y = if self.kind.is_backward() { self.gather(1) } else { Vec::new() };
-        columns(s, self.kind, &mut x, &y, self.width);
-        self.scatter(&x);
+        let len = self.axis.n * self.width;
+        let mut x = vec![T::Lane::default(); len];
+        let mut y = vec![T::Lane::default(); if self.kind.is_backward() { len } else { 0 }];
+        columns(s, self.kind, &self, &mut x, &mut y, self.width);
     }
 }
 
@@ -265,7 +260,7 @@ impl<T: FloatElement> WithSimd for ShortRows<'_, T> {
             for (i, row) in x.chunks_exact(self.n).enumerate() {
                 row.iter().zip(tile[i..].iter_mut().step_by(width)).for_each(|(&x, to)| *to = x.to_lane());
             }
-            columns(s, self.kind, tile, &[], width);
+            columns(s, self.kind, &InTile, tile, &mut [], width);
             for (i, row) in out.chunks_exact_mut(self.n).enumerate() {
                 row.iter_mut().zip(tile[i..].iter().step_by(width)).for_each(|(to, &x)| *to = T::from_lane(x));
             }
@@ -273,14 +268,32 @@ impl<T: FloatElement> WithSimd for ShortRows<'_, T> {
     }
 }
 
-/// Works on the columns of a tile in place; a backward pass takes the results `y` of the forward pass.
+/// Where a tile's rows come from in the first pass over them, and go to in the last: row by row, so that they are in L1 for both.
+trait Ends<L> {
+    /// Row `i` of an input.
+    fn load<S: Simd>(&self, s: S, input: usize, i: usize, row: &mut [L]);
+    /// Row `i` of the output.
+    fn store<S: Simd>(&self, s: S, i: usize, row: &[L]);
+}
+
+/// Nowhere: the tile holds the input and is to hold the output.
+struct InTile;
+
+impl<L> Ends<L> for InTile {
+    #[inline(always)]
+    fn load<S: Simd>(&self, _: S, _: usize, _: usize, _: &mut [L]) {}
+    #[inline(always)]
+    fn store<S: Simd>(&self, _: S, _: usize, _: &[L]) {}
+}
+
+/// Works on the columns of a tile in place; a backward pass has another for the results of the forward pass.
 #[inline(always)]
-fn columns<L: FloatLane, S: Simd>(s: S, kind: Kind, x: &mut [L], y: &[L], width: usize) {
+fn columns<L: FloatLane, S: Simd>(s: S, kind: Kind, ends: &impl Ends<L>, x: &mut [L], y: &mut [L], width: usize) {
     match kind {
-        Kind::Forward => softmax_columns(s, x, width),
-        Kind::LogForward => log_softmax_columns(s, x, width),
-        Kind::Backward => softmax_backward_columns(s, x, y, width),
-        Kind::LogBackward => log_softmax_backward_columns(s, x, y, width),
+        Kind::Forward => softmax_columns(s, ends, x, width),
+        Kind::LogForward => log_softmax_columns(s, ends, x, width),
+        Kind::Backward => softmax_backward_columns(s, ends, x, y, width),
+        Kind::LogBackward => log_softmax_backward_columns(s, ends, x, y, width),
     }
 }
 
@@ -319,31 +332,33 @@ impl<L: FloatLane> ColumnSums<L> {
 }
 
 #[inline(always)]
-fn max_columns<L: FloatLane, S: Simd>(s: S, tile: &[L], width: usize) -> Vec<L> {
+fn max_columns<L: FloatLane, S: Simd>(s: S, ends: &impl Ends<L>, tile: &mut [L], width: usize) -> Vec<L> {
     let mut max = vec![L::LEAST; width];
-    for row in tile.chunks_exact(width) {
+    for (i, row) in tile.chunks_exact_mut(width).enumerate() {
+        ends.load(s, 0, i, row);
         sweep!(L, S, width, |j, count| at(s, &max, j, count).max(at(s, row, j, count)).store(&mut max[j..], count));
     }
     max
 }
 
 #[inline(always)]
-fn softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
-    let max = max_columns(s, x, width);
+fn softmax_columns<L: FloatLane, S: Simd>(s: S, ends: &impl Ends<L>, x: &mut [L], width: usize) {
+    let max = max_columns(s, ends, x, width);
     let mut sums = ColumnSums::new(width);
     for row in x.chunks_exact_mut(width) {
         sweep!(L, S, width, |j, count| L::exp_pack(s, at(s, row, j, count).sub(at(s, &max, j, count))).store(&mut row[j..], count));
         sums.add(s, row);
     }
     let scale: Vec<L> = sums.totals().map(|sum| L::round_from(1.0 / sum)).collect();
-    for row in x.chunks_exact_mut(width) {
+    for (i, row) in x.chunks_exact_mut(width).enumerate() {
         sweep!(L, S, width, |j, count| at(s, row, j, count).mul(at(s, &scale, j, count)).store(&mut row[j..], count));
+        ends.store(s, i, row);
     }
 }
 
 #[inline(always)]
-fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
-    let max = max_columns(s, x, width);
+fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, ends: &impl Ends<L>, x: &mut [L], width: usize) {
+    let max = max_columns(s, ends, x, width);
     let mut sums = ColumnSums::new(width);
     let mut exponentials = vec![L::default(); width];
     for row in x.chunks_exact_mut(width) {
@@ -357,38 +372,45 @@ fn log_softmax_columns<L: FloatLane, S: Simd>(s: S, x: &mut [L], width: usize) {
     // The maximum's own exponential is 1, and a small rest keeps its digits.
     let mut log: Vec<L> = sums.totals().map(|sum| L::round_from(sum - 1.0)).collect();
     sweep!(L, S, width, |j, count| L::log1p_pack(s, at(s, &log, j, count)).store(&mut log[j..], count));
-    for row in x.chunks_exact_mut(width) {
+    for (i, row) in x.chunks_exact_mut(width).enumerate() {
         sweep!(L, S, width, |j, count| at(s, row, j, count).sub(at(s, &log, j, count)).store(&mut row[j..], count));
+        ends.store(s, i, row);
     }
 }
 
 #[inline(always)]
-fn softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
+fn softmax_backward_columns<L: FloatLane, S: Simd>(s: S, ends: &impl Ends<L>, g: &mut [L], y: &mut [L], width: usize) {
     let mut sums = ColumnSums::new(width);
     let mut products = vec![L::default(); width];
-    for (g, y) in g.chunks_exact(width).zip(y.chunks_exact(width)) {
+    for (i, (g, y)) in g.chunks_exact_mut(width).zip(y.chunks_exact_mut(width)).enumerate() {
+        ends.load(s, 0, i, g);
+        ends.load(s, 1, i, y);
         sweep!(L, S, width, |j, count| at(s, g, j, count).mul(at(s, y, j, count)).store(&mut products[j..], count));
         sums.add(s, &products);
     }
     let dot: Vec<L> = sums.totals().map(L::round_from).collect();
-    for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+    for (i, (g, y)) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)).enumerate() {
         sweep!(L, S, width, |j, count| {
             at(s, g, j, count).sub(at(s, &dot, j, count)).mul(at(s, y, j, count)).store(&mut g[j..], count);
         });
+        ends.store(s, i, g);
     }
 }
 
 #[inline(always)]
-fn log_softmax_backward_columns<L: FloatLane, S: Simd>(s: S, g: &mut [L], y: &[L], width: usize) {
+fn log_softmax_backward_columns<L: FloatLane, S: Simd>(s: S, ends: &impl Ends<L>, g: &mut [L], y: &mut [L], width: usize) {
     let mut sums = ColumnSums::new(width);
-    for row in g.chunks_exact(width) {
+    for (i, row) in g.chunks_exact_mut(width).enumerate() {
+        ends.load(s, 0, i, row);
         sums.add(s, row);
     }
     let minus: Vec<L> = sums.totals().map(|sum| L::round_from(-sum)).collect();
-    for (g, y) in g.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+    for (i, (g, y)) in g.chunks_exact_mut(width).zip(y.chunks_exact_mut(width)).enumerate() {
+        ends.load(s, 1, i, y);
         sweep!(L, S, width, |j, count| {
             L::exp_pack(s, at(s, y, j, count)).mul_add(at(s, &minus, j, count), at(s, g, j, count)).store(&mut g[j..], count);
         });
+        ends.store(s, i, g);
     }
 }
 

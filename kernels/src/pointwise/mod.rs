@@ -27,6 +27,8 @@ pub trait Pointwise<const N: usize>: 'static {
     const NAMES: &'static str;
     /// Nanoseconds an element takes in f32 on one core with AVX-512, as far as decisions about threads need it.
     const NS: f32;
+    /// What the function of one operand does to the bits of a bf16, if nothing but to the sign.
+    const WORDS: Option<fn(u16) -> u16> = None;
     /// The function of vectors.
     fn simd<S: Simd>(s: S, x: [S::F32; N], p: [S::F32; 2]) -> S::F32;
     /// The function of f64.
@@ -79,7 +81,7 @@ impl<const N: usize> Row<N> {
             names: P::NAMES,
             ns: P::NS,
             f32: simd_tile::<P, f32, N>,
-            bf16: simd_tile::<P, bf16, N>,
+            bf16: if P::WORDS.is_some() { words_tile::<P, N> } else { simd_tile::<P, bf16, N> },
             f64: double_tile::<P, N>,
             int: None,
         }
@@ -286,6 +288,43 @@ unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [*const
     dispatch(SimdTile::<P, T, N> { inputs, out, len, params, function: std::marker::PhantomData });
 }
 
+struct WordsTile<const N: usize, P> {
+    from: *const u16,
+    to: *mut u16,
+    len: usize,
+    function: std::marker::PhantomData<P>,
+}
+
+impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        const BLOCK: usize = 64;
+        let Some(function) = P::WORDS else { return };
+        let whole = self.len / BLOCK * BLOCK;
+        // SAFETY: the caller vouches for `len` elements. A block is read before it is written, since both may be one.
+        unsafe {
+            for i in (0..whole).step_by(BLOCK) {
+                let mut words = self.from.add(i).cast::<[u16; BLOCK]>().read();
+                for word in &mut words {
+                    *word = function(*word);
+                }
+                self.to.add(i).cast::<[u16; BLOCK]>().write(words);
+            }
+            for i in whole..self.len {
+                self.to.add(i).write(function(self.from.add(i).read()));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// See [`Tile`].
+unsafe fn words_tile<P: Pointwise<N>, const N: usize>(inputs: [*const bf16; N], out: *mut bf16, len: usize, _: Params) {
+    // A bf16 is its bits.
+    dispatch(WordsTile::<N, P> { from: inputs[0].cast(), to: out.cast(), len, function: std::marker::PhantomData });
+}
+
 /// # Safety
 /// See [`Tile`].
 unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f64; N], out: *mut f64, len: usize, params: Params) {
@@ -308,7 +347,7 @@ unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [*const I
 /// Instantiates rows: each becomes a type that implements [`Pointwise`] and has its [`Row`] as `ROW`; `$all` lists them.
 macro_rules! rows {
     ($all:ident, $n:literal; $(
-        $(#[$doc:meta])* $name:ident ($op:literal, $ns:literal) |$s:ident, $x:pat_param, $p:ident| $cuda:literal => $simd:expr; f64: $double:expr $(; int: $int:expr)?,
+        $(#[$doc:meta])* $name:ident ($op:literal, $ns:literal) |$s:ident, $x:pat_param, $p:ident| $cuda:literal => $simd:expr; f64: $double:expr $(; int: $int:expr)? $(; words: $words:expr)?,
     )*) => {
         $(
             $(#[$doc])*
@@ -319,6 +358,7 @@ macro_rules! rows {
                 const CUDA: &'static str = $cuda;
                 const NAMES: &'static str = stringify!($x);
                 const NS: f32 = $ns;
+                $(const WORDS: Option<fn(u16) -> u16> = Some($words);)?
                 #[inline(always)]
                 fn simd<S: Simd>($s: S, $x: [S::F32; $n], $p: [S::F32; 2]) -> S::F32 { let (_, _) = ($s, $p); $simd }
                 #[inline(always)]

@@ -6,9 +6,9 @@ use crate::cpu::simd::{F32s, Simd};
 
 rows! { UNARY, 1;
     /// −x.
-    Neg("neg", 0.2) |s, [x], p| "-x" => -x; f64: -x; int: x.neg(),
+    Neg("neg", 0.2) |s, [x], p| "-x" => -x; f64: -x; int: x.neg(); words: |w| w ^ 0x8000,
     /// |x|.
-    Abs("abs", 0.2) |s, [x], p| "math::abs(x)" => x.abs(); f64: x.abs(); int: if x < I::ZERO { x.neg() } else { x },
+    Abs("abs", 0.2) |s, [x], p| "math::abs(x)" => x.abs(); f64: x.abs(); int: if x < I::ZERO { x.neg() } else { x }; words: |w| w & 0x7fff,
     /// −1 or 1 with the sign of x; zeros and NaN stay.
     Sign("sign", 0.2) |s, [x], p| "x > 0 ? A(1) : x < 0 ? A(-1) : x" => math::sign(s, x);
         f64: sign(x); int: if x > I::ZERO { I::ONE } else if x < I::ZERO { I::ONE.neg() } else { I::ZERO },

@@ -173,9 +173,14 @@ impl Op for ScatterSum {
     }
 }
 
+/// Whether sums of a tensor's elements must be kept in f32: a GPU's kernel adds to elements in memory.
+fn is_summed_widened(x: &Tensor) -> bool {
+    x.device() != Device::Cpu && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
 /// Zeros of `shape` with `source` added where `index` says. f16 and bf16 are summed in f32.
 fn scatter_sum(shape: Shape, dim: usize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
-    if matches!(source.dtype(), DType::F16 | DType::BF16) {
+    if is_summed_widened(source) {
         return scatter_sum(shape, dim, index, &source.to_dtype(DType::F32)?)?.to_dtype(source.dtype());
     }
     let out = scatter_add_to(Tensor::zeros(shape, source)?, dim, index, source)?;
@@ -338,7 +343,7 @@ impl Tensor {
 
     /// As [`scatter`](Tensor::scatter), but adds. f16 and bf16 are summed in f32.
     pub fn scatter_add(&self, dim: isize, index: &Tensor, source: &Tensor) -> Result<Tensor> {
-        if matches!(self.dtype(), DType::F16 | DType::BF16) {
+        if is_summed_widened(self) {
             self.expect_same("scatter_add", source)?;
             return self.to_dtype(DType::F32)?.scatter_add(dim, index, &source.to_dtype(DType::F32)?)?.to_dtype(self.dtype());
         }
@@ -414,15 +419,7 @@ impl Tensor {
                 Ok(gpu_kernel::one_hot(gpu, index.gpu_slice()?, classes, &mut out)?)
             });
         }
-        let index = index.as_slice::<i64>()?;
-        kernel::check_indices(index, classes).map_err(out_of_range("one_hot"))?;
-        Tensor::build::<i64>(Device::Cpu, &shape, |out| {
-            out.fill(0);
-            for (row, &class) in out.chunks_mut(classes.max(1)).zip(index) {
-                row[class as usize] = 1;
-            }
-            Ok(())
-        })
+        Tensor::build::<i64>(Device::Cpu, &shape, |out| kernel::one_hot(index.as_slice()?, classes, out).map_err(out_of_range("one_hot")))
     }
 
     /// The rows of `weight` (shape (entries, width)) that this i64 tensor names: shape (…, width). The gradient sums the

@@ -10,7 +10,7 @@
 //! A task has some keys of a key head and all queries that look at them, so dK and dV have one writer, and dQ if these are all keys. If not,
 //! what it adds to dQ goes to a slot of its own; the slots are added in order.
 
-use super::block::{Left, Right, Sums, cut, pack_transposed, product};
+use super::block::{Left, PackTransposed, Right, Sums, cut, product};
 use super::entries::{Entries, Single, padded, round};
 use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
@@ -253,18 +253,21 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, s: S) -> Self::Output {
-        match std::mem::replace(&mut self.dq, Queries::Slot(&mut [])) {
-            Queries::Slot(sums) => self.run(s, sums),
+        let mut own;
+        let (sums, dq) = match std::mem::replace(&mut self.dq, Queries::Slot(&mut [])) {
+            Queries::Slot(sums) => (sums, None),
             Queries::All(dq) => {
-                let mut sums = Buffer::zeroed(dq.len() * size_of::<f32>())?;
-                let sums = sums.as_slice_mut::<f32>();
-                let scale = self.attention.scale;
-                self.run(s, sums)?;
-                sums.iter_mut().for_each(|x| *x *= scale);
-                round(sums, dq);
-                Ok(())
+                own = Buffer::zeroed(dq.len() * size_of::<f32>())?;
+                (own.as_slice_mut::<f32>(), Some(dq))
             }
+        };
+        let scale = self.attention.scale;
+        self.run(s, sums)?;
+        if let Some(dq) = dq {
+            sums.iter_mut().for_each(|x| *x *= scale);
+            round(sums, dq);
         }
+        Ok(())
     }
 }
 
@@ -317,9 +320,10 @@ impl<T: Attended, E: Entries<T>> Task<'_, T, E> {
         for first in keys.clone().step_by(KEYS) {
             let block = first..keys.end.min(first + KEYS);
             let loaded = E::load_both(s, &k, block.clone(), stride, scratch.key_rows, scratch.key_columns);
-            pack_transposed(s, kernels, loaded.rows, block.len(), width, scratch.key_panels);
+            s.call(PackTransposed { kernels, from: loaded.rows, rows: block.len(), k: width, to: scratch.key_panels });
             E::load_rows(s, &v, block.clone(), scratch.value_rows);
-            pack_transposed(s, kernels, (scratch.value_rows, value_width), block.len(), value_width, scratch.value_panels);
+            let from = (&*scratch.value_rows, value_width);
+            s.call(PackTransposed { kernels, from, rows: block.len(), k: value_width, to: scratch.value_panels });
             scratch.dk.fill(0.0);
             scratch.dv.fill(0.0);
             for head in heads.clone() {

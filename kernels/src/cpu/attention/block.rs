@@ -3,6 +3,7 @@
 use super::entries::padded;
 use crate::cpu::gemm::micro::{Init, MAX_MR, MicroKernels, Output, Tile, Values};
 use crate::cpu::gemm::pack::{Strip, pack};
+use crate::cpu::isa::WithSimd;
 use crate::cpu::simd::Simd;
 
 /// Cuts scratch memory into parts of these sizes.
@@ -15,22 +16,28 @@ pub(super) fn cut<const N: usize>(mut scratch: &mut [f32], sizes: [usize; N]) ->
     })
 }
 
-/// Packs the transpose of `rows` rows of `k` entries, `stride` apart, into panels for [`Right::Panels`].
-#[inline(always)]
-pub(super) fn pack_transposed<S: Simd>(
-    s: S,
-    kernels: &MicroKernels,
-    (from, stride): (&[f32], usize),
-    rows: usize,
-    k: usize,
-    to: &mut [f32],
-) {
-    assert!(rows > 0 && stride >= k && from.len() >= (rows - 1) * stride + k && to.len() >= k * padded(kernels, rows));
-    for row in (0..rows).step_by(kernels.nr) {
-        let lanes = kernels.nr.min(rows - row);
-        let strip = Strip { src: from[row * stride..].as_ptr(), lanes, lane_stride: stride, k, k_stride: 1 };
-        // SAFETY: the strip lies in `from` and the panel in `to`, both checked above; lanes are at most a panel's width.
-        unsafe { pack(s, strip, kernels.panel_width(lanes), to[row * k..].as_mut_ptr()) };
+/// Packs the transpose of `rows` rows of `k` entries, which are `from.1` apart, into panels for [`Right::Panels`].
+pub(super) struct PackTransposed<'a> {
+    pub kernels: &'a MicroKernels,
+    pub from: (&'a [f32], usize),
+    pub rows: usize,
+    pub k: usize,
+    pub to: &'a mut [f32],
+}
+
+impl WithSimd for PackTransposed<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self { kernels, from: (from, stride), rows, k, to } = self;
+        assert!(rows > 0 && stride >= k && from.len() >= (rows - 1) * stride + k && to.len() >= k * padded(kernels, rows));
+        for row in (0..rows).step_by(kernels.nr) {
+            let lanes = kernels.nr.min(rows - row);
+            let strip = Strip { src: from[row * stride..].as_ptr(), lanes, lane_stride: stride, k, k_stride: 1 };
+            // SAFETY: the strip lies in `from` and the panel in `to`, both checked above; lanes are at most a panel's width.
+            unsafe { pack(s, strip, kernels.panel_width(lanes), to[row * k..].as_mut_ptr()) };
+        }
     }
 }
 
@@ -73,7 +80,6 @@ pub(super) struct Sums<'a> {
 }
 
 /// `C = alpha · A·B`, or `C += alpha · A·B`, of blocks: C is `rows × cols`, and `k` entries are summed over.
-#[inline(always)]
 pub(super) fn product(kernels: &MicroKernels, [rows, k, cols]: [usize; 3], a: Left, b: Right, c: Sums) {
     if rows == 0 || cols == 0 {
         return;

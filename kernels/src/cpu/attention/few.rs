@@ -3,11 +3,12 @@
 use super::block::cut;
 use super::entries::widen_rows;
 use super::forward::KEYS;
-use super::online::{Online, Scores};
+use super::online::{Online, Scores, Weigh};
 use super::{Attended, Attention, Extents, LOG2_E};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::gemm::read_ahead;
+use crate::cpu::isa::WithSimd;
 use crate::cpu::simd::{CACHE_LINE, F32s, Simd};
 use crate::view::MatView;
 use std::ops::Range;
@@ -18,8 +19,25 @@ pub(super) fn serves(x: &Extents) -> bool {
 }
 
 /// Sums the values of `keys` for all queries of `heads`, which share a key head.
+pub(super) struct Few<'a, 'o, T> {
+    pub attention: &'a Attention<'a, T>,
+    pub x: &'a Extents,
+    pub heads: Range<usize>,
+    pub keys: Range<usize>,
+    pub online: &'a mut Online<'o>,
+}
+
+impl<T: Attended> WithSimd for Few<'_, '_, T> {
+    type Output = Result<(), OutOfMemory>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Self::Output {
+        sum(s, self.attention, self.x, self.heads, self.keys, self.online)
+    }
+}
+
 #[inline(always)]
-pub(super) fn sum<T: Attended, S: Simd>(
+fn sum<T: Attended, S: Simd>(
     s: S,
     attention: &Attention<'_, T>,
     x: &Extents,
@@ -56,7 +74,7 @@ pub(super) fn sum<T: Attended, S: Simd>(
         }
         for (row, scores) in scores.chunks_exact_mut(KEYS).enumerate() {
             let of = Scores { head: heads.start + row / x.queries, query: row % x.queries, first_key: first, keys: block.len(), unit: 1.0 };
-            of.weigh(s, attention, x, scores, (row, online));
+            s.call(Weigh { of, attention, x, scores, row, online });
         }
         if v.col_stride() == 1 {
             let next = match &after {

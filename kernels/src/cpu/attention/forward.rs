@@ -3,10 +3,10 @@
 //! A task has some queries of a head and all keys that they look at. Where that gives few tasks (decoding: few queries, many keys), the keys are cut
 //! into parts with tasks of their own, whose sums are merged in order.
 
-use super::block::{Left, Right, Sums, cut, pack_transposed, product};
+use super::block::{Left, PackTransposed, Right, Sums, cut, product};
 use super::entries::{Entries, Single, padded};
-use super::few;
-use super::online::{Online, Scores};
+use super::few::{self, Few};
+use super::online::{Online, Scores, Weigh};
 use super::{Attended, Attention, Extents};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
@@ -171,16 +171,20 @@ impl<T: Attended, E: Entries<T>> WithSimd for Task<'_, T, E> {
     fn with_simd<S: Simd>(self, s: S) -> Self::Output {
         let Self { work, target } = self;
         let rows = work.heads.len() * work.queries.len();
-        match target {
-            Target::Part(memory) => work.sum(s, &mut Online::new(memory, rows)),
+        let mut own;
+        let (memory, results) = match target {
+            Target::Part(memory) => (memory, None),
             Target::Results(out, lse) => {
-                let mut memory = Buffer::new(Online::size(rows, work.x.value_width) * size_of::<f32>())?;
-                let mut online = Online::new(memory.as_slice_mut(), rows);
-                work.sum(s, &mut online)?;
-                online.finish(s, out, lse);
-                Ok(())
+                own = Buffer::new(Online::size(rows, work.x.value_width) * size_of::<f32>())?;
+                (own.as_slice_mut(), Some((out, lse)))
             }
+        };
+        let mut online = Online::new(memory, rows);
+        work.sum(s, &mut online)?;
+        if let Some((out, lse)) = results {
+            online.finish(s, out, lse);
         }
+        Ok(())
     }
 }
 
@@ -216,7 +220,7 @@ impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
         let reach = self.attention.reach(self.queries.end - 1, &self.keys);
         let keys = self.keys.start..self.keys.start + reach;
         if few::serves(&self.x) {
-            few::sum(s, self.attention, &self.x, self.heads.clone(), keys, online)
+            s.call(Few { attention: self.attention, x: &self.x, heads: self.heads.clone(), keys, online })
         } else {
             self.blocks(s, keys, online)
         }
@@ -245,7 +249,7 @@ impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
             let block = first..keys.end.min(first + KEYS);
             E::load_rows(s, &k, block.clone(), scratch.keys);
             E::load_columns(s, &v, block.clone(), value_stride, scratch.values);
-            pack_transposed(s, kernels, (scratch.keys, width), block.len(), width, scratch.panels);
+            s.call(PackTransposed { kernels, from: (scratch.keys, width), rows: block.len(), k: width, to: scratch.panels });
             let parts = count.div_ceil(ROWS);
             for part in 0..parts {
                 let rows = part * count / parts..(part + 1) * count / parts;
@@ -273,7 +277,7 @@ impl<T: Attended, E: Entries<T>> Work<'_, T, E> {
         product(kernels, [count, width, computed], q, Right::Panels(panels), to);
         for (i, row) in rows.enumerate() {
             let of = Scores { head: heads.start, query: self.queries.start + row, first_key: block.start, keys: reach, unit };
-            of.weigh(s, attention, x, &mut scores[i * KEYS..(i + 1) * KEYS], (row, online));
+            s.call(Weigh { of, attention, x, scores: &mut scores[i * KEYS..(i + 1) * KEYS], row, online });
         }
         let (weights, row_stride) = E::rows_of(scores, [count, reach], KEYS, weights);
         let weights = Left::rows(weights, row_stride);

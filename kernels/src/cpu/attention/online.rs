@@ -5,6 +5,7 @@
 use super::entries::round;
 use super::{Attended, Attention, Extents};
 use crate::cpu::gemm::dot::Lanes;
+use crate::cpu::isa::WithSimd;
 use crate::cpu::math;
 use crate::cpu::simd::{F32s, Simd};
 
@@ -94,19 +95,24 @@ pub(super) struct Scores {
     pub unit: f32,
 }
 
-impl Scores {
-    /// Turns scores into weights relative to the row's largest score so far, and what the row has summed to the same scale. Weights are written up to
-    /// a whole vector (or the end of `scores`).
+/// Turns scores into weights relative to the row's largest score so far, and what the row has summed to the same scale. Weights are written up to
+/// a whole vector (or the end of `scores`).
+pub(super) struct Weigh<'a, 'o, T> {
+    pub of: Scores,
+    pub attention: &'a Attention<'a, T>,
+    pub x: &'a Extents,
+    pub scores: &'a mut [f32],
+    pub row: usize,
+    pub online: &'a mut Online<'o>,
+}
+
+impl<T: Attended> WithSimd for Weigh<'_, '_, T> {
+    type Output = ();
+
     #[inline(always)]
-    pub fn weigh<T: Attended, S: Simd>(
-        &self,
-        s: S,
-        attention: &Attention<'_, T>,
-        x: &Extents,
-        scores: &mut [f32],
-        (row, online): (usize, &mut Online<'_>),
-    ) {
-        let Self { head, query, first_key, keys, unit } = *self;
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self { of, attention, x, scores, row, online } = self;
+        let Scores { head, query, first_key, keys, unit } = of;
         let own = attention.reach(query, &(first_key..first_key + keys));
         let end = keys.next_multiple_of(S::LANES).min(scores.len());
         let (open, shut) = scores.split_at_mut(own);

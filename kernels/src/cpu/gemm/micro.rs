@@ -442,6 +442,27 @@ unsafe fn outer<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(s: S, 
     unsafe { store(s, multiply, &acc, &t.out, rest) }
 }
 
+/// Runs the body for each vector of sums, the address of its row and its number there. Written out, not a loop: the compiler unrolls one so long too late
+/// to see that sums it takes by number could have been in registers all along, unless it optimises twice, as it does between several codegen units.
+macro_rules! each_sum {
+    ($acc:ident, $out:ident, |$sum:ident, $row:ident, $v:ident| $body:expr) => {
+        each_sum!(@rows $acc, $out, $sum, $row, $v, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@rows $acc:ident, $out:ident, $sum:ident, $row:ident, $v:ident, $body:expr, $($r:literal)*) => {{
+        const { assert!(R <= MAX_MR && NV <= 4) }
+        $(if $r < R {
+            let $row = $out.row($r);
+            each_sum!(@vectors $acc[$r], $sum, $v, $body, 0 1 2 3)
+        })*
+    }};
+    (@vectors $sums:expr, $sum:ident, $v:ident, $body:expr, $($n:literal)*) => {{
+        $(if $n < NV {
+            let ($sum, $v) = ($sums[$n], $n);
+            $body;
+        })*
+    }};
+}
+
 /// How a tile is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
@@ -483,18 +504,14 @@ unsafe fn store<S: Simd, M: Multiply<S>, const R: usize, const NV: usize>(
         // SAFETY: the caller's contract.
         return unsafe { rest(sums.as_flattened(), NV, out) };
     }
-    for (r, sums) in acc.iter().enumerate() {
-        // SAFETY: there is an address for each row, which is NV vectors long.
-        unsafe {
-            let row = out.row(r);
-            for (v, &sum) in sums.iter().enumerate() {
-                match form {
-                    Form::Biased(bias) => (sum + s.load(bias.add(v * S::LANES))).store(row.add(v * S::LANES)),
-                    Form::Added => (sum + s.load(row.add(v * S::LANES))).store(row.add(v * S::LANES)),
-                    Form::Rounded if M::ROUNDS => multiply.store_bf16(sum, row.cast::<bf16>().add(v * S::LANES)),
-                    _ => sum.store(row.add(v * S::LANES)),
-                }
-            }
+    let at = |v: usize| v * S::LANES;
+    // SAFETY: there is an address for each row, which is NV vectors long.
+    unsafe {
+        match form {
+            Form::Biased(bias) => each_sum!(acc, out, |sum, row, v| (sum + s.load(bias.add(at(v)))).store(row.add(at(v)))),
+            Form::Added => each_sum!(acc, out, |sum, row, v| (sum + s.load(row.add(at(v)))).store(row.add(at(v)))),
+            Form::Rounded if M::ROUNDS => each_sum!(acc, out, |sum, row, v| multiply.store_bf16(sum, row.cast::<bf16>().add(at(v)))),
+            _ => each_sum!(acc, out, |sum, row, v| sum.store(row.add(at(v)))),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! columns belong to different outputs ([`Fold::columns`]). Which elements those are is the business of [`plan`](super::plan).
 //! They are lanes, or narrower ones that are widened as they are loaded.
 
+use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Numeric, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
 
@@ -30,6 +31,11 @@ pub trait Fold<L: Lane>: Copy + Send + Sync {
     fn merge(self, a: Self::Acc, b: Self::Acc) -> Self::Acc;
     /// The result over `tile`, whose first element is number `start`.
     fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], start: usize) -> Self::Acc;
+    /// The results over dense rows of `n` elements, as [`row`](Self::row) gives them, if there is a faster way to those of so few.
+    #[inline(always)]
+    fn few<S: Simd, E: Numeric<Lane = L>>(self, _s: S, _rows: &[E], _n: usize, _accs: &mut [Self::Acc]) -> bool {
+        false
+    }
     /// Merges the result over column `j` of `rows` into `accs[j]`. The first row is number `start`; there are at most
     /// [`MAX_ROWS`], and at most [`MAX_WIDTH`] columns.
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], start: usize, accs: &mut [Self::Acc]);
@@ -135,6 +141,63 @@ fn combine_rows<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S
     }
 }
 
+/// Elements of rows that are too few for vectors of their own.
+const FEW: usize = 4;
+
+/// The first, second, … elements of [`MAX_LANES`] rows.
+type FewColumns<L> = [[L; MAX_LANES]; FEW];
+
+/// Dense rows of `N` elements as columns.
+struct Turned<'a, const N: usize, E: Numeric>(&'a [E], &'a mut FewColumns<E::Lane>);
+
+impl<const N: usize, E: Numeric> WithSimd for Turned<'_, N, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self(rows, columns) = self;
+        if rows.len() == N * MAX_LANES {
+            // A number that the compiler knows.
+            let rows = &rows[..N * MAX_LANES];
+            for j in 0..MAX_LANES {
+                for i in 0..N {
+                    columns[i][j] = rows[j * N + i].to_lane();
+                }
+            }
+        } else {
+            for (j, row) in rows.chunks_exact(N).enumerate() {
+                for i in 0..N {
+                    columns[i][j] = row[i].to_lane();
+                }
+            }
+        }
+    }
+}
+
+/// The results over dense rows of `n` elements, 2 to [`FEW`]. The order is that of [`Monoid::across`].
+#[inline(always)]
+fn few_elements<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S, rows: &[E], n: usize, accs: &mut [M::Acc]) {
+    let lanes = L::lanes::<S>();
+    let neutral = m.promote(m.neutral());
+    for (rows, accs) in rows.chunks(n * MAX_LANES).zip(accs.chunks_mut(MAX_LANES)) {
+        let mut columns = [[m.neutral(); MAX_LANES]; FEW];
+        match n {
+            2 => s.call(Turned::<2, E>(rows, &mut columns)),
+            3 => s.call(Turned::<3, E>(rows, &mut columns)),
+            _ => s.call(Turned::<FEW, E>(rows, &mut columns)),
+        }
+        for lanes in columns[..n].as_flattened_mut().chunks_exact_mut(lanes) {
+            m.map(s, L::load(s, lanes)).store(lanes, lanes.len());
+        }
+        let mut results = [neutral; MAX_LANES];
+        for j in 0..MAX_LANES {
+            let [a, b, c, d] = [columns[0][j], columns[1][j], columns[2][j], columns[3][j]].map(|x| m.promote(x));
+            results[j] = m.merge(m.merge(m.merge(a, c), m.merge(b, d)), neutral);
+        }
+        accs.copy_from_slice(&results[..accs.len()]);
+    }
+}
+
 /// Folds by a monoid.
 #[derive(Clone, Copy)]
 pub struct Each<M>(pub M);
@@ -157,6 +220,15 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     #[inline(always)]
     fn row<S: Simd, E: Numeric<Lane = L>>(self, s: S, tile: &[E], _start: usize) -> M::Acc {
         self.0.across::<S>(combine_tile(self.0, s, tile))
+    }
+    #[inline(always)]
+    fn few<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[E], n: usize, accs: &mut [M::Acc]) -> bool {
+        // A row is one vector then, and summed across its lanes.
+        let are_few = (2..=FEW).contains(&n) && L::lanes::<S>() >= FEW;
+        if are_few {
+            few_elements(self.0, s, rows, n, accs);
+        }
+        are_few
     }
     #[inline(always)]
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [M::Acc]) {

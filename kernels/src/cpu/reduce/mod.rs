@@ -28,19 +28,30 @@ fn reduce<T: Numeric, F: Fold<T::Lane>, O: Copy + Send>(
     out: &mut [O],
     finish: impl Fn(F::Acc, usize) -> O + Sync,
 ) {
-    let plan = Plan::new(&x, axes);
-    assert_eq!(out.len(), plan.outputs(), "one output for each index of the kept dimensions");
-    let (count, len) = (plan.reduced(), out.len());
+    let len = out.len();
     let out = SharedMut::new(out);
+    // SAFETY: `at` is below the length and comes once, and `out` is borrowed until all are written.
+    reduce_each(x, axes, fold, len, |at, acc, count| unsafe { out.get().add(at).write(finish(acc, count)) });
+}
+
+/// Reduces `x` by `fold` and calls `put` with the number of each of the `len` outputs, once, its result and the number of elements.
+fn reduce_each<T: Numeric, F: Fold<T::Lane>>(
+    x: impl Elements<T>,
+    axes: &[bool],
+    fold: F,
+    len: usize,
+    put: impl Fn(usize, F::Acc, usize) + Sync,
+) {
+    let plan = Plan::new(&x, axes);
+    assert_eq!(len, plan.outputs(), "one output for each index of the kept dimensions");
+    let count = plan.reduced();
     let emit = |first: usize, stride: usize, accs: &[F::Acc]| {
         assert!(accs.is_empty() || first + (accs.len() - 1) * stride < len);
-        // SAFETY: the index was checked, the plan emits each output once, and `out` is borrowed until it is done.
-        let write = |at: usize, acc: F::Acc| unsafe { out.get().add(at).write(finish(acc, count)) };
         if stride == 1 {
             // A case of its own, which the compiler vectorises.
-            accs.iter().enumerate().for_each(|(i, &acc)| write(first + i, acc));
+            accs.iter().enumerate().for_each(|(i, &acc)| put(first + i, acc, count));
         } else {
-            accs.iter().enumerate().for_each(|(i, &acc)| write(first + i * stride, acc));
+            accs.iter().enumerate().for_each(|(i, &acc)| put(first + i * stride, acc, count));
         }
     };
     x.with_source(|source| plan.run(source, fold, &emit));
@@ -101,12 +112,15 @@ fn extreme_with_index<T: Numeric, const MAX: bool>(x: StridedView<'_, T>, axis: 
     let axes: Vec<bool> = (0..x.shape().len()).map(|d| d == axis).collect();
     assert!(out.is_empty() || x.shape()[axis] > 0, "no element along the dimension");
     assert_eq!(out.len(), index.len());
-    let mut found = vec![Found { value: T::Lane::default(), index: 0 }; out.len()];
-    reduce(x, &axes, ArgExtreme::<MAX>, &mut found, |acc, _| acc);
-    for ((value, index), found) in out.iter_mut().zip(index).zip(found) {
-        *value = T::from_lane(found.value);
-        *index = found.index as i64;
-    }
+    let len = out.len();
+    let (out, index) = (SharedMut::new(out), SharedMut::new(index));
+    reduce_each(x, &axes, ArgExtreme::<MAX>, len, |at, found: Found<T::Lane>, _| {
+        // SAFETY: `at` is below the length of both and comes once, and both are borrowed until all are written.
+        unsafe {
+            out.get().add(at).write(T::from_lane(found.value));
+            index.get().add(at).write(found.index as i64);
+        }
+    });
 }
 
 /// Whether any element is not zero; false for none.

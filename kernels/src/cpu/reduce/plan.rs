@@ -351,7 +351,7 @@ impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
                     for from in (0..len).step_by(SUM_TILE) {
                         let tile = &mut room[..SUM_TILE.min(len - from)];
                         (self.source.gather)(self.input + offset + from, 1, tile);
-                        acc = fold.merge(acc, fold.row(s, tile, at));
+                        acc = fold.merge(acc, s.call(FoldRow { fold, tile, start: at }));
                         at += tile.len();
                     }
                 }
@@ -365,7 +365,7 @@ impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
                         (self.source.gather)(self.input + offset, stride, &mut tile[filled..filled + len]);
                         filled += len;
                     }
-                    acc = fold.merge(acc, fold.row(s, &tile[..count], at));
+                    acc = fold.merge(acc, s.call(FoldRow { fold, tile: &tile[..count], start: at }));
                     at += count;
                 }
             }
@@ -379,11 +379,27 @@ impl<L: Lane, F: Fold<L>> Row<'_, L, F> {
         let (mut acc, mut at) = (self.fold.empty(), self.elements.start);
         for ([offset], len) in self.plan.reduced.stretches_of(self.elements.clone()) {
             for tile in elements[self.input + offset..][..len].chunks(SUM_TILE) {
-                acc = self.fold.merge(acc, self.fold.row(s, tile, at));
+                acc = self.fold.merge(acc, s.call(FoldRow { fold: self.fold, tile, start: at }));
                 at += tile.len();
             }
         }
         acc
+    }
+}
+
+/// A tile of one output's elements.
+struct FoldRow<'a, F, E> {
+    fold: F,
+    tile: &'a [E],
+    start: usize,
+}
+
+impl<E: Numeric, F: Fold<E::Lane>> WithSimd for FoldRow<'_, F, E> {
+    type Output = F::Acc;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> F::Acc {
+        self.fold.row(s, self.tile, self.start)
     }
 }
 
@@ -431,9 +447,9 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
                 if is_short {
                     let (at, start) = (input + elements.start, elements.start);
                     match source.place {
-                        Place::Memory(lanes) => fold_short_rows(s, fold, &lanes[at..], n, step, start, accs),
-                        Place::Halves(halves) if room_len == 0 => fold_short_rows(s, fold, &halves[at..], n, step, start, accs),
-                        _ => fold_short_rows(s, fold, source.short_rows(at, n, step, count, room), n, n, start, accs),
+                        Place::Memory(lanes) => s.call(ShortRows { fold, rows: &lanes[at..], n, step, start, accs }),
+                        Place::Halves(halves) if room_len == 0 => s.call(ShortRows { fold, rows: &halves[at..], n, step, start, accs }),
+                        _ => s.call(ShortRows { fold, rows: source.short_rows(at, n, step, count, room), n, step: n, start, accs }),
                     }
                 } else {
                     for (i, acc) in accs.iter_mut().enumerate() {
@@ -460,33 +476,59 @@ impl<L: Lane> Source<'_, L> {
     }
 }
 
-/// Folds rows of `n` elements, `step` apart, each of which begins with element number `start`.
-#[inline(always)]
-fn fold_short_rows<L: Lane, E: Numeric<Lane = L>, F: Fold<L>, S: Simd>(
-    s: S,
+/// Rows of `n` elements, `step` apart, each of which begins with element number `start`, and a place for each one's result.
+struct ShortRows<'a, E: Numeric, F: Fold<E::Lane>> {
     fold: F,
-    rows: &[E],
+    rows: &'a [E],
     n: usize,
     step: usize,
     start: usize,
-    accs: &mut [F::Acc],
-) {
-    if !F::TURNS_SHORT_ROWS || n > FEW_ELEMENTS || step != n || accs.len() < MANY_ROWS {
-        for (i, acc) in accs.iter_mut().enumerate() {
-            *acc = fold.row(s, &rows[i * step..][..n], start);
+    accs: &'a mut [F::Acc],
+}
+
+impl<E: Numeric, F: Fold<E::Lane>> WithSimd for ShortRows<'_, E, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Self { fold, rows, n, step, start, accs } = self;
+        if step == n && fold.few(s, &rows[..accs.len() * n], n, accs) {
+            return;
         }
-        return;
-    }
-    let count = accs.len();
-    let mut turned = [[L::default(); EMITTED]; FEW_ELEMENTS];
-    let mut columns: [&[L]; FEW_ELEMENTS] = [&[]; FEW_ELEMENTS];
-    for ((i, column), slot) in turned[..n].iter_mut().enumerate().zip(&mut columns) {
-        for (x, row) in column[..count].iter_mut().zip(rows.chunks_exact(n)) {
-            *x = row[i].to_lane();
+        if !F::TURNS_SHORT_ROWS || n > FEW_ELEMENTS || step != n || accs.len() < MANY_ROWS {
+            for (i, acc) in accs.iter_mut().enumerate() {
+                *acc = fold.row(s, &rows[i * step..][..n], start);
+            }
+            return;
         }
-        *slot = &column[..count];
+        let count = accs.len();
+        let mut turned = [[E::Lane::default(); EMITTED]; FEW_ELEMENTS];
+        let mut columns: [&[E::Lane]; FEW_ELEMENTS] = [&[]; FEW_ELEMENTS];
+        for ((i, column), slot) in turned[..n].iter_mut().enumerate().zip(&mut columns) {
+            for (x, row) in column[..count].iter_mut().zip(rows.chunks_exact(n)) {
+                *x = row[i].to_lane();
+            }
+            *slot = &column[..count];
+        }
+        s.call(FoldColumns { fold, rows: &columns[..n], start, accs });
     }
-    fold.columns(s, &columns[..n], start, accs);
+}
+
+/// A block of rows, and a place for each column's result.
+struct FoldColumns<'a, E: Numeric, F: Fold<E::Lane>> {
+    fold: F,
+    rows: &'a [&'a [E]],
+    start: usize,
+    accs: &'a mut [F::Acc],
+}
+
+impl<E: Numeric, F: Fold<E::Lane>> WithSimd for FoldColumns<'_, E, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        self.fold.columns(s, self.rows, self.start, self.accs);
+    }
 }
 
 /// Reduced elements `start..end` of `count` neighbouring columns.
@@ -542,7 +584,7 @@ impl<L: Lane, F: Fold<L>> StripInto<'_, L, F> {
                     n += 1;
                 }
             }
-            fold.columns(s, &rows[..number], at, self.accs);
+            s.call(FoldColumns { fold, rows: &rows[..number], start: at, accs: self.accs });
         }
     }
 
@@ -571,7 +613,7 @@ impl<L: Lane, F: Fold<L>> StripInto<'_, L, F> {
                 for (row, lanes) in rows.iter_mut().zip(gathered.chunks(count)) {
                     *row = lanes;
                 }
-                fold.columns(s, &rows[..number], at, accs);
+                s.call(FoldColumns { fold, rows: &rows[..number], start: at, accs });
             }
         }
     }

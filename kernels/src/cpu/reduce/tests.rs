@@ -61,6 +61,9 @@ fn layouts() -> Vec<Layout> {
         (vec![1000, 5], vec![5, 1], 7, vec![f, t]),
         (vec![1000, 5], vec![7, 1], 0, vec![f, t]),
         (vec![70, 32], vec![32, 1], 0, vec![f, t]),
+        (vec![1000, 2], vec![2, 1], 1, vec![f, t]),
+        (vec![5000, 3], vec![3, 1], 0, vec![f, t]),
+        (vec![1001, 4], vec![4, 1], 0, vec![f, t]),
     ];
     for n in [1, 2, 15, 16, 17, 127, 128, 129, 1025] {
         all.push((vec![3, n], vec![n, 1], 0, vec![f, t]));
@@ -253,4 +256,24 @@ fn sums_of_many_terms_keep_their_digits() {
     let mut columns = [0f32; 4];
     sum(StridedView::new(&x, 0, &[1 << 18, 4], &[4, 1]).unwrap(), &[true, false], &mut columns);
     assert!(columns.iter().all(|&c| (c as f64 / (want / 4.0) - 1.0).abs() < bound));
+}
+
+/// Rows of a few elements have the same bits one behind the other as with a gap between them.
+#[test]
+fn few_elements_are_folded_as_rows_are() {
+    for n in 2..=5 {
+        let spaced: Vec<f32> = values(500 * (n + 1), 3.0).iter().map(|&x| x as f32).collect();
+        let dense: Vec<f32> = spaced.chunks_exact(n + 1).flat_map(|row| &row[..n]).copied().collect();
+        let reduced = |data: &[f32], stride: usize, f: fn(StridedView<'_, f32>, &[bool], &mut [f32])| {
+            let mut out = vec![0f32; 500];
+            f(StridedView::new(data, 0, &[500, n], &[stride, 1]).unwrap(), &[false, true], &mut out);
+            out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        };
+        let norm: fn(StridedView<'_, f32>, &[bool], &mut [f32]) = |x, axes, out| norm(x, axes, 2.0, out);
+        for (name, f) in
+            [("sum", sum::<f32> as fn(StridedView<'_, f32>, &[bool], &mut [f32])), ("prod", prod), ("max", max), ("norm", norm)]
+        {
+            assert!(reduced(&dense, n, f) == reduced(&spaced, n + 1, f), "{name} of {n}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! if a token did, so the instruction exists.
 
 use super::{F32s, I32s, Masks, Simd, Unaligned};
+use crate::cpu::isa::{self, WithSimd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
@@ -69,6 +70,11 @@ impl Simd for Avx2 {
     type I32 = I32x8;
     type Mask = Mask8;
 
+    #[inline(always)]
+    fn call<W: WithSimd>(self, work: W) -> W::Output {
+        // SAFETY: the token exists, so the machine has these features.
+        unsafe { isa::with_avx2(self, work) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F32x8 {
         F32x8(op!(_mm256_set1_ps(x)))

@@ -4,6 +4,7 @@
 //! if a token did, so the instruction exists.
 
 use super::{F32s, I32s, Masks, Simd, Unaligned};
+use crate::cpu::isa::{self, WithSimd};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
@@ -167,6 +168,11 @@ impl Simd for Avx512 {
     type I32 = I32x16;
     type Mask = Mask16;
 
+    #[inline(always)]
+    fn call<W: WithSimd>(self, work: W) -> W::Output {
+        // SAFETY: the token exists, so the machine has these features.
+        unsafe { isa::with_avx512(self, work) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F32x16 {
         F32x16(op!(_mm512_set1_ps(x)))

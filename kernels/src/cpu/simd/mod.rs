@@ -22,6 +22,7 @@ pub use neon::Neon;
 pub use scalar::Scalar;
 pub use twice::{Twice, Two, four};
 
+use super::isa::WithSimd;
 use half::{bf16, f16};
 use std::mem::MaybeUninit;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
@@ -56,6 +57,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type I32: I32s<F32 = Self::F32, Mask = Self::Mask>;
     /// A truth value a lane.
     type Mask: Masks;
+
+    /// Runs work as a function of its own, compiled for this instruction set, instead of inlined into the caller.
+    fn call<W: WithSimd>(self, work: W) -> W::Output;
 
     /// `x` in every lane.
     fn splat(self, x: f32) -> Self::F32;

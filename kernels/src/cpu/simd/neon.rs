@@ -5,6 +5,7 @@
 #![allow(unused_unsafe)]
 
 use super::{F32s, I32s, Masks, Simd};
+use crate::cpu::isa::{self, WithSimd};
 use std::arch::aarch64::*;
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
@@ -46,6 +47,10 @@ impl Simd for Neon {
     type I32 = I32x4;
     type Mask = Mask4;
 
+    #[inline(always)]
+    fn call<W: WithSimd>(self, work: W) -> W::Output {
+        isa::with_baseline(self, work)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F32x4 {
         F32x4(op!(vdupq_n_f32(x)))

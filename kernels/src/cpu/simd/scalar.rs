@@ -1,6 +1,7 @@
 //! The portable level: vectors of one lane.
 
 use super::{F32s, I32s, Masks, Simd, Unaligned};
+use crate::cpu::isa::{self, WithSimd};
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
 /// Token of the portable level; always there.
@@ -23,6 +24,10 @@ impl Simd for Scalar {
     type I32 = I32x1;
     type Mask = Mask1;
 
+    #[inline(always)]
+    fn call<W: WithSimd>(self, work: W) -> W::Output {
+        isa::with_baseline(self, work)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> F32x1 {
         F32x1(x)

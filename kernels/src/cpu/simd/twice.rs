@@ -2,6 +2,7 @@
 //! A long chain of dependent instructions fills the processor's queues with what cannot start yet; two such chains, or four, keep it busy.
 
 use super::{F32s, I32s, Masks, Simd};
+use crate::cpu::isa::WithSimd;
 use half::{bf16, f16};
 use std::ops::{Add, BitAnd, BitOr, BitXor, Div, Mul, Neg, Not, Sub};
 
@@ -25,6 +26,10 @@ impl<S: Simd> Simd for Twice<S> {
     type I32 = Two<S::I32>;
     type Mask = Two<S::Mask>;
 
+    #[inline(always)]
+    fn call<W: WithSimd>(self, work: W) -> W::Output {
+        work.with_simd(self)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         let x = self.0.splat(x);
