@@ -141,7 +141,7 @@ pub fn flip<T: Element>(src: &[T], shape: [usize; 3], out: &mut [T]) {
 pub trait Accumulate: Element {
     /// What sums are kept in.
     type Sum: Copy + Default + Send + Sync;
-    /// Whether that is this type itself: sums may be kept in its elements.
+    /// Whether that is this type itself.
     const IS_SUM: bool;
     /// To the type of sums.
     fn to_sum(self) -> Self::Sum;
@@ -149,28 +149,48 @@ pub trait Accumulate: Element {
     fn from_sum(sum: Self::Sum) -> Self;
     /// a + b.
     fn plus(a: Self::Sum, b: Self::Sum) -> Self::Sum;
+    /// Runs `f` on sums that begin as `values` and replace them: on these themselves, or on copies in `room`, each rounded once.
+    fn with_sums(values: &mut [Self], room: &mut Vec<Self::Sum>, f: impl FnOnce(&mut [Self::Sum]));
 }
 
 macro_rules! accumulate {
-    ($($t:ty: $sum:ty, $is_sum:literal, $up:expr, $down:expr, $plus:expr;)*) => { $(
+    ($($t:ty: $plus:expr;)*) => { $(
         impl Accumulate for $t {
-            type Sum = $sum;
-            const IS_SUM: bool = $is_sum;
-            #[inline(always)] fn to_sum(self) -> $sum { $up(self) }
-            #[inline(always)] fn from_sum(sum: $sum) -> $t { $down(sum) }
-            #[inline(always)] fn plus(a: $sum, b: $sum) -> $sum { $plus(a, b) }
+            type Sum = $t;
+            const IS_SUM: bool = true;
+            #[inline(always)] fn to_sum(self) -> $t { self }
+            #[inline(always)] fn from_sum(sum: $t) -> $t { sum }
+            #[inline(always)] fn plus(a: $t, b: $t) -> $t { $plus(a, b) }
+            #[inline(always)] fn with_sums(values: &mut [$t], _: &mut Vec<$t>, f: impl FnOnce(&mut [$t])) { f(values) }
         }
     )* };
 }
 accumulate! {
-    f32: f32, true, |x| x, |x| x, |a, b| a + b;
-    f64: f64, true, |x| x, |x| x, |a, b| a + b;
-    f16: f32, false, Float::widen, Float::narrow, |a, b| a + b;
-    bf16: f32, false, Float::widen, Float::narrow, |a, b| a + b;
-    i64: i64, true, |x| x, |x| x, i64::wrapping_add;
-    i32: i32, true, |x| x, |x| x, i32::wrapping_add;
-    u8: u8, true, |x| x, |x| x, u8::wrapping_add;
+    f32: |a, b| a + b;
+    f64: |a, b| a + b;
+    i64: i64::wrapping_add;
+    i32: i32::wrapping_add;
+    u8: u8::wrapping_add;
 }
+
+macro_rules! accumulate_in_f32 {
+    ($($t:ty)*) => { $(
+        impl Accumulate for $t {
+            type Sum = f32;
+            const IS_SUM: bool = false;
+            #[inline(always)] fn to_sum(self) -> f32 { self.widen() }
+            #[inline(always)] fn from_sum(sum: f32) -> $t { <$t>::narrow(sum) }
+            #[inline(always)] fn plus(a: f32, b: f32) -> f32 { a + b }
+            #[inline(always)] fn with_sums(values: &mut [$t], room: &mut Vec<f32>, f: impl FnOnce(&mut [f32])) {
+                room.clear();
+                room.extend(values.iter().map(|x| x.widen()));
+                f(room);
+                values.iter_mut().zip(room).for_each(|(x, sum)| *x = <$t>::narrow(*sum));
+            }
+        }
+    )* };
+}
+accumulate_in_f32! { f16 bf16 }
 
 /// The places of an index ordered by what they name, and then ascending, by counting.
 fn counted(index: &[i64], n: usize) -> Vec<usize> {
@@ -238,22 +258,24 @@ pub fn index_add<T: Accumulate>(out: &mut [T], shape: [usize; 3], index: &[i64],
     let rows_per_task = (TASK / inner).max(1);
     let target = SharedMut::new(out);
     parallel::for_each(rows.div_ceil(rows_per_task), src.len(), |task| {
+        let mut room = Vec::new();
         for row in task * rows_per_task..rows.min((task + 1) * rows_per_task) {
             let (o, places) = (row / groups.len(), groups.places(row % groups.len()));
             let at = (o * n + index[places[0]] as usize) * inner;
             // SAFETY: the index was checked, so the row lies inside `out`; rows of different (o, group) are disjoint.
             let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), inner) };
-            dispatch(AddRows { out, src: &src[o * index.len() * inner..][..index.len() * inner], places });
+            dispatch(AddRows { out, src: &src[o * index.len() * inner..][..index.len() * inner], places, room: &mut room });
         }
     });
     Ok(())
 }
 
 /// Adds the rows `places` of `src` to `out`.
-struct AddRows<'a, T> {
+struct AddRows<'a, T: Accumulate> {
     out: &'a mut [T],
     src: &'a [T],
     places: &'a [usize],
+    room: &'a mut Vec<T::Sum>,
 }
 
 impl<T: Accumulate> WithSimd for AddRows<'_, T> {
@@ -265,23 +287,12 @@ impl<T: Accumulate> WithSimd for AddRows<'_, T> {
         const TILE: usize = 256;
         let inner = self.out.len();
         for (t, out) in self.out.chunks_mut(TILE).enumerate() {
-            let len = out.len();
-            let mut sums = [T::Sum::default(); TILE];
-            let sums = &mut sums[..len];
-            if !T::IS_SUM {
-                sums.iter_mut().zip(&*out).for_each(|(s, &x)| *s = x.to_sum());
-            }
-            for &place in self.places {
-                let row = &self.src[place * inner + t * TILE..][..len];
-                if T::IS_SUM {
-                    out.iter_mut().zip(row).for_each(|(sum, &x)| *sum = T::from_sum(T::plus(sum.to_sum(), x.to_sum())));
-                } else {
-                    sums.iter_mut().zip(row).for_each(|(s, &x)| *s = T::plus(*s, x.to_sum()));
+            T::with_sums(out, self.room, |sums| {
+                for &place in self.places {
+                    let row = &self.src[place * inner + t * TILE..][..sums.len()];
+                    sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum = T::plus(*sum, x.to_sum()));
                 }
-            }
-            if !T::IS_SUM {
-                out.iter_mut().zip(sums).for_each(|(x, &mut s)| *x = T::from_sum(s));
-            }
+            });
         }
     }
 }
@@ -368,11 +379,24 @@ pub fn scatter_add<T: Accumulate>(
 struct Columns<'a> {
     /// Offsets in the sources and in the target, over the other dimensions.
     walk: Walk<2>,
-    /// Sources of a column and the distance between them; of the target likewise.
-    from: (usize, usize),
-    to: (usize, usize),
+    sources: Line,
+    target: Line,
     index: &'a [i64],
     bounds: Bounds,
+}
+
+/// The elements along one dimension.
+#[derive(Clone, Copy)]
+struct Line {
+    len: usize,
+    stride: usize,
+}
+
+/// Some of a scatter's columns, one step of the walk apart: where the first begins in the sources and in the target.
+struct Block {
+    source: usize,
+    target: usize,
+    columns: usize,
 }
 
 impl<'a> Columns<'a> {
@@ -385,9 +409,13 @@ impl<'a> Columns<'a> {
         let (from, to) = (row_major(shape), row_major(out_shape));
         let mut others = shape.to_vec();
         others[dim] = 1;
-        let walk = Walk::new(&others, [&from, &to], [0, 0]);
-        let columns =
-            Self { walk, from: (shape[dim], from[dim]), to: (out_shape[dim], to[dim]), index, bounds: Bounds::new(out_shape[dim]) };
+        let columns = Self {
+            walk: Walk::new(&others, [&from, &to], [0, 0]),
+            sources: Line { len: shape[dim], stride: from[dim] },
+            target: Line { len: out_shape[dim], stride: to[dim] },
+            index,
+            bounds: Bounds::new(out_shape[dim]),
+        };
         if !columns.are_rows() {
             check_indices(index, out_shape[dim])?;
         }
@@ -396,28 +424,43 @@ impl<'a> Columns<'a> {
 
     /// Whether columns are rows of memory. Their positions are checked when they are in the cache for their use.
     fn are_rows(&self) -> bool {
-        (self.from.1, self.to.1) == (1, 1)
+        (self.sources.stride, self.target.stride) == (1, 1)
     }
 
-    /// Calls `f(at, to, count)` for all columns, `count` of them at a time, which are one step of the walk apart: where the first begins in the
-    /// sources and in the target.
-    fn run(self, f: impl Fn(usize, usize, usize) + Sync + Send) -> Result<(), OutOfRange> {
+    /// Calls `row(source, target)` for each column, where it begins, if they are rows of memory, and `block` for all columns otherwise.
+    fn run(self, row: impl Fn(usize, usize) + Sync, block: impl Fn(&Self, Block) + Sync) -> Result<(), OutOfRange> {
+        if self.index.is_empty() {
+            return Ok(());
+        }
         let (columns, [step, to_step]) = (self.walk.numel(), self.walk.inner_strides());
-        let per_task = (TASK / self.from.0.max(1)).max(1);
+        let per_task = (TASK / self.sources.len).max(1);
         parallel::for_each(columns.div_ceil(per_task), self.index.len(), |task| {
-            for ([at, to], count) in self.walk.stretches_of(task * per_task..columns.min((task + 1) * per_task)) {
+            for ([source, target], columns) in self.walk.stretches_of(task * per_task..columns.min((task + 1) * per_task)) {
                 if !self.are_rows() {
-                    f(at, to, count);
+                    block(&self, Block { source, target, columns });
                     continue;
                 }
-                for (at, to) in (0..count).map(|i| (at + i * step, to + i * to_step)) {
-                    if self.bounds.hold(&self.index[at..at + self.from.0], at) {
-                        f(at, to, 1);
+                for (source, target) in (0..columns).map(|i| (source + i * step, target + i * to_step)) {
+                    if self.bounds.hold(&self.index[source..source + self.sources.len], source) {
+                        row(source, target);
                     }
                 }
             }
         });
         self.bounds.result(self.index)
+    }
+
+    /// Calls `f(i, j, k)` for all of a block's sources, in the order of memory: source number k goes to position j of column i. What meets does so in
+    /// ascending order.
+    #[inline(always)]
+    fn each(&self, block: &Block, mut f: impl FnMut(usize, usize, usize)) {
+        let [step, _] = self.walk.inner_strides();
+        for row in 0..self.sources.len {
+            for i in 0..block.columns {
+                let k = block.source + row * self.sources.stride + i * step;
+                f(i, self.index[k] as usize, k);
+            }
+        }
     }
 }
 
@@ -431,22 +474,18 @@ fn scatter_with<T: Element>(
     put: impl Fn(&mut T, T) + Sync + Send,
 ) -> Result<(), OutOfRange> {
     let columns = Columns::new((out.len(), out_shape), dim, index, (src.len(), shape))?;
-    let ((n, from), (out_n, to), [step, to_step], rows) = (columns.from, columns.to, columns.walk.inner_strides(), columns.are_rows());
+    let (n, line, [_, step]) = (columns.sources.len, columns.target, columns.walk.inner_strides());
     let target = SharedMut::new(out);
-    columns.run(|at, to_at, count| {
-        if rows {
-            // SAFETY: the row lies inside `out`, and belongs to this task alone.
-            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at), out_n) };
-            index[at..at + n].iter().zip(&src[at..at + n]).for_each(|(&j, &x)| put(&mut out[j as usize], x));
-            return;
-        }
-        // In the order of memory; what meets does so in ascending j either way.
-        for (j, i) in (0..n).flat_map(|j| (0..count).map(move |i| (j, i))) {
-            let k = at + j * from + i * step;
-            let place = to_at + i * to_step + index[k] as usize * to;
+    let row = |from: usize, to: usize| {
+        // SAFETY: the row lies inside `out`, and belongs to this task alone.
+        let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to), line.len) };
+        index[from..from + n].iter().zip(&src[from..from + n]).for_each(|(&j, &x)| put(&mut out[j as usize], x));
+    };
+    columns.run(row, |columns, block| {
+        columns.each(&block, |i, j, k| {
             // SAFETY: the index was checked and the other coordinates lie inside `out_shape`; columns of different tasks are disjoint.
-            put(unsafe { &mut *target.get().add(place) }, src[k]);
-        }
+            put(unsafe { &mut *target.get().add(block.target + i * step + j * line.stride) }, src[k]);
+        });
     })
 }
 
@@ -462,30 +501,26 @@ fn scatter_sums<T: Accumulate>(
     /// Columns at a time where they are not rows: neighbours share cache lines.
     const WIDTH: usize = 32;
     let columns = Columns::new((out.len(), out_shape), dim, index, (src.len(), shape))?;
-    let ((n, from), (out_n, to), [step, to_step], rows) = (columns.from, columns.to, columns.walk.inner_strides(), columns.are_rows());
+    let (n, line, [step, to_step]) = (columns.sources.len, columns.target, columns.walk.inner_strides());
     let target = SharedMut::new(out);
-    columns.run(|at, to_at, count| {
-        if rows {
-            // SAFETY: the row lies inside `out`, and belongs to this task alone.
-            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to_at), out_n) };
-            dispatch(AddAt { out, index: &index[at..at + n], src: &src[at..at + n] });
-            return;
-        }
-        let mut sums = vec![T::Sum::default(); out_n * WIDTH.min(count)];
-        for first in (0..count).step_by(WIDTH) {
-            let width = WIDTH.min(count - first);
-            let sums = &mut sums[..out_n * width];
+    let row = |from: usize, to: usize| {
+        // SAFETY: the row lies inside `out`, and belongs to this task alone.
+        let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(to), line.len) };
+        dispatch(AddAt { out, index: &index[from..from + n], src: &src[from..from + n] });
+    };
+    columns.run(row, |columns, all| {
+        let mut sums = vec![T::Sum::default(); line.len * WIDTH.min(all.columns)];
+        for first in (0..all.columns).step_by(WIDTH) {
+            let width = WIDTH.min(all.columns - first);
+            let block = Block { source: all.source + first * step, target: all.target + first * to_step, columns: width };
+            let sums = &mut sums[..line.len * width];
             // SAFETY: the coordinates lie inside `out_shape`; columns of different tasks are disjoint.
-            let element = |j: usize, i: usize| unsafe { target.get().add(to_at + (first + i) * to_step + j * to) };
-            for (s, sums) in sums.iter_mut().enumerate() {
+            let element = |j: usize, i: usize| unsafe { target.get().add(block.target + i * to_step + j * line.stride) };
+            for (s, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: as above.
-                *sums = unsafe { element(s / width, s % width).read() }.to_sum();
+                *sum = unsafe { element(s / width, s % width).read() }.to_sum();
             }
-            for (j, i) in (0..n).flat_map(|j| (0..width).map(move |i| (j, i))) {
-                let k = at + j * from + (first + i) * step;
-                let sum = &mut sums[index[k] as usize * width + i];
-                *sum = T::plus(*sum, src[k].to_sum());
-            }
+            columns.each(&block, |i, j, k| sums[j * width + i] = T::plus(sums[j * width + i], src[k].to_sum()));
             for (s, &sum) in sums.iter().enumerate() {
                 // SAFETY: as above.
                 unsafe { element(s / width, s % width).write(T::from_sum(sum)) }
@@ -506,12 +541,11 @@ impl<T: Accumulate> WithSimd for AddAt<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let mut sums: Vec<T::Sum> = self.out.iter().map(|x| x.to_sum()).collect();
-        for (&j, x) in self.index.iter().zip(self.src) {
-            let sum = &mut sums[j as usize];
-            *sum = T::plus(*sum, x.to_sum());
-        }
-        self.out.iter_mut().zip(sums).for_each(|(x, sum)| *x = T::from_sum(sum));
+        T::with_sums(self.out, &mut Vec::new(), |sums| {
+            for (&j, x) in self.index.iter().zip(self.src) {
+                sums[j as usize] = T::plus(sums[j as usize], x.to_sum());
+            }
+        });
     }
 }
 
@@ -605,6 +639,19 @@ mod tests {
 
     fn positions(n: usize, size: usize) -> Vec<i64> {
         (0..n).map(|i| ((i * 7919 + i / 3) % size) as i64).collect()
+    }
+
+    #[test]
+    fn no_position_changes_nothing() {
+        for (shape, dim) in [([3, 0], 1), ([0, 3], 0), ([0, 3], 1), ([3, 0], 0)] {
+            let (mut out, mut halves) = ([7f32; 15], [bf16::ONE; 15]);
+            let out_shape = if dim == 1 { [3, 5] } else { [5, 3] };
+            scatter(&mut out, &out_shape, dim, &[], &shape, &[]).unwrap();
+            scatter_add(&mut out, &out_shape, dim, &[], &shape, &[]).unwrap();
+            scatter_add(&mut halves, &out_shape, dim, &[], &shape, &[]).unwrap();
+            gather(StridedView::new(&out, 0, &out_shape, &[out_shape[1], 1]).unwrap(), dim, &[], &shape, &mut []).unwrap();
+            assert!(out == [7.0; 15] && halves == [bf16::ONE; 15]);
+        }
     }
 
     #[test]

@@ -300,6 +300,7 @@ impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         const BLOCK: usize = 64;
+        const { assert!(N == 1 || P::WORDS.is_none()) }
         let Some(function) = P::WORDS else { return };
         let whole = self.len / BLOCK * BLOCK;
         // SAFETY: the caller vouches for `len` elements. A block is read before it is written, since both may be one.

@@ -107,11 +107,12 @@ fn by_elements() -> Vec<Case> {
         .large(&[&[20_000, 3, 2]]),
         case(
             "scatter",
-            |x| x[0].scatter(0, &index(&[4, 2], 3)?, &x[1]),
-            |x| scattered(&x[0], 0, &index_array(&[4, 2], 3), &x[1], |_, b| b),
+            |x| x[0].scatter(0, &index(x[1].dims(), 3)?, &x[1]),
+            |x| scattered(&x[0], 0, &index_array(&x[1].shape, 3), &x[1], |_, b| b),
         )
         .dtypes(DTypes::All)
-        .sample(&[&[3, 2], &[4, 2]]),
+        .sample(&[&[3, 2], &[4, 2]])
+        .sample(&[&[3, 2], &[0, 2]]),
         case(
             "scatter_add",
             |x| x[0].scatter_add(-1, &index(x[1].dims(), 3)?, &x[1]),
@@ -120,7 +121,19 @@ fn by_elements() -> Vec<Case> {
         .dtypes(DTypes::Numbers)
         .domain(&[(0.0, 2.0)])
         .sample(&[&[3, 3], &[2, 4]])
+        .sample(&[&[3, 3], &[2, 0]])
         .large(&[&[300, 3], &[300, 400]]),
+        case(
+            "scatter_add",
+            |x| x[0].scatter_add(0, &index(x[1].dims(), 3)?, &x[1]),
+            |x| scattered(&x[0], 0, &index_array(&x[1].shape, 3), &x[1], |a, b| a + b),
+        )
+        .label("columns")
+        .dtypes(DTypes::Numbers)
+        .domain(&[(0.0, 2.0)])
+        .sample(&[&[3, 3], &[4, 2]])
+        .sample(&[&[3, 3], &[0, 2]])
+        .large(&[&[3, 301], &[400, 300]]),
     ]
 }
 

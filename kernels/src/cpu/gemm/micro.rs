@@ -449,13 +449,14 @@ macro_rules! each_sum {
         each_sum!(@rows $acc, $out, $sum, $row, $v, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
     };
     (@rows $acc:ident, $out:ident, $sum:ident, $row:ident, $v:ident, $body:expr, $($r:literal)*) => {{
-        const { assert!(R <= MAX_MR && NV <= 4) }
+        const { assert!(R <= [$($r),*].len()) }
         $(if $r < R {
             let $row = $out.row($r);
             each_sum!(@vectors $acc[$r], $sum, $v, $body, 0 1 2 3)
         })*
     }};
     (@vectors $sums:expr, $sum:ident, $v:ident, $body:expr, $($n:literal)*) => {{
+        const { assert!(NV <= [$($n),*].len()) }
         $(if $n < NV {
             let ($sum, $v) = ($sums[$n], $n);
             $body;
