@@ -1,8 +1,9 @@
 //! Runs the rows of the pointwise table over strided memory.
 //!
-//! The output is dense, and everything goes in the order of its memory. An operand that lies like the output is read where it is; any other
-//! (broadcast, strided, of f16) is brought into a tile on the stack that the first-level cache holds, so that a row needs
-//! kernels over contiguous elements and no others: one for each type of arithmetic, and one that loads and stores bf16. A bias along the fastest dimension fills its tile once per task, not per tile.
+//! The output is dense, and everything goes in the order of its memory. An operand that lies like the output is read where it is, and so is a
+//! number that repeats; any other (strided, of f16) is brought into a tile on the stack that the first-level cache holds, so that a row needs
+//! kernels over contiguous elements and no others: one for each type of arithmetic, and one that loads and stores bf16. A bias along the fastest
+//! dimension fills its tile once per task, not per tile.
 
 pub mod chain;
 mod gate;
@@ -16,6 +17,7 @@ use super::parallel::{self, SharedMut};
 use super::simd::Simd;
 use crate::element::{Bool, Element};
 use crate::iter::{Stretches, Walk};
+use crate::pointwise::input::{Input, REPEATS, blocks};
 use crate::pointwise::relation::RelationRow;
 use crate::pointwise::{Compute, Params, Row};
 use crate::view::StridedView;
@@ -115,16 +117,19 @@ where
     plan.run([out.data], &|[x], [out]: [*mut B; 1], len| {
         if TypeId::of::<A::Compute>() == TypeId::of::<B::Compute>() {
             // SAFETY: both are one type; the plan vouches for the input and the output.
-            return unsafe { B::narrow(x.cast(), out, len) };
+            return unsafe { blocks([x.cast()], len, |from, [x], count| B::narrow(x, out.add(from), count)) };
         }
         let mut converted = Tile::<B::Compute>::new();
         let converted = converted.as_mut_ptr();
         // SAFETY: a tiled plan gives at most TILE elements at a time, which `converted` has room for; the plan vouches for the
         // input and the output.
         unsafe {
-            for i in 0..len {
-                converted.add(i).write((*x.add(i)).convert());
-            }
+            blocks([x], len, |from, [x], count| {
+                let converted = converted.add(from);
+                for i in 0..count {
+                    converted.add(i).write((*x.add(i)).convert());
+                }
+            });
             B::narrow(converted, out, len);
         }
     });
@@ -150,9 +155,9 @@ pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b:
             // SAFETY: `at + len` is at most the number of elements, tasks do not overlap, and readers give `len` elements.
             unsafe {
                 let out = shared.get().add(at);
-                let c = conditions.raw(at, len, std::ptr::null());
+                let condition = conditions.raw(at, len, std::ptr::null());
                 let [a, b] = sources.each_mut().map(|s| s.raw(at, len, out));
-                dispatch(Choose { condition: c, a, b, out, len });
+                dispatch(Choose { condition, a, b, out, len });
             }
         });
     });
@@ -160,9 +165,9 @@ pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b:
 
 /// `len` elements of [`select`].
 struct Choose<T> {
-    condition: *const Bool,
-    a: *const T,
-    b: *const T,
+    condition: Input<Bool>,
+    a: Input<T>,
+    b: Input<T>,
     out: *mut T,
     len: usize,
 }
@@ -173,13 +178,14 @@ impl<T: Stored> WithSimd for Choose<T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         const BLOCK: usize = 32;
+        const { assert!(BLOCK <= REPEATS) }
         let Self { condition, a, b, out, len } = self;
         let whole = len / BLOCK * BLOCK;
         // SAFETY: `select` gives as many elements of each. Both are read, before any is written, so that there is nothing to branch on.
         unsafe {
             for i in (0..whole).step_by(BLOCK) {
-                let conditions = condition.add(i).cast::<[Bool; BLOCK]>().read();
-                let (a, b) = (a.add(i).cast::<[T; BLOCK]>().read(), b.add(i).cast::<[T; BLOCK]>().read());
+                let conditions = condition.at(i).cast::<[Bool; BLOCK]>().read();
+                let (a, b) = (a.at(i).cast::<[T; BLOCK]>().read(), b.at(i).cast::<[T; BLOCK]>().read());
                 let mut chosen = a;
                 for k in 0..BLOCK {
                     chosen[k] = if conditions[k].get() { a[k] } else { b[k] };
@@ -187,8 +193,8 @@ impl<T: Stored> WithSimd for Choose<T> {
                 out.add(i).cast::<[T; BLOCK]>().write(chosen);
             }
             for i in whole..len {
-                let (a, b) = (a.add(i).read(), b.add(i).read());
-                out.add(i).write(if (*condition.add(i)).get() { a } else { b });
+                let (a, b) = (a.at(i).read(), b.at(i).read());
+                out.add(i).write(if (*condition.at(i)).get() { a } else { b });
             }
         }
     }
@@ -270,14 +276,28 @@ impl<'a, T: Stored> Source<'a, T> {
         }
     }
 
-    /// Whether all tiles of `tile` elements, one after the other, are the same.
+    /// Whether all tiles of `tile` elements, one after the other, are the same elements.
     fn fills_once(&self, tile: usize) -> bool {
-        matches!(self, Source::Constant(_) | Source::Scalar(_)) || self.period().is_some_and(|period| tile.is_multiple_of(period))
+        self.period().is_some_and(|period| tile.is_multiple_of(period))
+    }
+
+    /// Whether it is the same for all elements.
+    fn is_number(&self) -> bool {
+        matches!(self, Source::Constant(_) | Source::Scalar(_))
+    }
+
+    /// What is the same for all elements, as it is stored.
+    fn number(&self) -> Option<T> {
+        match self {
+            Source::Constant(x) => Some(*x),
+            Source::Scalar(x) => Some(T::from_f64(*x)),
+            _ => None,
+        }
     }
 
     /// Whether any stretch can be read in place, without a tile, as it is stored.
     fn lies_in_order(&self) -> bool {
-        matches!(self, Source::Unused | Source::Direct(_) | Source::Output)
+        !matches!(self, Source::Strided(..))
     }
 
     /// Whether any stretch can be read in place in the type of the arithmetic.
@@ -285,6 +305,9 @@ impl<'a, T: Stored> Source<'a, T> {
         matches!(self, Source::Unused) || (!T::CONVERTS && self.lies_in_order())
     }
 }
+
+/// What is done with as many elements of each input and output.
+type RunTile<'f, I, O, const N: usize, const M: usize> = &'f (dyn Fn([Input<I>; N], [*mut O; M], usize) + Sync);
 
 /// The work cut into tasks and those into tiles: by shape and type only.
 struct Plan<'a, T, const N: usize> {
@@ -373,7 +396,7 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
 
     /// Calls `f(inputs, outs, len)` for every tile: `inputs` have `len` elements each, in the type of the arithmetic. The first of `outs` is the
     /// one that an operand may be.
-    fn run<U: Element, const M: usize>(&self, outs: [&mut [U]; M], f: &(dyn Fn([*const T::Compute; N], [*mut U; M], usize) + Sync)) {
+    fn run<U: Element, const M: usize>(&self, outs: [&mut [U]; M], f: RunTile<T::Compute, U, N, M>) {
         assert!(M > 0 && outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
         let shared = outs.map(SharedMut::new);
         if self.tile == usize::MAX {
@@ -393,7 +416,7 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     }
 
     /// [`run`](Self::run) with inputs as they are stored. Output number `own` is the one that an operand may be.
-    fn run_stored<const M: usize>(&self, outs: [&mut [T]; M], own: usize, f: &(dyn Fn([*const T; N], [*mut T; M], usize) + Sync)) {
+    fn run_stored<const M: usize>(&self, outs: [&mut [T]; M], own: usize, f: RunTile<T, T, N, M>) {
         assert!(outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
         let shared = outs.map(SharedMut::new);
         self.tasks(&|from, to| {
@@ -411,30 +434,33 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
 
     /// [`run`](Self::run) where all sources are read in place: a task is one tile, and needs neither rooms nor readers.
     #[inline(always)]
-    fn run_in_place<U: Element, const M: usize>(
-        &self,
-        shared: [SharedMut<U>; M],
-        f: &(dyn Fn([*const T::Compute; N], [*mut U; M], usize) + Sync),
-    ) {
+    fn run_in_place<U: Element, const M: usize>(&self, shared: [SharedMut<U>; M], f: RunTile<T::Compute, U, N, M>) {
         self.tasks(&|from, to| {
             // SAFETY: `to` is at most the number of elements, which is the outputs' length.
             let outs = shared.map(|out| unsafe { out.get().add(from) });
-            let inputs = self.sources.each_ref().map(|source| match source {
-                // SAFETY: the slice has all elements; what is read in place is in the type of the arithmetic.
-                Source::Direct(data) => unsafe { data.as_ptr().add(from).cast() },
-                Source::Output => outs[0].cast_const().cast(),
-                _ => std::ptr::null(),
-            });
-            f(inputs, outs, to - from);
+            let mut numbers = [const { Tile::<T, REPEATS>::new() }; N];
+            let mut inputs = [Input::of(std::ptr::null::<T>()); N];
+            for ((source, number), input) in self.sources.iter().zip(&mut numbers).zip(&mut inputs) {
+                *input = match (source, source.number()) {
+                    // SAFETY: a number has room.
+                    (_, Some(x)) => unsafe { repeated(number.as_mut_ptr(), x) },
+                    // SAFETY: the slice has all elements.
+                    (Source::Direct(data), _) => Input::of(unsafe { data.as_ptr().add(from) }),
+                    (Source::Output, _) => Input::of(outs[0].cast()),
+                    _ => continue,
+                };
+            }
+            // What is read in place is of the type of the arithmetic.
+            f(inputs.map(Input::cast), outs, to - from);
         });
     }
 }
 
 /// A tile's room, of whole cache lines: a vector that crosses them costs twice.
 #[repr(C, align(64))]
-struct Tile<T>(MaybeUninit<[T; TILE]>);
+struct Tile<T, const LEN: usize = TILE>(MaybeUninit<[T; LEN]>);
 
-impl<T> Tile<T> {
+impl<T, const LEN: usize> Tile<T, LEN> {
     #[inline(always)]
     const fn new() -> Self {
         Self(MaybeUninit::uninit())
@@ -470,7 +496,7 @@ struct Reader<'s, 'a, T: Stored> {
     stretches: Option<Stretches<'s, 2>>,
     /// Whether one tile serves for all that are no longer.
     fills_once: bool,
-    /// How many elements that tile has, once there is one. Tiles that end with a run may be shorter at first than later.
+    /// How many elements that tile has, or the room of a number, once there is one. Tiles that end with a run may be shorter at first than later.
     filled: usize,
     room: &'s mut Room<T>,
 }
@@ -492,28 +518,37 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     /// Calls follow each other without gaps; `at + len` is at most the number of elements; `len` is at most TILE unless the source is read in
     /// place; `out` is the output's element `at`, of type `T`, if the source is the output.
     #[inline(always)]
-    unsafe fn computed(&mut self, at: usize, len: usize, out: *const T) -> *const T::Compute {
-        if matches!(self.source, Source::Unused) {
-            return std::ptr::null();
+    unsafe fn computed(&mut self, at: usize, len: usize, out: *const T) -> Input<T::Compute> {
+        if !T::CONVERTS || matches!(self.source, Source::Unused) {
+            // SAFETY: the caller's.
+            return unsafe { self.raw(at, len, out) }.cast();
         }
         let to = self.room.converted.as_mut_ptr();
-        if T::CONVERTS && self.filled >= len {
-            return to;
+        if self.filled >= len {
+            return self.once(to);
         }
-        if let (true, Source::Scalar(x)) = (T::CONVERTS, self.source) {
-            // Rounded once, to the type of the arithmetic.
-            self.filled = len;
-            // SAFETY: `converted` has room for `len <= TILE` elements.
-            return unsafe { fill(to, T::Compute::from_f64(*x), len) };
+        if let Source::Scalar(x) = self.source {
+            self.filled = usize::MAX;
+            // SAFETY: `converted` has room for a number. It is rounded once, to the type of the arithmetic.
+            return unsafe { repeated(to, T::Compute::from_f64(*x)) };
         }
         // SAFETY: the caller's.
         let raw = unsafe { self.raw(at, len, out) };
-        if !T::CONVERTS {
-            return raw.cast();
+        // SAFETY: `raw` has `len` elements, or as many equal ones as stand for a number, and `converted` room for a tile.
+        unsafe {
+            if raw.repeats() {
+                T::widen(raw.at(0), to, REPEATS);
+                return Input::repeated(to);
+            }
+            T::widen(raw.at(0), to, len);
         }
-        // SAFETY: `raw` has `len` elements, and `converted` room for a tile.
-        unsafe { T::widen(raw, to, len) }
-        to
+        Input::of(to)
+    }
+
+    /// What is brought once for all tiles.
+    #[inline(always)]
+    fn once<U>(&self, room: *const U) -> Input<U> {
+        if self.source.is_number() { Input::repeated(room) } else { Input::of(room) }
     }
 
     /// The `len` elements from `at` on, as they are stored.
@@ -521,63 +556,72 @@ impl<'s, 'a, T: Stored> Reader<'s, 'a, T> {
     /// # Safety
     /// As [`computed`](Self::computed).
     #[inline(always)]
-    unsafe fn raw(&mut self, at: usize, len: usize, out: *const T) -> *const T {
+    unsafe fn raw(&mut self, at: usize, len: usize, out: *const T) -> Input<T> {
         match self.source {
-            Source::Unused => std::ptr::null(),
-            Source::Output => out,
+            Source::Unused => Input::of(std::ptr::null()),
+            Source::Output => Input::of(out),
             // SAFETY: the slice has all elements of the walk.
-            Source::Direct(data) => unsafe { data.as_ptr().add(at) },
+            Source::Direct(data) => Input::of(unsafe { data.as_ptr().add(at) }),
             _ => self.brought(len),
         }
     }
 
-    /// The next `len` elements of a source that is not read in place: usually brought into the tile.
+    /// The next `len` elements of a source that does not lie in order: usually brought into the tile.
     #[inline(always)]
-    fn brought(&mut self, len: usize) -> *const T {
-        // A plan whose tiles are too long for a source would write beyond this one: better a panic.
-        assert!(len <= TILE, "a tile of {len} elements");
+    fn brought(&mut self, len: usize) -> Input<T> {
         let tile = self.room.tile.as_mut_ptr();
         if self.filled >= len {
-            return tile;
+            return self.once(tile);
         }
+        if let Some(x) = self.source.number() {
+            self.filled = usize::MAX;
+            // SAFETY: the tile has room for a number.
+            return unsafe { repeated(tile, x) };
+        }
+        let (Source::Strided(data, walk), Some(stretches)) = (self.source, &mut self.stretches) else { return Input::of(tile) };
+        // A plan whose tiles are too long for a source would write beyond this one: better a panic.
+        assert!(len <= TILE, "a tile of {len} elements");
         if self.fills_once {
             self.filled = len;
         }
-        match self.source {
-            // SAFETY: the tile has room for `len <= TILE` elements.
-            Source::Constant(x) => unsafe { fill(tile, *x, len) },
-            // SAFETY: as above.
-            Source::Scalar(x) => unsafe { fill(tile, T::from_f64(*x), len) },
-            Source::Strided(data, walk) => {
-                let Some(stretches) = &mut self.stretches else { return tile };
-                let mut done = 0;
-                while done < len {
-                    let ([_, from], n) = stretches.next(len - done);
-                    // SAFETY: the view that the walk was made of proved that its offsets lie inside of `data`; `done + n <= len <= TILE`.
-                    unsafe {
-                        let from = data.as_ptr().add(from);
-                        if n == len && walk.inner_strides()[1] == 1 && !self.fills_once {
-                            return from;
-                        }
-                        gather(from, walk.inner_strides()[1], tile.add(done), n);
-                    }
-                    done += n;
+        let [_, stride] = walk.inner_strides();
+        let mut done = 0;
+        while done < len {
+            let ([_, from], n) = stretches.next(len - done);
+            // SAFETY: the view that the walk was made of proved that its offsets lie inside of `data`; `done + n <= len <= TILE`, and a
+            // tile has room for a number.
+            unsafe {
+                let from = data.as_ptr().add(from);
+                match stride {
+                    1 if n == len && !self.fills_once => return Input::of(from),
+                    0 if n == len => return repeated(tile, *from),
+                    _ => gather(from, stride, tile.add(done), n),
                 }
-                tile
             }
-            Source::Unused | Source::Output | Source::Direct(_) => tile,
+            done += n;
         }
+        Input::of(tile)
     }
 }
 
-/// Writes `x` `len` times from `to` on, which it returns.
+/// A number that repeats.
+///
+/// # Safety
+/// `room` must be writable for [`REPEATS`] elements.
+#[inline(always)]
+unsafe fn repeated<T: Copy>(room: *mut T, x: T) -> Input<T> {
+    // SAFETY: the caller's.
+    unsafe { fill(room, x, REPEATS) };
+    Input::repeated(room)
+}
+
+/// Writes `x` `len` times from `to` on.
 ///
 /// # Safety
 /// `to` must be writable for `len` elements.
 #[inline(always)]
-unsafe fn fill<T: Copy>(to: *mut T, x: T, len: usize) -> *const T {
+unsafe fn fill<T: Copy>(to: *mut T, x: T, len: usize) {
     dispatch(Fill(to, x, len));
-    to
 }
 
 /// A plain loop that the compiler turns into vectors of the level's width.
@@ -604,9 +648,7 @@ unsafe fn gather<T: Copy>(from: *const T, stride: usize, to: *mut T, len: usize)
     unsafe {
         match stride {
             1 => std::ptr::copy_nonoverlapping(from, to, len),
-            0 => {
-                fill(to, *from, len);
-            }
+            0 => fill(to, *from, len),
             _ => (0..len).for_each(|i| to.add(i).write(*from.add(i * stride))),
         }
     }

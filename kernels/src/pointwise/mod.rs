@@ -3,14 +3,16 @@
 
 pub mod backward;
 pub mod binary;
+pub mod input;
 pub mod relation;
 pub mod unary;
 pub(crate) mod vectors;
 
 use crate::cpu::isa::{WithSimd, dispatch};
-use crate::cpu::simd::{Simd, four};
+use crate::cpu::simd::{Simd, Twice, four};
 use crate::element::Element;
 use half::bf16;
+use input::{Input, REPEATS, Vectored, blocks};
 use vectors::Vectors;
 
 /// Numbers that a function takes beside its operands (a slope, a bound); unused ones are 0.
@@ -44,8 +46,8 @@ pub trait PointwiseInt<const N: usize>: Pointwise<N> {
 /// A function over contiguous elements: reads `len` elements of each input, writes as many. The output may be one of the inputs.
 ///
 /// # Safety
-/// All pointers must be valid for `len` elements; an input may equal the output but not overlap it otherwise.
-pub type Tile<T, const N: usize> = unsafe fn(inputs: [*const T; N], out: *mut T, len: usize, params: Params);
+/// Inputs and output must be valid for `len` elements; an input may equal the output but not overlap it otherwise.
+pub type Tile<T, const N: usize> = unsafe fn(inputs: [Input<T>; N], out: *mut T, len: usize, params: Params);
 
 /// A row of the table, as data: what runs a function without being compiled for it.
 #[derive(Debug)]
@@ -183,34 +185,6 @@ mod ints {
     int!(i64, i32, u8);
 }
 
-/// The vectors that begin `i` elements into each input.
-///
-/// # Safety
-/// A whole vector must be readable there.
-#[inline(always)]
-pub(crate) unsafe fn load<T: Vectors, S: Simd, const N: usize>(s: S, inputs: [*const T; N], i: usize) -> [S::F32; N] {
-    let mut x = [s.splat(0.0); N];
-    for k in 0..N {
-        // SAFETY: the caller's.
-        x[k] = unsafe { T::load(s, inputs[k].add(i)) };
-    }
-    x
-}
-
-/// The first `len` lanes of the vectors that begin `i` elements into each input.
-///
-/// # Safety
-/// `len` elements must be readable there.
-#[inline(always)]
-pub(crate) unsafe fn load_partial<T: Vectors, S: Simd, const N: usize>(s: S, inputs: [*const T; N], i: usize, len: usize) -> [S::F32; N] {
-    let mut x = [s.splat(0.0); N];
-    for k in 0..N {
-        // SAFETY: the caller's.
-        x[k] = unsafe { T::load_partial(s, inputs[k].add(i), len) };
-    }
-    x
-}
-
 /// Element `i` of each input.
 ///
 /// # Safety
@@ -225,11 +199,12 @@ unsafe fn element<T: Element, const N: usize>(inputs: [*const T; N], i: usize) -
     x
 }
 
-/// From this time an element on a function is a chain of instructions so long that four vectors at once pay.
+/// From this time an element on a function is a chain of instructions so long that four vectors at once pay. So they do for bf16, of which
+/// pairs of vectors are loaded and stored by fewer instructions.
 const LONG_NS: f32 = 0.35;
 
 struct SimdTile<P, T, const N: usize> {
-    inputs: [*const T; N],
+    inputs: [Input<T>; N],
     out: *mut T,
     len: usize,
     params: Params,
@@ -241,16 +216,19 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> WithSimd for SimdTile<P, T, N>
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let mut done = 0;
-        if S::FOURS && P::NS >= LONG_NS {
+        if S::FOURS && (P::NS >= LONG_NS || T::CONVERTS) {
             // SAFETY: the caller vouches for `len` elements.
             done = unsafe { self.whole_vectors(four(s), 0) };
+        } else if S::LANES > 1 && T::CONVERTS {
+            // SAFETY: as above.
+            done = unsafe { self.whole_vectors(Twice(s), 0) };
         }
         // SAFETY: as above; `done + rest == len`.
         unsafe {
             done = self.whole_vectors(s, done);
             let rest = self.len - done;
             if rest > 0 {
-                let results = P::simd(s, load_partial(s, self.inputs, done, rest), self.params(s));
+                let results = P::simd(s, Vectored::new(s, self.inputs, done).last(s, rest), self.params(s));
                 T::store_partial(s, results, self.out.add(done), rest);
             }
         }
@@ -273,9 +251,11 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
     unsafe fn whole_vectors<S: Simd>(&self, s: S, from: usize) -> usize {
         let p = self.params(s);
         let mut i = from;
+        // SAFETY: `from <= len`.
+        let mut inputs = unsafe { Vectored::new(s, self.inputs, from) };
         while self.len - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { T::store(s, P::simd(s, load(s, self.inputs, i), p), self.out.add(i)) }
+            unsafe { T::store(s, P::simd(s, inputs.next(s), p), self.out.add(i)) }
             i += S::LANES;
         }
         i
@@ -284,12 +264,12 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [*const T; N], out: *mut T, len: usize, params: Params) {
+unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [Input<T>; N], out: *mut T, len: usize, params: Params) {
     dispatch(SimdTile::<P, T, N> { inputs, out, len, params, function: std::marker::PhantomData });
 }
 
 struct WordsTile<const N: usize, P> {
-    from: *const u16,
+    from: Input<u16>,
     to: *mut u16,
     len: usize,
     function: std::marker::PhantomData<P>,
@@ -299,21 +279,21 @@ impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        const BLOCK: usize = 64;
+        const BLOCK: usize = REPEATS;
         const { assert!(N == 1 || P::WORDS.is_none()) }
         let Some(function) = P::WORDS else { return };
         let whole = self.len / BLOCK * BLOCK;
         // SAFETY: the caller vouches for `len` elements. A block is read before it is written, since both may be one.
         unsafe {
             for i in (0..whole).step_by(BLOCK) {
-                let mut words = self.from.add(i).cast::<[u16; BLOCK]>().read();
+                let mut words = self.from.at(i).cast::<[u16; BLOCK]>().read();
                 for word in &mut words {
                     *word = function(*word);
                 }
                 self.to.add(i).cast::<[u16; BLOCK]>().write(words);
             }
             for i in whole..self.len {
-                self.to.add(i).write(function(self.from.add(i).read()));
+                self.to.add(i).write(function(self.from.at(i).read()));
             }
         }
     }
@@ -321,27 +301,37 @@ impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn words_tile<P: Pointwise<N>, const N: usize>(inputs: [*const bf16; N], out: *mut bf16, len: usize, _: Params) {
+unsafe fn words_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<bf16>; N], out: *mut bf16, len: usize, _: Params) {
     // A bf16 is its bits.
     dispatch(WordsTile::<N, P> { from: inputs[0].cast(), to: out.cast(), len, function: std::marker::PhantomData });
 }
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [*const f64; N], out: *mut f64, len: usize, params: Params) {
-    for i in 0..len {
-        // SAFETY: `i < len`, and the caller vouches for `len` elements.
-        unsafe { *out.add(i) = P::double(element(inputs, i), params) }
+unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<f64>; N], out: *mut f64, len: usize, params: Params) {
+    // SAFETY: the caller vouches for `len` elements, in which a block lies.
+    unsafe {
+        blocks(inputs, len, |from, inputs, count| {
+            let out = out.add(from);
+            for i in 0..count {
+                *out.add(i) = P::double(element(inputs, i), params)
+            }
+        })
     }
 }
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [*const I; N], out: *mut I, len: usize, params: Params) {
+unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [Input<I>; N], out: *mut I, len: usize, params: Params) {
     let params = [I::from_f64(params[0]), I::from_f64(params[1])];
-    for i in 0..len {
-        // SAFETY: `i < len`, and the caller vouches for `len` elements.
-        unsafe { *out.add(i) = P::int(element(inputs, i), params) }
+    // SAFETY: the caller vouches for `len` elements, in which a block lies.
+    unsafe {
+        blocks(inputs, len, |from, inputs, count| {
+            let out = out.add(from);
+            for i in 0..count {
+                *out.add(i) = P::int(element(inputs, i), params)
+            }
+        })
     }
 }
 

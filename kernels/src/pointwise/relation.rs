@@ -3,6 +3,7 @@
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::simd::Simd;
 use crate::element::Bool;
+use crate::pointwise::input::{Input, blocks};
 use std::marker::PhantomData;
 
 /// A relation between two elements.
@@ -18,8 +19,8 @@ pub trait Relation: 'static {
 /// A relation over `len` contiguous elements.
 ///
 /// # Safety
-/// The pointers must be valid for `len` elements, the output's apart from the inputs'.
-pub type RelationTile<T> = unsafe fn(inputs: [*const T; 2], out: *mut Bool, len: usize);
+/// Inputs and output must be valid for `len` elements, the output's apart from the inputs'.
+pub type RelationTile<T> = unsafe fn(inputs: [Input<T>; 2], out: *mut Bool, len: usize);
 
 /// A relation as data.
 #[derive(Debug)]
@@ -54,14 +55,19 @@ impl RelationRow {
 /// # Safety
 /// See [`RelationTile`].
 #[inline(always)]
-unsafe fn tile<R: Relation, T: PartialOrd + Default + Copy>([a, b]: [*const T; 2], out: *mut Bool, len: usize) {
-    for i in 0..len {
-        // SAFETY: `i < len`, and the caller vouches for `len` elements.
-        unsafe { *out.add(i) = R::holds(*a.add(i), *b.add(i)).into() }
+unsafe fn tile<R: Relation, T: PartialOrd + Default + Copy>(inputs: [Input<T>; 2], out: *mut Bool, len: usize) {
+    // SAFETY: the caller vouches for `len` elements, in which a block lies.
+    unsafe {
+        blocks(inputs, len, |from, [a, b], count| {
+            let out = out.add(from);
+            for i in 0..count {
+                *out.add(i) = R::holds(*a.add(i), *b.add(i)).into()
+            }
+        })
     }
 }
 
-struct Vectorised<R>([*const f32; 2], *mut Bool, usize, PhantomData<R>);
+struct Vectorised<R>([Input<f32>; 2], *mut Bool, usize, PhantomData<R>);
 
 impl<R: Relation> WithSimd for Vectorised<R> {
     type Output = ();
@@ -75,7 +81,7 @@ impl<R: Relation> WithSimd for Vectorised<R> {
 
 /// # Safety
 /// See [`RelationTile`].
-unsafe fn vector_tile<R: Relation>(inputs: [*const f32; 2], out: *mut Bool, len: usize) {
+unsafe fn vector_tile<R: Relation>(inputs: [Input<f32>; 2], out: *mut Bool, len: usize) {
     dispatch(Vectorised(inputs, out, len, PhantomData::<R>))
 }
 

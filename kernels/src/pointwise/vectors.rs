@@ -7,6 +7,8 @@ use half::bf16;
 
 /// Elements that vectors of f32 are loaded from, and to which what is computed of such is rounded.
 pub(crate) trait Vectors: Stored<Compute = f32> {
+    /// The lanes are in any order that [`store`](Self::store) puts right.
+    ///
     /// # Safety
     /// `from` must be valid for reading a vector.
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::F32;
@@ -54,7 +56,7 @@ impl Vectors for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const bf16) -> S::F32 {
         // SAFETY: the caller's.
-        unsafe { s.load_bf16(from) }
+        unsafe { s.load_bf16_in_any_order(from) }
     }
     #[inline(always)]
     unsafe fn load_partial<S: Simd>(s: S, from: *const bf16, count: usize) -> S::F32 {
@@ -64,7 +66,7 @@ impl Vectors for bf16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(_: S, x: S::F32, to: *mut bf16) {
         // SAFETY: the caller's.
-        unsafe { x.computed_bf16_words().store_words(to.cast(), S::LANES) }
+        unsafe { x.store_computed_bf16(to) }
     }
     #[inline(always)]
     unsafe fn store_partial<S: Simd>(_: S, x: S::F32, to: *mut bf16, count: usize) {

@@ -63,7 +63,7 @@ pub fn sign<S: Simd>(s: S, x: S::F32) -> S::F32 {
     one.or_else(x.gt(zero), (-one).or_else(x.lt(zero), x))
 }
 
-/// The remainder of the floored division: `a − b·⌊a/b⌋`, exact, with the sign of `b`.
+/// The remainder of the floored division: `a − b·⌊a/b⌋`, exact, with the sign of `b`; a zero has that of `a`.
 #[inline(always)]
 pub fn remainder<S: Simd>(s: S, a: S::F32, b: S::F32) -> S::F32 {
     let q = (a / b).floor();
@@ -71,7 +71,7 @@ pub fn remainder<S: Simd>(s: S, a: S::F32, b: S::F32) -> S::F32 {
     // Rounding can lift the quotient to the next integer, never past one; then the remainder has the wrong sign.
     let zero = s.zero();
     let wrong = (r.lt(zero) & b.gt(zero)) | (r.gt(zero) & b.lt(zero));
-    let r = (r + b).or_else(wrong, r);
+    let r = (r + b).or_else(wrong, with_sign(s, zero, a).or_else(r.eq(zero), r));
     // Below 2²² a quotient is exact and the fused product too.
     let hard = !(q.abs().lt(s.splat(4194304.0)) & b.abs().lt(s.splat(f32::INFINITY)));
     if hard.any() { lanewise(s, [a, b], |[a, b]| scalar_remainder(a, b)) } else { r }

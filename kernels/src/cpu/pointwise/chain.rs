@@ -6,10 +6,11 @@
 //! A reduction that ends a chain takes its tiles as they are made ([`Results`]), cut as it would cut the chain's result in memory.
 
 use super::gate::Unit;
-use super::{Operand, Output, Plan, Reader, Room, Source, TILE, Tile, cost_factor, fill};
+use super::{Operand, Output, Plan, Reader, Room, Source, TILE, Tile, cost_factor, repeated};
 use crate::cpu::cast::Stored;
 use crate::cpu::lanes::Numeric;
 use crate::cpu::reduce::{self, Elements};
+use crate::pointwise::input::{Input, REPEATS};
 use crate::pointwise::{Compute, Params, Row};
 
 /// The most operands of a chain.
@@ -192,15 +193,15 @@ impl Chain {
 
     /// # Safety
     /// `inputs` and the results' `outs` must be valid for `len <= TILE` elements, `slots` for MAX_SLOTS tiles, side by side.
-    unsafe fn tile<T: Stored>(&self, inputs: &[*const T::Compute; MAX_OPERANDS], slots: *mut T::Compute, outs: Target<'_, T>, len: usize) {
-        let mut scalars = [const { Tile::<T::Compute>::new() }; 2];
-        let scalars = scalars.as_mut_ptr().cast::<T::Compute>();
+    unsafe fn tile<T: Stored>(&self, inputs: &[Input<T::Compute>; MAX_OPERANDS], slots: *mut T::Compute, outs: Target<'_, T>, len: usize) {
+        let mut numbers = [const { Tile::<T::Compute, REPEATS>::new() }; 2];
+        let numbers = numbers.each_mut().map(Tile::as_mut_ptr);
         for step in &self.steps {
             let place = |which: usize| match step.args[which] {
                 Place::Operand(operand) => inputs[operand],
-                Place::Slot(slot) => slots.wrapping_add(slot * TILE).cast_const(),
-                // SAFETY: `scalars` has room for two tiles.
-                Place::Scalar(x) => unsafe { fill(scalars.add(which * TILE), scalar::<T>(x), len) },
+                Place::Slot(slot) => Input::of(slots.wrapping_add(slot * TILE)),
+                // SAFETY: each has room for a number.
+                Place::Scalar(x) => unsafe { repeated(numbers[which], scalar::<T>(x)) },
             };
             let (out, computed) = match (step.result, outs) {
                 (Some(result), Target::Stored(outs)) => (Some(outs[result]), None),

@@ -8,8 +8,9 @@ use crate::cpu::cast::Stored;
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
 use crate::cpu::simd::{Simd, four};
+use crate::pointwise::input::{Input, Vectored};
 use crate::pointwise::vectors::Vectors;
-use crate::pointwise::{Row, backward, binary, load, load_partial, unary};
+use crate::pointwise::{Row, backward, binary, unary};
 use half::bf16;
 use std::any::TypeId;
 use std::marker::PhantomData;
@@ -81,8 +82,8 @@ impl<P: Gate, T: Vectors> Body<T, 3, 1> for Residual<P> {
 /// Contiguous elements of N inputs and M outputs.
 ///
 /// # Safety
-/// All pointers must be valid for `len` elements of the type; an output overlaps nothing else, unless it equals an input.
-type Tile<const N: usize, const M: usize> = unsafe fn(inputs: [*const u8; N], outs: [*mut u8; M], len: usize);
+/// Inputs and outputs must be valid for `len` elements of the type; an output overlaps nothing else, unless it equals an input.
+type Tile<const N: usize, const M: usize> = unsafe fn(inputs: [Input<u8>; N], outs: [*mut u8; M], len: usize);
 
 /// A gate's kernels, and the rows of which it is made.
 pub(super) struct Kernels {
@@ -119,7 +120,7 @@ impl Kernels {
 }
 
 struct Run<B, T, const N: usize, const M: usize> {
-    inputs: [*const T; N],
+    inputs: [Input<T>; N],
     outs: [*mut T; M],
     len: usize,
     body: PhantomData<B>,
@@ -138,7 +139,7 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> WithSimd for 
         if rest > 0 {
             // SAFETY: `whole + rest == len`.
             unsafe {
-                let results = B::vectors(s, load_partial(s, self.inputs, whole, rest));
+                let results = B::vectors(s, Vectored::new(s, self.inputs, whole).last(s, rest));
                 for (x, out) in results.into_iter().zip(self.outs) {
                     T::store_partial(s, x, out.add(whole), rest);
                 }
@@ -155,10 +156,12 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> Run<B, T, N, 
     #[inline(always)]
     unsafe fn whole_vectors<S: Simd>(&self, s: S, from: usize) -> usize {
         let mut i = from;
+        // SAFETY: `from <= len`.
+        let mut inputs = unsafe { Vectored::new(s, self.inputs, from) };
         while self.len - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
             unsafe {
-                let results = B::vectors(s, load(s, self.inputs, i));
+                let results = B::vectors(s, inputs.next(s));
                 for (x, out) in results.into_iter().zip(self.outs) {
                     T::store(s, x, out.add(i));
                 }
@@ -171,7 +174,7 @@ impl<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize> Run<B, T, N, 
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn tile<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize>(inputs: [*const u8; N], outs: [*mut u8; M], len: usize) {
+unsafe fn tile<B: Body<T, N, M>, T: Vectors, const N: usize, const M: usize>(inputs: [Input<u8>; N], outs: [*mut u8; M], len: usize) {
     let (inputs, outs) = (inputs.map(|x| x.cast()), outs.map(|x| x.cast()));
     dispatch(Run::<B, T, N, M> { inputs, outs, len, body: PhantomData });
 }

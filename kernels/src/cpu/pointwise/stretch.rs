@@ -1,6 +1,7 @@
 //! A row of the table over a stretch of memory, on the thread that has just written it: what follows another operation in the same pass.
 
 use crate::cpu::cast::Stored;
+use crate::pointwise::input::Input;
 use crate::pointwise::{Params, Row};
 use half::bf16;
 use std::any::TypeId;
@@ -17,11 +18,11 @@ pub(crate) unsafe fn apply_stretch<T: Stored, const N: usize>(row: &Row<N>, para
     let Some(tile) = row.tile::<T::Compute>() else { return };
     if !T::CONVERTS {
         // SAFETY: the caller's contract; the two types are one.
-        return unsafe { tile(from.map(|from| from.cast()), to.cast(), len, params) };
+        return unsafe { tile(from.map(|from| Input::of(from.cast())), to.cast(), len, params) };
     }
     if TypeId::of::<T>() == TypeId::of::<bf16>() {
         // SAFETY: the caller's contract; `T` is bf16.
-        return unsafe { (row.bf16)(from.map(|from| from.cast()), to.cast(), len, params) };
+        return unsafe { (row.bf16)(from.map(|from| Input::of(from.cast())), to.cast(), len, params) };
     }
     let mut wide = MaybeUninit::<[[T::Compute; TILE]; N]>::uninit();
     let wide = wide.as_mut_ptr().cast::<T::Compute>();
@@ -32,7 +33,7 @@ pub(crate) unsafe fn apply_stretch<T: Stored, const N: usize>(row: &Row<N>, para
             for (k, from) in from.iter().enumerate() {
                 T::widen(from.add(start), wide.add(k * TILE), count);
             }
-            tile(std::array::from_fn(|k| wide.add(k * TILE).cast_const()), wide, count, params);
+            tile(std::array::from_fn(|k| Input::of(wide.add(k * TILE))), wide, count, params);
             T::narrow(wide, to.add(start), count);
         }
     }

@@ -37,7 +37,7 @@ fn check<T: Stored>(shape: &[usize], a: &[usize], b: &[usize], out: &[usize]) {
 
 #[test]
 fn operands_of_any_layout_meet() {
-    let shapes: [&[usize]; 7] = [&[2, 3, 4, 5], &[7, 33, 9], &[1], &[], &[5000], &[3, 0, 2], &[67, 130]];
+    let shapes: [&[usize]; 9] = [&[2, 3, 4, 5], &[7, 33, 9], &[1], &[], &[5000], &[3, 0, 2], &[67, 130], &[5, 1500], &[3, 4200]];
     for shape in shapes {
         let rows = contiguous(shape);
         let mut columns = rows.clone();
@@ -47,7 +47,10 @@ fn operands_of_any_layout_meet() {
         }
         let zero = vec![0; shape.len()];
         let mut last = zero.clone();
-        let mut middle = zero.clone();
+        let (mut first, mut middle) = (zero.clone(), zero.clone());
+        if let Some(f) = first.first_mut() {
+            *f = 1;
+        }
         if let Some(l) = last.last_mut() {
             *l = 1;
         }
@@ -57,7 +60,7 @@ fn operands_of_any_layout_meet() {
         let gaps: Vec<usize> = rows.iter().map(|s| s * 3).collect();
         for out in [&rows, &columns] {
             for a in [&rows, &columns, &gaps] {
-                for b in [&rows, &columns, &zero, &last, &middle, &gaps] {
+                for b in [&rows, &columns, &zero, &first, &last, &middle, &gaps] {
                     check::<f32>(shape, a, b, out);
                     check::<f64>(shape, a, b, out);
                     check::<bf16>(shape, b, a, out);
@@ -151,6 +154,76 @@ fn numbers_beside_bf16_are_not_rounded() {
     let out = Output { data: &mut sums, shape: &[n], strides: &[1] };
     apply(binary::Add::ROW, [0.0; 2], [Operand::Output, Operand::Scalar(0.3)], out);
     assert!(x.iter().zip(sums).all(|(x, y)| y == bf16::from_f32(x.to_f32() + 0.3)));
+}
+
+/// A row, one of whose operands is the same everywhere, against the row of that operand written out. It may be another for each line.
+fn check_numbers<T: Stored, const N: usize>(row: &Row<N>) {
+    if row.tile::<T::Compute>().is_none() {
+        return;
+    }
+    for (shape, strides) in [([2, 1001], [0, 0]), ([3, 63], [0, 0]), ([1, 70_001], [0, 0]), ([5, 1100], [1, 0]), ([3, 9000], [1, 0])] {
+        let numel = shape[0] * shape[1];
+        let inputs: [Vec<T>; N] = std::array::from_fn(|k| (0..numel).map(|i| T::from_f64((i * (7 + k) % 13) as f64 * 0.5 - 3.0)).collect());
+        for number in 0..N {
+            let run = |is_written_out: bool| {
+                let few = &inputs[number];
+                let written: Vec<T> = (0..numel).map(|i| few[at(&strides, &[i / shape[1], i % shape[1]])]).collect();
+                let operands = std::array::from_fn(|k| match (k == number, is_written_out) {
+                    (false, _) => Operand::Dense(&inputs[k]),
+                    (true, true) => Operand::Dense(&written),
+                    (true, false) => Operand::View(StridedView::new(few, 0, &shape, &strides).unwrap()),
+                });
+                let mut out = vec![T::default(); numel];
+                apply(row, [0.75, 1.25], operands, Output { data: &mut out, shape: &shape, strides: &[shape[1], 1] });
+                out.iter().map(|x| x.to_f64()).map(|x| if x.is_nan() { f64::NAN } else { x }.to_bits()).collect::<Vec<_>>()
+            };
+            assert!(run(true) == run(false), "{} of {shape:?}, operand {number}", row.name);
+        }
+    }
+}
+
+#[test]
+fn a_number_that_repeats_is_as_good_as_one_written_out() {
+    fn check<const N: usize>(row: &Row<N>) {
+        check_numbers::<f32, N>(row);
+        check_numbers::<bf16, N>(row);
+        check_numbers::<half::f16, N>(row);
+        check_numbers::<f64, N>(row);
+        check_numbers::<i32, N>(row);
+    }
+    unary::UNARY.iter().for_each(|row| check(row));
+    binary::BINARY.iter().for_each(|row| check(row));
+    binary::TERNARY.iter().for_each(|row| check(row));
+    backward::BACKWARD.iter().for_each(|row| check(row));
+}
+
+#[test]
+fn relations_and_casts_of_numbers_that_repeat() {
+    fn check<T: Stored>()
+    where
+        T::Compute: Convert<f32>,
+    {
+        let (shape, strides) = ([4, 1300], [1300, 1]);
+        let few: Vec<T> = (0..4).map(|i| T::from_f64(i as f64)).collect();
+        let dense: Vec<T> = (0..5200).map(|i| T::from_f64((i % 5) as f64)).collect();
+        for few_strides in [[1, 0], [0, 0]] {
+            let view = StridedView::new(&few, 0, &shape, &few_strides).unwrap();
+            let (mut less, mut wide) = (vec![Bool(7); 5200], vec![-1f32; 5200]);
+            let out = Output { data: &mut less, shape: &shape, strides: &strides };
+            relate(relation::Lt::ROW, [Operand::View(view), Operand::Dense(&dense)], out);
+            cast(view, Output { data: &mut wide, shape: &shape, strides: &strides });
+            for i in 0..5200 {
+                let number = i / 1300 * few_strides[0];
+                assert_eq!((less[i].get(), wide[i]), (number < i % 5, number as f32), "at {i}");
+            }
+        }
+    }
+    check::<f32>();
+    check::<bf16>();
+    check::<half::f16>();
+    check::<f64>();
+    check::<i64>();
+    check::<u8>();
 }
 
 #[test]

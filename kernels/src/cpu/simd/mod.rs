@@ -44,6 +44,9 @@ pub(crate) const MAX_LANES: usize = 16;
 /// Lanes of four such vectors as one ([`four`]): what code has room for that elementary functions are made of.
 pub(crate) const MAX_LANES_OF_FOUR: usize = 4 * MAX_LANES;
 
+/// The bits of a bf16 in those of an f32.
+const UPPER_HALF: i32 = !0xffff;
+
 /// An instruction set: makes vectors.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector of f32.
@@ -112,6 +115,27 @@ pub trait Simd: Copy + Send + Sync + 'static {
         }
         // SAFETY: the array is as long as the longest vector of one register.
         unsafe { self.load_bf16(part.as_ptr()) }
+    }
+    /// Loads `LANES` values of bf16, widened, in the order in which [`store_computed_bf16`](F32s::store_computed_bf16) stores them: what is computed
+    /// of each lane alone does not ask where it lies.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading `LANES` values.
+    #[inline(always)]
+    unsafe fn load_bf16_in_any_order(self, src: *const bf16) -> Self::F32 {
+        // SAFETY: the caller's contract.
+        unsafe { self.load_bf16(src) }
+    }
+    /// Loads pairs of neighbours of bf16, widened: `LANES` first ones, and as many second ones. A shift and a mask, where in order each half
+    /// would be moved through the lanes.
+    ///
+    /// # Safety
+    /// `src` must be valid for reading twice `LANES` values.
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, src: *const bf16) -> [Self::F32; 2] {
+        // SAFETY: the caller's contract; two of bf16 are as long as one of f32.
+        let pairs = unsafe { self.load(src.cast()) }.to_bits();
+        [pairs.shl::<16>(), pairs & pairs.splat_like(UPPER_HALF)].map(Self::I32::from_bits)
     }
     /// Loads `LANES` values of f16, widened.
     ///
@@ -251,6 +275,26 @@ pub trait F32s:
         // SAFETY: the caller's contract; a bf16 is its bits.
         unsafe { self.bf16_words().store_words(dst.cast(), count) }
     }
+    /// Writes lanes that were bf16, or are computed from such, rounded to the nearest bf16, ties to even, in the order of
+    /// [`load_bf16_in_any_order`](Simd::load_bf16_in_any_order).
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing `LANES` values.
+    #[inline(always)]
+    unsafe fn store_computed_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller's contract; a bf16 is its bits.
+        unsafe { self.computed_bf16_words().store_words(dst.cast(), Self::Mask::LANES) }
+    }
+    /// Writes pairs as [`load_bf16_pairs`](Simd::load_bf16_pairs) loads them, rounded as [`store_computed_bf16`](Self::store_computed_bf16) does.
+    ///
+    /// # Safety
+    /// `dst` must be valid for writing twice `LANES` values.
+    #[inline(always)]
+    unsafe fn store_computed_bf16_pairs([first, second]: [Self; 2], dst: *mut bf16) {
+        let second = second.rounded_to_bf16() & first.to_bits().splat_like(UPPER_HALF);
+        // SAFETY: the caller's contract; two of bf16 are as long as one of f32.
+        unsafe { (first.computed_bf16_words() | second).from_bits().store(dst.cast()) }
+    }
     /// The bits of the nearest bf16, ties to even, in the lower half of each lane; NaN stays one.
     #[inline(always)]
     fn bf16_words(self) -> Self::I32 {
@@ -264,9 +308,14 @@ pub trait F32s:
     /// arithmetic's own, so nothing is carried into the sign.
     #[inline(always)]
     fn computed_bf16_words(self) -> Self::I32 {
+        self.rounded_to_bf16().shr_logical::<16>()
+    }
+    /// The same in the upper half of each lane; anything in the lower.
+    #[inline(always)]
+    fn rounded_to_bf16(self) -> Self::I32 {
         let bits = self.to_bits();
         let odd = bits.shr_logical::<16>() & bits.splat_like(1);
-        (bits + (odd + bits.splat_like(0x7fff))).shr_logical::<16>()
+        bits + (odd + bits.splat_like(0x7fff))
     }
     /// `self * b + c`, rounded once.
     fn mul_add(self, b: Self, c: Self) -> Self;

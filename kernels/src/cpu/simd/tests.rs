@@ -78,6 +78,24 @@ impl WithSimd for LanesAgree {
             let expected = values.iter().enumerate().map(|(i, &x)| if i < count { bf16::from_f32(x) } else { bf16::from_f32(-7.0) });
             assert!(out.iter().zip(expected).all(|(x, y)| x.to_bits() == y.to_bits()), "{out:?}");
         }
+        let halves = [1.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, 3.38e38, 1e-40, 9.2e-41, -1.7, 0.3].map(bf16::from_f32);
+        let halves: Vec<bf16> = halves.into_iter().cycle().take(2 * S::LANES).collect();
+        let mut out = vec![bf16::ZERO; 2 * S::LANES];
+        let third = s.splat(1.0 / 3.0);
+        let agree = |out: &[bf16]| {
+            let product = |x: &bf16| bf16::from_f32(x.to_f32() * (1.0 / 3.0));
+            assert!(halves.iter().map(product).zip(out).all(|(x, y)| x.to_bits() == y.to_bits()), "{out:?}");
+        };
+        // SAFETY: there is room for two vectors.
+        unsafe {
+            for at in [0, S::LANES] {
+                (s.load_bf16_in_any_order(halves[at..].as_ptr()) * third).store_computed_bf16(out[at..].as_mut_ptr());
+            }
+            agree(&out);
+            let pairs = s.load_bf16_pairs(halves.as_ptr()).map(|x| x * third);
+            S::F32::store_computed_bf16_pairs(pairs, out.as_mut_ptr());
+        }
+        agree(&out);
         for count in 0..S::LANES {
             let part = s.load_slice_partial(&a[..count]);
             let mut out = vec![-7f32; S::LANES];

@@ -63,6 +63,12 @@ impl<S: Simd> Simd for Twice<S> {
         unsafe { Two(self.0.load_bf16_partial(src, lower), self.0.load_bf16_partial(src.wrapping_add(S::LANES), upper)) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_in_any_order(self, src: *const bf16) -> Self::F32 {
+        // SAFETY: the caller's contract.
+        let [first, second] = unsafe { self.0.load_bf16_pairs(src) };
+        Two(first, second)
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, src: *const f16) -> Self::F32 {
         // SAFETY: the caller's contract, for each half.
         unsafe { Two(self.0.load_f16(src), self.0.load_f16(src.add(S::LANES))) }
@@ -173,6 +179,11 @@ impl<V: F32s<I32: I32s<F32 = V, Mask = V::Mask>>> F32s for Two<V> {
             self.0.store_partial(dst, lower);
             self.1.store_partial(dst.wrapping_add(V::Mask::LANES), upper);
         }
+    }
+    #[inline(always)]
+    unsafe fn store_computed_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller's contract.
+        unsafe { V::store_computed_bf16_pairs([self.0, self.1], dst) }
     }
     #[inline(always)]
     fn or_else(self, mask: Self::Mask, other: Self) -> Self {
