@@ -5,6 +5,7 @@
 use crate::cpu::isa::WithSimd;
 use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Numeric, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
+use std::mem::MaybeUninit;
 
 /// The most columns that [`Fold::columns`] is given: their partial results stay in L1.
 pub const MAX_WIDTH: usize = 1024;
@@ -110,6 +111,27 @@ fn combine_tile<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S
         all = m.combine::<S>(all, L::keep(s, mapped, rest.len(), neutral));
     }
     all
+}
+
+/// Room for a lane of each column, of which no more is written than is used.
+struct Scratch<L>(MaybeUninit<[L; MAX_WIDTH]>);
+
+impl<L: Copy> Scratch<L> {
+    const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    /// As many lanes as there are columns.
+    #[inline(always)]
+    fn filled(&mut self, width: usize, x: L) -> &mut [L] {
+        assert!(width <= MAX_WIDTH);
+        let first = self.0.as_mut_ptr().cast::<L>();
+        // SAFETY: the room is for MAX_WIDTH lanes, and `width` of them are written before they are lent.
+        unsafe {
+            (0..width).for_each(|i| first.add(i).write(x));
+            std::slice::from_raw_parts_mut(first, width)
+        }
+    }
 }
 
 /// Combines the rows into `part`, lane by lane. Eight rows at a time, so that `part` is read and written once for all of them.
@@ -232,8 +254,8 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     }
     #[inline(always)]
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [M::Acc]) {
-        let mut part = [L::default(); MAX_WIDTH];
-        let part = &mut part[..accs.len()];
+        let mut part = Scratch::new();
+        let part = part.filled(accs.len(), self.0.neutral());
         combine_rows(self.0, s, rows, part);
         for (acc, &x) in accs.iter_mut().zip(part.iter()) {
             *acc = Monoid::merge(self.0, *acc, self.0.promote(x));
@@ -438,9 +460,9 @@ impl<const MAX: bool, L: Lane> Fold<L> for ArgExtreme<MAX> {
     }
 }
 
-/// Number, mean and sum of squared deviations from it, in two sweeps over each tile (which the first leaves in cache). The second
+/// Number, mean and sum of squared deviations from it, in two sweeps over a tile (which the first leaves in cache). The second
 /// takes the first's rounded mean as the centre and also finds how far it is off. Tiles are merged by Chan's formula:
-/// no cancellation, however far the mean lies from zero.
+/// no cancellation, however far the mean lies from zero. Of a column's later tiles the mean of those before is centre enough.
 #[derive(Clone, Copy)]
 pub struct Moments;
 
@@ -462,7 +484,7 @@ impl Spread {
         if !centre.is_finite() {
             return Spread { count, mean: centre, squares: f64::NAN };
         }
-        let off = sum / count;
+        let off = sum * (1.0 / count);
         let about_mean = squares - sum * off;
         Spread { count, mean: centre + off, squares: if about_mean < 0.0 { 0.0 } else { about_mean } }
     }
@@ -478,9 +500,18 @@ impl Spread {
         if self.count == 0.0 {
             return b;
         }
-        let count = self.count + b.count;
-        let (delta, share) = (b.mean - self.mean, b.count / count);
-        Spread { count, mean: self.mean + delta * share, squares: self.squares + b.squares + delta * delta * self.count * share }
+        self.merge_share(b, b.count / (self.count + b.count))
+    }
+
+    /// The same, of which `b` has this share.
+    #[inline(always)]
+    fn merge_share(self, b: Spread, share: f64) -> Spread {
+        let delta = b.mean - self.mean;
+        Spread {
+            count: self.count + b.count,
+            mean: self.mean + delta * share,
+            squares: self.squares + b.squares + delta * delta * (self.count * share),
+        }
     }
 }
 
@@ -538,13 +569,24 @@ impl<L: FloatLane> Fold<L> for Moments {
     #[inline(always)]
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Spread]) {
         let (width, count) = (accs.len(), rows.len() as f64);
-        let (mut sums, mut centres, mut squares) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
-        let (sums, centres, squares) = (&mut sums[..width], &mut centres[..width], &mut squares[..width]);
-        combine_rows(Sum, s, rows, centres);
-        centres.iter_mut().for_each(|centre| *centre = L::round_from(centre.wide() / count));
-        deviations(s, rows, centres, sums, squares);
-        for (j, acc) in accs.iter_mut().enumerate() {
-            *acc = acc.merge(Spread::around(centres[j].wide(), count, sums[j].wide(), squares[j].wide()));
+        let mut room = [const { Scratch::new() }; 3];
+        let [centres, sums, squares] = room.each_mut().map(|room| room.filled(width, L::default()));
+        // All columns have had as many elements.
+        let before = accs.first().map_or(0.0, |acc| acc.count);
+        if before > 0.0 {
+            centres.iter_mut().zip(accs.iter()).for_each(|(centre, acc)| *centre = L::round_from(acc.mean));
+            deviations(s, rows, centres, sums, squares);
+        }
+        // Elements may be so far from those before that the squares overflow.
+        if before == 0.0 || !squares.iter().all(|x| x.is_finite()) {
+            combine_rows(Sum, s, rows, centres);
+            centres.iter_mut().for_each(|centre| *centre = L::round_from(centre.wide() / count));
+            deviations(s, rows, centres, sums, squares);
+        }
+        let share = count / (before + count);
+        for (acc, ((centre, sum), squares)) in accs.iter_mut().zip(centres.iter().zip(sums.iter()).zip(squares.iter())) {
+            let part = Spread::around(centre.wide(), count, sum.wide(), squares.wide());
+            *acc = if before == 0.0 { part } else { acc.merge_share(part, share) };
         }
     }
 }
@@ -602,8 +644,8 @@ impl<L: FloatLane> Fold<L> for LogSumExp {
     #[inline(always)]
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Scaled]) {
         let width = accs.len();
-        let (mut shifts, mut sums) = ([L::default(); MAX_WIDTH], [L::default(); MAX_WIDTH]);
-        let (shifts, sums) = (&mut shifts[..width], &mut sums[..width]);
+        let mut room = [const { Scratch::new() }; 2];
+        let [shifts, sums] = room.each_mut().map(|room| room.filled(width, L::default()));
         combine_rows(Extreme::<true>, s, rows, shifts);
         shifts.iter_mut().for_each(|x| *x = shift_for(*x));
         for row in rows {
