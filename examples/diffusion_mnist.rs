@@ -151,7 +151,7 @@ fn main() -> Result<()> {
     }
     run.draw_results()?;
     if args.judge_samples > 0 {
-        println!("training a classifier on the real digits to judge the drawn ones …");
+        println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = DigitJudge::train(&mnist.train, &mnist.test, 4, args.seed)?;
         println!("the classifier names {:.2} % of the real test digits correctly", 100.0 * judge.accuracy());
         let (pictures, labels) = run.many_samples(args.judge_samples, args.seed + 1)?;

@@ -260,7 +260,7 @@ impl Run {
 
     /// What a classifier says of reconstructions and samples.
     fn judge(&self, mnist: &Mnist, count: usize, seed: u64) -> Result<()> {
-        println!("training a classifier on the real digits to judge the drawn ones …");
+        println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = DigitJudge::train(&mnist.train, &mnist.test, 4, seed)?;
         let real = self.test_digits(count)?;
         let labels = real.labels.to_vec::<i64>()?;

@@ -147,8 +147,8 @@ impl State {
                     unsafe { ((base + r * stride) as *mut [u8; ROW_BYTES]).write_unaligned(*row) };
                 }
             }
-            (0x5C, PF3, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, bf16_entry)?,
-            (0x5E, PF2, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, i8_entry)?,
+            (0x5C, PF3, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, bf16_values, bf16_entry)?,
+            (0x5E, PF2, Operand::Register(a)) => self.multiply(i.reg, a, i.vvvv, i8_values, i8_entry)?,
             _ => return None,
         }
         Some(())
@@ -168,14 +168,22 @@ impl State {
         Some(())
     }
 
-    /// `sums[m][n] ← entry(sums[m][n], the 16 entries of row m of a, those of column n of b)`.
-    fn multiply(&mut self, sums: usize, a: usize, b: usize, entry: fn([u8; 4], &Terms) -> [u8; 4]) -> Option<()> {
-        let (a, b) = (*self.tiles.get(a)?, *self.tiles.get(b)?);
-        let sums = self.tiles.get_mut(sums)?;
+    /// `sums[m][n] ← entry(sums[m][n], the 16 entries of row m of a, those of column n of b)`, each entry as the numbers that it holds.
+    fn multiply<V: Copy>(
+        &mut self,
+        sums: usize,
+        a: usize,
+        b: usize,
+        values: fn([u8; 4]) -> V,
+        entry: fn([u8; 4], &Terms<V>) -> [u8; 4],
+    ) -> Option<()> {
         let word = |row: &[u8; ROW_BYTES], i: usize| [row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]];
+        let all = |tile: &TileRegister| tile.0.map(|row| std::array::from_fn::<V, 16, _>(|i| values(word(&row, i))));
+        let (a, b) = (all(self.tiles.get(a)?), all(self.tiles.get(b)?));
+        let sums = self.tiles.get_mut(sums)?;
         for m in 0..ROWS {
             for n in 0..16 {
-                let terms = std::array::from_fn(|k| (word(&a.0[m], k), word(&b.0[k], n)));
+                let terms = std::array::from_fn(|k| (a[m][k], b[k][n]));
                 let sum = entry(word(&sums.0[m], n), &terms);
                 sums.0[m][4 * n..4 * n + 4].copy_from_slice(&sum);
             }
@@ -185,23 +193,37 @@ impl State {
 }
 
 /// The entries of a row of A and a column of B.
-type Terms = [([u8; 4], [u8; 4]); 16];
+type Terms<V> = [(V, V); 16];
+
+/// Denormals count as zero.
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+}
+
+fn bf16_values(word: [u8; 4]) -> [f32; 2] {
+    [[word[0], word[1]], [word[2], word[3]]].map(|half| flush(bf16::from_le_bytes(half).to_f32()))
+}
 
 /// TDPBF16PS: the even and the odd terms are summed apart, then together, then to the old sum; denormals count as zero throughout.
-fn bf16_entry(old: [u8; 4], terms: &Terms) -> [u8; 4] {
-    let flush = |x: f32| if x.is_subnormal() { 0f32.copysign(x) } else { x };
-    let value = |word: [u8; 4], half: usize| flush(bf16::from_le_bytes([word[2 * half], word[2 * half + 1]]).to_f32());
+fn bf16_entry(old: [u8; 4], terms: &Terms<[f32; 2]>) -> [u8; 4] {
     let mut sums = [0f32; 2];
-    for &(a, b) in terms {
-        for (half, sum) in sums.iter_mut().enumerate() {
-            *sum = flush(value(a, half).mul_add(value(b, half), *sum));
+    for (a, b) in terms {
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            // A product of two bf16 is exact, unless it is denormal or overflows. A fused one is a call where its instruction is not enabled.
+            let product = a * b;
+            let is_exact = product.is_normal() || *a == 0.0 || *b == 0.0;
+            *sum = flush(if is_exact { product + *sum } else { a.mul_add(*b, *sum) });
         }
     }
     flush(flush(sums[0] + sums[1]) + flush(f32::from_le_bytes(old))).to_le_bytes()
 }
 
+fn i8_values(word: [u8; 4]) -> [i32; 4] {
+    word.map(|x| x as i8 as i32)
+}
+
 /// TDPBSSD.
-fn i8_entry(old: [u8; 4], terms: &Terms) -> [u8; 4] {
-    let product = |&(a, b): &([u8; 4], [u8; 4])| (0..4).map(|i| a[i] as i8 as i32 * b[i] as i8 as i32).sum::<i32>();
+fn i8_entry(old: [u8; 4], terms: &Terms<[i32; 4]>) -> [u8; 4] {
+    let product = |(a, b): &([i32; 4], [i32; 4])| a.iter().zip(b).map(|(a, b)| a * b).sum::<i32>();
     terms.iter().map(product).fold(i32::from_le_bytes(old), i32::wrapping_add).to_le_bytes()
 }

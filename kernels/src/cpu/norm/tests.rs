@@ -153,8 +153,7 @@ fn channels<T: FloatElement + Stored>(layout: Channels, grouping: Grouping, tole
 
 #[test]
 fn channel_norms_match_f64_in_both_memory_orders() {
-    for (n, c, s) in
-        [(1, 1, 2), (4, 6, 35), (3, 64, 49), (2, 20, 1000), (130, 32, 49), (17, 40, 301), (8, 12, 1), (1, 4, 40_000), (0, 4, 9)]
+    for (n, c, s) in [(1, 1, 2), (4, 6, 35), (3, 64, 49), (2, 20, 1000), (33, 32, 49), (17, 40, 131), (8, 12, 1), (1, 4, 20_000), (0, 4, 9)]
     {
         for channels_last in [false, true] {
             let layout = Channels { n, c, s, channels_last };
