@@ -181,11 +181,11 @@ impl State {
         let all = |tile: &TileRegister| tile.0.map(|row| std::array::from_fn::<V, 16, _>(|i| values(word(&row, i))));
         let (a, b) = (all(self.tiles.get(a)?), all(self.tiles.get(b)?));
         let sums = self.tiles.get_mut(sums)?;
-        for m in 0..ROWS {
+        for (row, sums) in a.iter().zip(&mut sums.0) {
             for n in 0..16 {
-                let terms = std::array::from_fn(|k| (a[m][k], b[k][n]));
-                let sum = entry(word(&sums.0[m], n), &terms);
-                sums.0[m][4 * n..4 * n + 4].copy_from_slice(&sum);
+                let terms = std::array::from_fn(|k| (row[k], b[k][n]));
+                let sum = entry(word(sums, n), &terms);
+                sums[4 * n..4 * n + 4].copy_from_slice(&sum);
             }
         }
         Some(())
