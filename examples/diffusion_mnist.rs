@@ -153,7 +153,7 @@ fn main() -> Result<()> {
     if args.judge_samples > 0 {
         println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = DigitJudge::train(&mnist.train, &mnist.test, 4, args.seed)?;
-        println!("the classifier names {:.2} % of the real test digits correctly", 100.0 * judge.accuracy());
+        println!("the classifier names {:.2} % of the test digits correctly", 100.0 * judge.accuracy());
         let (pictures, labels) = run.many_samples(args.judge_samples, args.seed + 1)?;
         println!("{} drawn digits: {}", args.judge_samples, judge.judge(&pictures)?);
         println!("{:.1} % of them are the digit that was asked for", 100.0 * judge.agreement(&pictures, &labels)?);

@@ -91,7 +91,7 @@ fn main() -> Result<()> {
     if args.judge_samples > 0 {
         println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = judge(&mnist, args.seed)?;
-        println!("the classifier names {:.2} % of the real test digits correctly", 100.0 * judge.accuracy());
+        println!("the classifier names {:.2} % of the test digits correctly", 100.0 * judge.accuracy());
         let (pictures, labels) = run.samples(args.judge_samples, args.seed + 1)?;
         println!("{} drawn digits: {}", args.judge_samples, judge.judge(&pictures)?);
         if let Some(labels) = labels {
