@@ -201,7 +201,7 @@ unsafe fn copy_run<W: Word>(src: *const W, dst: *mut W, n: usize, strides: [usiz
 }
 
 /// Bytes of stretches that are copied by vectors: from 2 to 4 KiB on memcpy leaves them to an instruction that is slow to start, and slower
-/// where source and destination lie differently within cache lines. Far longer ones it moves as fast as memory allows.
+/// where source and destination lie differently within cache lines.
 const BY_VECTORS: std::ops::Range<usize> = 1 << 11..1 << 15;
 
 /// Copies bytes that lie side by side.

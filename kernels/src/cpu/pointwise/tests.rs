@@ -127,12 +127,19 @@ fn check_half_row<const N: usize>(row: &Row<N>) {
     }
 }
 
+/// Calls a check with every row of the table.
+macro_rules! each_row {
+    ($check:ident) => {
+        unary::UNARY.iter().for_each(|row| $check(row));
+        binary::BINARY.iter().for_each(|row| $check(row));
+        binary::TERNARY.iter().for_each(|row| $check(row));
+        backward::BACKWARD.iter().for_each(|row| $check(row));
+    };
+}
+
 #[test]
 fn rows_of_bf16_are_those_of_f32_rounded_once() {
-    unary::UNARY.iter().for_each(|row| check_half_row(row));
-    binary::BINARY.iter().for_each(|row| check_half_row(row));
-    binary::TERNARY.iter().for_each(|row| check_half_row(row));
-    backward::BACKWARD.iter().for_each(|row| check_half_row(row));
+    each_row!(check_half_row);
 }
 
 #[test]
@@ -191,10 +198,7 @@ fn a_number_that_repeats_is_as_good_as_one_written_out() {
         check_numbers::<f64, N>(row);
         check_numbers::<i32, N>(row);
     }
-    unary::UNARY.iter().for_each(|row| check(row));
-    binary::BINARY.iter().for_each(|row| check(row));
-    binary::TERNARY.iter().for_each(|row| check(row));
-    backward::BACKWARD.iter().for_each(|row| check(row));
+    each_row!(check);
 }
 
 #[test]

@@ -116,19 +116,19 @@ fn combine_tile<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S
 /// Room for a lane of each column, of which no more is written than is used.
 struct Scratch<L>(MaybeUninit<[L; MAX_WIDTH]>);
 
-impl<L: Copy> Scratch<L> {
+impl<L: Copy + Default> Scratch<L> {
     const fn new() -> Self {
         Self(MaybeUninit::uninit())
     }
 
-    /// As many lanes as there are columns.
+    /// As many zeros as there are columns.
     #[inline(always)]
-    fn filled(&mut self, width: usize, x: L) -> &mut [L] {
+    fn zeros(&mut self, width: usize) -> &mut [L] {
         assert!(width <= MAX_WIDTH);
         let first = self.0.as_mut_ptr().cast::<L>();
         // SAFETY: the room is for MAX_WIDTH lanes, and `width` of them are written before they are lent.
         unsafe {
-            (0..width).for_each(|i| first.add(i).write(x));
+            (0..width).for_each(|i| first.add(i).write(L::default()));
             std::slice::from_raw_parts_mut(first, width)
         }
     }
@@ -255,7 +255,7 @@ impl<L: Lane, M: Monoid<L>> Fold<L> for Each<M> {
     #[inline(always)]
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [M::Acc]) {
         let mut part = Scratch::new();
-        let part = part.filled(accs.len(), self.0.neutral());
+        let part = part.zeros(accs.len());
         combine_rows(self.0, s, rows, part);
         for (acc, &x) in accs.iter_mut().zip(part.iter()) {
             *acc = Monoid::merge(self.0, *acc, self.0.promote(x));
@@ -570,17 +570,21 @@ impl<L: FloatLane> Fold<L> for Moments {
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Spread]) {
         let (width, count) = (accs.len(), rows.len() as f64);
         let mut room = [const { Scratch::new() }; 3];
-        let [centres, sums, squares] = room.each_mut().map(|room| room.filled(width, L::default()));
+        let [centres, sums, squares] = room.each_mut().map(|room| room.zeros(width));
         // All columns have had as many elements.
         let before = accs.first().map_or(0.0, |acc| acc.count);
         if before > 0.0 {
             centres.iter_mut().zip(accs.iter()).for_each(|(centre, acc)| *centre = L::round_from(acc.mean));
             deviations(s, rows, centres, sums, squares);
         }
-        // Elements may be so far from those before that the squares overflow.
+        // A column's elements may be so far from those before that the squares overflow. The others' centres stay, and so do their results.
         if before == 0.0 || !squares.iter().all(|x| x.is_finite()) {
-            combine_rows(Sum, s, rows, centres);
-            centres.iter_mut().for_each(|centre| *centre = L::round_from(centre.wide() / count));
+            combine_rows(Sum, s, rows, sums);
+            for ((centre, sum), squares) in centres.iter_mut().zip(sums.iter()).zip(squares.iter()) {
+                if before == 0.0 || !squares.is_finite() {
+                    *centre = L::round_from(sum.wide() / count);
+                }
+            }
             deviations(s, rows, centres, sums, squares);
         }
         let share = count / (before + count);
@@ -645,7 +649,7 @@ impl<L: FloatLane> Fold<L> for LogSumExp {
     fn columns<S: Simd, E: Numeric<Lane = L>>(self, s: S, rows: &[&[E]], _start: usize, accs: &mut [Scaled]) {
         let width = accs.len();
         let mut room = [const { Scratch::new() }; 2];
-        let [shifts, sums] = room.each_mut().map(|room| room.filled(width, L::default()));
+        let [shifts, sums] = room.each_mut().map(|room| room.zeros(width));
         combine_rows(Extreme::<true>, s, rows, shifts);
         shifts.iter_mut().for_each(|x| *x = shift_for(*x));
         for row in rows {
