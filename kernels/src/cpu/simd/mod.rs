@@ -135,7 +135,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16_pairs(self, src: *const bf16) -> [Self::F32; 2] {
         // SAFETY: the caller's contract; two of bf16 are as long as one of f32.
         let pairs = unsafe { self.load(src.cast()) }.to_bits();
-        [pairs.shl::<16>(), pairs & pairs.splat_like(UPPER_HALF)].map(Self::I32::from_bits)
+        [pairs.shl::<16>().from_bits(), (pairs & pairs.splat_like(UPPER_HALF)).from_bits()]
     }
     /// Loads `LANES` values of f16, widened.
     ///
