@@ -100,6 +100,16 @@ impl<const N: usize> Walk<N> {
         moved(self.offsets_of_run(i / self.run_len), self.inner_strides, i % self.run_len)
     }
 
+    /// Distance between a run and the next, for each operand, as long as there are [`runs_alike`](Self::runs_alike); 0 if there is one.
+    pub fn run_strides(&self) -> [usize; N] {
+        self.outer.last().map_or([0; N], |(_, strides)| *strides)
+    }
+
+    /// How many runs, from run `run` on, have the same distance from each other.
+    pub fn runs_alike(&self, run: usize) -> usize {
+        self.outer.last().map_or(1, |(extent, _)| extent - run % extent)
+    }
+
     /// Whether operand `k` takes the same elements in every run.
     pub fn repeats(&self, k: usize) -> bool {
         self.outer.iter().all(|(_, strides)| strides[k] == 0)
@@ -280,6 +290,13 @@ mod tests {
                 let begins: Vec<_> = (0..walk.runs()).map(|run| walk.offsets_of_run(run)).collect();
                 let stretches: Vec<_> = walk.stretches_of(0..walk.numel()).map(|(at, _)| at).collect();
                 assert_eq!(stretches, begins);
+                for (run, begin) in begins.iter().enumerate() {
+                    let alike = walk.runs_alike(run);
+                    assert!(alike > 0 && run + alike <= walk.runs());
+                    for i in 0..alike {
+                        assert_eq!(begins[run + i], moved(*begin, walk.run_strides(), i));
+                    }
+                }
             }
         }
     }

@@ -1,12 +1,13 @@
 //! Runs the rows of the pointwise table over strided memory.
 //!
-//! The output is dense, and everything goes in the order of its memory. An operand that lies like the output is read where it is, and so is a
-//! number that repeats; any other (strided, of f16) is brought into a tile on the stack that the first-level cache holds, so that a row needs
-//! kernels over contiguous elements and no others: one for each type of arithmetic, and one that loads and stores bf16. A bias along the fastest
-//! dimension fills its tile once per task, not per tile.
+//! The output is dense, and everything goes in the order of its memory. An operand that lies like the output is read where it is, and so are a
+//! number that repeats and long rows ([`rows`]); any other (strided, of f16) is brought into a tile on the stack that the first-level cache holds,
+//! so that a function needs kernels over contiguous elements and no others: one for each type of arithmetic, and one that loads and stores bf16.
+//! A short bias along the fastest dimension fills its tile once per task, not per tile.
 
 pub mod chain;
 mod gate;
+mod rows;
 mod stretch;
 
 pub(crate) use stretch::apply_stretch;
@@ -68,12 +69,23 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
     let Some(tile) = tile else { return };
     let has_number = operands.iter().any(|o| matches!(o, Operand::Scalar(_)));
     let plan = Plan::new(&out, row.ns * cost_factor::<T>(), operands.map(|o| Source::new(o, &out)));
-    if TypeId::of::<T>() == TypeId::of::<bf16>() && !has_number {
-        // A number is not rounded to bf16: it would be, read as an operand is stored.
-        return plan.stored().run_stored([out.data], 0, &|inputs, [out]: [*mut T; 1], len| {
-            // SAFETY: `T` is bf16; the plan vouches for the pointers.
-            unsafe { (row.bf16)(inputs.map(|x| x.cast()), out.cast(), len, params) }
-        });
+    // A number is not rounded to bf16: it would be, read as an operand is stored.
+    let is_stored_bf16 = TypeId::of::<T>() == TypeId::of::<bf16>() && !has_number;
+    let run = |inputs: [Input<T>; N], out: *mut T, size: [usize; 2]| {
+        // SAFETY: the plan vouches for the pointers; `T` is bf16, or the type of the arithmetic.
+        unsafe {
+            if T::CONVERTS {
+                (row.bf16)(inputs.map(Input::cast), out.cast(), size, params)
+            } else {
+                tile(inputs.map(Input::cast), out.cast(), size, params)
+            }
+        }
+    };
+    if let (Some(len), true) = (plan.row_len(), is_stored_bf16 || !T::CONVERTS) {
+        return plan.run_rows(len, [SharedMut::new(out.data)], 0, &|inputs, [out], size| run(inputs, out, size));
+    }
+    if is_stored_bf16 {
+        return plan.run_stored([out.data], 0, &|inputs, [out], len| run(inputs, out, [1, len]));
     }
     plan.run([out.data], &|inputs, [out]: [*mut T; 1], len| {
         if T::CONVERTS {
@@ -82,12 +94,12 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
             // SAFETY: a converting plan gives at most TILE elements at a time, which `results` has room for; the plan vouches
             // for the inputs and the output.
             unsafe {
-                tile(inputs, results, len, params);
+                tile(inputs, results, [1, len], params);
                 T::narrow(results, out, len);
             }
         } else {
             // SAFETY: the plan vouches for the pointers; `T` and `T::Compute` are one type.
-            unsafe { tile(inputs, out.cast::<T::Compute>(), len, params) }
+            unsafe { tile(inputs, out.cast::<T::Compute>(), [1, len], params) }
         }
     });
 }
@@ -146,7 +158,7 @@ pub fn select<T: Stored>(condition: StridedView<'_, Bool>, a: Operand<'_, T>, b:
         plan = plan.tiled();
     }
     let shared = SharedMut::new(out.data);
-    plan.tasks(&|from, to| {
+    plan.tasks(plan.tile, &|from, to| {
         let mut condition_room = Room::new();
         let mut conditions = Reader::new(&condition, from, plan.tile, &mut condition_room);
         let mut rooms = Room::array();
@@ -358,19 +370,15 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         self
     }
 
-    fn task(&self) -> usize {
-        let share = (TASK_NS / self.ns) as usize;
-        let tile = self.tile.min(TILE);
-        share.div_ceil(tile) * tile
-    }
-
-    /// Calls `f(from, to)` for each task's elements.
-    fn tasks(&self, f: &(dyn Fn(usize, usize) + Sync)) {
+    /// Calls `f(from, to)` for each task's elements: whole units, unless those are longer than a task.
+    fn tasks(&self, unit: usize, f: &(dyn Fn(usize, usize) + Sync)) {
         let estimated_ns = (self.numel as f32 * self.ns) as usize;
         if estimated_ns < parallel::MIN_PARALLEL_NS {
             return f(0, self.numel);
         }
-        let task = self.task();
+        let share = (TASK_NS / self.ns) as usize;
+        let unit = if unit > share { TILE } else { unit };
+        let task = share.div_ceil(unit) * unit;
         parallel::for_each(self.numel.div_ceil(task), estimated_ns, |i| f(i * task, ((i + 1) * task).min(self.numel)));
     }
 
@@ -400,16 +408,20 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         assert!(M > 0 && outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
         let shared = outs.map(SharedMut::new);
         if self.tile == usize::MAX {
-            return self.run_in_place(shared, f);
+            // What is read in place is of the type of the arithmetic, and one row.
+            return self.run_rows(self.numel, shared, 0, &|inputs, outs, [_, len]| f(inputs.map(Input::cast), outs, len));
         }
-        self.tasks(&|from, to| {
+        self.tasks(self.tile, &|from, to| {
             let mut rooms = Room::array();
             let mut readers = self.readers(from, &mut rooms);
             self.tiles(from, to, |at, len| {
                 // SAFETY: `at + len` is at most the number of elements, which is that of each output.
                 let outs = shared.map(|out| unsafe { out.get().add(at) });
-                // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources are in place.
-                let inputs = readers.each_mut().map(|r| unsafe { r.computed(at, len, outs[0].cast()) });
+                let mut inputs = [Input::of(std::ptr::null()); N];
+                for (input, reader) in inputs.iter_mut().zip(&mut readers) {
+                    // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources are in place.
+                    *input = unsafe { reader.computed(at, len, outs[0].cast()) };
+                }
                 f(inputs, outs, len);
             });
         });
@@ -419,39 +431,19 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
     fn run_stored<const M: usize>(&self, outs: [&mut [T]; M], own: usize, f: RunTile<T, T, N, M>) {
         assert!(outs.iter().all(|out| out.len() == self.numel), "every output has room for the shape, exactly");
         let shared = outs.map(SharedMut::new);
-        self.tasks(&|from, to| {
+        self.tasks(self.tile, &|from, to| {
             let mut rooms = Room::array();
             let mut readers = self.readers(from, &mut rooms);
             self.tiles(from, to, |at, len| {
                 // SAFETY: `at + len` is at most the number of elements, which all outputs have; tasks do not overlap.
                 let outs = shared.map(|out| unsafe { out.get().add(at) });
-                // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources lie in order.
-                let inputs = readers.each_mut().map(|r| unsafe { r.raw(at, len, outs[own]) });
+                let mut inputs = [Input::of(std::ptr::null()); N];
+                for (input, reader) in inputs.iter_mut().zip(&mut readers) {
+                    // SAFETY: tiles are read in order from `from` on, at most TILE elements unless all sources lie in order.
+                    *input = unsafe { reader.raw(at, len, outs[own]) };
+                }
                 f(inputs, outs, len);
             });
-        });
-    }
-
-    /// [`run`](Self::run) where all sources are read in place: a task is one tile, and needs neither rooms nor readers.
-    #[inline(always)]
-    fn run_in_place<U: Element, const M: usize>(&self, shared: [SharedMut<U>; M], f: RunTile<T::Compute, U, N, M>) {
-        self.tasks(&|from, to| {
-            // SAFETY: `to` is at most the number of elements, which is the outputs' length.
-            let outs = shared.map(|out| unsafe { out.get().add(from) });
-            let mut numbers = [const { Tile::<T, REPEATS>::new() }; N];
-            let mut inputs = [Input::of(std::ptr::null::<T>()); N];
-            for ((source, number), input) in self.sources.iter().zip(&mut numbers).zip(&mut inputs) {
-                *input = match (source, source.number()) {
-                    // SAFETY: a number has room.
-                    (_, Some(x)) => unsafe { repeated(number.as_mut_ptr(), x) },
-                    // SAFETY: the slice has all elements.
-                    (Source::Direct(data), _) => Input::of(unsafe { data.as_ptr().add(from) }),
-                    (Source::Output, _) => Input::of(outs[0].cast()),
-                    _ => continue,
-                };
-            }
-            // What is read in place is of the type of the arithmetic.
-            f(inputs.map(Input::cast), outs, to - from);
         });
     }
 }

@@ -1,18 +1,22 @@
-//! What a function over contiguous elements reads: elements that lie one after the other, or a number that is the same for all. A number is not
-//! written out for as many elements as there are: storing it would take as long as storing the results.
+//! What a function over rows of contiguous elements reads: elements that lie one after the other, or a number that is the same for all of a row.
+//! A number is not written out for as many elements as there are: storing it would take as long as storing the results. Nor are rows brought
+//! together: they are read where they lie.
 
 use super::vectors::Vectors;
 use crate::cpu::simd::Simd;
+use std::mem::MaybeUninit;
 
 /// How many equal elements stand for a number that is the same for all: as many as the widest vectors hold.
 pub const REPEATS: usize = 64;
 
-/// Where a function over contiguous elements finds those of an operand.
+/// Where a function over rows of contiguous elements finds those of an operand.
 #[derive(Debug)]
 pub struct Input<T> {
     first: *const T,
     /// All ones, or for a number that repeats 0.
     mask: usize,
+    /// From a row to the next. A number with a step is another for each row, and lies there once.
+    step: usize,
 }
 
 impl<T> Clone for Input<T> {
@@ -24,16 +28,28 @@ impl<T> Clone for Input<T> {
 impl<T> Copy for Input<T> {}
 
 impl<T> Input<T> {
-    /// Elements that follow each other from `first` on.
+    /// Elements that follow each other from `first` on, the same in every row.
     #[inline(always)]
     pub const fn of(first: *const T) -> Self {
-        Self { first, mask: usize::MAX }
+        Self::rows(first, 0)
     }
 
-    /// The same number for all elements; [`REPEATS`] equal ones begin at `first`.
+    /// Rows of elements that follow each other, of which each begins `step` elements after the one before.
+    #[inline(always)]
+    pub const fn rows(first: *const T, step: usize) -> Self {
+        Self { first, mask: usize::MAX, step }
+    }
+
+    /// The same number for all elements of all rows; [`REPEATS`] equal ones begin at `first`.
     #[inline(always)]
     pub const fn repeated(first: *const T) -> Self {
-        Self { first, mask: 0 }
+        Self { first, mask: 0, step: 0 }
+    }
+
+    /// The same number for all elements of a row: one for each row, `step > 0` elements after the one before.
+    #[inline(always)]
+    pub const fn number_of_each_row(first: *const T, step: usize) -> Self {
+        Self { first, mask: 0, step }
     }
 
     /// Whether it is one number.
@@ -45,7 +61,7 @@ impl<T> Input<T> {
     /// The same bits as elements of another type.
     #[inline(always)]
     pub const fn cast<U>(self) -> Input<U> {
-        Input { first: self.first.cast(), mask: self.mask }
+        Input { first: self.first.cast(), mask: self.mask, step: self.step }
     }
 
     /// Where element `i` lies, and after it as many as there are, or of a number as many as [`REPEATS`].
@@ -56,6 +72,43 @@ impl<T> Input<T> {
     pub const unsafe fn at(self, i: usize) -> *const T {
         // SAFETY: the caller's; of a number it is the first.
         unsafe { self.first.add(i & self.mask) }
+    }
+}
+
+/// The rows of each input.
+pub(crate) struct Rows<T, const N: usize> {
+    inputs: [Input<T>; N],
+    rooms: [Room<T>; N],
+}
+
+/// Where a row's own number is repeated; of whole cache lines, as a vector that crosses them costs twice.
+#[repr(C, align(64))]
+struct Room<T>(MaybeUninit<[T; REPEATS]>);
+
+impl<T: Copy, const N: usize> Rows<T, N> {
+    #[inline(always)]
+    pub const fn new(inputs: [Input<T>; N]) -> Self {
+        Self { inputs, rooms: [const { Room(MaybeUninit::uninit()) }; N] }
+    }
+
+    /// Row `row` of each, which lasts until the next is asked for.
+    ///
+    /// # Safety
+    /// The inputs must have as many rows.
+    #[inline(always)]
+    pub unsafe fn row(&mut self, row: usize) -> [Input<T>; N] {
+        let mut inputs = self.inputs;
+        for (input, room) in inputs.iter_mut().zip(&mut self.rooms) {
+            let first = input.first.wrapping_add(row * input.step);
+            *input = if input.repeats() && input.step > 0 {
+                // SAFETY: the row has a number.
+                let number = unsafe { *first };
+                Input::repeated(room.0.write([number; REPEATS]).as_ptr())
+            } else {
+                Input { first, ..*input }
+            };
+        }
+        inputs
     }
 }
 

@@ -12,7 +12,7 @@ use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::simd::{Simd, Twice, four};
 use crate::element::Element;
 use half::bf16;
-use input::{Input, REPEATS, Vectored, blocks};
+use input::{Input, REPEATS, Rows, Vectored, blocks};
 use vectors::Vectors;
 
 /// Numbers that a function takes beside its operands (a slope, a bound); unused ones are 0.
@@ -43,11 +43,12 @@ pub trait PointwiseInt<const N: usize>: Pointwise<N> {
     fn int<I: Int>(x: [I; N], p: [I; 2]) -> I;
 }
 
-/// A function over contiguous elements: reads `len` elements of each input, writes as many. The output may be one of the inputs.
+/// A function over `rows` rows of `len` contiguous elements: reads those of each input, writes the results side by side. The output may be one of
+/// the inputs.
 ///
 /// # Safety
-/// Inputs and output must be valid for `len` elements; an input may equal the output but not overlap it otherwise.
-pub type Tile<T, const N: usize> = unsafe fn(inputs: [Input<T>; N], out: *mut T, len: usize, params: Params);
+/// Inputs and output must be valid for as many elements; an input may equal the output but not overlap it otherwise.
+pub type Tile<T, const N: usize> = unsafe fn(inputs: [Input<T>; N], out: *mut T, size: [usize; 2], params: Params);
 
 /// A row of the table, as data: what runs a function without being compiled for it.
 #[derive(Debug)]
@@ -100,7 +101,7 @@ impl<const N: usize> Row<N> {
         self.int.is_some()
     }
 
-    /// The function over contiguous elements of `C`, if it is defined for them.
+    /// The function over rows of contiguous elements of `C`, if it is defined for them.
     pub fn tile<C: Compute>(&self) -> Option<Tile<C, N>> {
         C::tile(self)
     }
@@ -206,7 +207,7 @@ const LONG_NS: f32 = 0.35;
 struct SimdTile<P, T, const N: usize> {
     inputs: [Input<T>; N],
     out: *mut T,
-    len: usize,
+    size: [usize; 2],
     params: Params,
     function: std::marker::PhantomData<P>,
 }
@@ -215,21 +216,24 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> WithSimd for SimdTile<P, T, N>
     type Output = ();
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let mut done = 0;
-        if S::FOURS && (P::NS >= LONG_NS || T::CONVERTS) {
-            // SAFETY: the caller vouches for `len` elements.
-            done = unsafe { self.whole_vectors(four(s), 0) };
-        } else if S::LANES > 1 && T::CONVERTS {
-            // SAFETY: as above.
-            done = unsafe { self.whole_vectors(Twice(s), 0) };
-        }
-        // SAFETY: as above; `done + rest == len`.
-        unsafe {
-            done = self.whole_vectors(s, done);
-            let rest = self.len - done;
-            if rest > 0 {
-                let results = P::simd(s, Vectored::new(s, self.inputs, done).last(s, rest), self.params(s));
-                T::store_partial(s, results, self.out.add(done), rest);
+        let mut all = Rows::new(self.inputs);
+        let [rows, len] = self.size;
+        for row in 0..rows {
+            let mut done = 0;
+            // SAFETY: the caller vouches for `len` elements of each row, and `done + rest == len`.
+            unsafe {
+                let (inputs, out) = (all.row(row), self.out.add(row * len));
+                if S::FOURS && (P::NS >= LONG_NS || T::CONVERTS) {
+                    done = self.whole_vectors(four(s), inputs, out, 0);
+                } else if S::LANES > 1 && T::CONVERTS {
+                    done = self.whole_vectors(Twice(s), inputs, out, 0);
+                }
+                done = self.whole_vectors(s, inputs, out, done);
+                let rest = len - done;
+                if rest > 0 {
+                    let results = P::simd(s, Vectored::new(s, inputs, done).last(s, rest), self.params(s));
+                    T::store_partial(s, results, out.add(done), rest);
+                }
             }
         }
     }
@@ -243,19 +247,19 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
         [s.splat(number(self.params[0])), s.splat(number(self.params[1]))]
     }
 
-    /// The whole vectors from element `from` on; returns where they end.
+    /// The whole vectors of a row from element `from` on; returns where they end.
     ///
     /// # Safety
     /// See [`Tile`].
     #[inline(always)]
-    unsafe fn whole_vectors<S: Simd>(&self, s: S, from: usize) -> usize {
+    unsafe fn whole_vectors<S: Simd>(&self, s: S, inputs: [Input<T>; N], out: *mut T, from: usize) -> usize {
         let p = self.params(s);
         let mut i = from;
         // SAFETY: `from <= len`.
-        let mut inputs = unsafe { Vectored::new(s, self.inputs, from) };
-        while self.len - i >= S::LANES {
+        let mut inputs = unsafe { Vectored::new(s, inputs, from) };
+        while self.size[1] - i >= S::LANES {
             // SAFETY: `i + LANES <= len`, and the caller vouches for `len` elements.
-            unsafe { T::store(s, P::simd(s, inputs.next(s), p), self.out.add(i)) }
+            unsafe { T::store(s, P::simd(s, inputs.next(s), p), out.add(i)) }
             i += S::LANES;
         }
         i
@@ -264,14 +268,14 @@ impl<P: Pointwise<N>, T: Vectors, const N: usize> SimdTile<P, T, N> {
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [Input<T>; N], out: *mut T, len: usize, params: Params) {
-    dispatch(SimdTile::<P, T, N> { inputs, out, len, params, function: std::marker::PhantomData });
+unsafe fn simd_tile<P: Pointwise<N>, T: Vectors, const N: usize>(inputs: [Input<T>; N], out: *mut T, size: [usize; 2], params: Params) {
+    dispatch(SimdTile::<P, T, N> { inputs, out, size, params, function: std::marker::PhantomData });
 }
 
 struct WordsTile<const N: usize, P> {
     from: Input<u16>,
     to: *mut u16,
-    len: usize,
+    size: [usize; 2],
     function: std::marker::PhantomData<P>,
 }
 
@@ -282,18 +286,23 @@ impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
         const BLOCK: usize = REPEATS;
         const { assert!(N == 1 || P::WORDS.is_none()) }
         let Some(function) = P::WORDS else { return };
-        let whole = self.len / BLOCK * BLOCK;
-        // SAFETY: the caller vouches for `len` elements. A block is read before it is written, since both may be one.
-        unsafe {
-            for i in (0..whole).step_by(BLOCK) {
-                let mut words = self.from.at(i).cast::<[u16; BLOCK]>().read();
-                for word in &mut words {
-                    *word = function(*word);
+        let mut all = Rows::new([self.from]);
+        let [rows, len] = self.size;
+        let whole = len / BLOCK * BLOCK;
+        for row in 0..rows {
+            // SAFETY: the caller vouches for `len` elements of each row. A block is read before it is written, since both may be one.
+            unsafe {
+                let ([from], to) = (all.row(row), self.to.add(row * len));
+                for i in (0..whole).step_by(BLOCK) {
+                    let mut words = from.at(i).cast::<[u16; BLOCK]>().read();
+                    for word in &mut words {
+                        *word = function(*word);
+                    }
+                    to.add(i).cast::<[u16; BLOCK]>().write(words);
                 }
-                self.to.add(i).cast::<[u16; BLOCK]>().write(words);
-            }
-            for i in whole..self.len {
-                self.to.add(i).write(function(self.from.at(i).read()));
+                for i in whole..len {
+                    to.add(i).write(function(from.at(i).read()));
+                }
             }
         }
     }
@@ -301,37 +310,44 @@ impl<const N: usize, P: Pointwise<N>> WithSimd for WordsTile<N, P> {
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn words_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<bf16>; N], out: *mut bf16, len: usize, _: Params) {
+unsafe fn words_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<bf16>; N], out: *mut bf16, size: [usize; 2], _: Params) {
     // A bf16 is its bits.
-    dispatch(WordsTile::<N, P> { from: inputs[0].cast(), to: out.cast(), len, function: std::marker::PhantomData });
+    dispatch(WordsTile::<N, P> { from: inputs[0].cast(), to: out.cast(), size, function: std::marker::PhantomData });
 }
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<f64>; N], out: *mut f64, len: usize, params: Params) {
-    // SAFETY: the caller vouches for `len` elements, in which a block lies.
-    unsafe {
-        blocks(inputs, len, |from, inputs, count| {
-            let out = out.add(from);
-            for i in 0..count {
-                *out.add(i) = P::double(element(inputs, i), params)
-            }
-        })
-    }
+unsafe fn double_tile<P: Pointwise<N>, const N: usize>(inputs: [Input<f64>; N], out: *mut f64, size: [usize; 2], params: Params) {
+    // SAFETY: the caller's.
+    unsafe { elements(inputs, out, size, |x| P::double(x, params)) }
 }
 
 /// # Safety
 /// See [`Tile`].
-unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [Input<I>; N], out: *mut I, len: usize, params: Params) {
+unsafe fn int_tile<P: PointwiseInt<N>, I: Int, const N: usize>(inputs: [Input<I>; N], out: *mut I, size: [usize; 2], params: Params) {
     let params = [I::from_f64(params[0]), I::from_f64(params[1])];
-    // SAFETY: the caller vouches for `len` elements, in which a block lies.
-    unsafe {
-        blocks(inputs, len, |from, inputs, count| {
-            let out = out.add(from);
-            for i in 0..count {
-                *out.add(i) = P::int(element(inputs, i), params)
-            }
-        })
+    // SAFETY: the caller's.
+    unsafe { elements(inputs, out, size, |x| P::int(x, params)) }
+}
+
+/// `f` of each element.
+///
+/// # Safety
+/// See [`Tile`].
+#[inline(always)]
+unsafe fn elements<T: Element, const N: usize>(inputs: [Input<T>; N], out: *mut T, [rows, len]: [usize; 2], f: impl Fn([T; N]) -> T) {
+    let mut all = Rows::new(inputs);
+    for row in 0..rows {
+        // SAFETY: the caller vouches for `len` elements of each row, in which a block lies.
+        unsafe {
+            let out = out.add(row * len);
+            blocks(all.row(row), len, |from, inputs, count| {
+                let out = out.add(from);
+                for i in 0..count {
+                    *out.add(i) = f(element(inputs, i))
+                }
+            })
+        }
     }
 }
 

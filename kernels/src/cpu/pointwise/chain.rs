@@ -216,8 +216,8 @@ impl Chain {
             // may write over an operand.
             unsafe {
                 match step.function {
-                    Function::One(row) => defined::<T::Compute, 1>(row)([place(0)], to, len, step.params),
-                    Function::Two(row) => defined::<T::Compute, 2>(row)([place(0), place(1)], to, len, step.params),
+                    Function::One(row) => defined::<T::Compute, 1>(row)([place(0)], to, [1, len], step.params),
+                    Function::Two(row) => defined::<T::Compute, 2>(row)([place(0), place(1)], to, [1, len], step.params),
                 }
                 if T::CONVERTS {
                     if let Some(out) = out {

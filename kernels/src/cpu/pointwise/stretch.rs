@@ -18,11 +18,11 @@ pub(crate) unsafe fn apply_stretch<T: Stored, const N: usize>(row: &Row<N>, para
     let Some(tile) = row.tile::<T::Compute>() else { return };
     if !T::CONVERTS {
         // SAFETY: the caller's contract; the two types are one.
-        return unsafe { tile(from.map(|from| Input::of(from.cast())), to.cast(), len, params) };
+        return unsafe { tile(from.map(|from| Input::of(from.cast())), to.cast(), [1, len], params) };
     }
     if TypeId::of::<T>() == TypeId::of::<bf16>() {
         // SAFETY: the caller's contract; `T` is bf16.
-        return unsafe { (row.bf16)(from.map(|from| Input::of(from.cast())), to.cast(), len, params) };
+        return unsafe { (row.bf16)(from.map(|from| Input::of(from.cast())), to.cast(), [1, len], params) };
     }
     let mut wide = MaybeUninit::<[[T::Compute; TILE]; N]>::uninit();
     let wide = wide.as_mut_ptr().cast::<T::Compute>();
@@ -33,7 +33,7 @@ pub(crate) unsafe fn apply_stretch<T: Stored, const N: usize>(row: &Row<N>, para
             for (k, from) in from.iter().enumerate() {
                 T::widen(from.add(start), wide.add(k * TILE), count);
             }
-            tile(std::array::from_fn(|k| Input::of(wide.add(k * TILE))), wide, count, params);
+            tile(std::array::from_fn(|k| Input::of(wide.add(k * TILE))), wide, [1, count], params);
             T::narrow(wide, to.add(start), count);
         }
     }

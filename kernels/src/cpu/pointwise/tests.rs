@@ -37,7 +37,8 @@ fn check<T: Stored>(shape: &[usize], a: &[usize], b: &[usize], out: &[usize]) {
 
 #[test]
 fn operands_of_any_layout_meet() {
-    let shapes: [&[usize]; 9] = [&[2, 3, 4, 5], &[7, 33, 9], &[1], &[], &[5000], &[3, 0, 2], &[67, 130], &[5, 1500], &[3, 4200]];
+    let shapes: [&[usize]; 11] =
+        [&[2, 3, 4, 5], &[7, 33, 9], &[1], &[], &[5000], &[3, 0, 2], &[67, 130], &[5, 1500], &[3, 4200], &[3, 5, 300], &[2, 3, 2, 257]];
     for shape in shapes {
         let rows = contiguous(shape);
         let mut columns = rows.clone();
@@ -58,9 +59,12 @@ fn operands_of_any_layout_meet() {
             middle[1] = 1;
         }
         let gaps: Vec<usize> = rows.iter().map(|s| s * 3).collect();
+        // Rows that lie apart, and a number for each of them.
+        let apart: Vec<usize> = rows.iter().map(|&s| if s == 1 { 1 } else { 2 * s }).collect();
+        let of_rows: Vec<usize> = rows.iter().map(|s| s / shape.last().copied().unwrap_or(1).max(1)).collect();
         for out in [&rows, &columns] {
-            for a in [&rows, &columns, &gaps] {
-                for b in [&rows, &columns, &zero, &first, &last, &middle, &gaps] {
+            for a in [&rows, &columns, &gaps, &apart] {
+                for b in [&rows, &columns, &zero, &first, &last, &middle, &gaps, &apart, &of_rows] {
                     check::<f32>(shape, a, b, out);
                     check::<f64>(shape, a, b, out);
                     check::<bf16>(shape, b, a, out);
