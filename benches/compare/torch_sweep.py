@@ -45,20 +45,21 @@ def run(bench, only, randn, channels_last, device):
         bench(f"add_column_{m}x{n}", lambda: x + column)
 
     # Row by row.
-    for n in (1, 3, 17, 100, 333, 1000, 4096):
-        for m in (1, 16, 1024):
-            x, w, b = randn(m, n), randn(n), randn(n)
-            leaf = x.clone().requires_grad_()
-            bench(f"softmax_{m}x{n}", lambda: x.softmax(-1))
-            bench(f"log_softmax_{m}x{n}", lambda: x.log_softmax(-1))
-            bench(f"layernorm_{m}x{n}", lambda: F.layer_norm(x, (n,), w, b))
-            def norm_both():
-                leaf.grad = None
-                F.layer_norm(leaf, (n,), w, b).sum().backward()
-            bench(f"layernorm_fwdbwd_{m}x{n}", norm_both)
-            bench(f"sum_last_{m}x{n}", lambda: x.sum(-1))
-            bench(f"sum_first_{m}x{n}", lambda: x.sum(0))
-            bench(f"max_last_{m}x{n}", lambda: x.amax(-1))
+    near = [(m, n) for n in (1, 3, 17, 100, 333, 1000, 4096) for m in (1, 16, 1024)]
+    # The last lies beyond the caches.
+    for m, n in near + [(65_536, 256)]:
+        x, w, b = randn(m, n), randn(n), randn(n)
+        leaf = x.clone().requires_grad_()
+        bench(f"softmax_{m}x{n}", lambda: x.softmax(-1))
+        bench(f"log_softmax_{m}x{n}", lambda: x.log_softmax(-1))
+        bench(f"layernorm_{m}x{n}", lambda: F.layer_norm(x, (n,), w, b))
+        def norm_both():
+            leaf.grad = None
+            F.layer_norm(leaf, (n,), w, b).sum().backward()
+        bench(f"layernorm_fwdbwd_{m}x{n}", norm_both)
+        bench(f"sum_last_{m}x{n}", lambda: x.sum(-1))
+        bench(f"sum_first_{m}x{n}", lambda: x.sum(0))
+        bench(f"max_last_{m}x{n}", lambda: x.amax(-1))
 
     # What moves elements, or only views them.
     for dim in (3, 64, 333):

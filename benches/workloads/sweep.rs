@@ -71,21 +71,21 @@ fn pointwise(bench: &Bench) -> Result<()> {
 }
 
 fn rows(bench: &Bench) -> Result<()> {
-    for n in [1, 3, 17, 100, 333, 1000, 4096] {
-        for m in [1, 16, 1024] {
-            let (x, w, b) = (normal(&[m, n])?, normal(&[n])?, normal(&[n])?);
-            let leaf = x.requires_grad_()?;
-            bench.run(&format!("softmax_{m}x{n}"), || x.softmax(-1))?;
-            bench.run(&format!("log_softmax_{m}x{n}"), || x.log_softmax(-1))?;
-            bench.run(&format!("layernorm_{m}x{n}"), || x.layer_norm([n], Some(&w), Some(&b), 1e-5))?;
-            bench.run(&format!("layernorm_fwdbwd_{m}x{n}"), || {
-                leaf.zero_grad();
-                leaf.layer_norm([n], Some(&w), Some(&b), 1e-5)?.sum(())?.backward()
-            })?;
-            bench.run(&format!("sum_last_{m}x{n}"), || x.sum(-1))?;
-            bench.run(&format!("sum_first_{m}x{n}"), || x.sum(0))?;
-            bench.run(&format!("max_last_{m}x{n}"), || x.max(-1))?;
-        }
+    let near = [1, 3, 17, 100, 333, 1000, 4096].into_iter().flat_map(|n| [1, 16, 1024].map(|m| (m, n)));
+    // The last lies beyond the caches.
+    for (m, n) in near.chain([(65_536, 256)]) {
+        let (x, w, b) = (normal(&[m, n])?, normal(&[n])?, normal(&[n])?);
+        let leaf = x.requires_grad_()?;
+        bench.run(&format!("softmax_{m}x{n}"), || x.softmax(-1))?;
+        bench.run(&format!("log_softmax_{m}x{n}"), || x.log_softmax(-1))?;
+        bench.run(&format!("layernorm_{m}x{n}"), || x.layer_norm([n], Some(&w), Some(&b), 1e-5))?;
+        bench.run(&format!("layernorm_fwdbwd_{m}x{n}"), || {
+            leaf.zero_grad();
+            leaf.layer_norm([n], Some(&w), Some(&b), 1e-5)?.sum(())?.backward()
+        })?;
+        bench.run(&format!("sum_last_{m}x{n}"), || x.sum(-1))?;
+        bench.run(&format!("sum_first_{m}x{n}"), || x.sum(0))?;
+        bench.run(&format!("max_last_{m}x{n}"), || x.max(-1))?;
     }
     Ok(())
 }

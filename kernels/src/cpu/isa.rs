@@ -82,6 +82,28 @@ fn detect_l1_ways() -> Option<usize> {
     None
 }
 
+/// The family of an AMD processor: 0x19 are Zen 3 and 4, 0x1A is Zen 5.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn amd_family() -> Option<u32> {
+    use std::arch::x86_64::__cpuid;
+    let vendor = __cpuid(0);
+    let is_amd = [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes);
+    let version = __cpuid(1).eax;
+    is_amd.then_some((version >> 8 & 0xF) + (version >> 20 & 0xFF))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn amd_family() -> Option<u32> {
+    None
+}
+
+/// Whether the hardware's prefetching goes on from row to row. Zen 4's does: asked for a page ahead, sums of rows take 1.2 to 1.4 times as long. Zen
+/// 5's was seen to wait for each line of rows that were not asked for.
+pub(super) fn foresees_rows() -> bool {
+    static FORESEES: OnceLock<bool> = OnceLock::new();
+    *FORESEES.get_or_init(|| amd_family() == Some(0x19))
+}
+
 /// Lowest first.
 const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
 

@@ -2,7 +2,7 @@
 //! compiler vectorises), to which every element type widens, and sweeps over slices of them in packs with a shorter last one.
 
 use super::cast::f64_to_odd_f32;
-use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512};
+use super::isa::{WithSimd, dispatch, dispatch_to_scalar, dispatch_without_avx512, foresees_rows};
 use super::math;
 use super::simd::{F32s, Masks, Simd};
 use crate::element::{Bool, Element, Float};
@@ -612,19 +612,31 @@ pub(crate) fn at<T: Numeric, S: Simd>(s: S, src: &[T], at: usize, count: usize) 
     T::load_pack(s, &src[at..], count)
 }
 
-/// Asks for what lies a page beyond `x`. The hardware foresees no row beyond its end, nor what short rows need, of which most is masked
-/// or waits for a comparison: it was seen to wait for each line.
-#[inline(always)]
-pub(crate) fn ask_ahead<T: Numeric, S: Simd>(s: S, x: &[T]) {
-    const PAGE: usize = 4096;
-    s.prefetch(x.as_ptr().wrapping_byte_add(PAGE).cast());
-}
+/// Whether rows are asked for before they are read. Not all hardware foresees a row beyond its end, or what short rows need, of which most is
+/// masked or waits for a comparison.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead(bool);
 
-/// [`at`], and [`ask_ahead`] of there: for the first of several passes over a row.
-#[inline(always)]
-pub(crate) fn at_ahead<T: Numeric, S: Simd>(s: S, src: &[T], from: usize, count: usize) -> PackOf<T, S> {
-    ask_ahead(s, &src[from..]);
-    at(s, src, from, count)
+impl Ahead {
+    /// What a core's second cache may hold.
+    const NEAR: usize = 2 << 20;
+
+    /// For rows of so many elements together.
+    pub fn of<T>(elements: usize) -> Self {
+        Self(elements.saturating_mul(size_of::<T>()) > Self::NEAR && !foresees_rows())
+    }
+
+    /// Before `row` is read: asks for what lies a page beyond it, or of longer rows for how the next begins.
+    #[inline(always)]
+    pub fn ask<T, S: Simd>(self, s: S, row: &[T]) {
+        const PAGE: usize = 4096;
+        const LINE: usize = 64;
+        if self.0 {
+            let bytes = size_of_val(row);
+            let from = row.as_ptr().wrapping_byte_add(bytes.max(PAGE));
+            (0..bytes.min(PAGE)).step_by(LINE).for_each(|at| s.prefetch(from.wrapping_byte_add(at).cast()));
+        }
+    }
 }
 
 /// `sweep!(L, S, len, |j, count| body)` runs the body for each pack of a slice of `len` lanes: its first lane, and how many it has.

@@ -3,7 +3,7 @@
 //! in strips of neighbouring columns; so are, forward, short rows, some of them turned at a time.
 
 use super::isa::WithSimd;
-use super::lanes::{self, FloatElement, FloatLane, Lane, MAX_LANES, Pack, at, sums, sweep};
+use super::lanes::{self, Ahead, FloatElement, FloatLane, Lane, MAX_LANES, Pack, at, sums, sweep};
 use super::parallel::{self, SharedMut};
 use super::reduce::row_max;
 use super::simd::Simd;
@@ -82,7 +82,7 @@ fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind
     if out.is_empty() {
         return;
     }
-    let estimated_ns = out.len() / 2;
+    let (estimated_ns, ahead) = (out.len() / 2, Ahead::of::<T>(out.len()));
     if axis.inner == 1 {
         let turned = axis.n <= SHORT_ROW && !kind.is_backward();
         let row_cost = if turned { SHORT_ROW_COST } else { ROW_COST };
@@ -94,7 +94,7 @@ fn run<T: FloatElement>(axis: Axis, inputs: [&[T]; 2], out: &mut [T], kind: Kind
             if turned {
                 T::Lane::dispatch(ShortRows { n: axis.n, x: inputs[0], out, kind });
             } else {
-                T::Lane::dispatch(Rows { n: axis.n, inputs, out, kind });
+                T::Lane::dispatch(Rows { n: axis.n, inputs, out, kind, ahead });
             }
         });
     } else {
@@ -115,6 +115,7 @@ struct Rows<'a, T> {
     inputs: [&'a [T]; 2],
     out: &'a mut [T],
     kind: Kind,
+    ahead: Ahead,
 }
 
 impl<T: FloatElement> WithSimd for Rows<'_, T> {
@@ -134,7 +135,10 @@ impl<T: FloatElement> WithSimd for Rows<'_, T> {
                 let at = (from + i) * self.n..(from + i + 1) * self.n;
                 let (a, b, out) = (&self.inputs[0][at.clone()], &self.inputs[1][at.clone()], &mut self.out[at]);
                 match self.kind {
-                    Kind::Forward => lanes::write(out, &mut exponentials, |y| softmax_row(s, a, y)),
+                    Kind::Forward => {
+                        self.ahead.ask(s, a);
+                        lanes::write(out, &mut exponentials, |y| softmax_row(s, a, y));
+                    }
                     Kind::LogForward => log_softmax_row(s, a, shift, out),
                     Kind::Backward => softmax_backward_row(s, a, b, out),
                     Kind::LogBackward => log_softmax_backward_row(s, a, b, out),
@@ -153,6 +157,7 @@ impl<T: FloatElement> Rows<'_, T> {
         let mut logs = [T::Lane::default(); MAX_LANES];
         for i in 0..number {
             let x = &self.inputs[0][(from + i) * self.n..(from + i + 1) * self.n];
+            self.ahead.ask(s, x);
             maxima[i] = row_max(s, x);
             let max = T::Lane::splat(s, maxima[i]);
             let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [T::Lane::exp_pack(s, at(s, x, j, count).sub(max))]);

@@ -3,7 +3,7 @@
 
 use super::{ROW_COST, ROWS_TASK, SUM_ROWS, flush, parameter};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{FloatElement, FloatLane, Lane, Pack, PackOf, ask_ahead, at, at_ahead, sums, sweep};
+use crate::cpu::lanes::{Ahead, FloatElement, FloatLane, Lane, Pack, PackOf, at, sums, sweep};
 use crate::cpu::parallel;
 use crate::cpu::parallel::SharedMut;
 use crate::cpu::simd::Simd;
@@ -39,7 +39,7 @@ pub fn layer_norm<T: FloatElement>(
     let affine = (weight.is_some() || bias.is_some()).then(|| (parameter(weight, n, T::Lane::ONE), parameter(bias, n, T::Lane::default())));
     let affine = affine.as_ref().map(|(w, b)| (w.as_slice(), b.as_slice()));
     let group = ROWS_TASK.div_ceil(n + ROW_COST);
-    let count = mean.len();
+    let (count, ahead) = (mean.len(), Ahead::of::<T>(x.len()));
     let (mean, rstd) = (SharedMut::new(mean), SharedMut::new(rstd));
     parallel::for_each_chunk(y, group * n, x.len() / 4 + count * ROW_COST / 2, |i, y| {
         let (first, count) = (i * group, y.len() / n);
@@ -47,7 +47,7 @@ pub fn layer_norm<T: FloatElement>(
         let (mean, rstd) = unsafe {
             (std::slice::from_raw_parts_mut(mean.get().add(first), count), std::slice::from_raw_parts_mut(rstd.get().add(first), count))
         };
-        T::Lane::dispatch(Forward { rows, x: &x[first * n..][..y.len()], affine, y, mean, rstd });
+        T::Lane::dispatch(Forward { rows, ahead, x: &x[first * n..][..y.len()], affine, y, mean, rstd });
     });
 }
 
@@ -56,6 +56,7 @@ type Affine<'a, L> = (&'a [L], &'a [L]);
 
 struct Forward<'a, T: FloatElement> {
     rows: Rows,
+    ahead: Ahead,
     x: &'a [T],
     affine: Option<Affine<'a, T::Lane>>,
     y: &'a mut [T],
@@ -71,6 +72,7 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
         let n = self.rows.n;
         let statistics = self.mean.iter_mut().zip(self.rstd.iter_mut());
         for ((x, y), (mean, rstd)) in self.x.chunks_exact(n).zip(self.y.chunks_exact_mut(n)).zip(statistics) {
+            self.ahead.ask(s, x);
             (*mean, *rstd) = row_statistics(s, self.rows, x);
             let (mean, rstd) = (T::Lane::splat(s, *mean), T::Lane::splat(s, *rstd));
             match self.affine {
@@ -91,7 +93,7 @@ impl<T: FloatElement> WithSimd for Forward<'_, T> {
 fn row_statistics<T: FloatElement, S: Simd>(s: S, rows: Rows, x: &[T]) -> (T::Lane, T::Lane) {
     let n = x.len() as f64;
     let mean = if rows.centered {
-        let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [at_ahead(s, x, j, count)]);
+        let [sum] = sums!(s, 1, T::Lane, S, x.len(), |j, count| [at(s, x, j, count)]);
         T::Lane::round_from(sum / n)
     } else {
         T::Lane::default()
@@ -129,7 +131,7 @@ pub fn layer_norm_backward<T: FloatElement>(
     // At most 64 partial sums of the parameters' gradients, each over enough rows to be a task.
     let group = mean.len().div_ceil(64).max(ROWS_TASK.div_ceil(n + ROW_COST)).max(PART_ROWS);
     let parts = mean.len().div_ceil(group);
-    let parameters = dw.is_some() || db.is_some();
+    let (parameters, ahead) = (dw.is_some() || db.is_some(), Ahead::of::<T>(x.len()));
     let mut totals = vec![0f64; if parameters { parts * 2 * n } else { 0 }];
     let shared = SharedMut::new(&mut totals);
     if !x.is_empty() {
@@ -144,7 +146,7 @@ pub fn layer_norm_backward<T: FloatElement>(
             };
             let (mean, rstd) = (&mean[first..][..len / n], &rstd[first..][..len / n]);
             let g = if g.len() == x.len() { &g[range.clone()] } else { g };
-            T::Lane::dispatch(Backward { rows, g, x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
+            T::Lane::dispatch(Backward { rows, ahead, g, x: &x[range], w: w.as_deref(), mean, rstd, dx, totals });
         });
     }
     for (which, out) in [dw, db].into_iter().enumerate() {
@@ -157,6 +159,7 @@ pub fn layer_norm_backward<T: FloatElement>(
 
 struct Backward<'a, T: FloatElement> {
     rows: Rows,
+    ahead: Ahead,
     /// Of each row, or one row.
     g: &'a [T],
     x: &'a [T],
@@ -181,6 +184,8 @@ impl<T: FloatElement> WithSimd for Backward<'_, T> {
         let statistics = self.mean.iter().zip(self.rstd);
         for (i, ((x, dx), (&mean, &rstd))) in outputs.zip(statistics).enumerate() {
             let row = Row { g: g_row(i), x, w: self.w, mean, rstd };
+            self.ahead.ask(s, row.g);
+            self.ahead.ask(s, x);
             if wants_parameters {
                 row.gradients::<S, true>(s, self.rows.centered, dx, &mut part);
             } else {
@@ -220,9 +225,8 @@ impl<T: FloatElement> Row<'_, T> {
     fn gradients<S: Simd, const PARAMETERS: bool>(&self, s: S, centered: bool, dx: &mut [T], part: &mut [T::Lane]) {
         let (n, centre) = (self.g.len(), T::Lane::splat(s, self.mean));
         let [sum, dot] = sums!(s, 2, T::Lane, S, n, |j, count| {
-            ask_ahead(s, &self.g[j..]);
             let gw = self.weighted(s, j, count);
-            [gw, gw.mul(at_ahead(s, self.x, j, count).sub(centre))]
+            [gw, gw.mul(at(s, self.x, j, count).sub(centre))]
         });
         let rstd = self.rstd.wide();
         let b = T::Lane::splat(s, T::Lane::round_from(-rstd * rstd * rstd * dot / n as f64));

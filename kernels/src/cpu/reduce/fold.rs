@@ -3,7 +3,7 @@
 //! They are lanes, or narrower ones that are widened as they are loaded.
 
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Numeric, Pack, Wide, ask_ahead, at, pairwise, sums, sweep};
+use crate::cpu::lanes::{FloatLane, Lane, MAX_LANES, Numeric, Pack, Wide, at, pairwise, sums, sweep};
 use crate::cpu::simd::Simd;
 use std::mem::MaybeUninit;
 
@@ -85,7 +85,6 @@ fn combine_tile<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S
     let mut blocks = tile.chunks_exact(CHAINS * n);
     for block in &mut blocks {
         for (acc, x) in acc.iter_mut().zip(block.chunks_exact(n)) {
-            ask_ahead(s, x);
             *acc = m.combine::<S>(*acc, m.map(s, E::load_pack(s, x, n)));
         }
     }
@@ -101,12 +100,10 @@ fn combine_tile<L: Lane, E: Numeric<Lane = L>, M: Monoid<L>, S: Simd>(m: M, s: S
     let mut all = acc[0];
     let mut packs = blocks.remainder().chunks_exact(n);
     for x in &mut packs {
-        ask_ahead(s, x);
         all = m.combine::<S>(all, m.map(s, E::load_pack(s, x, n)));
     }
     let rest = packs.remainder();
     if !rest.is_empty() {
-        ask_ahead(s, rest);
         let mapped = m.map(s, E::load_pack(s, rest, rest.len()));
         all = m.combine::<S>(all, L::keep(s, mapped, rest.len(), neutral));
     }

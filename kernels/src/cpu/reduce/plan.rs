@@ -4,7 +4,7 @@
 
 use super::fold::{Fold, MAX_ROWS, MAX_WIDTH};
 use crate::cpu::isa::WithSimd;
-use crate::cpu::lanes::{Lane, MAX_LANES, Numeric, SUM_TILE, Widen};
+use crate::cpu::lanes::{Ahead, Lane, MAX_LANES, Numeric, SUM_TILE, Widen};
 use crate::cpu::parallel::{self, SharedMut};
 use crate::cpu::simd::Simd;
 use crate::iter::Walk;
@@ -424,6 +424,7 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
         let Self { plan, source, fold, outputs, elements, emit } = self;
         let [step, out_step] = plan.kept.inner_strides();
         let n = elements.len();
+        let all = plan.outputs * plan.reduced.numel();
         let room_len = match source.place {
             Place::Memory(_) => 0,
             // Rows of less than a vector are widened at once.
@@ -447,9 +448,16 @@ impl<L: Lane, F: Fold<L>> WithSimd for Rows<'_, L, F> {
                 if is_short {
                     let (at, start) = (input + elements.start, elements.start);
                     match source.place {
-                        Place::Memory(lanes) => s.call(ShortRows { fold, rows: &lanes[at..], n, step, start, accs }),
-                        Place::Halves(halves) if room_len == 0 => s.call(ShortRows { fold, rows: &halves[at..], n, step, start, accs }),
-                        _ => s.call(ShortRows { fold, rows: source.short_rows(at, n, step, count, room), n, step: n, start, accs }),
+                        Place::Memory(lanes) => {
+                            s.call(ShortRows { fold, rows: &lanes[at..], n, step, start, accs, ahead: Ahead::of::<L>(all) })
+                        }
+                        Place::Halves(halves) if room_len == 0 => {
+                            s.call(ShortRows { fold, rows: &halves[at..], n, step, start, accs, ahead: Ahead::of::<L::Half>(all) })
+                        }
+                        _ => {
+                            let rows = source.short_rows(at, n, step, count, room);
+                            s.call(ShortRows { fold, rows, n, step: n, start, accs, ahead: Ahead::of::<L>(rows.len()) })
+                        }
                     }
                 } else {
                     for (i, acc) in accs.iter_mut().enumerate() {
@@ -484,6 +492,7 @@ struct ShortRows<'a, E: Numeric, F: Fold<E::Lane>> {
     step: usize,
     start: usize,
     accs: &'a mut [F::Acc],
+    ahead: Ahead,
 }
 
 impl<E: Numeric, F: Fold<E::Lane>> WithSimd for ShortRows<'_, E, F> {
@@ -491,13 +500,15 @@ impl<E: Numeric, F: Fold<E::Lane>> WithSimd for ShortRows<'_, E, F> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
-        let Self { fold, rows, n, step, start, accs } = self;
+        let Self { fold, rows, n, step, start, accs, ahead } = self;
         if step == n && fold.few(s, &rows[..accs.len() * n], n, accs) {
             return;
         }
         if !F::TURNS_SHORT_ROWS || n > FEW_ELEMENTS || step != n || accs.len() < MANY_ROWS {
             for (i, acc) in accs.iter_mut().enumerate() {
-                *acc = fold.row(s, &rows[i * step..][..n], start);
+                let row = &rows[i * step..][..n];
+                ahead.ask(s, row);
+                *acc = fold.row(s, row, start);
             }
             return;
         }

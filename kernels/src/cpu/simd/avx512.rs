@@ -69,10 +69,7 @@ impl Avx512Bf16 {
     /// Whether its products run at twice the rate of f32: on AMD's cores; on Intel's at half of it.
     pub fn is_fast(self) -> bool {
         static FAST: OnceLock<bool> = OnceLock::new();
-        *FAST.get_or_init(|| {
-            let leaf = __cpuid(0);
-            (leaf.ebx, leaf.edx, leaf.ecx) == (u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"enti"), u32::from_le_bytes(*b"cAMD"))
-        })
+        *FAST.get_or_init(|| isa::amd_family().is_some())
     }
 }
 
