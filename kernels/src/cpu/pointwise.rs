@@ -82,7 +82,7 @@ pub fn apply<T: Stored, const N: usize>(row: &Row<N>, params: Params, operands: 
         }
     };
     if let (Some(len), true) = (plan.row_len(), is_stored_bf16 || !T::CONVERTS) {
-        return plan.run_rows(len, [SharedMut::new(out.data)], 0, &|inputs, [out], size| run(inputs, out, size));
+        return plan.run_rows(len, [SharedMut::new(out.data)], &|inputs, [out], size| run(inputs, out, size));
     }
     if is_stored_bf16 {
         return plan.run_stored([out.data], 0, &|inputs, [out], len| run(inputs, out, [1, len]));
@@ -370,15 +370,14 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         self
     }
 
-    /// Calls `f(from, to)` for each task's elements: whole units, unless those are longer than a task.
+    /// Calls `f(from, to)` for each task's elements: whole units of so many, unless those are longer than a tile.
     fn tasks(&self, unit: usize, f: &(dyn Fn(usize, usize) + Sync)) {
         let estimated_ns = (self.numel as f32 * self.ns) as usize;
         if estimated_ns < parallel::MIN_PARALLEL_NS {
             return f(0, self.numel);
         }
-        let share = (TASK_NS / self.ns) as usize;
-        let unit = if unit > share { TILE } else { unit };
-        let task = share.div_ceil(unit) * unit;
+        let unit = unit.min(TILE);
+        let task = ((TASK_NS / self.ns) as usize).div_ceil(unit) * unit;
         parallel::for_each(self.numel.div_ceil(task), estimated_ns, |i| f(i * task, ((i + 1) * task).min(self.numel)));
     }
 
@@ -409,7 +408,7 @@ impl<'a, T: Stored, const N: usize> Plan<'a, T, N> {
         let shared = outs.map(SharedMut::new);
         if self.tile == usize::MAX {
             // What is read in place is of the type of the arithmetic, and one row.
-            return self.run_rows(self.numel, shared, 0, &|inputs, outs, [_, len]| f(inputs.map(Input::cast), outs, len));
+            return self.run_rows(self.numel, shared, &|inputs, outs, [_, len]| f(inputs.map(Input::cast), outs, len));
         }
         self.tasks(self.tile, &|from, to| {
             let mut rooms = Room::array();

@@ -94,7 +94,7 @@ impl<T: Copy, const N: usize> Rows<T, N> {
     /// Row `row` of each, which lasts until the next is asked for.
     ///
     /// # Safety
-    /// The inputs must have as many rows.
+    /// Each input must have it.
     #[inline(always)]
     pub unsafe fn row(&mut self, row: usize) -> [Input<T>; N] {
         let mut inputs = self.inputs;

@@ -41,8 +41,8 @@ impl<T: Stored, const N: usize> Plan<'_, T, N> {
     }
 
     /// Calls `f(inputs, outs, [rows, elements of each])` until all rows of `len` elements, of which there may be a part, are done. Inputs are as
-    /// they are stored; output number `own` is the one that an operand may be.
-    pub(super) fn run_rows<U: Element, const M: usize>(&self, len: usize, shared: [SharedMut<U>; M], own: usize, f: RunRows<T, U, N, M>) {
+    /// they are stored; the first of `outs` is the one that an operand may be.
+    pub(super) fn run_rows<U: Element, const M: usize>(&self, len: usize, shared: [SharedMut<U>; M], f: RunRows<T, U, N, M>) {
         self.tasks(len, &|from, to| {
             let mut rooms = [const { Tile::<T, REPEATS>::new() }; N];
             let mut at = from;
@@ -62,7 +62,7 @@ impl<T: Stored, const N: usize> Plan<'_, T, N> {
                         (_, Some(x)) => unsafe { repeated(room.as_mut_ptr(), x) },
                         // SAFETY: the slice has all elements.
                         (Source::Direct(data), _) => Input::rows(unsafe { data.as_ptr().add(at) }, len),
-                        (Source::Output, _) => Input::rows(outs[own].cast(), len),
+                        (Source::Output, _) => Input::rows(outs[0].cast(), len),
                         (Source::Strided(data, walk), _) => {
                             let ([_, first], [_, step], [_, stride]) = (walk.offsets_of(at), walk.run_strides(), walk.inner_strides());
                             // SAFETY: the view that the walk was made of proved that its offsets lie inside of `data`.
