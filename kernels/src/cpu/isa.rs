@@ -97,8 +97,8 @@ fn amd_family() -> Option<u32> {
     None
 }
 
-/// Whether the hardware's prefetching goes on from row to row. Zen 4's does: asked for a page ahead, sums of rows take 1.2 to 1.4 times as long. Zen
-/// 5's was seen to wait for each line of rows that were not asked for.
+/// Whether the hardware's prefetching goes on from row to row. Zen 4's does: asked for a page ahead, sums of rows take 1.2 to 1.4 times as long. (Zen
+/// 3, of the same family, is taken to do the same.) Zen 5's was seen to wait for each line of rows that were not asked for.
 pub(super) fn foresees_rows() -> bool {
     static FORESEES: OnceLock<bool> = OnceLock::new();
     *FORESEES.get_or_init(|| amd_family() == Some(0x19))

@@ -235,19 +235,33 @@ fn relations_and_casts_of_numbers_that_repeat() {
 }
 
 #[test]
-fn runs_that_end_tiles_meet_numbers() {
-    // Tasks begin within a row, so that their first tile is a short one.
-    let (rows, cols) = (300, 1001);
-    let (shape, strides) = ([rows, cols], [cols, 1]);
-    let column: Vec<f32> = (0..rows).map(|i| i as f32).collect();
-    let dense: Vec<f32> = (0..rows * cols).map(|i| (i % 7) as f32).collect();
-    let column = Operand::View(StridedView::new(&column, 0, &shape, &[1, 0]).unwrap());
-    let mut result = vec![0f32; rows * cols];
-    let out = Output { data: &mut result, shape: &shape, strides: &strides };
-    apply(binary::Lerp::ROW, [0.0; 2], [column, Operand::Scalar(8.0), Operand::Dense(&dense)], out);
-    for (i, &x) in result.iter().enumerate() {
-        let (start, weight) = ((i / cols) as f32, (i % 7) as f32);
-        assert!((x - (start + weight * (8.0 - start))).abs() <= 1e-3, "{i}: {x}");
+fn tasks_begin_and_end_within_rows() {
+    /// A column, a row or a number, and lines that lie apart.
+    fn check<T: Stored>(rows: usize, cols: usize, is_number: bool) {
+        let (shape, strides, apart) = ([rows, cols], [cols, 1], cols + 7);
+        let column: Vec<T> = (0..rows).map(|i| T::from_f64((i % 60) as f64)).collect();
+        let row: Vec<T> = (0..cols).map(|j| T::from_f64((j % 9) as f64)).collect();
+        let lines: Vec<T> = (0..rows * apart).map(|i| T::from_f64((i % 5) as f64 * 0.25)).collect();
+        let view = |data, strides| Operand::View(StridedView::new(data, 0, &shape, strides).unwrap());
+        let end = if is_number { Operand::Scalar(8.0) } else { view(&row, &[0, 1]) };
+        let mut result = vec![T::default(); rows * cols];
+        let out = Output { data: &mut result, shape: &shape, strides: &strides };
+        apply(binary::Lerp::ROW, [0.0; 2], [view(&column, &[1, 0]), end, view(&lines, &[apart, 1])], out);
+        for (i, x) in result.iter().enumerate() {
+            let (i, j) = (i / cols, i % cols);
+            let (start, end) = ((i % 60) as f64, if is_number { 8.0 } else { (j % 9) as f64 });
+            // All of it is exact; half types round the result, once.
+            let want = start + ((i * apart + j) % 5) as f64 * 0.25 * (end - start);
+            assert_eq!(*x, T::from_f64(want), "{rows}x{cols} at {i}, {j}");
+        }
+    }
+    for (rows, cols) in [(300, 1001), (60, 5003)] {
+        for is_number in [false, true] {
+            check::<f32>(rows, cols, is_number);
+            check::<f64>(rows, cols, is_number);
+            check::<bf16>(rows, cols, is_number);
+            check::<half::f16>(rows, cols, is_number);
+        }
     }
 }
 
