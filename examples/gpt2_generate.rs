@@ -138,28 +138,19 @@ fn speak(args: &Args, model: &Decoder, tokenizer: &Tokenizer, prompt: Vec<u32>) 
     if !args.chat {
         shown(&tokenizer.decode(&prompt, true)?)?;
     }
-    let (mut stream, mut answer) = (tokenizer.stream(true), String::new());
-    let (started, mut prefill, mut count) = (Instant::now(), Duration::ZERO, 0);
-    for step in Generate::new(model, std::slice::from_ref(&prompt), &config)? {
-        for new in step?.tokens {
-            let text = stream.push(new.token)?;
-            shown(&text)?;
-            answer += &text;
-        }
-        count += 1;
-        if count == 1 {
-            prefill = started.elapsed();
-        }
-        if args.stop.iter().any(|stop| answer.contains(stop)) {
-            break;
-        }
+    let mut stream = TextStream::of_tokens(model, tokenizer, &prompt, &config, &args.stop)?;
+    // When the first text came, and after how many tokens.
+    let (started, mut first) = (Instant::now(), None);
+    while let Some(text) = stream.next() {
+        first.get_or_insert((started.elapsed(), stream.tokens()));
+        shown(&text?)?;
     }
-    shown(&stream.finish()?)?;
     println!();
+    let (prefill, count) = (first.map_or(started.elapsed(), |(time, _)| time), stream.tokens());
     let decode = (started.elapsed() - prefill).as_secs_f64();
     eprintln!("prompt: {} tokens, {:.0} tokens/s", prompt.len(), prompt.len() as f64 / prefill.as_secs_f64().max(1e-9));
-    if count > 1 {
-        eprintln!("answer: {count} tokens, {:.1} tokens/s", (count - 1) as f64 / decode.max(1e-9));
+    if let Some(rest) = first.map(|(_, shown)| count - shown).filter(|&rest| rest > 0) {
+        eprintln!("answer: {count} tokens, {:.1} tokens/s", rest as f64 / decode.max(1e-9));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use kiln_autograd::no_grad;
 use kiln_models::generate::{EarlyStopping, FinishReason, Generate, Generation, GenerationConfig, LogitsProcessor, Place, Processors};
 use kiln_models::generate::{TextStream, generate, generate_seq2seq, generate_speculative, stop_at_text};
 use kiln_models::nn::Params;
-use kiln_models::text::train_bpe;
+use kiln_models::text::{SpecialTokens, train_bpe};
 use kiln_models::transformer::{CausalLm, Decoder, Gpt2Config, KvCache, Pass, load, load_seq2seq};
 use kiln_tensor::{DType, Result, Tensor};
 use serde_json::Value;
@@ -254,6 +254,80 @@ fn text_streams_and_stops_inside_of_tokens() -> Result<()> {
 }
 
 #[test]
+fn special_tokens_end_text_streams() -> Result<()> {
+    let corpus = "the cat sat on the mat; the dog sat on the log. ".repeat(20);
+    let tokenizer = train_bpe([corpus.as_str()], 300, &["<|end|>", "<|turn|>"])?;
+    let specials = ["<|end|>", "<|turn|>"].map(|token| tokenizer.token_to_id(token).expect("it was trained with it"));
+    let model = gpt2(12, tokenizer.vocab_size(), 64)?;
+    // Whole characters, and both of these often.
+    let is_part = |token: &u32| tokenizer.decode(&[*token], false).map_or(true, |text| text.contains(char::REPLACEMENT_CHARACTER));
+    let config = GenerationConfig {
+        max_new_tokens: Some(30),
+        do_sample: true,
+        logit_bias: specials.map(|token| (token, 4.0)).into(),
+        suppress_tokens: (0..tokenizer.vocab_size() as u32).filter(is_part).collect(),
+        ..GenerationConfig::default()
+    };
+    let prompt = tokenizer.encode("the cat")?;
+    // A token that never comes, so that the tokenizer's own do not end the answer.
+    let never = [config.suppress_tokens[0]];
+    let whole = |seed| -> Result<Vec<u32>> {
+        let config = GenerationConfig { seed, eos_token_id: never.to_vec(), ..config.clone() };
+        Ok(generate(&model, std::slice::from_ref(&prompt), &config)?.remove(0).tokens)
+    };
+    let answer = |eos: &[u32], seed: u64, stop: &[String]| -> Result<(String, usize, Option<FinishReason>)> {
+        let config = GenerationConfig { seed, eos_token_id: eos.to_vec(), ..config.clone() };
+        let named = SpecialTokens { eos: specials.to_vec(), ..tokenizer.special_tokens().clone() };
+        let tokenizer = tokenizer.clone().with_special_tokens(named)?;
+        let mut stream = TextStream::new(&model, &tokenizer, "the cat", &config, stop)?;
+        Ok((stream.by_ref().collect::<Result<String>>()?, stream.tokens(), stream.finish_reason()))
+    };
+    let mut seen = 0;
+    for seed in 0..20 {
+        let tokens = whole(seed)?;
+        let [Some(end), Some(turn)] = specials.map(|token| tokens.iter().position(|&t| t == token)) else { continue };
+        seen += 1;
+        let text = |count: usize| tokenizer.decode(&tokens[..count], true);
+        // Any of the tokenizer's end tokens.
+        let place = end.min(turn);
+        assert_eq!(answer(&[], seed, &[])?, (text(place)?, place + 1, Some(FinishReason::Eos)));
+        // A special token as a stop string, alone and with what is before it.
+        let place = turn;
+        assert_eq!(answer(&never, seed, &["<|turn|>".into()])?, (text(place)?, place + 1, Some(FinishReason::Stop)));
+        let before = tokenizer.decode(&tokens[..place], false)?;
+        if let Some(last) = before.chars().last().filter(|&last| last != '>').map(String::from) {
+            let (shown, count, finish) = answer(&never, seed, &[format!("{last}<|turn|>")])?;
+            assert_eq!((count, finish), (place + 1, Some(FinishReason::Stop)));
+            assert_eq!(shown + &last, text(place)?);
+        }
+    }
+    assert!(seen > 3, "{seen} answers hold both");
+    Ok(())
+}
+
+#[test]
+fn the_least_length_and_the_forced_beginning_are_kept() -> Result<()> {
+    let process = |config: &GenerationConfig, tokens: &[u32], prompt_len: usize| -> Result<Vec<f32>> {
+        let mut row = vec![0.0; 8];
+        Processors::new(config).process(Place { tokens, prompt_len, limit: 20 }, &mut row)?;
+        Ok(row)
+    };
+    let config = GenerationConfig { min_length: 4, eos_token_id: vec![2, 5], ..GenerationConfig::default() };
+    for (tokens, is_open) in [(vec![1, 1, 1], false), (vec![1; 4], true)] {
+        let row = process(&config, &tokens, 2)?;
+        assert!([2, 5].iter().all(|&token| row[token].is_finite() == is_open) && row[3] == 0.0, "{row:?}");
+    }
+    // Behind the forced token, as in the reference; with a longer prompt nothing is forced.
+    let config = GenerationConfig { forced_bos_token_id: Some(6), begin_suppress_tokens: vec![3, 6], ..GenerationConfig::default() };
+    assert!(process(&config, &[1], 1)?.iter().enumerate().all(|(token, logit)| logit.is_finite() == (token == 6)));
+    for (tokens, prompt_len, suppressed) in [(vec![1, 6], 1, true), (vec![1, 6, 4], 1, false), (vec![1, 4], 2, true)] {
+        let row = process(&config, &tokens, prompt_len)?;
+        assert_eq!([3, 6].map(|token: usize| row[token].is_finite()), [!suppressed; 2], "{tokens:?} after {prompt_len}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_context_bounds_an_answer() -> Result<()> {
     let model = gpt2(3, 20, 16)?;
     let config = GenerationConfig { max_new_tokens: Some(usize::MAX), ..GenerationConfig::default() };
@@ -410,11 +484,17 @@ fn configurations_are_read_and_written() -> Result<()> {
     let config = GenerationConfig::from_json(text)?;
     assert_eq!((config.early_stopping, &config.eos_token_id[..]), (EarlyStopping::Never, &[1, 2][..]));
     assert_eq!((config.logit_bias.get(&7), config.sequence_bias.len(), config.num_beams), (Some(&-1.5), 1, 1));
+    let off = r#"{"renormalize_logits": false, "remove_invalid_values": false, "force_words_ids": [], "guidance_scale": 1.0}"#;
+    assert_eq!(GenerationConfig::from_json(off)?, GenerationConfig::default());
     let again = serde_json::to_string(&config).expect("it can be written");
     assert_eq!(GenerationConfig::from_json(&again)?, config);
     assert_eq!(GenerationConfig::from_json(r#"{"eos_token_id": 50256}"#)?.eos_token_id, [50256]);
     for (text, named) in [
         (r#"{"typical_p": 0.5}"#, "typical_p"),
+        (r#"{"stop_strings": ["\n"]}"#, "stop_strings"),
+        (r#"{"renormalize_logits": true}"#, "renormalize_logits"),
+        (r#"{"force_words_ids": [[[5]]]}"#, "force_words_ids"),
+        (r#"{"max_time": 3.0}"#, "max_time"),
         (r#"{"early_stopping": "soon"}"#, "early_stopping"),
         (r#"{"top_k": -3}"#, "generation_config"),
         ("[]", "object"),

@@ -5,6 +5,7 @@ use kiln_models::classifier::DigitMlp;
 use kiln_models::data::{ImageSet, Loader, LoaderOptions};
 use kiln_models::nn::{Module, Params};
 use kiln_models::optim::{AdamW, AdamWOptions, Optimizer};
+use kiln_models::transformer::{CausalLm, Gpt2Config, Pass};
 use kiln_tensor::profile::{Grouping, Kind, NAMELESS, Report, Row};
 use kiln_tensor::{AttentionOptions, ConvOptions, DType, Profiler, Result, Tensor, fuse, manual_seed, profile, profile_scope};
 use std::collections::BTreeMap;
@@ -49,6 +50,27 @@ fn train() -> Result<Trained> {
     }
     let weights = params.params().iter().map(|p| p.get().detach().to_vec()).collect::<Result<_>>()?;
     Ok(Trained { losses, weights })
+}
+
+/// Alignment trains without dropout, in evaluation mode: blocks are computed again there, too, and not where nothing is recorded.
+#[test]
+fn activation_checkpointing_does_not_depend_on_the_mode() -> Result<()> {
+    let _alone = alone();
+    let params = Params::seeded(1);
+    let config = Gpt2Config { vocab_size: 11, n_positions: 8, n_embd: 8, n_layer: 2, n_head: 2, ..Gpt2Config::default() };
+    let model = config.build(&params)?;
+    params.eval();
+    let tokens = Tensor::from_vec(vec![1i64, 2, 3, 4], [1, 4])?;
+    let norms = |backward: bool| -> Result<u64> {
+        let run = || model.forward(&tokens, Pass::default());
+        let (done, report) = profile(|| if backward { run()?.square()?.mean(())?.backward() } else { no_grad(run).map(drop) });
+        done?;
+        Ok(calls(&report).get("layer_norm (recomputed)").copied().unwrap_or(0))
+    };
+    assert_eq!((norms(true)?, norms(false)?), (0, 0));
+    model.set_activation_checkpointing(true);
+    assert_eq!((norms(true)?, norms(false)?), (4, 0));
+    Ok(())
 }
 
 #[test]

@@ -101,7 +101,7 @@ impl ClipTextModel {
             let message = format!("{len} tokens are more than the {} places of the model; shorten the text", self.max_position_embeddings);
             return Err(Error::argument("clip", message));
         }
-        let x = self.tokens.forward(tokens)?.add(&self.places.weight().get().narrow(0, 0, len)?)?;
+        let x = self.tokens.forward(tokens)?.add(&self.places.rows(0, len)?)?;
         let full = Visible { causal: true, ..Visible::padded(expect_mask(mask, tokens)?.as_ref())? };
         let hidden_states = self.encoder.forward(x, &Context { full, ..Context::default() })?;
         let last = hidden_states.last().ok_or_else(|| Error::argument("clip", "there are no states"))?;

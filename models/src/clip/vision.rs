@@ -92,7 +92,8 @@ impl ClipVisionModel {
         let patches = self.patch_embedding.forward(pictures)?.flatten(2, 3)?.transpose(1, 2)?; // (B, patches, C)
         let class = self.class_embedding.get();
         let class = class.reshape([1, 1, class.numel()])?.expand([batch, 1, class.numel()])?.to_dtype(patches.dtype())?;
-        let x = Tensor::cat(&[&class, &patches], 1)?.add(&self.position_embedding.weight().get())?;
+        let x = Tensor::cat(&[&class, &patches], 1)?;
+        let x = x.add(&self.position_embedding.rows(0, x.dim(1)?)?)?;
         let hidden_states = self.encoder.forward(self.pre_layer_norm.forward(&x)?, &Context::default())?;
         let last = hidden_states.last().ok_or_else(|| Error::argument("clip", "there are no states"))?.clone();
         let pooler_output = self.post_layer_norm.forward(&last.select(1, 0)?)?;

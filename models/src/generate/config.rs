@@ -18,8 +18,9 @@ const MIN_TEMPERATURE: f32 = 1e-6;
 /// More answers to a prompt at once are a mistake.
 const MAX_ROWS: usize = 1 << 16;
 
-/// Fields of the reference implementation that change what is generated and are not known here, with the values that switch them off.
-const UNKNOWN: [(&str, &[f64]); 11] = [
+/// Fields of the reference implementation that change what is generated and are not known here, with the numbers that switch them off; `false`
+/// and empty lists do, too.
+const UNKNOWN: [(&str, &[f64]); 21] = [
     ("typical_p", &[1.0]),
     ("epsilon_cutoff", &[0.0]),
     ("eta_cutoff", &[0.0]),
@@ -31,6 +32,16 @@ const UNKNOWN: [(&str, &[f64]); 11] = [
     ("encoder_repetition_penalty", &[1.0]),
     ("encoder_no_repeat_ngram_size", &[0.0]),
     ("exponential_decay_length_penalty", &[]),
+    ("renormalize_logits", &[]),
+    ("remove_invalid_values", &[]),
+    ("force_words_ids", &[]),
+    ("constraints", &[]),
+    ("forced_decoder_ids", &[]),
+    ("watermarking_config", &[]),
+    ("dola_layers", &[]),
+    ("max_time", &[]),
+    ("stop_strings", &[]),
+    ("token_healing", &[]),
 ];
 
 /// How tokens are chosen and when a sequence ends. The default is greedy, 20 new tokens.
@@ -45,6 +56,8 @@ pub struct GenerationConfig {
     pub max_length: Option<usize>,
     /// No end of sequence before so many new tokens.
     pub min_new_tokens: usize,
+    /// No end of sequence before so many tokens of prompt and answer; of an encoder-decoder model, of the decoder.
+    pub min_length: usize,
     /// Draws from the distribution instead of taking the most likely token.
     pub do_sample: bool,
     /// Logits are divided by it before a draw.
@@ -107,6 +120,7 @@ impl Default for GenerationConfig {
             max_new_tokens: None,
             max_length: None,
             min_new_tokens: 0,
+            min_length: 0,
             do_sample: false,
             temperature: 1.0,
             top_k: None,
@@ -208,7 +222,12 @@ impl GenerationConfig {
         fields.retain(|_, value| !value.is_null());
         for (name, neutral) in UNKNOWN {
             let Some(value) = fields.get(name) else { continue };
-            if !value.as_f64().is_some_and(|value| neutral.contains(&value)) {
+            let is_off = match value {
+                Value::Bool(on) => !on,
+                Value::Array(list) => list.is_empty(),
+                value => value.as_f64().is_some_and(|value| neutral.contains(&value)),
+            };
+            if !is_off {
                 return Err(Error::format("generation_config", format!("`{name}` is {value}, which is not known here; remove it")));
             }
         }

@@ -51,7 +51,7 @@ pub struct Generation {
 }
 
 /// Answers to prompts of any lengths, `num_return_sequences` each, in the order of the prompts. A prompt's answers do not depend on those
-/// beside it.
+/// beside it (but with dynamic and LongRoPE scaling of positions, where the longest row decides, as in transformers).
 ///
 /// ```
 /// # use kiln_models::generate::{FinishReason, GenerationConfig, generate};

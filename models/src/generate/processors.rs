@@ -126,6 +126,24 @@ impl LogitsProcessor for MinNewTokens {
     }
 }
 
+/// Excludes the end of the sequence before so many tokens of prompt and answer.
+#[derive(Clone, Debug)]
+pub struct MinLength {
+    /// Tokens at least.
+    pub min_length: usize,
+    /// The tokens that end a sequence.
+    pub eos_token_id: Vec<u32>,
+}
+
+impl LogitsProcessor for MinLength {
+    fn process(&self, place: Place<'_>, logits: &mut [f32]) -> Result<()> {
+        if place.tokens.len() < self.min_length {
+            self.eos_token_id.iter().for_each(|&token| exclude(logits, token));
+        }
+        Ok(())
+    }
+}
+
 /// Leaves only this token after a single one.
 #[derive(Clone, Copy, Debug)]
 pub struct ForcedBos(
@@ -165,11 +183,14 @@ pub struct SuppressTokens {
     pub tokens: Vec<u32>,
     /// Only where the answer begins.
     pub at_begin: bool,
+    /// Whether the token after a prompt of one token is forced ([`ForcedBos`]): the answer then begins behind it.
+    pub after_forced: bool,
 }
 
 impl LogitsProcessor for SuppressTokens {
     fn process(&self, place: Place<'_>, logits: &mut [f32]) -> Result<()> {
-        if !self.at_begin || place.tokens.len() == place.prompt_len {
+        let begin = place.prompt_len + usize::from(self.after_forced && place.prompt_len == 1);
+        if !self.at_begin || place.tokens.len() == begin {
             self.tokens.iter().for_each(|&token| exclude(logits, token));
         }
         Ok(())
@@ -284,14 +305,17 @@ impl Processors {
         chain.push_if(config.repetition_penalty != 1.0, || RepetitionPenalty(config.repetition_penalty));
         chain.push_if(config.no_repeat_ngram_size > 0, || NoRepeatNGram(config.no_repeat_ngram_size));
         chain.push_if(!config.bad_words_ids.is_empty(), || bad_words(config));
+        let (min_length, eos_token_id) = (config.min_length, config.eos_token_id.clone());
+        chain.push_if(min_length > 0, || MinLength { min_length, eos_token_id });
         let (min_new_tokens, eos_token_id) = (config.min_new_tokens, config.eos_token_id.clone());
         chain.push_if(min_new_tokens > 0, || MinNewTokens { min_new_tokens, eos_token_id });
         if let Some(token) = config.forced_bos_token_id {
             chain.push(ForcedBos(token));
         }
         chain.push_if(!config.forced_eos_token_id.is_empty(), || ForcedEos(config.forced_eos_token_id.clone()));
+        let after_forced = config.forced_bos_token_id.is_some();
         for (tokens, at_begin) in [(&config.suppress_tokens, false), (&config.begin_suppress_tokens, true)] {
-            chain.push_if(!tokens.is_empty(), || SuppressTokens { tokens: tokens.clone(), at_begin });
+            chain.push_if(!tokens.is_empty(), || SuppressTokens { tokens: tokens.clone(), at_begin, after_forced });
         }
         let before_draws = chain.chain.len();
         if config.do_sample {

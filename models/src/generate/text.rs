@@ -4,7 +4,7 @@ use super::{FinishReason, Generate, GenerationConfig};
 use crate::text::{StreamDecoder, Tokenizer};
 use crate::transformer::CausalLm;
 use kiln_tensor::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Looks for the first of some strings in a text that comes in pieces, and holds back what may be the start of one.
 #[derive(Clone, Debug)]
@@ -71,19 +71,71 @@ pub fn stop_at_text<'a>(tokenizer: &'a Tokenizer, strings: &[String]) -> Result<
     })
 }
 
+/// Text that is looked at with its special tokens and shown without them.
+struct Shown<'a> {
+    with_special: StreamDecoder<'a>,
+    without: StreamDecoder<'a>,
+    stop: StopStrings,
+    /// Pieces that `stop` holds back at least in part: how many bytes of each it has not given out, and what is to be shown of it.
+    held: VecDeque<(usize, String)>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(tokenizer: &'a Tokenizer, stop: &[String]) -> Result<Self> {
+        let (with_special, without) = (tokenizer.stream(false), tokenizer.stream(true));
+        Ok(Self { with_special, without, stop: StopStrings::new(stop)?, held: VecDeque::new() })
+    }
+
+    fn push(&mut self, token: u32) -> Result<String> {
+        let piece = (self.with_special.push(token)?, self.without.push(token)?);
+        Ok(self.pass(piece))
+    }
+
+    /// What was held back, when no more text comes.
+    fn finish(&mut self) -> Result<String> {
+        let piece = (self.with_special.finish()?, self.without.finish()?);
+        let text = self.pass(piece);
+        let rest = self.stop.finish().len();
+        Ok(text + &self.release(rest))
+    }
+
+    fn pass(&mut self, (whole, shown): (String, String)) -> String {
+        let passed = self.stop.push(&whole).len();
+        self.held.push_back((whole.len(), shown));
+        self.release(passed)
+    }
+
+    /// What is to be shown of the next `bytes` bytes.
+    fn release(&mut self, mut bytes: usize) -> String {
+        let mut text = String::new();
+        while let Some((whole, shown)) = self.held.front_mut() {
+            if *whole > bytes {
+                // The string that stops lies within this piece, or may: it shows as much of its text as comes before, a special token nothing.
+                let cut = (0..=bytes.min(shown.len())).rev().find(|&at| shown.is_char_boundary(at));
+                text.extend(shown.drain(..cut.unwrap_or(0)));
+                *whole -= bytes;
+                return text;
+            }
+            bytes -= *whole;
+            text.push_str(shown);
+            self.held.pop_front();
+        }
+        text
+    }
+}
+
 /// The answer to one prompt as text that grows: yields its pieces. Characters come whole, and of a stop string nothing comes. Special tokens
-/// give no text.
+/// give no text, but may be or be part of a stop string.
 pub struct TextStream<'a> {
     generate: Generate<'a>,
-    decoder: StreamDecoder<'a>,
-    stop: StopStrings,
+    shown: Shown<'a>,
     tokens: usize,
     finish: Option<FinishReason>,
 }
 
 impl<'a> TextStream<'a> {
     /// Continues `prompt`, with the special tokens that the tokenizer puts around a text (a BOS, say); `stop` are strings that end the
-    /// answer. If `config` names no `eos_token_id`, the tokenizer's ends it.
+    /// answer, be they text or special tokens. If `config` names no `eos_token_id`, the tokenizer's end it.
     ///
     /// # Errors
     /// As [`Generate::new`]; if the prompt cannot be encoded, a stop string is empty, or `config` asks for several answers.
@@ -113,12 +165,11 @@ impl<'a> TextStream<'a> {
         }
         let mut config = config.clone();
         if config.eos_token_id.is_empty() {
-            config.eos_token_id.extend(tokenizer.eos());
+            config.eos_token_id.extend(&tokenizer.special_tokens().eos);
         }
         Ok(Self {
             generate: Generate::new(model, &[prompt.to_vec()], &config)?,
-            decoder: tokenizer.stream(true),
-            stop: StopStrings::new(stop)?,
+            shown: Shown::new(tokenizer, stop)?,
             tokens: 0,
             finish: None,
         })
@@ -143,13 +194,12 @@ impl<'a> TextStream<'a> {
         self.tokens += 1;
         let mut text = String::new();
         if new.finish != Some(FinishReason::Eos) {
-            text = self.stop.push(&self.decoder.push(new.token)?);
+            text = self.shown.push(new.token)?;
         }
         if new.finish.is_some() {
-            text.push_str(&self.stop.push(&self.decoder.finish()?));
-            text.push_str(&self.stop.finish());
+            text.push_str(&self.shown.finish()?);
         }
-        self.finish = if self.stop.is_over() { Some(FinishReason::Stop) } else { new.finish };
+        self.finish = if self.shown.stop.is_over() { Some(FinishReason::Stop) } else { new.finish };
         Ok(text)
     }
 }

@@ -60,6 +60,21 @@ impl Embedding {
         self.0.adapter.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The rows `start` to `start + len`, (len, width): what [`forward`](Module::forward) gives for these indices, without looking them up.
+    pub fn rows(&self, start: usize, len: usize) -> Result<Tensor> {
+        match self.active_adapter() {
+            Some(adapter) => {
+                let indices = Tensor::from_vec((start as i64..(start + len) as i64).collect(), [len])?;
+                adapter.forward(self, &indices.to_device(self.0.weight.get().device())?)
+            }
+            None => self.0.weight.get().narrow(0, start, len),
+        }
+    }
+
+    fn active_adapter(&self) -> Option<Arc<dyn Adapter<Embedding>>> {
+        self.adapter().filter(|adapter| adapter.is_active())
+    }
+
     /// The rows of the table, as without an adapter.
     pub fn base(&self, indices: &Tensor) -> Result<Tensor> {
         indices.embedding(&self.0.weight.get())
@@ -68,7 +83,7 @@ impl Embedding {
 
 impl Module for Embedding {
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        match self.adapter().filter(|adapter| adapter.is_active()) {
+        match self.active_adapter() {
             Some(adapter) => adapter.forward(self, indices),
             None => self.base(indices),
         }

@@ -6,7 +6,7 @@ use super::state::{Reader, put_count, put_number};
 use crate::nn::{Param, StateDict};
 use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::{self, Factor, FusedRule, Update, state_dtype};
-use kiln_tensor::{DType, Error, Result, Shape, Tensor, profile};
+use kiln_tensor::{Error, Result, Shape, Tensor, profile};
 use std::collections::{BTreeMap, HashSet};
 
 /// One hyper-parameter, to read and to write: in a state dictionary all are numbers.
@@ -131,13 +131,13 @@ struct State {
 
 impl State {
     /// States of the given layout: those of `old` that are in it, zeros for the others.
-    fn new(layout: &[(&'static str, Shape)], dtype: DType, old: Option<State>) -> Result<Self> {
+    fn new(layout: &[(&'static str, Shape)], param: &Param, old: Option<State>) -> Result<Self> {
         let (step, mut old) = old.map_or((0, Vec::new()), |s| (s.step, s.tensors));
         let mut tensors = Vec::with_capacity(layout.len());
         for &(name, shape) in layout {
             let tensor = match old.iter().position(|(n, t)| *n == name && *t.shape() == shape) {
                 Some(i) => old.swap_remove(i).1,
-                None => Tensor::zeros(shape, state_dtype(dtype))?,
+                None => Tensor::zeros(shape, state_dtype(param.dtype()))?.to_device(param.get().device())?,
             };
             tensors.push((name, tensor));
         }
@@ -164,7 +164,13 @@ impl State {
         }
         let step = reader.count(&format!("{prefix}.step"))?;
         let tensor = |&(name, shape): &(&'static str, Shape)| -> Result<_> {
-            Ok((name, reader.tensor(&format!("{prefix}.{name}"), &shape, state_dtype(param.dtype()))?.contiguous()?))
+            Ok((
+                name,
+                reader
+                    .tensor(&format!("{prefix}.{name}"), &shape, state_dtype(param.dtype()))?
+                    .to_device(param.get().device())?
+                    .contiguous()?,
+            ))
         };
         Ok(Some(Self { step, tensors: layout.iter().map(tensor).collect::<Result<_>>()? }))
     }
@@ -263,7 +269,7 @@ impl<M: Method> Group<M> {
         for &i in &indices {
             let layout = self.options.states(&self.params[i].shape());
             if !self.states[i].as_ref().is_some_and(|s| s.fits(&layout)) {
-                self.states[i] = Some(State::new(&layout, self.params[i].dtype(), self.states[i].take())?);
+                self.states[i] = Some(State::new(&layout, &self.params[i], self.states[i].take())?);
             }
         }
         let mut states: Vec<&mut State> =

@@ -1,9 +1,18 @@
-//! A progress bar with rate, time left and losses.
+//! A progress bar with rate, time left and losses; on anything but a terminal, a line from time to time.
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{FormattedDuration, ProgressBar, ProgressStyle};
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
-/// A bar over the steps of a run. On anything but a terminal it prints nothing.
-pub struct Progress(ProgressBar);
+/// Between two lines where there is no terminal: a log says that a run is alive, and stays short.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
+/// A bar over the steps of a run, on standard error. Where that is not a terminal it is a line every 30 seconds.
+pub struct Progress {
+    bar: ProgressBar,
+    /// When the last line was written, where lines take the bar's place.
+    last_line: Option<Cell<Instant>>,
+}
 
 impl Progress {
     /// A bar of `total` steps.
@@ -13,26 +22,54 @@ impl Progress {
         // The template is a constant of the right form; the plain style is good enough otherwise.
         bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix(name.to_string());
-        Self(bar)
+        let last_line = bar.is_hidden().then(|| Cell::new(Instant::now()));
+        Self { bar, last_line }
     }
 
     /// Moves to `step` and shows the latest losses.
     pub fn set(&self, step: u64, losses: &[(&str, f64)]) {
-        if self.0.position() == 0 && step > 1 {
+        if self.bar.position() == 0 && step > 1 {
             // A resumed run: the steps before are not this run's speed.
-            self.0.reset_eta();
+            self.bar.reset_eta();
         }
-        self.0.set_position(step);
-        self.0.set_message(losses.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join("  "));
+        self.bar.set_position(step);
+        self.bar.set_message(losses.iter().map(|(name, value)| format!("{name} {value:.3}")).collect::<Vec<_>>().join("  "));
+        if let Some(last) = &self.last_line
+            && last.get().elapsed() >= LINE_EVERY
+        {
+            last.set(Instant::now());
+            eprintln!("{}", self.line());
+        }
+    }
+
+    /// What the bar says, without the bar.
+    fn line(&self) -> String {
+        let (bar, left) = (&self.bar, FormattedDuration(self.bar.eta()));
+        let (position, total) = (bar.position(), bar.length().unwrap_or(0));
+        format!("{} {position}/{total} steps, {:.2}/s, {left} left  {}", bar.prefix(), bar.per_sec(), bar.message())
     }
 
     /// The run has ended; the bar stays.
     pub fn finish(&self) {
-        self.0.finish();
+        self.bar.finish();
     }
 
     /// The run was stopped; the bar stays where it is.
     pub fn abandon(&self) {
-        self.0.abandon();
+        self.bar.abandon();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_what_the_bar_shows() {
+        let progress = Progress::new(40, "training");
+        progress.set(10, &[("loss", 0.25), ("grad_norm", 3.0)]);
+        let line = progress.line();
+        assert!(line.starts_with("training 10/40 steps, "), "{line}");
+        assert!(line.ends_with("left  loss 0.250  grad_norm 3.000"), "{line}");
     }
 }

@@ -220,9 +220,9 @@ impl Bert {
                 return Err(Error::shape("bert", format!("token types {} for tokens {}", types.shape(), tokens.shape())));
             }
             Some(types) => self.types.forward(types)?,
-            None => self.types.weight().get().narrow(0, 0, 1)?,
+            None => self.types.rows(0, 1)?,
         };
-        let x = self.tokens.forward(tokens)?.add(&kinds)?.add(&self.places.weight().get().narrow(0, 0, len)?)?;
+        let x = self.tokens.forward(tokens)?.add(&kinds)?.add(&self.places.rows(0, len)?)?;
         let mut x = self.dropout.forward(&self.norm.forward(&x)?)?;
         let context = Context { full: Visible::padded(expect_mask(mask, tokens)?.as_ref())?, ..Context::default() };
         for block in &self.blocks {

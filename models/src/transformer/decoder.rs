@@ -21,7 +21,7 @@ impl LearnedPositions {
     /// (T, C) or (B, T, C) for `added` tokens.
     fn forward(&self, positions: &Positions, added: usize) -> Result<Tensor> {
         match positions {
-            Positions::From(start) => self.table.weight().get().narrow(0, start + self.offset, added),
+            Positions::From(start) => self.table.rows(start + self.offset, added),
             Positions::Given(places) => self.table.forward(&places.add_scalar(self.offset as f64)?),
         }
     }
@@ -162,7 +162,7 @@ impl CausalLm for Decoder {
         for (layer, block) in parts.blocks.iter().enumerate() {
             x = match pass.cache.as_deref_mut() {
                 Some(cache) => block.forward(&x, &context, Some((cache, layer)))?,
-                None if self.recomputes.load(Relaxed) && self.params.mode().is_training() => {
+                None if self.recomputes.load(Relaxed) => {
                     let (block, context) = (block.clone(), context.clone());
                     checkpoint(move |x| block.forward(&x[0], &context, None), &[&x])?
                 }

@@ -222,7 +222,7 @@ impl UNet2dConditionModel {
         &self.params
     }
 
-    /// Whether the backward pass of training computes each layer again instead of keeping what is inside: less memory, a third more time.
+    /// Whether the backward pass computes each layer again instead of keeping what is inside: less memory, a third more time.
     pub fn set_activation_checkpointing(&self, on: bool) {
         self.network.recomputes().set(on);
     }

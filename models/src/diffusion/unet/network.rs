@@ -59,7 +59,7 @@ impl Encoder {
             inputs = outputs;
         }
         let mid = mid.as_ref().map(|(count, stage)| MidBlock::new(&params.scope("mid_block"), last, *count, stage)).transpose()?;
-        Ok(Self { conv_in, down: stages, mid, in_channels: *in_channels, recomputes: Recomputes::new(params) })
+        Ok(Self { conv_in, down: stages, mid, in_channels: *in_channels, recomputes: Recomputes::default() })
     }
 
     pub fn recomputes(&self) -> &Recomputes {

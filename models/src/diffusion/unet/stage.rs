@@ -3,7 +3,7 @@
 use crate::diffusion::blocks::{
     Downsample, ResnetBlock, ResnetOptions, SpatialAttention, SpatialAttentionOptions, Transformer2d, Transformer2dOptions, Upsample,
 };
-use crate::nn::{Mode, Module, Params};
+use crate::nn::{Module, Params};
 use kiln_autograd::checkpoint;
 use kiln_tensor::{Error, Result, Tensor};
 use std::sync::Arc;
@@ -46,23 +46,16 @@ pub(super) struct StagePlan {
 }
 
 /// Whether a training pass computes each layer again in the backward pass instead of keeping what is inside.
-#[derive(Clone)]
-pub(super) struct Recomputes {
-    on: Arc<AtomicBool>,
-    mode: Mode,
-}
+#[derive(Default)]
+pub(super) struct Recomputes(AtomicBool);
 
 impl Recomputes {
-    pub fn new(params: &Params) -> Self {
-        Self { on: Arc::default(), mode: params.mode() }
-    }
-
     pub fn set(&self, on: bool) {
-        self.on.store(on, Relaxed);
+        self.0.store(on, Relaxed);
     }
 
     fn applies(&self) -> bool {
-        self.on.load(Relaxed) && self.mode.is_training()
+        self.0.load(Relaxed)
     }
 }
 
