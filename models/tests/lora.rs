@@ -216,6 +216,59 @@ fn an_adapter_of_a_table_computes_the_same() {
     }
 }
 
+/// Positions without padding are read as a run of rows, with it as a lookup: an adapter of their table takes part in both.
+#[test]
+fn an_adapter_of_positions_takes_part_in_every_pass() {
+    let params = Params::seeded(3);
+    let config = Gpt2Config { vocab_size: 13, n_positions: 8, n_embd: 8, n_layer: 1, n_head: 2, ..Gpt2Config::default() };
+    let model = config.build(&params).unwrap();
+    let wanted = LoraConfig { target_modules: ["wpe"].into(), init_lora_weights: LoraInit::Random, ..LoraConfig::default() };
+    let tokens = Tensor::from_vec(vec![1i64, 5, 2, 9, 0, 3], [2, 3]).unwrap();
+    let run = |pass: Pass<'_>| model.forward(&tokens, pass).unwrap();
+    let base = values(&run(Pass::default()));
+    let mut lora = Lora::attach(&params, &wanted, &Generator::new(1)).unwrap();
+    params.eval();
+    let mask = Tensor::ones([2, 3], DType::Bool).unwrap();
+    let (plain, masked) = (run(Pass::default()), run(Pass { key_mask: Some(&mask), ..Pass::default() }));
+    assert!(values(&plain).iter().zip(&base).any(|(a, b)| (a - b).abs() > 1e-3));
+    assert_near("masked", &values(&masked), &values(&plain));
+    plain.square().unwrap().mean(()).unwrap().backward().unwrap();
+    for param in lora.trainable() {
+        assert!(values(&param.grad().unwrap()).iter().any(|&g| g != 0.0), "{}", param.name());
+    }
+    lora.merge().unwrap();
+    assert_near("merged", &values(&run(Pass::default())), &values(&plain));
+    lora.detach().unwrap();
+    for (field, config) in [
+        ("target_modules", LoraConfig { target_modules: ["c_attn", "lm_head"].into(), ..LoraConfig::default() }),
+        (
+            "modules_to_save",
+            LoraConfig { target_modules: ["c_attn"].into(), modules_to_save: Some(vec!["lm_head".into()]), ..LoraConfig::default() },
+        ),
+    ] {
+        let error = Lora::attach(&params, &config, &Generator::new(1)).err().unwrap().to_string();
+        assert!(error.contains(field) && error.contains("lm_head"), "{error}");
+    }
+}
+
+/// `peft` trains the table and leaves the output as it was, which one weight for both cannot be.
+#[test]
+fn a_table_that_is_also_the_output_is_not_trained_in_full() {
+    let wanted = LoraConfig { target_modules: ["c_attn"].into(), modules_to_save: Some(vec!["wte".into()]), ..LoraConfig::default() };
+    let tied = Gpt2Config { vocab_size: 13, n_positions: 8, n_embd: 8, n_layer: 1, n_head: 2, ..Gpt2Config::default() };
+    let attach = |config: &Gpt2Config, scored: bool| {
+        let params = Params::seeded(3);
+        let _model = config.build(&params)?;
+        let _score = scored.then(|| Linear::new(&params.scope("score"), 8, 1, false)).transpose()?;
+        Lora::attach(&params, &wanted, &Generator::new(1))
+    };
+    let error = attach(&tied, false).err().unwrap().to_string();
+    assert!(error.contains("modules_to_save: `wte` means `transformer.wte`, which is tied"), "{error}");
+    // A head of its own, or one that scores texts, leaves the table to the tokens.
+    assert!(attach(&Gpt2Config { tie_word_embeddings: false, ..tied.clone() }, false).is_ok());
+    assert!(attach(&tied, true).is_ok());
+}
+
 #[test]
 fn merging_is_undone_to_the_bit() {
     for dtype in [DType::F32, DType::BF16] {
@@ -512,6 +565,7 @@ fn a_wrong_folder_is_an_error_that_names_what_is_wrong() {
         (with("LORA", "IA3"), r#"peft_type "IA3""#),
         (with(r#""bias": "none""#, r#""bias": "some""#), "some"),
         (with(r#""bias": "none""#, r#""layer_replication": [[0, 1]]"#), "`layer_replication`"),
+        (with(r#""bias": "none""#, r#""ensure_weight_tying": true"#), "`ensure_weight_tying`"),
         (with(r#""init_lora_weights": false"#, r#""init_lora_weights": "pissa""#), "pissa"),
         (with(r#""lora_dropout": 0.0"#, r#""lora_dropout": 7"#), "lora_dropout 7"),
         (with(r#""use_dora": true"#, r#""use_dora": false"#), "4 unexpected: base_model.model.layers.0.o_proj.lora_magnitude_vector"),

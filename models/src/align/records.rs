@@ -35,13 +35,13 @@ impl<'a> RecordEncoder<'a> {
         Self { tokenizer, template }
     }
 
-    /// A prompt; of a chat, with the beginning of the answer.
+    /// A prompt; of a text, with the special tokens that the tokenizer puts before it, of a chat, with the beginning of the answer.
     ///
     /// # Errors
     /// If the template refuses it or the tokenizer cannot express it.
     pub fn prompt(&self, prompt: &Turns) -> Result<Vec<u32>> {
         match prompt {
-            Turns::Text(text) => self.tokenizer.encode(text),
+            Turns::Text(text) => self.beginning(text),
             Turns::Messages(messages) => self.template.encode(self.tokenizer, messages, true, &Variables::new()),
         }
     }
@@ -53,9 +53,13 @@ impl<'a> RecordEncoder<'a> {
     pub fn sample(&self, prompt: &Turns, completion: &Turns) -> Result<TokenSequence> {
         match (prompt, completion) {
             (Turns::Text(prompt), Turns::Text(completion)) => {
-                let mut answer = self.tokenizer.encode(completion)?;
-                answer.extend(self.tokenizer.eos().filter(|eos| answer.last() != Some(eos)));
-                Ok(TokenSequence::completion(&self.tokenizer.encode(prompt)?, &answer))
+                let given = self.beginning(prompt)?;
+                // Read as one text: alone, an answer may begin with tokens that never follow the prompt.
+                let mut tokens = self.beginning(&[prompt.as_str(), completion].concat())?;
+                tokens.extend(self.tokenizer.eos().filter(|eos| tokens.last() != Some(eos)));
+                let shared = given.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+                let (given, answer) = tokens.split_at(shared);
+                Ok(TokenSequence::completion(given, answer))
             }
             (Turns::Messages(prompt), Turns::Messages(completion)) => {
                 let given = self.template.encode(self.tokenizer, prompt, true, &Variables::new())?.len();
@@ -63,6 +67,17 @@ impl<'a> RecordEncoder<'a> {
             }
             _ => Err(Error::argument("record", "prompt and answer must both be texts or both be lists of messages")),
         }
+    }
+
+    /// A text that goes on, behind the special tokens that begin one.
+    fn beginning(&self, text: &str) -> Result<Vec<u32>> {
+        let mut tokens = self.tokenizer.encode_with_specials(text)?;
+        let ends = |tokens: &[u32]| tokens.iter().rev().take_while(|&&token| Some(token) == self.tokenizer.eos()).count();
+        // Some tokenizers also end each text.
+        if ends(&tokens) > ends(&self.tokenizer.encode(text)?) {
+            tokens.pop();
+        }
+        Ok(tokens)
     }
 
     /// [`sample`](Self::sample) of a record.
@@ -135,7 +150,7 @@ fn split_chats(chosen: &[Message], rejected: &[Message]) -> (Turns, Turns, Turns
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::train_bpe;
+    use crate::text::{SpecialTokens, train_bpe};
 
     fn turns(messages: &[(&str, &str)]) -> Turns {
         Turns::Messages(messages.iter().map(|(role, text)| Message::new(*role, *text)).collect())
@@ -143,6 +158,31 @@ mod tests {
 
     fn text(text: &str) -> Turns {
         Turns::Text(text.into())
+    }
+
+    /// The prompt of a record is what a model is asked with, special tokens before it included, and an answer is read behind it.
+    #[test]
+    fn plain_texts_begin_as_the_tokenizer_begins_them() {
+        let plain = train_bpe(["ab ab ab"], 300, &["<s>", "</s>"]).unwrap();
+        let special = SpecialTokens { eos: vec![1], ..SpecialTokens { cls: Some(0), sep: Some(1), ..SpecialTokens::default() } };
+        let tokenizer = plain.clone().with_special_tokens(special).unwrap().with_bert_ends().unwrap();
+        assert_eq!((tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")), (Some(0), Some(1)));
+        let template = ChatTemplate::chatml();
+        let encoder = RecordEncoder::new(&tokenizer, &template);
+        let joined = |prompt: &str, completion: &str| {
+            let sample = encoder.sample(&text(prompt), &text(completion)).unwrap();
+            let learnt = (0..sample.len()).find(|&place| sample.learns(place)).unwrap();
+            (sample.tokens().to_vec(), learnt)
+        };
+        let with_ends = |text: &str| [vec![0], plain.encode(text).unwrap(), vec![1]].concat();
+        assert_eq!(encoder.prompt(&text("x ")).unwrap(), [vec![0], plain.encode("x ").unwrap()].concat());
+        assert_eq!(joined("x ", "yz"), (with_ends("x yz"), 3));
+        // `ab` is one token: it counts as the answer's, as the model is never given it.
+        assert_eq!(plain.encode("xab").unwrap().len(), 2);
+        assert_eq!(joined("xa", "b"), (with_ends("xab"), 2));
+        // An end that is spelled out stays, and is not doubled.
+        assert_eq!(joined("x", "y</s>"), (with_ends("xy"), 2));
+        assert_eq!(encoder.prompt(&text("x</s>")).unwrap(), with_ends("x"));
     }
 
     #[test]

@@ -9,6 +9,9 @@ use kiln_tensor::{Error, Result};
 /// The layers that `all-linear` leaves out: they turn hidden states into the output.
 const HEADS: [&str; 5] = ["lm_head", "embed_out", "cls.predictions.decoder", "score", "classifier"];
 
+/// What language models call their table of tokens.
+const TOKEN_TABLES: [&str; 3] = ["wte", "embed_tokens", "shared"];
+
 /// A layer that is to be adapted.
 pub(super) struct Target {
     pub layer: Host,
@@ -98,11 +101,15 @@ impl LoraConfig {
         Ok(alpha / if self.use_rslora { rank.sqrt() } else { rank })
     }
 
-    /// Whether the module `name` is, or lies in, one of those that are trained in full.
+    /// The entry of `modules_to_save` by which the module `name` is, or lies in, one of those that are trained in full.
+    fn saved_by(&self, name: &str) -> Option<&String> {
+        let mut ends = name.match_indices('.').map(|(i, _)| i).chain([name.len()]);
+        ends.find_map(|end| self.modules_to_save.iter().flatten().find(|key| name[..end].ends_with(key.as_str())))
+    }
+
+    /// Whether the module `name` is trained in full.
     fn saves(&self, name: &str) -> bool {
-        let ends = name.match_indices('.').map(|(i, _)| i).chain([name.len()]);
-        let keys = self.modules_to_save.iter().flatten();
-        ends.into_iter().any(|end| keys.clone().any(|key| name[..end].ends_with(key.as_str())))
+        self.saved_by(name).is_some()
     }
 
     /// The layers below `params` to adapt.
@@ -131,8 +138,10 @@ impl LoraConfig {
         Ok(targets)
     }
 
-    /// An error if an entry of the list means a layer that has a weight but cannot be adapted: it would stay as it is, in silence.
+    /// An error if an entry of a list means what has a weight but cannot be adapted: it would stay as it is, in silence.
     fn expect_layers(&self, params: &Params) -> Result<()> {
+        self.expect_head(params)?;
+        self.expect_untied(params)?;
         let Modules::Names(entries) = &self.target_modules else { return Ok(()) };
         let layers = Host::all(params);
         for param in params.params() {
@@ -145,6 +154,47 @@ impl LoraConfig {
                 return Err(Error::argument(
                     "lora",
                     format!("target_modules: `{entry}` means `{name}`, which is no Linear, Embedding or Conv2d layer"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// An error if the output is meant in a model that uses its embedding for it.
+    fn expect_head(&self, params: &Params) -> Result<()> {
+        let targets = match &self.target_modules {
+            Modules::Names(entries) => entries.as_slice(),
+            _ => &[],
+        };
+        for (field, entries) in [("target_modules", targets), ("modules_to_save", self.modules_to_save.as_deref().unwrap_or_default())] {
+            let is_there = |head: &str| params.params().iter().any(|param| below(params, param.name()) == format!("{head}.weight"));
+            if entries.iter().any(|entry| entry == OUTPUT_HEAD) && !is_there(OUTPUT_HEAD) {
+                return Err(Error::argument(
+                    "lora",
+                    format!(
+                        "{field}: there is no `{OUTPUT_HEAD}`; if the output is tied to the embedding, as in GPT-2, leave it out or untie it"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// An error if a table of tokens is to be trained in full that gives the logits, too: `peft` leaves the output as it was, and here both
+    /// are one weight.
+    fn expect_untied(&self, params: &Params) -> Result<()> {
+        if params.linears().iter().any(|layer| HEADS.contains(&below(params, layer.name()))) {
+            return Ok(());
+        }
+        for layer in params.embeddings() {
+            let name = below(params, layer.name());
+            let is_table = name.rsplit('.').next().is_some_and(|last| TOKEN_TABLES.contains(&last));
+            if let Some(entry) = self.saved_by(name).filter(|_| is_table) {
+                return Err(Error::argument(
+                    "lora",
+                    format!(
+                        "modules_to_save: `{entry}` means `{name}`, which is tied to the output; untie it, or put it in target_modules"
+                    ),
                 ));
             }
         }
@@ -178,6 +228,9 @@ impl LoraConfig {
         Ok(companions)
     }
 }
+
+/// The layer that language models have for their output, unless it is tied.
+const OUTPUT_HEAD: &str = "lm_head";
 
 /// The scope of everything in an adapter's file.
 pub(super) const PREFIX: &str = "base_model.model";
