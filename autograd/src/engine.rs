@@ -66,11 +66,11 @@ impl TensorExt for Tensor {
         let found = walk(roots("backward", &[self], &[grad])?, None, options)?;
         let _mode = set_record_mode(if options.create_graph { RecordMode::On } else { RecordMode::Off });
         for (leaf, gradient) in found.leaves {
-            let sum = match leaf.take_grad() {
-                Some(before) => sum_of(before, &gradient)?,
-                None => gradient,
-            };
-            leaf.set_grad(Some(sum));
+            let mut sum = gradient;
+            // Another thread may have put one there since the last was taken.
+            while let Some(before) = leaf.put_grad(&mut sum) {
+                sum = sum_of(before, &sum)?;
+            }
         }
         Ok(())
     }
@@ -161,7 +161,10 @@ fn walk_graph(roots: Vec<(Source, Tensor)>, targets: Option<&Targets>, options: 
     while let Some(Pending(source)) = queue.pop() {
         let Some(mut gradient) = sums.remove(&source.id()) else { continue };
         for hook in source.hooks() {
-            gradient = hook(&gradient)?.unwrap_or(gradient);
+            gradient = match hook(&gradient)? {
+                Some(other) => expect_like(&gradient, other)?,
+                None => gradient,
+            };
         }
         let is_target = targets.is_some_and(|targets| targets.ids.contains(&source.id()));
         if is_target {
@@ -185,6 +188,15 @@ fn walk_graph(roots: Vec<(Source, Tensor)>, targets: Option<&Targets>, options: 
         }
     }
     Ok(found)
+}
+
+/// What a hook put in the place of a gradient, which it must be like.
+fn expect_like(gradient: &Tensor, other: Tensor) -> Result<Tensor> {
+    if other.shape() != gradient.shape() || other.dtype() != gradient.dtype() || other.device() != gradient.device() {
+        let text = |x: &Tensor| format!("{} {} on {}", x.dtype(), x.shape(), x.device());
+        return Err(Error::shape("backward", format!("a hook replaced a gradient of {} by one of {}", text(gradient), text(&other))));
+    }
+    Ok(other)
 }
 
 /// The ids of all sources under `roots` from which one of `targets` can be reached, the targets included.

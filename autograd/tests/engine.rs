@@ -3,6 +3,7 @@
 use kiln_autograd::{
     GradOptions, TensorExt, anomaly_mode, checkpoint, grad, grad_with, gradcheck, gradgradcheck, hessian, hvp, jacobian, jvp, no_grad, vjp,
 };
+use kiln_tensor::ops::optim::scale_;
 use kiln_tensor::{DType, Generator, Result, Tensor};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -87,6 +88,53 @@ fn misuse_is_named() -> Result<()> {
     assert!(y.backward().unwrap_err().to_string().contains("retain_graph"));
     assert!(Tensor::ones([2], DType::I64)?.requires_grad_().is_err());
     assert!(no_grad(|| x.exp())?.backward().is_err());
+    Ok(())
+}
+
+/// Each thread's gradient arrives, however they meet.
+#[test]
+fn threads_share_a_leaf() -> Result<()> {
+    let w = leaf(&[1.0; 64]);
+    const ROUNDS: usize = 200;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..=4)
+            .map(|factor| {
+                let w = &w;
+                scope.spawn(move || (0..ROUNDS).try_for_each(|_| w.mul_scalar(factor as f64)?.sum(())?.backward()))
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no thread panics"))
+    })?;
+    assert_eq!(values(&w.grad().unwrap()), [10.0 * ROUNDS as f64; 64]);
+    Ok(())
+}
+
+#[test]
+fn a_hook_must_return_a_gradient_like_the_one_it_got() -> Result<()> {
+    for (other, named) in [(Tensor::zeros((), DType::F64)?, "f64 []"), (Tensor::zeros([2], DType::F32)?, "f32 [2]")] {
+        let x = leaf(&[1.0, 2.0]);
+        let y = x.softmax(0)?;
+        y.register_hook(move |_| Ok(Some(other.clone())))?;
+        let error = y.select(0, 0)?.backward().unwrap_err().to_string();
+        assert!(error.contains("hook") && error.contains(named), "{error}");
+        assert!(x.grad().is_none());
+    }
+    Ok(())
+}
+
+/// What an operation made has a place in the graph that would be wrong for other elements.
+#[test]
+fn writing_over_a_recorded_result_is_an_error() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let mut y = x.mul_scalar(2.0)?;
+    assert!(scale_(&mut y, 3.0).unwrap_err().to_string().contains("no_grad"));
+    assert!(y.as_slice_mut::<f64>().unwrap_err().to_string().contains("no_grad"));
+    no_grad(|| scale_(&mut y, 3.0))?;
+    assert_eq!(values(&y), [6.0, 12.0]);
+    let mut leaf = x;
+    scale_(&mut leaf, 3.0)?;
+    assert_eq!(values(&leaf), [3.0, 6.0]);
+    assert!(leaf.with_gaps().unwrap_err().to_string().contains("with_gaps"));
     Ok(())
 }
 

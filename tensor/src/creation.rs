@@ -1,6 +1,7 @@
 //! Tensors from values: constants, ranges, vectors.
 
 use crate::device::default_device;
+use crate::graph::refuse_tracked;
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, IntoShape, Layout, Result, Scalar, Shape, Tensor, WithDType};
 use kiln_kernels::cuda;
@@ -171,6 +172,7 @@ impl Tensor {
         for (d, &n) in self.dims().iter().enumerate() {
             layout = layout.slice(d, 1, n, 2);
         }
+        refuse_tracked("with_gaps", &[self])?;
         let _running = operation("with_gaps", &[self], || Cost::NONE);
         for_any!(self.dtype(), T => {
             let values = self.stored_values::<T>()?;

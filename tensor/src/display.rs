@@ -94,7 +94,7 @@ impl Printer<'_> {
 
 impl fmt::Display for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut printer = Printer { tensor: self, summarise: self.numel() > THRESHOLD, cells: Vec::new(), width: 0 };
+        let mut printer = Printer { tensor: self, summarise: !(1..=THRESHOLD).contains(&self.numel()), cells: Vec::new(), width: 0 };
         let mut at = Vec::new();
         printer.gather(0, self.layout().offset(), &mut at);
         let values = self.storage_values(&at);

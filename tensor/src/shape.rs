@@ -248,28 +248,33 @@ impl From<()> for ReshapeDims {
     }
 }
 
+/// A dimension, extent or index of any integer type. What is too large for `isize` is too large for every tensor, and stays so.
+pub(crate) fn within(number: impl TryInto<isize>) -> isize {
+    number.try_into().unwrap_or(isize::MAX)
+}
+
 macro_rules! dims_from {
     ($($t:ty),*) => { $(
         impl From<$t> for Dims {
-            fn from(dim: $t) -> Self { Dims::Some(vec![dim as isize]) }
+            fn from(dim: $t) -> Self { Dims::Some(vec![within(dim)]) }
         }
         impl<const N: usize> From<[$t; N]> for Dims {
-            fn from(dims: [$t; N]) -> Self { Dims::Some(dims.iter().map(|&d| d as isize).collect()) }
+            fn from(dims: [$t; N]) -> Self { Dims::Some(dims.iter().map(|&d| within(d)).collect()) }
         }
         impl From<&[$t]> for Dims {
-            fn from(dims: &[$t]) -> Self { Dims::Some(dims.iter().map(|&d| d as isize).collect()) }
+            fn from(dims: &[$t]) -> Self { Dims::Some(dims.iter().map(|&d| within(d)).collect()) }
         }
         impl From<Vec<$t>> for Dims {
             fn from(dims: Vec<$t>) -> Self { Dims::from(dims.as_slice()) }
         }
         impl From<$t> for ReshapeDims {
-            fn from(dim: $t) -> Self { Self(vec![dim as isize]) }
+            fn from(dim: $t) -> Self { Self(vec![within(dim)]) }
         }
         impl<const N: usize> From<[$t; N]> for ReshapeDims {
-            fn from(dims: [$t; N]) -> Self { Self(dims.iter().map(|&d| d as isize).collect()) }
+            fn from(dims: [$t; N]) -> Self { Self(dims.iter().map(|&d| within(d)).collect()) }
         }
         impl From<&[$t]> for ReshapeDims {
-            fn from(dims: &[$t]) -> Self { Self(dims.iter().map(|&d| d as isize).collect()) }
+            fn from(dims: &[$t]) -> Self { Self(dims.iter().map(|&d| within(d)).collect()) }
         }
         impl From<Vec<$t>> for ReshapeDims {
             fn from(dims: Vec<$t>) -> Self { Self::from(dims.as_slice()) }

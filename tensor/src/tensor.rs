@@ -1,7 +1,7 @@
 //! The tensor: bytes, a layout, a dtype, and where it comes from in the recorded graph.
 
 use crate::device::expect_host_allowed;
-use crate::graph::{Hook, Leaf, Source};
+use crate::graph::{Hook, Leaf, Source, is_grad_enabled};
 use crate::profile::building;
 use crate::storage::Storage;
 use crate::{DType, Device, Error, ErrorKind, Layout, Result, Scalar, Shape, WithDType};
@@ -219,7 +219,7 @@ impl Tensor {
 
     /// The elements of a row-major tensor in a GPU's memory, to write, as [`as_slice_mut`](Self::as_slice_mut) gives them on the host.
     pub fn gpu_slice_mut(&mut self) -> Result<SliceMut<'_>> {
-        self.make_unique()?;
+        self.make_unique("gpu_slice_mut")?;
         let (numel, dtype) = (self.numel(), self.dtype());
         let inner = Arc::get_mut(&mut self.0).ok_or_else(|| Error::graph("gpu_slice_mut", "the tensor is shared"))?;
         let offset = inner.layout.offset();
@@ -239,7 +239,10 @@ impl Tensor {
     }
 
     /// Moves this tensor to a copy of its own, row-major, unless it has one already. A leaf stays the same leaf.
-    fn make_unique(&mut self) -> Result<()> {
+    fn make_unique(&mut self, op: &str) -> Result<()> {
+        if is_grad_enabled() && matches!(self.0.source, Some(Source::Node(_))) {
+            return Err(Error::graph(op, "nothing is recorded here, and a gradient would be wrong; use no_grad or .detach()"));
+        }
         let unique = Arc::get_mut(&mut self.0).is_some_and(|i| i.storage.is_unique() && i.layout.is_contiguous());
         if !unique {
             let copy = self.detach().copy()?;
@@ -266,11 +269,12 @@ impl Tensor {
     }
 
     /// The elements of a row-major tensor, to write. If the data is shared with another tensor or held by a live graph, this
-    /// tensor moves to a copy first, so no other holder ever sees a change. A leaf stays the same leaf.
+    /// tensor moves to a copy first, so no other holder ever sees a change. A leaf stays the same leaf. What an operation recorded is
+    /// written under [`no_grad`](crate::graph) only: the gradient would be that of the old elements.
     pub fn as_slice_mut<T: WithDType>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype::<T>("as_slice_mut")?;
         expect_host_allowed("as_slice_mut", self.device())?;
-        self.make_unique()?;
+        self.make_unique("as_slice_mut")?;
         let numel = self.numel();
         let inner = Arc::get_mut(&mut self.0).ok_or_else(|| Error::graph("as_slice_mut", "the tensor is shared"))?;
         let offset = inner.layout.offset();

@@ -74,6 +74,11 @@ rows! { BACKWARD, 2;
     /// g/x, and 0 where x is 0.
     LogOfNonzero("log_of_nonzero_backward", 0.4) |s, [x, g], p| "x == 0 ? A(0) : g / x" => s.zero().or_else(x.eq(s.zero()), g / x);
         f64: if x == 0.0 { 0.0 } else { g / x },
+    /// g/x, and g·10¹² where x is less than 10⁻¹².
+    BoundedLog("bounded_log_backward", 0.4) |s, [x, g], p| "g / (x < A(1e-12) ? A(1e-12) : x)" => {
+        let least = s.splat(1e-12);
+        g / least.or_else(x.lt(least), x)
+    }; f64: g / if x < 1e-12 { 1e-12 } else { x },
     /// g where x lies within the bounds, both included.
     Clamp("clamp_backward", 0.25) |s, [x, g], p| "x >= p[0] && x <= p[1] ? g : A(0)" => g.or_else(x.ge(p[0]) & x.le(p[1]), s.zero());
         f64: if x >= p[0] && x <= p[1] { g } else { 0.0 },

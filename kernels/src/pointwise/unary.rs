@@ -75,6 +75,11 @@ rows! { UNARY, 1;
     /// ln x, and 0 where x is 0.
     LogOfNonzero("log_of_nonzero", 0.6) |s, [x], p| "x == 0 ? A(0) : math::log(x)" => s.zero().or_else(x.eq(s.zero()), math::log(s, x));
         f64: if x == 0.0 { 0.0 } else { x.ln() },
+    /// ln x, and −100 where that is less.
+    BoundedLog("bounded_log", 0.6) |s, [x], p| "math::log(x) < A(-100) ? A(-100) : math::log(x)" => {
+        let (log, least) = (math::log(s, x), s.splat(-100.0));
+        least.or_else(log.lt(least), log)
+    }; f64: { let log = x.ln(); if log < -100.0 { -100.0 } else { log } },
     /// The largest integer not above x.
     Floor("floor", 0.2) |s, [x], p| "math::floor(x)" => x.floor(); f64: x.floor(); int: x,
     /// The smallest integer not below x.

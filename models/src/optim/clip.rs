@@ -1,6 +1,7 @@
 //! Gradient clipping, between the backward pass and the optimiser's step.
 
 use crate::nn::Param;
+use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::{clamp_, global_norm, scale_};
 use kiln_tensor::{Error, Result, Tensor};
 
@@ -23,7 +24,7 @@ pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<f64> {
     let norm = grad_norm(params)?;
     let factor = max_norm / (norm + 1e-6);
     if norm.is_finite() && factor < 1.0 {
-        for_each_grad(params, |grad| scale_(grad, factor))?;
+        for_each_grad(params, |grad| no_grad(|| scale_(grad, factor)))?;
     }
     Ok(norm)
 }
@@ -44,7 +45,7 @@ pub fn clip_grad_value(params: &[Param], limit: f64) -> Result<()> {
     if limit.is_nan() || limit < 0.0 {
         return Err(Error::argument("clip_grad_value", format!("limit = {limit}, expected a value ≥ 0")));
     }
-    for_each_grad(params, |grad| clamp_(grad, -limit, limit))
+    for_each_grad(params, |grad| no_grad(|| clamp_(grad, -limit, limit)))
 }
 
 /// Changes each gradient by `f`, in place if nobody else holds it.

@@ -112,6 +112,16 @@ impl Leaf {
         *lock(&self.grad) = grad;
     }
 
+    /// Makes `grad` the accumulated gradient if there is none; else takes the one that is there out, for the sum to be tried again.
+    pub fn put_grad(&self, grad: &mut Tensor) -> Option<Tensor> {
+        let mut place = lock(&self.grad);
+        let before = place.take();
+        if before.is_none() {
+            *place = Some(grad.clone());
+        }
+        before
+    }
+
     /// Takes the accumulated gradient out.
     pub fn take_grad(&self) -> Option<Tensor> {
         lock(&self.grad).take()

@@ -85,7 +85,7 @@ pub(super) fn read(input: &mut impl Read, size: u64, most: u64, name: &str) -> R
     let text = std::str::from_utf8(&header).map_err(|e| wrong(format!("header: {e}")))?;
     let header = Header::parse(text).map_err(|what| wrong(format!("header: {what}")))?;
     let claimed = header.elements().and_then(|n| n.checked_mul(header.dtype.size())).map(|bytes| bytes as u64);
-    let claimed = claimed.filter(|&bytes| prefix + length as u64 + bytes == size && size <= most);
+    let claimed = claimed.filter(|&bytes| bytes.checked_add(prefix + length as u64) == Some(size) && size <= most);
     if claimed.is_none() {
         let data = size.saturating_sub(prefix + length as u64);
         return Err(wrong(format!("shape {:?} of {} does not fit the file, which holds {data} bytes of data", header.shape, header.dtype)));

@@ -111,6 +111,18 @@ fn classes() -> Vec<Case> {
         .domain(&[(-2.0, 2.0), (0.1, 0.9)])
         .sample(&[&[4, 3], &[4, 3]]),
         case(
+            "cross_entropy_with",
+            |x| x[0].cross_entropy_with(&x[1], &CrossEntropyOptions { weight: Some(&x[2]), ..Default::default() }),
+            |x| {
+                let log_p = log_softmax(&x[0]);
+                let term = |i: &[usize]| -x[2].at(&i[1..]) * x[1].at(i) * log_p.at(i);
+                Array::scalar(Array::from_fn(&x[0].shape, term).sum() / 4.0)
+            },
+        )
+        .label("weighted probabilities")
+        .domain(&[(-2.0, 2.0), (0.1, 0.9), (0.5, 2.0)])
+        .sample(&[&[4, 3], &[4, 3], &[3]]),
+        case(
             "linear_cross_entropy",
             |x| x[0].linear_cross_entropy(&x[1], x.get(2), &targets(&[x[0].dims()[0]])?, &CrossEntropyOptions::default(), Some(2)),
             |x| weighted(&log_softmax(&super::product::linear(x)), [1.0; 3], 0.0),
@@ -154,21 +166,21 @@ fn bits() -> Vec<Case> {
             "bce_with_logits_with",
             |x| {
                 let constant = |v: Vec<f64>| Tensor::from_vec(v, [3])?.to_dtype(x[0].dtype());
-                let (weight, pos_weight) = (constant(vec![1.0, 0.5, 2.0])?, constant(vec![3.0, 1.0, 0.5])?);
-                let options = BceOptions { weight: Some(&weight), pos_weight: Some(&pos_weight), reduction: Reduction::None };
+                let weight = constant(vec![1.0, 0.5, 2.0])?;
+                let options = BceOptions { weight: Some(&weight), pos_weight: Some(&x[2]), reduction: Reduction::None };
                 x[0].bce_with_logits_with(&x[1], &options)
             },
             |x| {
-                let (w, p) = (Array::new(&[3], vec![1.0, 0.5, 2.0]), Array::new(&[3], vec![3.0, 1.0, 0.5]));
+                let w = Array::new(&[3], vec![1.0, 0.5, 2.0]);
                 Array::from_fn(&x[0].shape, |i| {
-                    let (x, t, p) = (x[0].at(i), x[1].at(i), p.at_broadcast(i));
+                    let (x, t, p) = (x[0].at(i), x[1].at(i), x[2].at_broadcast(i));
                     let sigmoid = 1.0 / (1.0 + (-x).exp());
                     w.at_broadcast(i) * (-p * t * sigmoid.ln() - (1.0 - t) * (1.0 - sigmoid).ln())
                 })
             },
         )
-        .domain(&[(-3.0, 3.0), (0.0, 1.0)])
-        .sample(&[&[2, 3], &[2, 3]]),
+        .domain(&[(-3.0, 3.0), (0.0, 1.0), (0.5, 3.0)])
+        .sample(&[&[2, 3], &[2, 3], &[3]]),
         case("bce", |x| x[0].bce(&x[1]), move |x| mean(&x[0].zip(&x[1], plain))).domain(probability).sample(&[&[2, 3], &[2, 3]]),
         case(
             "bce_with",

@@ -2,7 +2,7 @@
 
 use super::{Lazy, PRODUCT, Reduction, expect_alike};
 use crate::autocast::raised;
-use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record};
+use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record, refuse_tracked};
 use crate::ops::pointwise::{Expr, fused};
 use crate::profile::{Cost, operation};
 use crate::{DType, Device, Error, Layout, Result, Shape, Tensor};
@@ -94,7 +94,9 @@ impl Classes {
 
     /// Each element's factor, in the dtype and on the device of `x`: its class's weight, 1 without weights, 0 where it is ignored; and their sum.
     pub(super) fn weights(&self, op: &str, x: &Tensor, weight: Option<&Tensor>) -> Result<(Tensor, Total)> {
-        weight.map_or(Ok(()), |weight| expect_class_weights(op, x, weight, self.c))?;
+        weight.map_or(Ok(()), |weight| {
+            expect_class_weights(op, x, weight, self.c).and_then(|()| refuse_tracked("class weights", &[weight]))
+        })?;
         let places = match &self.targets {
             Targets::Host(places) => places,
             Targets::Gpu(gpu, targets, ignored) => return self.weights_on_gpu(op, x.dtype(), gpu, targets, *ignored, weight),
@@ -350,7 +352,8 @@ fn nll(op: &str, x: &Tensor, logits: bool, target: &Tensor, options: &CrossEntro
     match options.reduction {
         Reduction::None => losses.reshape(target.shape()),
         Reduction::Sum => losses.sum(()),
-        Reduction::Mean => total.mean(&losses.sum(())?),
+        // The sum of half types, which may be out of their range, is theirs only once it is divided.
+        Reduction::Mean => total.mean(&losses.to_dtype(x.dtype().accumulator())?.sum(())?)?.to_dtype(x.dtype()),
     }
 }
 
@@ -384,7 +387,7 @@ fn cross_entropy_of_probabilities(
             expect_class_weights(op, log_p, weight, c)?;
             let mut along = vec![1; log_p.rank()];
             along[dim] = c;
-            WEIGHTED.sum([log_p, &target, &weight.detach().reshape(along)?], dim)?
+            WEIGHTED.sum([log_p, &target, &weight.reshape(along)?], dim)?
         }
     };
     options.reduction.of(&sum.neg()?)
@@ -392,6 +395,7 @@ fn cross_entropy_of_probabilities(
 
 /// max(x, 0) − x·t + log(1 + e^−|x|), and with a factor p for the positive share (1 − t)·x + (1 + (p − 1)·t)·log(1 + e^−x):
 /// the derivatives are σ(x) − t and (1 − t) − (1 + (p − 1)·t)·σ(−x).
+/// That in p is t·log(1 + e^−x).
 struct BceWithLogits {
     x: Tensor,
     target: Tensor,
@@ -422,15 +426,17 @@ impl Op for BceWithLogits {
             None => grad.mul(&x.neg()?),
             Some(p) => grad.mul(&p.sub_scalar(1.0)?.mul(&softplus_of_negative(x)?)?.sub(x)?),
         };
-        Ok(vec![ctx.needs(0).then(|| for_input(grad)).transpose()?, ctx.needs(1).then(|| for_target(grad)).transpose()?])
+        let for_weight = |grad: &Tensor| grad.mul(target)?.mul(&softplus_of_negative(x)?);
+        let gradients = [ctx.needs(0).then(|| for_input(grad)), ctx.needs(1).then(|| for_target(grad))];
+        let weight = pos_weight.as_ref().map(|_| ctx.needs(2).then(|| for_weight(grad)));
+        gradients.into_iter().chain(weight).map(Option::transpose).collect()
     }
 }
 
 /// The losses of logits, without the element weights.
 pub(crate) fn bce_of_logits(x: &Tensor, target: &Tensor, pos_weight: Option<&Tensor>) -> Result<Tensor> {
-    let pos_weight = pos_weight.map(Tensor::detach);
     let (logits, t) = (x.detach(), target.detach());
-    let out = match &pos_weight {
+    let out = match &pos_weight.map(Tensor::detach) {
         None => logits.relu()?.sub(&logits.mul(&t)?)?.add(&softplus_of_negative(&logits.abs()?)?)?,
         Some(p) => {
             x.expect_same("bce_with_logits", p)?;
@@ -442,7 +448,8 @@ pub(crate) fn bce_of_logits(x: &Tensor, target: &Tensor, pos_weight: Option<&Ten
     if out.shape() != x.shape() {
         return Err(Error::shape("bce_with_logits", format!("pos_weight does not broadcast to the input's shape {}", x.shape())));
     }
-    record("bce_with_logits", out, &[x, target], |_| BceWithLogits { x: x.clone(), target: target.clone(), pos_weight })
+    let inputs: Vec<&Tensor> = [x, target].into_iter().chain(pos_weight).collect();
+    record("bce_with_logits", out, &inputs, |_| BceWithLogits { x: x.clone(), target: target.clone(), pos_weight: pos_weight.cloned() })
 }
 
 impl Tensor {
@@ -495,21 +502,22 @@ impl Tensor {
         self.bce_with(target, &BceOptions::default())
     }
 
-    /// −t·log x − (1 − t)·log(1 − x), `self` holding probabilities; logarithms are held above −100.
+    /// −t·log x − (1 − t)·log(1 − x), `self` holding probabilities; logarithms are held above −100, and the denominators of their derivatives
+    /// above 10⁻¹².
     pub fn bce_with(&self, target: &Tensor, options: &BceOptions<'_>) -> Result<Tensor> {
-        expect_alike("bce", self, target)?;
+        let (x, target) = (raised(self)?, raised(target)?);
+        expect_alike("bce", &x, &target)?;
         if options.pos_weight.is_some() {
             return Err(Error::argument("bce", "pos_weight is for bce_with_logits"));
         }
         fn loss(x: &Expr, t: &Expr) -> Expr {
-            let log = |x: &Expr| x.log().clamp(-100.0, f64::INFINITY);
-            -(t * log(x) + (1.0 - t) * log(&(1.0 - x)))
+            -(t * x.bounded_log() + (1.0 - t) * (1.0 - x).bounded_log())
         }
         static PLAIN: Lazy<2> = LazyLock::new(|| fused(|[x, t]| loss(&x, &t)));
         static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| loss(&x, &t) * w));
         match options.weight {
-            None => options.reduction.of_fused(&PLAIN, [self, target]),
-            Some(weight) => options.reduction.of_fused(&WEIGHTED, [self, target, weight]),
+            None => options.reduction.of_fused(&PLAIN, [&x, &target]),
+            Some(weight) => options.reduction.of_fused(&WEIGHTED, [&x, &target, weight]),
         }
     }
 }

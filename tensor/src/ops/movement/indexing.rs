@@ -1,5 +1,6 @@
 //! NumPy's indexing in Rust: `x.i((.., 3, 1..-1))?`.
 
+use crate::shape::within;
 use crate::{DType, Error, Result, Tensor};
 use std::ops::{Range, RangeFrom, RangeFull, RangeInclusive, RangeTo, RangeToInclusive};
 
@@ -62,22 +63,22 @@ fn behind(last: isize) -> Option<isize> {
 macro_rules! index_from {
     ($($t:ty),*) => { $(
         impl From<$t> for IndexItem {
-            fn from(at: $t) -> Self { IndexItem::At(at as isize) }
+            fn from(at: $t) -> Self { IndexItem::At(within(at)) }
         }
         impl From<Range<$t>> for IndexItem {
-            fn from(r: Range<$t>) -> Self { IndexItem::Slice { start: r.start as isize, end: Some(r.end as isize), step: 1 } }
+            fn from(r: Range<$t>) -> Self { IndexItem::Slice { start: within(r.start), end: Some(within(r.end)), step: 1 } }
         }
         impl From<RangeInclusive<$t>> for IndexItem {
-            fn from(r: RangeInclusive<$t>) -> Self { IndexItem::Slice { start: *r.start() as isize, end: behind(*r.end() as isize), step: 1 } }
+            fn from(r: RangeInclusive<$t>) -> Self { IndexItem::Slice { start: within(*r.start()), end: behind(within(*r.end())), step: 1 } }
         }
         impl From<RangeFrom<$t>> for IndexItem {
-            fn from(r: RangeFrom<$t>) -> Self { IndexItem::Slice { start: r.start as isize, end: None, step: 1 } }
+            fn from(r: RangeFrom<$t>) -> Self { IndexItem::Slice { start: within(r.start), end: None, step: 1 } }
         }
         impl From<RangeTo<$t>> for IndexItem {
-            fn from(r: RangeTo<$t>) -> Self { IndexItem::Slice { start: 0, end: Some(r.end as isize), step: 1 } }
+            fn from(r: RangeTo<$t>) -> Self { IndexItem::Slice { start: 0, end: Some(within(r.end)), step: 1 } }
         }
         impl From<RangeToInclusive<$t>> for IndexItem {
-            fn from(r: RangeToInclusive<$t>) -> Self { IndexItem::Slice { start: 0, end: behind(r.end as isize), step: 1 } }
+            fn from(r: RangeToInclusive<$t>) -> Self { IndexItem::Slice { start: 0, end: behind(within(r.end)), step: 1 } }
         }
     )* };
 }

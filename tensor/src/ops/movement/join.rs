@@ -109,6 +109,9 @@ fn pad_constant(x: &Tensor, amounts: &[(isize, isize)], value: f64) -> Result<Te
     let mut inner = x.detach();
     for (d, &(before, after)) in amounts.iter().enumerate() {
         let n = extents[d] as isize;
+        if before < -n || after < -n {
+            return Err(error());
+        }
         extents[d] = n.checked_add(before).and_then(|n| n.checked_add(after)).and_then(|n| usize::try_from(n).ok()).ok_or_else(error)?;
         let (start, end) = ((-before).clamp(0, n), n - (-after).clamp(0, n));
         inner = inner.narrow(d as isize, start as usize, usize::try_from(end - start).map_err(|_| error())?)?;
@@ -182,14 +185,16 @@ impl Tensor {
         let _running = operation("cat", tensors, || Cost::NONE);
         let first = *tensors.first().ok_or_else(|| Error::argument("cat", "no tensors were given"))?;
         let axis = first.shape().dim("cat", dim)?;
-        let mut extent = 0;
+        let mut extent: usize = 0;
         for t in tensors {
             first.expect_same("cat", t)?;
             if t.rank() != first.rank() || (0..t.rank()).any(|d| d != axis && t.shape()[d] != first.shape()[d]) {
                 let message = format!("shapes {} and {} differ in another dimension than {axis}", first.shape(), t.shape());
                 return Err(Error::shape("cat", message));
             }
-            extent += t.shape()[axis];
+            extent = t.shape()[axis]
+                .checked_add(extent)
+                .ok_or_else(|| Error::shape("cat", format!("the extents of dimension {axis} overflow")))?;
         }
         let shape = first.shape().with_dim(axis, extent)?;
         let layout = Layout::with_memory_order(shape, &first.layout().dense_like().memory_order());
@@ -216,7 +221,14 @@ impl Tensor {
     /// Tensors of one shape as the slices of a new dimension `dim`.
     pub fn stack<T: AsRef<Tensor>>(tensors: &[T], dim: isize) -> Result<Tensor> {
         let first = tensors.first().ok_or_else(|| Error::argument("stack", "no tensors were given"))?.as_ref();
-        let at = if dim < 0 { dim + first.rank() as isize + 1 } else { dim };
+        let places = first.rank() as isize + 1;
+        if !(-places..places).contains(&dim) {
+            return Err(Error::argument(
+                "stack",
+                format!("dimension {dim} is not in {} to {} for shapes {}", -places, places - 1, first.shape()),
+            ));
+        }
+        let at = if dim < 0 { dim + places } else { dim };
         for t in tensors.iter().map(AsRef::as_ref) {
             if t.shape() != first.shape() {
                 return Err(Error::shape("stack", format!("shapes {} and {} differ", first.shape(), t.shape())));

@@ -37,7 +37,19 @@ struct Normalised<'a> {
 
 /// The gradients of input, weight and bias (the last two in the shape of `x`, for the engine to sum down), in differentiable
 /// operations. With h = (x − mean)·rstd and means over `dims`: dx = rstd·(g·w − mean(g·w) − h·mean(g·w·h)), dw = g·h, db = g.
+/// Those of half types are computed in f32, as the kernel does: a square may lie far out of the range of f16.
 fn composed_gradient(norm: &Normalised<'_>, grad: &Tensor) -> Result<[Tensor; 3]> {
+    let (dtype, wide) = (norm.x.dtype(), norm.x.dtype().accumulator());
+    if dtype == wide {
+        return composed_gradient_of(norm, grad);
+    }
+    let weight = norm.weight.as_ref().map(|weight| weight.to_dtype(wide)).transpose()?;
+    let gradients = composed_gradient_of(&Normalised { x: &norm.x.to_dtype(wide)?, weight, ..*norm }, &grad.to_dtype(wide)?)?;
+    let [x, weight, bias] = gradients.map(|gradient| gradient.to_dtype(dtype));
+    Ok([x?, weight?, bias?])
+}
+
+fn composed_gradient_of(norm: &Normalised<'_>, grad: &Tensor) -> Result<[Tensor; 3]> {
     let Normalised { x, weight, dims, eps, centered } = norm;
     let centred = if *centered { x.sub(&x.mean_keepdim(*dims)?)? } else { (*x).clone() };
     let rstd = centred.square()?.mean_keepdim(*dims)?.add_scalar(*eps)?.rsqrt()?;

@@ -89,11 +89,11 @@ impl Op for Lerp {
     }
 }
 
-/// The gradient of a maximum or minimum: to the operand that was chosen, halved where they tie.
-fn chosen(own: &Tensor, other: &Tensor, grad: &Tensor, wins: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
+/// The gradient of a maximum or minimum: to the operand that was chosen, halved where they tie; to both where one is NaN.
+fn chosen(own: &Tensor, other: &Tensor, grad: &Tensor, loses: fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (own, other) = (own.detach(), other.detach());
-    let ties = own.eq(&other)?.where_cond(&grad.mul_scalar(0.5)?, &grad.mul_scalar(0.0)?)?;
-    wins(&own, &other)?.where_cond(grad, &ties)
+    let shared = own.eq(&other)?.where_cond(&grad.mul_scalar(0.5)?, grad)?;
+    shared.masked_fill(&loses(&own, &other)?, 0.0)
 }
 
 /// An error if an integer divisor holds a zero.
@@ -160,14 +160,14 @@ impl Tensor {
     pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
         let [a, b] = &together([self, other])?;
         let out = zip(a, b, binary::Maximum::ROW)?;
-        record_operands("maximum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
+        record_operands("maximum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
     }
 
     /// The smaller element; NaN if either is. Every numeric dtype. Equal operands share the gradient.
     pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
         let [a, b] = &together([self, other])?;
         let out = zip(a, b, binary::Minimum::ROW)?;
-        record_operands("minimum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::lt), |a, b, g| chosen(b, a, g, Tensor::lt)])
+        record_operands("minimum", out, a, b, [|a, b, g| chosen(a, b, g, Tensor::gt), |a, b, g| chosen(b, a, g, Tensor::gt)])
     }
 
     /// The angle of the point (x, y) = (other, self), in (−π, π].

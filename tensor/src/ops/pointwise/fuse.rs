@@ -158,6 +158,7 @@ functions! {
     pub elu(alpha) = Elu[alpha], |t, x, _y, p, g| t.push(Function::Two(backward::Elu::ROW), p, [x, g]);
     pub clamp(low, high) = Clamp[low, high], |t, x, _y, p, g| t.push(Function::Two(backward::Clamp::ROW), p, [x, g]);
     pub(crate) huber(delta) = Huber[delta], |t, x, _y, p, g| t.push(Function::Two(backward::Huber::ROW), p, [x, g]);
+    pub(crate) bounded_log() = BoundedLog[], |t, x, _y, _, g| t.two(backward::BoundedLog::ROW, x, g);
     pub(crate) log_of_nonzero() = LogOfNonzero[], |t, x, _y, _, g| t.two(backward::LogOfNonzero::ROW, x, g);
 }
 

@@ -10,6 +10,7 @@ use kiln_kernels::cpu::cast::Stored;
 use kiln_kernels::cpu::pointwise::{self as kernels, Operand, Output};
 use kiln_kernels::cuda::SliceMut;
 use kiln_kernels::cuda::pointwise as gpu_kernels;
+use kiln_kernels::element::Element;
 use kiln_kernels::pointwise::relation::RelationRow;
 use kiln_kernels::pointwise::{Params, Row};
 use kiln_kernels::view::StridedView;
@@ -274,13 +275,19 @@ pub(super) fn compare(row: &RelationRow, a: Arg, b: Arg) -> Result<Tensor> {
     }))
 }
 
-/// The truth of a relation between the elements and a number, which need not be one of their dtype.
+/// The number as an element of the dtype.
+fn rounded(dtype: DType, value: f64) -> f64 {
+    for_any!(dtype, T => <T as Element>::from_f64(value).to_f64())
+}
+
+/// The truth of a relation between the elements and a number: of floats the nearest in their dtype; of integers it need not be one.
 pub(super) fn compare_scalar(row: &RelationRow, x: &Tensor, value: f64) -> Result<Tensor> {
     let exact = match x.dtype() {
         DType::Bool => value == 0.0 || value == 1.0,
         dtype => dtype.is_float() || holds(dtype, value),
     };
     if exact {
+        let value = if x.dtype().is_float() { rounded(x.dtype(), value) } else { value };
         return compare(row, Arg::Tensor(x), Arg::Scalar(value));
     }
     compare(row, Arg::Tensor(&x.detach().to_dtype(DType::F64)?), Arg::Scalar(value))
@@ -370,13 +377,23 @@ impl<R: Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + Sync + 'static> Op for F
         self.name
     }
     fn vjp(&self, ctx: &Ctx, grad: &Tensor) -> Result<Grads> {
+        let saved = || if self.saved_is_output { ctx.output(&self.saved) } else { self.saved.clone() };
         let gradient = match self.fused {
             Some(Fused { row, params }) if !is_grad_enabled() => apply(row, params, [Arg::Tensor(&self.saved), Arg::Tensor(grad)])?,
-            _ if self.saved_is_output => (self.rule)(&ctx.output(&self.saved), grad)?,
-            _ => (self.rule)(&self.saved, grad)?,
+            Some(_) => in_accumulator(&self.rule, &saved(), grad)?,
+            None => (self.rule)(&saved(), grad)?,
         };
         Ok(vec![Some(gradient)])
     }
+}
+
+/// `rule(saved, grad)`, of half types in f32 as the fused rows do: what lies between may be out of their range.
+fn in_accumulator(rule: impl Fn(&Tensor, &Tensor) -> Result<Tensor>, saved: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let (dtype, wide) = (saved.dtype(), saved.dtype().accumulator());
+    if dtype == wide || !dtype.is_float() {
+        return rule(saved, grad);
+    }
+    rule(&saved.to_dtype(wide)?, &grad.to_dtype(wide)?)?.to_dtype(dtype)
 }
 
 /// A rule that is one function of the gradient alone; `None` is a derivative of zero.

@@ -1,6 +1,7 @@
 //! A tensor and a number, which takes the tensor's dtype. A number that an integer dtype cannot hold is an error.
 
 use super::kernel::{Arg, apply, holds, map, record_input, record_linear};
+use crate::autocast::raised;
 use crate::{Error, Result, Tensor};
 use kiln_kernels::pointwise::{Row, binary, unary};
 
@@ -70,19 +71,20 @@ impl Tensor {
         if !self.dtype().is_float() {
             return Err(Error::unsupported_dtype("powf", self.dtype(), "a float dtype"));
         }
+        let x = &*raised(self)?;
         // Exact where the general power is not, or nearly so, and faster.
         let out = if exponent == 2.0 {
-            map(self, unary::Square::ROW)?
+            map(x, unary::Square::ROW)?
         } else if exponent == 3.0 {
-            map(self, unary::Cube::ROW)?
+            map(x, unary::Cube::ROW)?
         } else if exponent == -1.0 {
-            map(self, unary::Recip::ROW)?
+            map(x, unary::Recip::ROW)?
         } else if exponent == 0.5 {
-            map(self, unary::Sqrt::ROW)?
+            map(x, unary::Sqrt::ROW)?
         } else {
-            with_scalar(binary::Pow::ROW, self, exponent)?
+            with_scalar(binary::Pow::ROW, x, exponent)?
         };
-        record_input("powf", out, self, None, move |x, g| match exponent {
+        record_input("powf", out, x, None, move |x, g| match exponent {
             0.0 => x.detach().zeros_like(),
             1.0 => Ok(g.clone()),
             2.0 => g.mul(x)?.mul_scalar(2.0),

@@ -12,6 +12,12 @@ impl Tensor {
         record_input("huber", out, self, Fused::with(backward::Huber::ROW, params), move |x, g| g.mul(&x.clamp(-delta, delta)?))
     }
 
+    /// max(ln x, −100) with the derivative 1/max(x, 10⁻¹²), which is finite where the logarithm is at its bound.
+    pub(crate) fn bounded_log(&self) -> Result<Tensor> {
+        let fused = Fused::new(backward::BoundedLog::ROW);
+        record_input("bounded_log", map(self, unary::BoundedLog::ROW)?, self, fused, |x, g| g.div(&x.clamp(1e-12, None)?))
+    }
+
     /// ln x, and 0 with derivative 0 where x is 0.
     pub(crate) fn log_of_nonzero(&self) -> Result<Tensor> {
         let fused = Fused::new(backward::LogOfNonzero::ROW);

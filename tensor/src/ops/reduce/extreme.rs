@@ -108,7 +108,10 @@ impl Tensor {
                 (values, indices)
             }
             None => {
-                let mut indices = vec![0i64; kept.numel()];
+                let mut indices = Vec::new();
+                let no_room = |_| Error::argument(op, format!("there is no memory for indices of shape {kept}"));
+                indices.try_reserve_exact(kept.numel()).map_err(no_room)?;
+                indices.resize(kept.numel(), 0i64);
                 let values = for_any!(self.dtype(), T => Tensor::build::<T>(self.device(), &kept, |out| {
                     let view = self.view_of::<T>()?;
                     if max { reduce::max_with_index(view, dim, out, &mut indices) } else { reduce::min_with_index(view, dim, out, &mut indices) }

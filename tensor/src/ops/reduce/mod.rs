@@ -10,6 +10,7 @@ pub(super) use scan::axis_of;
 
 use crate::autocast::raised;
 use crate::graph::{Ctx, Grads, Op, record};
+use crate::ops::movement::PadMode;
 use crate::profile::{Cost, operation};
 use crate::{Bool, DType, Dims, Error, Layout, Result, Shape, Tensor};
 use kiln_kernels::cpu::lanes::Numeric;
@@ -128,8 +129,8 @@ impl Op for Product {
 }
 
 impl Product {
-    /// The product of all other factors for each, without division: of every line of n factors, an n × n matrix with ones on its
-    /// diagonal. Taken only where a factor is zero.
+    /// The product of all other factors for each, without division: up a tree of pairs the products of what is below, and down again those of
+    /// what is beside. Taken only where a factor is zero.
     fn products_of_others(&self) -> Result<Tensor> {
         let rank = self.x.rank();
         let (kept, reduced): (Vec<usize>, Vec<usize>) = (0..rank).partition(|&d| !self.axes.reduced[d]);
@@ -139,8 +140,20 @@ impl Product {
         let permuted = self.x.permute(&order)?;
         let n = self.axes.count;
         let lines = self.x.numel() / n.max(1);
-        let diagonal = Tensor::eye(n, (DType::F32, self.x.device()))?.ne_scalar(0.0)?;
-        let others = permuted.reshape([lines, 1, n])?.expand([lines, n, n])?.masked_fill(&diagonal, 1.0)?.prod(2)?;
+        // Ones make the line a power of two long. Products of half types are f32 until the end, as those of the forward pass are.
+        let mut level = permuted.reshape([lines, n])?.to_dtype(self.x.dtype().accumulator())?;
+        level = level.pad(&[0, (n.next_power_of_two() - n) as isize], PadMode::Constant(1.0))?;
+        let mut siblings = Vec::new();
+        for pairs in (0..n.next_power_of_two().ilog2()).rev().map(|log| 1usize << log) {
+            let two = level.reshape([lines, pairs, 2])?;
+            siblings.push(two.flip(2)?);
+            level = two.select(2, 0)?.mul(&two.select(2, 1)?)?;
+        }
+        let mut others = level.detach().ones_like()?;
+        for beside in siblings.iter().rev() {
+            others = others.unsqueeze(2)?.mul(beside)?.flatten(1, 2)?;
+        }
+        let others = others.narrow(1, 0, n)?.to_dtype(self.x.dtype())?;
         others.reshape(permuted.shape())?.permute(&back)
     }
 }
