@@ -66,7 +66,7 @@ fn main() -> Result<()> {
 fn train(args: &Args, name: &str, params: &Params, model: &dyn Module, images: &ImageSet) -> Result<()> {
     let options = LoaderOptions { batch_size: args.batch_size, seed: args.seed, ..LoaderOptions::default() };
     let mut loader = Loader::new(images.clone(), options)?;
-    let total = args.steps.unwrap_or(args.epochs * loader.batches());
+    let total = args.steps.unwrap_or(args.epochs.saturating_mul(loader.batches()));
     let mut optimizer = Adam::new(params.params(), AdamOptions::default())?;
     let schedule = Schedule::cosine(total, 0.0);
     let mut metrics = MetricsCsv::create(&args.out.join(format!("{name}.csv")), &["step", "loss"])?;

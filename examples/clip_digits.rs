@@ -133,6 +133,7 @@ fn resume_command(args: &Args) -> String {
     add("seed", args.seed.to_string(), defaults.seed.to_string());
     add("eval-every", args.eval_every.to_string(), defaults.eval_every.to_string());
     add("eval-samples", args.eval_samples.to_string(), defaults.eval_samples.to_string());
+    add("device", args.device.to_string(), defaults.device.to_string());
     if let Some(data) = &args.data {
         add("data", data.display().to_string(), String::new());
     }
@@ -144,8 +145,8 @@ fn answer(args: &Args, mnist: &Mnist) -> Result<()> {
     let params = Params::new();
     let (_, model) = load_pretrained::<ClipConfig>(args.out.join("model"), &params)?;
     params.eval();
-    let options =
-        CaptionedOptions { samples: args.eval_samples, seed: args.seed + 2, combinations: Combinations::All, ..Default::default() };
+    let (samples, seed) = (args.eval_samples, args.seed.wrapping_add(2));
+    let options = CaptionedOptions { samples, seed, combinations: Combinations::All, ..Default::default() };
     let gallery = CaptionedPictures::new(&mnist.test, options)?;
     let batch = gallery.batch(&(0..args.eval_samples).collect::<Vec<_>>(), &mut Rng::new(0))?;
     show(&model, &args.prompt, &batch.pictures, &batch.attributes, &args.out.join("prompt.png"))
@@ -198,7 +199,7 @@ struct Marks {
 impl Exam {
     fn new(args: &Args, mnist: &Mnist) -> Result<Self> {
         let combinations = Combinations::HeldOut;
-        let options = CaptionedOptions { samples: args.eval_samples, seed: args.seed + 1, combinations, ..Default::default() };
+        let options = CaptionedOptions { samples: args.eval_samples, seed: args.seed.wrapping_add(1), combinations, ..Default::default() };
         let set = CaptionedPictures::new(&mnist.test, options)?;
         let batch = set.batch(&(0..args.eval_samples).collect::<Vec<_>>(), &mut Rng::new(0))?;
         Ok(Self { pictures: batch.pictures, captions: batch.captions, attributes: batch.attributes })

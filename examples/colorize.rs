@@ -23,6 +23,8 @@ const GENERATED: (usize, usize) = (4000, 400);
 const HELD_OUT: usize = 10;
 /// Triples of grey, coloured and true pictures in a row of the grid, and rows.
 const GRID: (usize, usize) = (4, 6);
+/// The largest side of a picture in the grid; larger pictures are shown at a half, a third, … of theirs.
+const SHOWN_SIDE: usize = 512;
 /// Steps between checkpoints within an epoch.
 const SAVE_EVERY: u64 = 50;
 /// Pixels with less colour than this (of at most about 0.6) have no hue to get right.
@@ -113,6 +115,7 @@ fn resume_command(args: &Args) -> String {
     add("lr", args.lr.to_string(), defaults.lr.to_string());
     add("loss", args.loss.to_string(), defaults.loss.to_string());
     add("seed", args.seed.to_string(), defaults.seed.to_string());
+    add("device", args.device.to_string(), defaults.device.to_string());
     if let Some(steps) = args.steps {
         add("steps", steps.to_string(), String::new());
     }
@@ -181,10 +184,10 @@ impl Run {
         let params = Params::seeded(args.seed);
         let model = Colorizer::new(&params, ColorizerConfig { width: args.width, ..ColorizerConfig::default() })?;
         // The rate's fall is part of the run: with --steps it still ends where --epochs says, so that a longer run continues a shorter one.
-        let steps = Some(args.epochs * loader.batches());
-        let options = VaeTrainerOptions { lr: args.lr, steps, reconstruction: args.loss, ..VaeTrainerOptions::default() };
+        let all_epochs = args.epochs.saturating_mul(loader.batches());
+        let options = VaeTrainerOptions { lr: args.lr, steps: Some(all_epochs), reconstruction: args.loss, ..VaeTrainerOptions::default() };
         let metrics = MetricsCsv::create(&args.out.join("metrics.csv"), &["step", "epoch", "loss"])?;
-        let total = args.steps.unwrap_or(args.epochs * loader.batches());
+        let total = args.steps.unwrap_or(all_epochs);
         let trainer = VaeTrainer::new(model, params, options)?;
         let mut run = Self { trainer, loader, test, metrics, total, out: args.out.clone() };
         if args.resume {
@@ -217,8 +220,9 @@ impl Run {
                     self.save()?;
                 }
             }
-            self.draw()?;
+            // A picture that cannot be drawn shall not cost the epoch.
             self.save()?;
+            self.draw()?;
         }
         progress.finish();
         Ok(true)
@@ -234,7 +238,11 @@ impl Run {
         let truth = self.held_out(0, GRID.0 * GRID.1)?;
         let (grey, _) = split_colour(&truth)?;
         let coloured = self.trainer.evaluate(|model| model.forward(&grey))?;
-        let triples = Tensor::stack(&[grey.expand(*truth.shape())?, coloured, truth], 1)?.flatten(0, 1)?;
+        let mut triples = Tensor::stack(&[grey.expand(*truth.shape())?, coloured, truth], 1)?.flatten(0, 1)?;
+        let [_, _, height, width] = triples.dims_n("colours")?;
+        if height.max(width) > SHOWN_SIDE {
+            triples = triples.avg_pool2d(height.max(width).div_ceil(SHOWN_SIDE))?;
+        }
         save_grid(&self.out.join("colours.png"), &triples, 3 * GRID.0)?;
         plot_curves(&self.out.join("loss.png"), "distance of a pixel", &[Curve::new("loss", self.metrics.column("loss"))])
     }

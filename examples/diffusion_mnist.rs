@@ -141,6 +141,9 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
+    if args.judge_samples == 1 {
+        return Err(Error::argument("diffusion_mnist", "--judge-samples must be 0 or at least 2: one picture has no spread to compare"));
+    }
     set_default_device(args.device);
     let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
     println!("data: {mnist}");
@@ -154,7 +157,7 @@ fn main() -> Result<()> {
         println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = DigitJudge::train(&mnist.train, &mnist.test, 4, args.seed)?;
         println!("the classifier names {:.2} % of the test digits correctly", 100.0 * judge.accuracy());
-        let (pictures, labels) = run.many_samples(args.judge_samples, args.seed + 1)?;
+        let (pictures, labels) = run.many_samples(args.judge_samples, args.seed.wrapping_add(1))?;
         println!("{} drawn digits: {}", args.judge_samples, judge.judge(&pictures)?);
         println!("{:.1} % of them are the digit that was asked for", 100.0 * judge.agreement(&pictures, &labels)?);
     }
@@ -287,7 +290,7 @@ impl Run {
             let message = format!("{} images do not fill a batch of {}", images.len(), args.batch_size);
             return Err(Error::argument("diffusion_mnist", message));
         }
-        let total = args.epochs.map_or(args.steps, |epochs| epochs * loader.batches());
+        let total = args.epochs.map_or(args.steps, |epochs| epochs.saturating_mul(loader.batches()));
         let noise = noise_schedule(args);
         let scheduler = args.scheduler.map_or_else(|| noise.clone(), |kind| noise.with_kind(kind));
         // What cannot draw is refused before the training.
@@ -376,9 +379,9 @@ impl Run {
 
     /// A grid with a column for each digit, and the film of how some came about.
     fn draw_results(&mut self) -> Result<()> {
-        let (pictures, _) = self.samples(GRID.0 * GRID.1, self.seed + 2, 0)?;
+        let (pictures, _) = self.samples(GRID.0 * GRID.1, self.seed.wrapping_add(2), 0)?;
         save_grid(&self.out.join("samples.png"), &pictures, GRID.1)?;
-        let (_, frames) = self.samples(FILM.0, self.seed + 3, FILM.1)?;
+        let (_, frames) = self.samples(FILM.0, self.seed.wrapping_add(3), FILM.1)?;
         let film = Tensor::stack(&frames.iter().collect::<Vec<_>>(), 1)?.flatten(0, 1)?; // a row for each picture
         save_grid(&self.out.join("film.png"), &film, frames.len())
     }

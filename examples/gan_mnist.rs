@@ -76,6 +76,9 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
+    if args.judge_samples == 1 {
+        return Err(Error::argument("gan_mnist", "--judge-samples must be 0 or at least 2: one picture has no spread to compare"));
+    }
     set_default_device(args.device);
     let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
     println!("data: {mnist}");
@@ -92,7 +95,7 @@ fn main() -> Result<()> {
         println!("training a classifier on the training digits to judge the drawn ones …");
         let judge = judge(&mnist, args.seed)?;
         println!("the classifier names {:.2} % of the test digits correctly", 100.0 * judge.accuracy());
-        let (pictures, labels) = run.samples(args.judge_samples, args.seed + 1)?;
+        let (pictures, labels) = run.samples(args.judge_samples, args.seed.wrapping_add(1))?;
         println!("{} drawn digits: {}", args.judge_samples, judge.judge(&pictures)?);
         if let Some(labels) = labels {
             println!("{:.1} % of them are the digit that was asked for", 100.0 * judge.agreement(&pictures, &labels)?);
@@ -118,6 +121,8 @@ fn resume_command(args: &Args) -> String {
     add("batch-size", args.batch_size.to_string(), defaults.batch_size.to_string());
     add("seed", args.seed.to_string(), defaults.seed.to_string());
     add("loss", args.loss.to_string(), defaults.loss.to_string());
+    add("device", args.device.to_string(), defaults.device.to_string());
+    add("judge-samples", args.judge_samples.to_string(), defaults.judge_samples.to_string());
     if let Some(steps) = args.steps {
         add("steps", steps.to_string(), String::new());
     }
@@ -165,7 +170,7 @@ impl Run {
 
     /// Trains to the end; `false` if Ctrl-C stopped it.
     fn train(&mut self, args: &Args) -> Result<bool> {
-        let total = args.steps.unwrap_or(args.epochs * self.loader.batches());
+        let total = args.steps.unwrap_or(args.epochs.saturating_mul(self.loader.batches()));
         let stop = stop_on_ctrl_c()?;
         let progress = Progress::new(total, "training");
         let mut profile = args.profile.map(|steps| ProfiledSteps::new(self.trainer.steps() + PROFILE_AFTER, steps));

@@ -1,6 +1,7 @@
 //! Draws what a prompt says with Stable Diffusion 1.5, 2.1 or XL. `cargo run --example stable_diffusion -- --model FOLDER --prompt "…"`
 //!
-//! Writes PNGs that carry the prompt, the seed and the settings, and beside each a rough preview while it is drawn.
+//! Writes PNGs that carry the prompt, the seed and the settings, and beside each a rough preview while it is drawn. Says how long each phase
+//! took, and how much memory.
 
 use clap::Parser;
 use kiln::diffusion::pipeline::{
@@ -11,7 +12,8 @@ use kiln::lora::LoraWeights;
 use kiln::nn::ParamsOptions;
 use kiln::prelude::*;
 use kiln::report::{Progress, save_grid};
-use kiln::{Error, Result};
+use kiln::vae::split_colour;
+use kiln::{Error, Result, memory_stats, reset_peak, set_default_device};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -53,7 +55,7 @@ struct Args {
     /// Height, as the width.
     #[arg(long)]
     height: Option<usize>,
-    /// Another scheduler than the model's: ddim, pndm, euler, euler-a, heun, dpm++-2m, dpm++-2m-karras, unipc, lcm, …
+    /// Another scheduler than the model's, whatever that is: ddim, pndm, euler, euler-a, heun, dpm++-2m, dpm++-2m-karras, unipc, lcm, …
     #[arg(long)]
     scheduler: Option<SchedulerKind>,
     /// A LoRA (kohya, diffusers, PEFT), with its weight after a colon. Several add up.
@@ -92,6 +94,9 @@ struct Args {
     /// Dtype of the networks: f32, bf16, f16.
     #[arg(long, default_value = "f32")]
     dtype: DType,
+    /// Decode large pictures in tiles: less memory, nearly the same picture.
+    #[arg(long)]
+    vae_tiling: bool,
     /// Device: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -134,7 +139,15 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
-    let load = LoadOptions { dtype: args.dtype, device: args.device, keep: args.count > 1, ..LoadOptions::default() };
+    set_default_device(args.device);
+    let load = LoadOptions {
+        dtype: args.dtype,
+        device: args.device,
+        keep: args.count > 1,
+        scheduler: args.scheduler,
+        vae_tiling: args.vae_tiling,
+        ..LoadOptions::default()
+    };
     let mut pipeline = match &args.checkpoint {
         Some(file) => StableDiffusion::load_single_file(file, model, load)?,
         None => StableDiffusion::load(model, load)?,
@@ -147,12 +160,15 @@ fn main() -> Result<()> {
         pipeline.add_word(TextualInversion::load(file, None)?)?;
     }
     let options = draw_options(&args)?;
-    for seed in args.seed..args.seed.saturating_add(args.count) {
+    for seed in (0..args.count).map(|i| args.seed.wrapping_add(i)) {
         let path = args.out.join(format!("{seed:05}.png"));
         let start = Instant::now();
-        let drawn = draw(&pipeline, &DrawOptions { seed, ..options.clone() }, &args.out.join(format!("{seed:05}_preview.png")))?;
+        let mut phases = Phases::new(args.device);
+        let preview = args.out.join(format!("{seed:05}_preview.png"));
+        let drawn = draw(&pipeline, &DrawOptions { seed, ..options.clone() }, &preview, &mut phases)?;
         drawn.save(&path)?;
-        println!("seed {seed}: {} after {:.1} s", path.display(), start.elapsed().as_secs_f64());
+        println!("seed {seed}: {} after {:.1} s ({})", path.display(), start.elapsed().as_secs_f64(), phases.done.join("; "));
+        drawn.unread.iter().for_each(|rest| println!("not read, because the text is too long: {rest}"));
     }
     Ok(())
 }
@@ -170,7 +186,7 @@ fn with_weight(lora: &str) -> Result<(&str, f64)> {
 
 fn draw_options(args: &Args) -> Result<DrawOptions> {
     let image = args.init_image.as_ref().map(load_picture).transpose()?;
-    let mask = args.mask.as_ref().map(|path| unit(path)?.narrow(1, 0, 1)).transpose()?;
+    let mask = args.mask.as_ref().map(|path| to_unit(&split_colour(&load_picture(path)?)?.0)).transpose()?;
     Ok(DrawOptions {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
@@ -179,7 +195,6 @@ fn draw_options(args: &Args) -> Result<DrawOptions> {
         guidance_rescale: args.guidance_rescale,
         height: args.height,
         width: args.width,
-        scheduler: args.scheduler,
         clip_skip: args.clip_skip,
         image,
         strength: args.strength,
@@ -197,20 +212,58 @@ fn controls(args: &Args) -> Result<Vec<ControlInput>> {
     let one = |(folder, image): (&PathBuf, &PathBuf)| {
         let params = Params::with(ParamsOptions { dtype: args.dtype, device: args.device, ..ParamsOptions::default() });
         let network = ControlInput::load_network(folder, &params)?;
-        let input = ControlInput::new(network, &unit(image)?);
+        let input = ControlInput::new(network, &to_unit(&load_picture(image)?)?);
         Ok(ControlInput { conditioning_scale: args.control_scale, guess_mode: args.guess_mode, ..input })
     };
     args.controlnet.iter().zip(&args.control_image).map(one).collect()
 }
 
-/// A picture with values in [0, 1].
-fn unit(path: &PathBuf) -> Result<Tensor> {
-    load_picture(path)?.add_scalar(1.0)?.mul_scalar(0.5)
+/// Values of [−1, 1] as values of [0, 1].
+fn to_unit(picture: &Tensor) -> Result<Tensor> {
+    picture.add_scalar(1.0)?.mul_scalar(0.5)
 }
 
-fn draw(pipeline: &StableDiffusion, options: &DrawOptions, preview: &Path) -> Result<Drawn> {
+/// The time and the memory that each phase of a picture took.
+struct Phases {
+    device: Device,
+    running: Option<(Phase, Instant)>,
+    done: Vec<String>,
+}
+
+impl Phases {
+    fn new(device: Device) -> Self {
+        Self { device, running: None, done: Vec::new() }
+    }
+
+    /// Ends the phase before, if another one begins.
+    fn enter(&mut self, phase: Phase) -> Result<()> {
+        if self.running.is_none_or(|(running, _)| running != phase) {
+            self.leave()?;
+            self.device.gpu()?.map_or_else(reset_peak, |gpu| gpu.reset_peak());
+            self.running = Some((phase, Instant::now()));
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self) -> Result<()> {
+        let Some((phase, start)) = self.running.take() else { return Ok(()) };
+        self.device.synchronize()?;
+        let peak = self.device.gpu()?.map_or_else(|| memory_stats().peak, |gpu| gpu.memory_stats().peak);
+        let name = match phase {
+            Phase::Prompt => "reading the prompt",
+            Phase::Encode => "reading the picture",
+            Phase::Denoise => "drawing",
+            Phase::Decode => "decoding",
+        };
+        self.done.push(format!("{name} {:.1} s, {} MiB at most", start.elapsed().as_secs_f64(), peak.div_ceil(1 << 20)));
+        Ok(())
+    }
+}
+
+fn draw(pipeline: &StableDiffusion, options: &DrawOptions, preview: &Path, phases: &mut Phases) -> Result<Drawn> {
     let mut progress: Option<Progress> = None;
     let mut seen = |step: &Step<'_>| -> Result<()> {
+        phases.enter(step.phase)?;
         if step.phase == Phase::Denoise {
             progress.get_or_insert_with(|| Progress::new(step.total as u64, "drawing")).set(step.done as u64, &[]);
             if let Some(picture) = step.preview()?.filter(|_| step.done.is_multiple_of(PREVIEW_EVERY)) {
@@ -221,5 +274,7 @@ fn draw(pipeline: &StableDiffusion, options: &DrawOptions, preview: &Path) -> Re
         }
         Ok(())
     };
-    pipeline.draw(options, &mut seen)
+    let drawn = pipeline.draw(options, &mut seen)?;
+    phases.leave()?;
+    Ok(drawn)
 }

@@ -12,7 +12,7 @@ use kiln::prelude::*;
 use kiln::report::{Cloud, Curve, MetricsCsv, Progress, plot_clouds, plot_curves, save_grid, stop_on_ctrl_c};
 use kiln::vae::{DigitVae, DigitVaeConfig, VaeTrainer, VaeTrainerOptions};
 use kiln::{Error, Result, set_default_device};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -83,13 +83,23 @@ fn main() -> Result<()> {
     if let Some(threads) = args.threads {
         kiln::set_threads(threads)?;
     }
+    if args.judge_samples == 1 {
+        return Err(Error::argument("vae_mnist", "--judge-samples must be 0 or at least 2: one picture has no spread to compare"));
+    }
     set_default_device(args.device);
     let mnist = Mnist::open(args.data.clone().map_or(Source::Auto, Source::Folder))?;
     println!("data: {mnist}");
+    let map = args.out.join("map");
+    if !args.resume {
+        // A later --resume must not find those of another run.
+        for old in [checkpoint(&args.out), checkpoint(&map)].iter().filter(|old| old.exists()) {
+            std::fs::remove_file(old).map_err(|e| Error::io("vae_mnist", old.display(), e))?;
+        }
+    }
     let stop = stop_on_ctrl_c()?;
     let Some(run) = train(&args, args.latent, args.out.clone(), &mnist, &stop)? else { return Ok(()) };
     let with_map = !args.no_map && args.latent != 2;
-    if with_map && train(&args, 2, args.out.join("map"), &mnist, &stop)?.is_none() {
+    if with_map && train(&args, 2, map, &mnist, &stop)?.is_none() {
         return Ok(());
     }
     if args.judge_samples > 0 {
@@ -97,6 +107,11 @@ fn main() -> Result<()> {
     }
     println!("everything is in {}", args.out.display());
     Ok(())
+}
+
+/// The checkpoint of the model in `folder`.
+fn checkpoint(folder: &Path) -> PathBuf {
+    folder.join("checkpoint.safetensors")
 }
 
 /// Trains a model with latents of `latent` numbers and draws what it does; nothing if Ctrl-C stopped it.
@@ -128,6 +143,8 @@ fn resume_command(args: &Args) -> String {
     add("width", args.width.to_string(), defaults.width.to_string());
     add("lr", args.lr.to_string(), defaults.lr.to_string());
     add("kl-weight", args.kl_weight.to_string(), defaults.kl_weight.to_string());
+    add("device", args.device.to_string(), defaults.device.to_string());
+    add("judge-samples", args.judge_samples.to_string(), defaults.judge_samples.to_string());
     if let Some(steps) = args.steps {
         add("steps", steps.to_string(), String::new());
     }
@@ -159,19 +176,20 @@ impl Run {
         if loader.batches() == 0 {
             return Err(Error::argument("vae_mnist", format!("{} images do not fill a batch of {}", mnist.train.len(), args.batch_size)));
         }
-        let total = args.steps.unwrap_or(args.epochs * loader.batches());
+        let all_epochs = args.epochs.saturating_mul(loader.batches());
+        let total = args.steps.unwrap_or(all_epochs);
         let params = Params::seeded(args.seed);
         let model = DigitVae::new(&params, DigitVaeConfig { latent, width: args.width })?;
         // The rate's fall is part of the run: with --steps it still ends where --epochs says, so that a longer run continues a shorter one.
-        let steps = Some(args.epochs * loader.batches());
-        let options = VaeTrainerOptions { lr: args.lr, steps, penalty_weight: args.kl_weight, ..VaeTrainerOptions::default() };
+        let options =
+            VaeTrainerOptions { lr: args.lr, steps: Some(all_epochs), penalty_weight: args.kl_weight, ..VaeTrainerOptions::default() };
         let metrics = MetricsCsv::create(&out.join("metrics.csv"), &["step", "epoch", "loss", "reconstruction", "kl"])?;
         let grid_noise = Generator::new(args.seed ^ 0x6121D).randn([8 * COLUMNS, latent], DType::F32)?;
         let test = mnist.test.clone().with_scale(Scale::Signed);
         let trainer = VaeTrainer::new(model, params, options)?;
         let mut run = Self { trainer, loader, metrics, total, test, grid_noise, out };
         // The map's model may not have begun when the run was stopped.
-        if args.resume && (latent == args.latent || run.checkpoint().exists()) {
+        if args.resume && (latent == args.latent || checkpoint(&run.out).exists()) {
             run.restore()?;
             println!("resumed at step {}", run.trainer.steps());
         }
@@ -270,22 +288,18 @@ impl Run {
         println!("squared error of a pixel of {} test digits, of a range of 2: {error:.4}", labels.len());
         println!("the classifier names {:.2} % of them correctly, and {:.2} % of their reconstructions", 100.0 * before, 100.0 * after);
         println!("reconstructions: {}", judge.judge(&decoded)?);
-        let noise = Generator::new(seed + 1).randn([count, self.trainer.model().config().latent], DType::F32)?;
+        let noise = Generator::new(seed.wrapping_add(1)).randn([count, self.trainer.model().config().latent], DType::F32)?;
         println!("samples: {}", judge.judge(&self.trainer.evaluate(|model| model.decode(&noise))?)?);
         Ok(())
     }
 
-    fn checkpoint(&self) -> PathBuf {
-        self.out.join("checkpoint.safetensors")
-    }
-
     fn save(&mut self) -> Result<()> {
         self.metrics.flush()?;
-        self.loader.state().save_with(self.checkpoint(), self.trainer.state_dict()?)
+        self.loader.state().save_with(checkpoint(&self.out), self.trainer.state_dict()?)
     }
 
     fn restore(&mut self) -> Result<()> {
-        let (state, position) = LoaderState::load_with(self.checkpoint())?;
+        let (state, position) = LoaderState::load_with(checkpoint(&self.out))?;
         self.trainer.load_state_dict(&state)?;
         self.loader.resume(position)?;
         // What was written after the checkpoint will be written again.

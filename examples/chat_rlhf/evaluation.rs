@@ -41,7 +41,7 @@ impl<'a> Evaluation<'a> {
         let generate = sampler(&self.road.eos);
         let max_new_tokens = self.road.args.max_new_tokens;
         let chunk = |(i, prompts): (usize, &[Vec<u32>])| {
-            generate(model, &RolloutRequest { prompts, max_new_tokens, temperature: 1.0, seed: seed + 1000 * i as u64 })
+            generate(model, &RolloutRequest { prompts, max_new_tokens, temperature: 1.0, seed: seed.wrapping_add(1000 * i as u64) })
         };
         let chunks = self.prompts[..count].chunks(CHUNK).enumerate().map(chunk).collect::<Result<Vec<_>>>()?;
         Ok(chunks.concat())

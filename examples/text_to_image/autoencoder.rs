@@ -83,13 +83,13 @@ pub fn train(stage: &Stage, digits: &ImageSet, model: &Path) -> Result<bool> {
         bias.set(&Tensor::from_vec(moments, 2 * config.latent_channels)?.to_device(default_device())?)?;
     }
     let trainer = VaeTrainer::new(vae, params.clone(), options)?;
-    let shown = Pictures::new(digits, &Style::ALL, Combinations::All, SHOWN, stage.seed + 1)?.first(SHOWN)?.pictures;
+    let shown = Pictures::new(digits, &Style::ALL, Combinations::All, SHOWN, stage.seed.wrapping_add(1))?.first(SHOWN)?.pictures;
     let mut training = Autoencoding { trainer, shown };
     if !stage.train(&mut training, Pictures::new(digits, &Style::ALL, Combinations::All, ENDLESS, stage.seed)?)? {
         return Ok(false);
     }
     // The diffusion model expects latents of mean 0 and variance 1.
-    let plain = Pictures::new(digits, &[Style::Plain], Combinations::Training, MEASURED, stage.seed + 1)?.first(MEASURED)?;
+    let plain = Pictures::new(digits, &[Style::Plain], Combinations::Training, MEASURED, stage.seed.wrapping_add(1))?.first(MEASURED)?;
     let latents = no_grad(|| Ok::<_, kiln::Error>(training.trainer.model().encode(&to_blocks(&plain.pictures)?)?.mode()))?;
     config.shift_factor = Some(latents.mean(())?.item_f64()?);
     config.scaling_factor = 1.0 / latents.std((), 1.0)?.item_f64()?.max(1e-6);

@@ -126,12 +126,13 @@ pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model
     let network = Steered { unet, controlnet, edges: Mutex::new(None) };
     let trainer = DiffusionTrainer::new(network, &params, trainer_options(stage, studio, LR, None))?;
     let mut training = Steering { studio, trainer };
-    if !stage.train(&mut training, Pictures::new(&mnist.train, &[Style::Plain], Combinations::Training, ENDLESS, stage.seed + 8)?)? {
+    let lessons = Pictures::new(&mnist.train, &[Style::Plain], Combinations::Training, ENDLESS, stage.seed.wrapping_add(8))?;
+    if !stage.train(&mut training, lessons)? {
         return Ok(false);
     }
     training.trainer.ema().evaluate(|| save_pretrained(model.join("controlnet"), &config, &params, u64::MAX))?;
 
-    let real = Pictures::new(&mnist.test, &[Style::Plain], Combinations::HeldOut, judged, stage.seed + 9)?.first(judged)?;
+    let real = Pictures::new(&mnist.test, &[Style::Plain], Combinations::HeldOut, judged, stage.seed.wrapping_add(9))?.first(judged)?;
     let wanted = edges(&real.pictures)?;
     let again = studio.pictures(&studio.latents(&real.pictures)?)?;
     let free = studio.draw_with(&training.trainer.network().unet, &real.captions, stage.seed)?;

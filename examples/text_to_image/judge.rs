@@ -164,12 +164,12 @@ pub fn train(stage: &Stage, mnist: &Mnist, exam: usize) -> Result<Option<Judge>>
     let judge = Judge::new(&params)?;
     let optimizer = Adam::new(params.params(), AdamOptions { lr: LR, ..AdamOptions::default() })?;
     let mut training = Judging { judge, params, optimizer, schedule: Schedule::cosine(stage.total, 0.02), steps: 0 };
-    let pictures = Pictures::new(&mnist.train, &Style::ALL, Combinations::All, ENDLESS, stage.seed + 3)?;
+    let pictures = Pictures::new(&mnist.train, &Style::ALL, Combinations::All, ENDLESS, stage.seed.wrapping_add(3))?;
     if !stage.train(&mut training, pictures)? {
         return Ok(None);
     }
     let judge = training.judge;
-    let real = Pictures::new(&mnist.test, &Style::ALL, Combinations::All, exam, stage.seed + 4)?.first(exam)?;
+    let real = Pictures::new(&mnist.test, &Style::ALL, Combinations::All, exam, stage.seed.wrapping_add(4))?.first(exam)?;
     let marks = judge.marks_by(&real.pictures, &real.attributes, |i| real.styles[i])?;
     println!("the judge on {exam} real pictures of digits it never saw: {marks}");
     Ok(Some(judge))

@@ -231,7 +231,7 @@ impl Program {
         if !painter::train(&self.stage("unet", args.steps, args.batch_size), &studio, mnist, &model, args.lr, args.autocast)? {
             return Ok(false);
         }
-        painter::examine(&studio, &judge, mnist, &model, &args.out, args.judge_samples, args.seed + 10)?;
+        painter::examine(&studio, &judge, mnist, &model, &args.out, args.judge_samples, args.seed.wrapping_add(10))?;
         Ok(true)
     }
 

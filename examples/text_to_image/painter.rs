@@ -115,7 +115,7 @@ pub fn train(stage: &Stage, studio: &Studio, mnist: &Mnist, model: &Path, lr: f6
     let unet = Painter(UNet2dConditionModel::new(&params, &config)?);
     println!("{}: {} parameters", stage.name, params.num_parameters());
     let trainer = DiffusionTrainer::new(unet, &params, trainer_options(stage, studio, lr, autocast))?;
-    let prompts = held_out(mnist, GRID.0, stage.seed + 5)?.1;
+    let prompts = held_out(mnist, GRID.0, stage.seed.wrapping_add(5))?.1;
     let mut training = Painting { studio, trainer, prompts };
     if !stage.train(&mut training, Pictures::new(&mnist.train, &[Style::Plain], Combinations::Training, ENDLESS, stage.seed)?)? {
         return Ok(false);

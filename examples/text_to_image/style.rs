@@ -35,7 +35,7 @@ pub struct Wanted {
 pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model: &Path, wanted: &Wanted) -> Result<bool> {
     let (params, unet) = open_unet(model)?;
     let style = wanted.style;
-    let (attributes, captions) = held_out(mnist, wanted.judged, stage.seed + 6)?;
+    let (attributes, captions) = held_out(mnist, wanted.judged, stage.seed.wrapping_add(6))?;
     let before = studio.draw_with(&unet, &captions, stage.seed)?;
     println!("before, judged as {style} pictures: {}", judge.marks(&before, &attributes, style)?);
 
@@ -43,7 +43,7 @@ pub fn learn(stage: &Stage, studio: &Studio, judge: &Judge, mnist: &Mnist, model
     let lora = Lora::attach(&params, &config, &Generator::new(stage.seed))?;
     let trained: usize = lora.trainable().iter().map(|param| param.shape().numel()).sum();
     println!("rank {}: {trained} numbers beside the U-Net's {}", wanted.rank, params.num_parameters());
-    let pictures = Pictures::new(&mnist.train, &[style], Combinations::Training, wanted.pictures, stage.seed + 7)?;
+    let pictures = Pictures::new(&mnist.train, &[style], Combinations::Training, wanted.pictures, stage.seed.wrapping_add(7))?;
     save_grid(&stage.folder.join("lessons.png"), &pictures.first(wanted.pictures)?.pictures, 2 * SHOWN)?;
     let trainer = DiffusionTrainer::new(unet, &params, trainer_options(stage, studio, LR, None))?;
     let mut training = Painting { studio, trainer, prompts: captions.iter().take(SHOWN).cloned().collect() };

@@ -1,17 +1,19 @@
 //! Whole runs of Stable Diffusion against `diffusers`: fixtures/pipeline/make.py.
 
+use kiln_autograd::no_grad;
 use kiln_models::diffusion::ldm::{controlnet_from_ldm, unet_from_ldm, vae_from_ldm};
 use kiln_models::diffusion::pipeline::{
-    ControlInput, DrawOptions, LoadOptions, StableDiffusion, TextualInversion, load_picture, read_png_text,
+    ControlInput, DrawOptions, LoadOptions, Phase, StableDiffusion, TextualInversion, load_picture, read_png_text,
 };
-use kiln_models::diffusion::schedulers::SchedulerKind;
+use kiln_models::diffusion::schedulers::{SchedulerClass, SchedulerConfig, SchedulerKind};
 use kiln_models::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel, UNetConditions};
 use kiln_models::lora::{Lora, LoraConfig, LoraPart, LoraStack, LoraWeights, save_lora_weights};
-use kiln_models::nn::{Params, StateDict};
+use kiln_models::nn::{Params, ParamsOptions, StateDict};
 use kiln_models::text::Tokenizer;
 use kiln_models::transformer::load_pretrained;
+use kiln_models::vae::AutoencoderKlConfig;
 use kiln_tensor::io::safetensors;
-use kiln_tensor::{DType, Generator, Result, Tensor};
+use kiln_tensor::{DType, Device, Generator, Result, Tensor};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -58,6 +60,13 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// Changes a JSON file.
+fn edit(path: impl AsRef<Path>, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut value: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut value);
+    std::fs::write(path, value.to_string()).unwrap();
 }
 
 fn pipeline(name: &str) -> StableDiffusion {
@@ -143,6 +152,10 @@ fn pictures_are_continued_and_filled_in_as_the_reference_does() {
             assert_drawn(&pipeline, &DrawOptions { strength: Some(0.5), ..filled }, "sd1.inpaint.part");
         }
     }
+    // Begins at the first of two timesteps that are equal after rounding.
+    let (image, scheduler) = (Some(signed("image")), Some(SchedulerKind::DpmSolver2MKarras));
+    let late = DrawOptions { image, scheduler, num_inference_steps: 50, strength: Some(0.06), seed: 11, ..options() };
+    assert_drawn(&pipeline, &late, "sd1.img2img.karras");
 }
 
 #[test]
@@ -161,6 +174,10 @@ fn controlnets_steer_as_the_reference() {
         ControlInput { conditioning_scale: 0.7, span, ..ControlInput::new(network, &inverse) },
     ];
     assert_drawn(&pipeline, &with(two), "sd1.control.two");
+    let pooling = Scratch::copy("pooling", "controlnet");
+    edit(pooling.0.join("config.json"), |config| config["global_pool_conditions"] = true.into());
+    let network = ControlInput::load_network(&pooling.0, &Params::seeded(0)).unwrap();
+    assert_drawn(&pipeline, &with(vec![ControlInput::new(network, edges)]), "sd1.control.pooled");
 }
 
 #[test]
@@ -185,6 +202,94 @@ fn sd2_is_the_reference() {
         let given = DrawOptions { scheduler: Some(kind.parse().unwrap()), ..from_latents() };
         assert_drawn(&pipeline, &given, &format!("sd2.{name}"));
     }
+}
+
+/// sd1, whose U-Net is told the guidance scale.
+#[test]
+fn a_latent_consistency_model_is_the_reference() {
+    let folder = Scratch::copy("lcm", "sd1");
+    edit(folder.0.join("model_index.json"), |index| index["_class_name"] = "LatentConsistencyModelPipeline".into());
+    edit(folder.0.join("unet/config.json"), |config| config["time_cond_proj_dim"] = 8.into());
+    let file = folder.0.join("unet/diffusion_pytorch_model.fp16.safetensors");
+    let mut state = safetensors::load(&file).unwrap();
+    state.insert("time_embedding.cond_proj.weight".into(), EXPECTED["cond_proj"].to_dtype(DType::F16).unwrap());
+    safetensors::save(&file, &state, &Default::default()).unwrap();
+    let pipeline = StableDiffusion::load(&folder.0, LoadOptions::default()).unwrap();
+    let four = DrawOptions { scheduler: Some(SchedulerKind::Lcm), num_inference_steps: 4, seed: 9, ..options() };
+    assert_drawn(&pipeline, &four, "sd1.lcm");
+}
+
+/// `diffusers` sets what the oldest files of Stable Diffusion leave out.
+#[test]
+fn scheduler_files_of_before_are_brought_up_to_date() {
+    let folder = Scratch::copy("old", "sd1");
+    edit(folder.0.join("scheduler/scheduler_config.json"), |config| {
+        config.as_object_mut().unwrap().retain(|name, _| !["steps_offset", "clip_sample", "skip_prk_steps"].contains(&name.as_str()));
+    });
+    let load = |class: &str| {
+        edit(folder.0.join("model_index.json"), |index| index["_class_name"] = class.into());
+        StableDiffusion::load(&folder.0, LoadOptions::default()).unwrap()
+    };
+    let fields = |pipeline: &StableDiffusion| {
+        let config = pipeline.scheduler();
+        (config.steps_offset, config.clip_sample, config.skip_prk_steps)
+    };
+    assert_eq!(fields(&load("StableDiffusionControlNetPipeline")), (None, None, None));
+    assert_eq!(fields(&load("StableDiffusionInpaintPipeline")), (Some(1), None, Some(true)));
+    assert_eq!(fields(&load("StableDiffusionImg2ImgPipeline")), (Some(1), Some(false), None));
+    let old = load("StableDiffusionPipeline");
+    assert_eq!(fields(&old), (Some(1), Some(false), None));
+    for (name, kind) in [("pndm", SchedulerKind::Pndm), ("ddim", SchedulerKind::Ddim)] {
+        let given = DrawOptions { scheduler: Some(kind), negative_prompt: Some("blurry".into()), ..from_latents() };
+        assert_drawn(&old, &given, &format!("sd1.{name}"));
+    }
+}
+
+#[test]
+fn a_scheduler_that_is_not_known_can_be_replaced() {
+    let folder = Scratch::copy("magic", "sd1");
+    edit(folder.0.join("scheduler/scheduler_config.json"), |config| config["_class_name"] = "MagicScheduler".into());
+    let options = LoadOptions { scheduler: Some(SchedulerKind::Ddim), ..LoadOptions::default() };
+    let pipeline = StableDiffusion::load(&folder.0, options).unwrap();
+    assert_eq!(pipeline.scheduler().class, SchedulerClass::Ddim);
+    let given = DrawOptions { negative_prompt: Some("blurry".into()), ..from_latents() };
+    assert_drawn(&pipeline, &given, "sd1.ddim");
+}
+
+#[test]
+fn large_pictures_are_decoded_in_tiles_if_asked() -> Result<()> {
+    let options = DrawOptions { height: Some(48), width: Some(64), num_inference_steps: 2, ..options() };
+    let whole = pipeline("sd1").draw(&options, &mut |_| Ok(()))?;
+    let load = LoadOptions { vae_tiling: true, ..LoadOptions::default() };
+    let tiled = StableDiffusion::load(fixtures().join("sd1"), load)?.draw(&options, &mut |_| Ok(()))?;
+    assert_eq!(tiled.latents.to_vec::<f32>()?, whole.latents.to_vec::<f32>()?);
+    assert_ne!(tiled.picture.to_vec::<f32>()?, whole.picture.to_vec::<f32>()?);
+    let (_, mut vae) = load_pretrained::<AutoencoderKlConfig>(fixtures().join("sd1/vae"), &Params::new())?;
+    vae.enable_tiling();
+    let expected = no_grad(|| vae.decode(&vae.unscale(&tiled.latents)?)?.clamp(-1.0, 1.0))?;
+    assert_eq!(tiled.picture.to_vec::<f32>()?, expected.to_vec::<f32>()?);
+    assert_eq!((tiled.texts.get("vae_tiling").map(String::as_str), whole.texts.get("vae_tiling")), (Some("on"), None));
+    Ok(())
+}
+
+/// With `KILN_TEST_DEVICE=cuda`, on a GPU (or the emulator of one) that is not the default device.
+#[test]
+fn a_gpu_draws_the_same() -> Result<()> {
+    if !std::env::var("KILN_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
+        return Ok(());
+    }
+    let device = Device::cuda(0)?;
+    let mut pipeline = StableDiffusion::load(fixtures().join("sd1"), LoadOptions { device, keep: true, ..LoadOptions::default() })?;
+    let ddim = |options| DrawOptions { scheduler: Some(SchedulerKind::Ddim), ..options };
+    let params = Params::with(ParamsOptions { device, generator: Generator::new(0), ..ParamsOptions::default() });
+    let network = ControlInput::load_network(fixtures().join("controlnet"), &params)?;
+    let controls = vec![ControlInput { guess_mode: true, ..ControlInput::new(network, &EXPECTED["edges"]) }];
+    assert_drawn(&pipeline, &ddim(DrawOptions { controls, ..from_latents() }), "sd1.control.guess");
+    let (image, mask) = (Some(signed("image")), Some(EXPECTED["mask"].clone()));
+    assert_drawn(&pipeline, &ddim(DrawOptions { image, mask, seed: 12, ..options() }), "sd1.inpaint.ddim");
+    pipeline.add_lora("kohya", &LoraWeights::load(fixtures().join("lora_sd1_kohya.safetensors"))?, 1.0)?;
+    assert_drawn(&pipeline, &ddim(from_latents()), "sd1.lora.kohya");
+    Ok(())
 }
 
 /// A U-Net that was trained to fill in, and U-Nets that were not.
@@ -288,8 +393,9 @@ fn prompts_are_read_as_the_reference_reads_them() {
 fn steps_are_told_with_a_preview_and_pictures_say_how_they_were_drawn() -> Result<()> {
     let (pipeline, scratch) = (pipeline("sd1"), Scratch::new("png"));
     let options = DrawOptions { num_inference_steps: 4, negative_prompt: Some("trübe 雨".into()), seed: 3, ..options() };
-    let mut previews = 0;
+    let (mut previews, mut begun) = (0, Vec::new());
     let drawn = pipeline.draw(&options, &mut |step| {
+        begun.extend((step.done == 0).then_some((step.phase, step.total)));
         if let Some(preview) = step.preview()? {
             assert_eq!(preview.dims(), [1, 3, 4, 4]);
             previews += 1;
@@ -298,6 +404,7 @@ fn steps_are_told_with_a_preview_and_pictures_say_how_they_were_drawn() -> Resul
     })?;
     // PNDM asks the network once more.
     assert_eq!(previews, 5);
+    assert_eq!(begun, [(Phase::Prompt, 1), (Phase::Denoise, 5), (Phase::Decode, 1)]);
     let path = scratch.0.join("out/picture.png");
     drawn.save(&path)?;
     let texts = read_png_text(&path)?;
@@ -311,6 +418,61 @@ fn steps_are_told_with_a_preview_and_pictures_say_how_they_were_drawn() -> Resul
     let stopped =
         pipeline.draw(&options, &mut |step| if step.done == 2 { Err(kiln_tensor::Error::argument("test", "enough")) } else { Ok(()) });
     assert!(stopped.err().unwrap().to_string().contains("enough"));
+    Ok(())
+}
+
+#[test]
+fn pictures_say_all_that_it_takes_to_draw_them_again() -> Result<()> {
+    let mut pipeline = pipeline("sd1");
+    pipeline.add_word(TextualInversion::new("<evening>", &[Tensor::zeros([1, 16], ())?])?)?;
+    let network = ControlInput::load_network(fixtures().join("controlnet"), &Params::seeded(0))?;
+    let control = ControlInput { conditioning_scale: 0.5, span: (0.0, 0.6), ..ControlInput::new(network, &EXPECTED["edges"]) };
+    let controls = vec![control.clone(), ControlInput { guess_mode: true, span: (0.0, 1.0), ..control }];
+    let (image, mask) = (Some(signed("image")), Some(EXPECTED["mask"].clone()));
+    let scheduler = Some(SchedulerKind::Ddim);
+    let few = DrawOptions { num_inference_steps: 2, scheduler, seed: 3, ..options() };
+    let texts = |options: &DrawOptions| pipeline.draw(options, &mut |_| Ok(())).map(|drawn| drawn.texts);
+    let full = texts(&DrawOptions { image, mask, controls, eta: 0.5, guidance_rescale: 0.7, ..few.clone() })?;
+    for (name, text) in [
+        ("scheduler", "ddim"),
+        ("seed", "3"),
+        ("guidance_scale", "5"),
+        ("guidance_rescale", "0.7"),
+        ("eta", "0.5"),
+        ("image", "given"),
+        ("strength", "1"),
+        ("mask", "given"),
+        ("controlnet", "scale 0.5, from 0 to 0.6 of the steps; scale 0.5, from 0 to 1 of the steps, guess mode"),
+        ("textual_inversion", "<evening>"),
+    ] {
+        assert_eq!(full.get(name).map(String::as_str), Some(text), "{name}");
+    }
+    let config = SchedulerConfig::from_json(&full["scheduler_config"])?;
+    assert_eq!((config.class, config.beta_end, config.clip_sample), (SchedulerClass::Ddim, Some(0.012), Some(false)));
+    let plain = texts(&DrawOptions { scheduler: None, ..few.clone() })?;
+    assert_eq!(plain["scheduler"], "PNDMScheduler");
+    assert!(["eta", "guidance_rescale", "image", "mask", "controlnet", "noise"].iter().all(|name| !plain.contains_key(*name)));
+    // A seed that the first noise is not of is not called one.
+    let latents = Some(EXPECTED["latents"].clone());
+    let started = texts(&DrawOptions { latents, ..few.clone() })?;
+    assert_eq!((started.get("seed"), started["noise"].as_str()), (None, "given as latents, all other of seed 3"));
+    let drawn = texts(&DrawOptions { generator: Some(Generator::new(1)), ..few })?;
+    assert_eq!((drawn.get("seed"), drawn["noise"].as_str()), (None, "of a given generator"));
+    Ok(())
+}
+
+#[test]
+fn the_ends_of_texts_that_are_too_long_are_told() -> Result<()> {
+    let long = |end: &str| "x ".repeat(75) + end;
+    let options = DrawOptions { prompt: long("the dusk, light"), num_inference_steps: 1, ..options() };
+    for name in ["sd1", "xl"] {
+        let pipeline = pipeline(name);
+        let unread = |options: &DrawOptions| pipeline.draw(options, &mut |_| Ok(())).map(|drawn| drawn.unread);
+        assert_eq!(unread(&options)?, ["the dusk , light"], "{name}");
+        let negative_prompt = Some(long("sk"));
+        assert_eq!(unread(&DrawOptions { negative_prompt, ..options.clone() })?, ["the dusk , light", "sk"], "{name}");
+        assert!(unread(&DrawOptions { prompt: long(""), ..options.clone() })?.is_empty(), "{name}");
+    }
     Ok(())
 }
 
@@ -412,6 +574,11 @@ fn broken_folders_are_errors_that_name_the_part() {
     let scratch = Scratch::copy("scheduler", "sd1");
     std::fs::write(scratch.0.join("scheduler/scheduler_config.json"), r#"{"_class_name": "MagicScheduler"}"#).unwrap();
     expect_error(load(&scratch), &["MagicScheduler"]);
+    let scratch = Scratch::copy("refiner", "xl");
+    let parts = ["tokenizer", "text_encoder"];
+    edit(scratch.0.join("model_index.json"), |index| parts.iter().for_each(|part| index[*part] = serde_json::json!([null, null])));
+    parts.iter().for_each(|part| std::fs::remove_dir_all(scratch.0.join(part)).unwrap());
+    expect_error(load(&scratch), &["does without tokenizer, text_encoder", "refiner", "not supported"]);
     let scratch = Scratch::copy("weights", "sd1");
     std::fs::remove_file(scratch.0.join("unet/diffusion_pytorch_model.fp16.safetensors")).unwrap();
     let opened = load(&scratch).unwrap();

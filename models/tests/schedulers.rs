@@ -99,7 +99,7 @@ fn trajectories_are_those_of_diffusers() {
         }
         let learned = case["config"]["variance_type"].as_str().is_some_and(|v| v.starts_with("learned"));
         let start = match case.get("begin") {
-            Some(_) => scheduler.add_noise(&wave(2.0, 1.0), &wave(0.5, 1.5), times[0]).unwrap(),
+            Some(_) => scheduler.add_noise_at(&wave(2.0, 1.0), &wave(0.5, 1.5), begin).unwrap(),
             None => wave(0.5, 1.5).mul_scalar(scheduler.init_noise_sigma()).unwrap(),
         };
         let samples = sampled(scheduler.as_mut(), begin, &start, learned, &Generator::torch_cpu(7)).unwrap();
@@ -276,7 +276,7 @@ fn what_makes_no_sense_is_an_error_that_says_so() {
         scheduler.set_timesteps(10).unwrap();
         scheduler.step(&x, 0, &x, &g).unwrap();
         assert!(scheduler.add_noise(&x, &x, -1.0).is_err() && scheduler.add_noise(&x, &x, 1001.0).is_err(), "{class}");
-        assert!(scheduler.add_noise(&x, &x, f64::NAN).is_err(), "{class}");
+        assert!(scheduler.add_noise(&x, &x, f64::NAN).is_err() && scheduler.add_noise_at(&x, &x, count).is_err(), "{class}");
         assert!(scheduler.add_noise(&x, &x.narrow(0, 0, 1).unwrap(), 5.0).is_err(), "{class}");
         assert!(scheduler.set_eta(2.0).is_err() && scheduler.set_eta(0.0).is_ok() && scheduler.set_mu(1.0).is_err(), "{class}");
     }
@@ -293,7 +293,8 @@ fn what_makes_no_sense_is_an_error_that_says_so() {
 fn options_that_do_not_go_together_are_errors() {
     for text in [
         r#""EulerDiscreteScheduler", "use_karras_sigmas": true, "use_exponential_sigmas": true"#,
-        r#""EulerDiscreteScheduler", "use_beta_sigmas": true"#,
+        r#""EulerDiscreteScheduler", "use_karras_sigmas": true, "use_beta_sigmas": true"#,
+        r#""EulerDiscreteScheduler", "use_beta_sigmas": true, "sigma_min": -1"#,
         r#""EulerDiscreteScheduler", "use_karras_sigmas": true, "sigma_min": -1"#,
         r#""HeunDiscreteScheduler", "use_exponential_sigmas": true, "sigma_min": 3, "sigma_max": 2"#,
         r#""DDIMScheduler", "steps_offset": 900"#,
@@ -428,4 +429,21 @@ fn a_configuration_is_written_back_and_made_into_another_kind() {
     let karras = given.with_kind(SchedulerKind::EulerKarras);
     assert_eq!(karras.use_karras_sigmas, Some(true));
     assert_eq!(karras.with_kind(SchedulerKind::Euler).use_karras_sigmas, Some(false));
+    // A name that says Karras's levels has no others.
+    let beta = SchedulerConfig { use_beta_sigmas: Some(true), ..given };
+    beta.with_kind(SchedulerKind::EulerKarras).build().unwrap().set_timesteps(5).unwrap();
+}
+
+#[test]
+fn a_file_of_an_unknown_class_can_be_read_as_another_kind() {
+    let text = r#"{"_class_name": "MagicScheduler", "beta_start": 0.00085, "steps_offset": 1, "sigma_data": 0.5}"#;
+    let read = SchedulerConfig::from_json_as(text, SchedulerKind::DpmSolver2MKarras).unwrap();
+    assert_eq!((read.class, read.beta_start, read.steps_offset), (SchedulerClass::DpmSolverMultistep, Some(0.00085), Some(1)));
+    assert_eq!((read.use_karras_sigmas, read.extra.len()), (Some(true), 1));
+    // Of a known one it is what `with_kind` makes of it.
+    let flow = r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}"#;
+    let kind = SchedulerKind::DpmSolver2M;
+    assert_eq!(SchedulerConfig::from_json_as(flow, kind).unwrap(), config(flow).with_kind(kind));
+    assert!(error(SchedulerConfig::from_json_as(r#"{"beta_start": "x"}"#, kind)).contains("beta_start"));
+    assert!(error(SchedulerConfig::load_as("/nowhere", kind)).contains("/nowhere"));
 }

@@ -291,7 +291,7 @@ fn finite(weight: f64) -> Result<f64> {
     if weight.is_finite() { Ok(weight) } else { Err(Error::argument("lora", format!("{weight} is no weight of a LoRA"))) }
 }
 
-/// The matrices of an update in the form and dtype that the layer takes.
+/// The matrices of an update in the form, the dtype and on the device that the layer takes.
 fn fitted(update: &Update, host: &Host) -> Result<Term> {
     let weight = host.weight_values()?;
     let rank = update.down.dim(0)?;
@@ -315,7 +315,7 @@ fn fitted(update: &Update, host: &Host) -> Result<Term> {
             let message = format!("the update of `{}` has a matrix {}, the layer takes {dims:?}", host.name(), tensor.shape());
             return Err(Error::shape("lora", message));
         }
-        tensor.reshape(dims)?.to_dtype(weight.dtype())?.contiguous()
+        tensor.reshape(dims)?.to_dtype(weight.dtype())?.to_device(weight.device())?.contiguous()
     };
     Ok(Term { down: fit(&update.down, &down)?, up: fit(&update.up, &up)?, scale: update.scale })
 }

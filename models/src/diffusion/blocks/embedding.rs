@@ -15,7 +15,8 @@ pub(crate) fn timestep_waves(timesteps: &Tensor, width: usize, flip: bool, shift
     }
     // Exponents in f32, as the reference has them: at timesteps of hundreds their rounding moves the waves by 1e-4.
     let exponent = |i: usize| -(1e4f64.ln() as f32) * i as f32 / (half as f64 - shift) as f32;
-    let frequencies = Tensor::from_vec((0..half).map(|i| f64::from(exponent(i)).exp() as f32).collect(), half)?;
+    let frequencies: Vec<f32> = (0..half).map(|i| f64::from(exponent(i)).exp() as f32).collect();
+    let frequencies = Tensor::from_vec(frequencies, half)?.to_device(timesteps.device())?;
     let angles = timesteps.to_dtype(kiln_tensor::DType::F32)?.unsqueeze(-1)?.mul(&frequencies)?;
     let (sin, cos) = (angles.sin()?, angles.cos()?);
     if flip { Tensor::cat(&[&cos, &sin], -1) } else { Tensor::cat(&[&sin, &cos], -1) }

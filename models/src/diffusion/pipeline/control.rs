@@ -18,7 +18,7 @@ pub struct ControlInput {
     pub image: Tensor,
     /// How much it counts.
     pub conditioning_scale: f64,
-    /// Lets the network lead without a prompt.
+    /// Lets the network lead without a prompt. One with `global_pool_conditions` always steers the answer to the prompt only.
     pub guess_mode: bool,
     /// The share of the steps at which it begins and ends.
     pub span: (f64, f64),
@@ -63,6 +63,13 @@ impl ControlInput {
         Ok(())
     }
 
+    /// Its settings, as a picture's metadata give them.
+    pub(super) fn text(&self) -> String {
+        let (start, end) = self.span;
+        let guess = if self.guess_mode { ", guess mode" } else { "" };
+        format!("scale {}, from {start} to {end} of the steps{guess}", self.conditioning_scale)
+    }
+
     /// Whether step `index` of `count` is steered.
     fn is_on(&self, index: usize, count: usize) -> bool {
         let (now, next) = (index as f64 / count as f64, (index + 1) as f64 / count as f64);
@@ -94,19 +101,20 @@ pub(super) fn residuals(controls: &[ControlInput], question: &Question<'_>, inde
 
 fn ask(control: &ControlInput, question: &Question<'_>) -> Result<Residuals> {
     let batch = question.sample.dim(0)?;
-    let guided_guess = control.guess_mode && batch == 2;
+    let guesses = control.guess_mode || control.network.config().global_pool_conditions;
+    let guided_guess = guesses && batch == 2;
     let last = |x: &Tensor| if guided_guess { x.narrow(0, batch - 1, 1) } else { Ok(x.clone()) };
     let (sample, context) = (last(question.sample)?, last(question.context)?);
     let text = question.conditions.text_embeds.map(last).transpose()?;
     let ids = question.conditions.time_ids.map(last).transpose()?;
     let conditions = UNetConditions { text_embeds: text.as_ref(), time_ids: ids.as_ref(), ..UNetConditions::default() };
-    let image = Tensor::cat(&vec![&control.image; sample.dim(0)?], 0)?.to_dtype(sample.dtype())?;
+    let image = Tensor::cat(&vec![&control.image; sample.dim(0)?], 0)?.to_dtype(sample.dtype())?.to_device(sample.device())?;
     let asked = Control { image: &image, conditioning_scale: control.conditioning_scale, guess_mode: control.guess_mode };
     let said = control.network.forward(&sample, question.timestep, &context, &asked, &conditions)?;
     if !guided_guess {
         return Ok(said);
     }
-    // In guess mode the network is asked with the prompt only, and says nothing without.
+    // The network is asked with the prompt only, and says nothing without.
     let both = |x: &Tensor| Tensor::cat(&[&x.zeros_like()?, x], 0);
     Ok(Residuals { down: said.down.iter().map(both).collect::<Result<_>>()?, mid: both(&said.mid)? })
 }

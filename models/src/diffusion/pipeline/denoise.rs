@@ -65,7 +65,8 @@ impl Run<'_> {
             let output = self.unet.forward(&self.with_masked(&input)?, &time, context, &conditions)?;
             let output = if guides { self.guided(&output)? } else { output };
             latent = scheduler.step(&output, index, &latent, self.generator)?;
-            latent = self.kept(scheduler, latent, timesteps.get(index + 1).copied())?;
+            let next = Some(index + 1).filter(|&next| next < timesteps.len());
+            latent = self.kept(scheduler, latent, next)?;
             seen(step + 1, count, &latent)?;
         }
         Ok(latent)
@@ -100,11 +101,11 @@ impl Run<'_> {
         Tensor::cat(&[input, &repeated(mask)?, &repeated(masked)?], 1)
     }
 
-    /// Outside of the mask the picture stays as it was, with the noise of the next timestep.
-    fn kept(&self, scheduler: &dyn Scheduler, latent: Tensor, next: Option<f64>) -> Result<Tensor> {
+    /// Outside of the mask the picture stays as it was, with the noise of the timestep of index `next`.
+    fn kept(&self, scheduler: &dyn Scheduler, latent: Tensor, next: Option<usize>) -> Result<Tensor> {
         let Some(Painted { latent: original, mask, masked_latent: None }) = self.painted else { return Ok(latent) };
         let noisy = match next {
-            Some(timestep) => scheduler.add_noise(original, &self.noise, timestep)?,
+            Some(index) => scheduler.add_noise_at(original, &self.noise, index)?,
             None => original.clone(),
         };
         mask.mul_scalar(-1.0)?.add_scalar(1.0)?.mul(&noisy)?.add(&mask.mul(&latent)?)

@@ -7,7 +7,7 @@ use super::picture::resize_picture;
 use super::prompt::{Condition, Depth, Encoder, joined};
 use super::{DrawOptions, TextualInversion, latent_preview, write_png};
 use crate::clip::ClipTextModel;
-use crate::diffusion::schedulers::{Scheduler, SchedulerConfig};
+use crate::diffusion::schedulers::{Scheduler, SchedulerConfig, SchedulerKind};
 use crate::diffusion::unet::UNet2dConditionModel;
 use crate::lora::{LoraPart, LoraStack, LoraWeights};
 use crate::nn::Params;
@@ -61,8 +61,10 @@ pub struct Drawn {
     pub picture: Tensor,
     /// The scaled latent that it was decoded from.
     pub latents: Tensor,
-    /// The prompt, the seed and the settings by name.
+    /// The prompt, the seed and the settings by name: all that it takes to draw it again, but for tensors and networks that were given.
     pub texts: BTreeMap<String, String>,
+    /// The ends of the prompt and of the negative prompt that were not read: text encoders take 77 tokens.
+    pub unread: Vec<String>,
 }
 
 impl Drawn {
@@ -90,7 +92,7 @@ struct Kept {
     vae: Option<Arc<AutoencoderKl>>,
 }
 
-/// Stable Diffusion 1, 2 or XL: draws what a prompt says. From the same noise the pictures are those of `diffusers`, and for the same seed.
+/// Stable Diffusion 1, 2 or XL, or a latent consistency model of its kind: draws what a prompt says. From the same noise the pictures are those of `diffusers`, and for the same seed.
 ///
 /// Loading reads configurations and vocabularies only. Each network is read when its part of a picture comes, and dropped after it, unless
 /// [`LoadOptions::keep`] is set.
@@ -147,7 +149,7 @@ impl StableDiffusion {
         self.folder.is_xl()
     }
 
-    /// The configuration of the folder's scheduler.
+    /// The configuration of the folder's scheduler, or of the one that was chosen as it was loaded.
     pub fn scheduler(&self) -> &SchedulerConfig {
         &self.scheduler
     }
@@ -268,6 +270,7 @@ impl StableDiffusion {
         let start =
             self.start(options, size, config.in_channels, scheduler.as_ref(), &generator, &mut |done| tell(Phase::Encode, done, 1, None))?;
         let controls = sized_controls(&options.controls, size)?;
+        tell(Phase::Denoise, 0, scheduler.timesteps().len().saturating_sub(start.first), None)?;
         let unet = self.unet()?;
         let ids = is_xl.then(|| time_ids(size, self.folder.dtype())?.to_device(self.folder.device())).transpose()?;
         let run = Run {
@@ -288,7 +291,7 @@ impl StableDiffusion {
         let vae = self.vae()?;
         let picture = vae.decode(&vae.unscale(&latents.to_dtype(vae.last_weight().dtype())?)?)?.clamp(-1.0, 1.0)?;
         tell(Phase::Decode, 1, 1, None)?;
-        Ok(Drawn { picture, latents, texts: self.texts(options, size, scheduler.config()) })
+        Ok(Drawn { picture, latents, texts: self.texts(options, size, scheduler.config())?, unread: condition.unread })
     }
 
     /// Height and width, multiples of 8.
@@ -313,7 +316,10 @@ impl StableDiffusion {
     }
 
     fn run_scheduler(&self, options: &DrawOptions) -> Result<Box<dyn Scheduler>> {
-        let config = options.scheduler.map_or_else(|| self.scheduler.clone(), |kind| self.scheduler.with_kind(kind));
+        let config = match options.scheduler {
+            Some(kind) => self.folder.brought_up_to_date(self.scheduler.with_kind(kind)),
+            None => self.scheduler.clone(),
+        };
         let mut scheduler = config.build()?;
         scheduler.set_eta(options.eta)?;
         scheduler.set_timesteps(options.num_inference_steps)?;
@@ -369,10 +375,10 @@ impl StableDiffusion {
         };
         seen(0)?;
         let vae = self.vae()?;
-        let image = resize_picture(image, size)?;
+        let image = resize_picture(image, size)?.to_device(self.folder.device())?;
         let encode = |image: &Tensor| {
             let dtype = vae.last_weight().dtype();
-            let posterior = vae.encode(&image.to_dtype(dtype)?.to_device(self.folder.device())?)?;
+            let posterior = vae.encode(&image.to_dtype(dtype)?)?;
             let noise = generator.randn(shape, dtype)?.to_device(self.folder.device())?;
             vae.scale(&posterior.sample_from(&noise)?)?.to_dtype(self.folder.dtype())
         };
@@ -384,14 +390,14 @@ impl StableDiffusion {
         let sees_masked = options.mask.is_some() && channels == 2 * shape[1] + 1;
         let latent = if all && sees_masked { None } else { Some(encode(&image)?) };
         let noise = given()?.map_or_else(draw, Ok)?;
-        let latents = match (scheduler.timesteps().get(first), &latent) {
-            (Some(&timestep), Some(latent)) if !all => scheduler.add_noise(latent, &noise, timestep)?,
+        let latents = match &latent {
+            Some(latent) if !all => scheduler.add_noise_at(latent, &noise, first)?,
             _ => noise.mul_scalar(scheduler.init_noise_sigma())?,
         };
         let painted = match &options.mask {
             None => None,
             Some(mask) => {
-                let mask = sized_mask(mask, size)?;
+                let mask = sized_mask(mask, size)?.to_device(self.folder.device())?;
                 let visible = mask.mul_scalar(-1.0)?.add_scalar(1.0)?;
                 let masked = if sees_masked {
                     Some(encode(&image.mul(&visible)?)?)
@@ -400,8 +406,7 @@ impl StableDiffusion {
                     draw()?;
                     None
                 };
-                let small = mask.interpolate([shape[2], shape[3]], Interpolation::Nearest)?;
-                let small = small.to_dtype(self.folder.dtype())?.to_device(self.folder.device())?;
+                let small = mask.interpolate([shape[2], shape[3]], Interpolation::Nearest)?.to_dtype(self.folder.dtype())?;
                 Some(Painted { latent: latent.unwrap_or_else(|| noise.clone()), mask: small, masked_latent: masked })
             }
         };
@@ -409,32 +414,46 @@ impl StableDiffusion {
         Ok(Start { latents, noise, painted, first })
     }
 
-    fn texts(&self, options: &DrawOptions, [height, width]: [usize; 2], scheduler: &SchedulerConfig) -> BTreeMap<String, String> {
+    /// What a picture's file says of how it was drawn.
+    fn texts(&self, options: &DrawOptions, [height, width]: [usize; 2], scheduler: &SchedulerConfig) -> Result<BTreeMap<String, String>> {
+        let kind = options.scheduler.or(self.folder.chosen_scheduler());
+        let config = serde_json::to_string(scheduler).map_err(|e| Error::format("draw", format!("the scheduler's configuration: {e}")))?;
         let mut texts = BTreeMap::from([
             ("model", self.folder.name()),
             ("prompt", options.prompt.clone()),
-            ("seed", options.seed.to_string()),
             ("steps", options.num_inference_steps.to_string()),
             ("guidance_scale", options.guidance_scale.to_string()),
-            ("scheduler", scheduler.class.name().to_owned()),
+            ("scheduler", kind.map_or(scheduler.class.name(), SchedulerKind::name).to_owned()),
+            ("scheduler_config", config),
             ("size", format!("{width}x{height}")),
             ("dtype", self.folder.dtype().to_string()),
             ("Software", format!("Kiln {}", env!("CARGO_PKG_VERSION"))),
         ]);
-        if let Some(negative) = &options.negative_prompt {
-            texts.insert("negative_prompt", negative.clone());
-        }
-        if options.image.is_some() {
-            texts.insert("strength", options.strength().to_string());
-        }
-        if options.clip_skip > 0 {
-            texts.insert("clip_skip", options.clip_skip.to_string());
-        }
-        if !self.updates.is_empty() {
-            let named: Vec<String> = self.updates.iter().map(|update| format!("{}:{}", update.name, update.weight)).collect();
-            texts.insert("lora", named.join(", "));
-        }
-        texts.into_iter().map(|(key, text)| (key.to_owned(), text)).collect()
+        let seed = options.seed;
+        match (&options.latents, &options.generator) {
+            (None, None) => texts.insert("seed", seed.to_string()),
+            (Some(_), None) => texts.insert("noise", format!("given as latents, all other of seed {seed}")),
+            (None, Some(_)) => texts.insert("noise", "of a given generator".to_owned()),
+            (Some(_), Some(_)) => texts.insert("noise", "given as latents, all other of a given generator".to_owned()),
+        };
+        let listed = |names: Vec<String>, between: &str| (!names.is_empty()).then(|| names.join(between));
+        let given = |is_given: bool| is_given.then(|| "given".to_owned());
+        let settings = [
+            ("negative_prompt", options.negative_prompt.clone()),
+            ("guidance_rescale", (options.guidance_rescale != 0.0).then(|| options.guidance_rescale.to_string())),
+            ("eta", (options.eta != 0.0).then(|| options.eta.to_string())),
+            ("clip_skip", (options.clip_skip > 0).then(|| options.clip_skip.to_string())),
+            ("image", given(options.image.is_some())),
+            ("strength", options.image.is_some().then(|| options.strength().to_string())),
+            ("mask", given(options.mask.is_some())),
+            ("controlnet", listed(options.controls.iter().map(ControlInput::text).collect(), "; ")),
+            ("lora", listed(self.updates.iter().map(|update| format!("{}:{}", update.name, update.weight)).collect(), ", ")),
+            ("textual_inversion", listed(self.words.iter().map(|word| word.token().to_owned()).collect(), ", ")),
+            ("variant", self.folder.variant().map(str::to_owned)),
+            ("vae_tiling", self.folder.vae_tiling().then(|| "on".to_owned())),
+        ];
+        texts.extend(settings.into_iter().filter_map(|(key, text)| Some((key, text?))));
+        Ok(texts.into_iter().map(|(key, text)| (key.to_owned(), text)).collect())
     }
 }
 
@@ -454,7 +473,7 @@ fn sized_mask(mask: &Tensor, size: [usize; 2]) -> Result<Tensor> {
     }
     // Pictures are resized in [−1, 1].
     let resized = resize_picture(&mask.mul_scalar(2.0)?.add_scalar(-1.0)?, size)?;
-    resized.ge(&Tensor::zeros((), DType::F32)?)?.to_dtype(DType::F32)
+    resized.ge_scalar(0.0)?.to_dtype(DType::F32)
 }
 
 /// The controls with their pictures at the size that is drawn.

@@ -2,7 +2,7 @@
 
 use crate::clip::{ClipTextConfig, ClipTextModel, WithProjection, from_open_clip};
 use crate::diffusion::ldm::{unet_from_ldm, vae_from_ldm};
-use crate::diffusion::schedulers::SchedulerConfig;
+use crate::diffusion::schedulers::{SchedulerConfig, SchedulerKind};
 use crate::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel};
 use crate::nn::{Params, ParamsOptions, StateDict};
 use crate::pretrained::{Pretrained, build_pretrained, load_pretrained_variant, read_config, read_object};
@@ -24,21 +24,27 @@ pub struct LoadOptions {
     pub variant: Option<String>,
     /// Whether the networks stay in memory after their part of a picture is done. If not, each is read again for the next picture.
     pub keep: bool,
+    /// Another scheduler than the folder's, for the pictures that do not choose one: whatever class the folder names, known here or not.
+    pub scheduler: Option<SchedulerKind>,
+    /// Whether the autoencoder takes pictures that are larger than those of its training apart into tiles: less memory, nearly the same
+    /// picture.
+    pub vae_tiling: bool,
 }
 
 impl Default for LoadOptions {
     /// f32 on the default device, one network in memory at a time.
     fn default() -> Self {
-        Self { dtype: DType::F32, device: default_device(), variant: None, keep: false }
+        Self { dtype: DType::F32, device: default_device(), variant: None, keep: false, scheduler: None, vae_tiling: false }
     }
 }
 
 /// The classes of pipelines that are known here.
-const CLASSES: [&str; 8] = [
+const CLASSES: [&str; 9] = [
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionControlNetPipeline",
+    "LatentConsistencyModelPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
@@ -65,12 +71,11 @@ impl Folder {
             return Err(Error::new(ErrorKind::Io, "stable diffusion", message));
         }
         let index = read_object(&index)?;
-        let class = index.get("_class_name").and_then(Value::as_str).unwrap_or_default();
-        if !CLASSES.contains(&class) {
-            let message = format!("model_index.json: _class_name is `{class}`; there are {}", CLASSES.join(", "));
+        let found = Self { folder: folder.to_owned(), single: single.map(Path::to_owned), options, index };
+        if !CLASSES.contains(&found.class()) {
+            let message = format!("model_index.json: _class_name is `{}`; there are {}", found.class(), CLASSES.join(", "));
             return Err(Error::format("stable diffusion", message));
         }
-        let found = Self { folder: folder.to_owned(), single: single.map(Path::to_owned), options, index };
         found.expect_parts()?;
         Ok(found)
     }
@@ -84,13 +89,31 @@ impl Folder {
         if missing.is_empty() {
             return Ok(());
         }
+        let left_out: Vec<&str> = missing.iter().copied().filter(|part| self.does_without(part)).collect();
+        if !left_out.is_empty() {
+            let message = format!(
+                "{}: by its model_index.json the pipeline does without {}, as SDXL's refiner does; such pipelines are not supported",
+                self.folder.display(),
+                left_out.join(", ")
+            );
+            return Err(Error::format("stable diffusion", message));
+        }
         let message = format!("{} lacks the folders {} that its model_index.json calls for", self.folder.display(), missing.join(", "));
         Err(Error::new(ErrorKind::Io, "stable diffusion", message))
     }
 
+    /// Whether `model_index.json` says that there is no such part.
+    fn does_without(&self, part: &str) -> bool {
+        matches!(self.index.get(part), Some(Value::Array(names)) if names.iter().all(Value::is_null))
+    }
+
+    fn class(&self) -> &str {
+        self.index.get("_class_name").and_then(Value::as_str).unwrap_or_default()
+    }
+
     /// Whether it is SDXL, with two text encoders.
     pub fn is_xl(&self) -> bool {
-        self.index.get("_class_name").and_then(Value::as_str).is_some_and(|class| class.contains("XL"))
+        self.class().contains("XL")
     }
 
     /// Whether an absent negative prompt is zeros instead of the text "".
@@ -123,8 +146,38 @@ impl Folder {
         self.options.keep
     }
 
+    pub fn vae_tiling(&self) -> bool {
+        self.options.vae_tiling
+    }
+
+    pub fn variant(&self) -> Option<&str> {
+        self.options.variant.as_deref()
+    }
+
+    pub fn chosen_scheduler(&self) -> Option<SchedulerKind> {
+        self.options.scheduler
+    }
+
+    /// The folder's scheduler, or the one that was chosen in its place.
     pub fn scheduler(&self) -> Result<SchedulerConfig> {
-        SchedulerConfig::load(self.folder.join("scheduler"))
+        let path = self.folder.join("scheduler");
+        let config = match self.options.scheduler {
+            Some(kind) => SchedulerConfig::load_as(path, kind)?,
+            None => SchedulerConfig::load(path)?,
+        };
+        Ok(self.brought_up_to_date(config))
+    }
+
+    /// What the reference's pipelines of Stable Diffusion 1 and 2 make of a scheduler's configuration: the oldest files leave out what these
+    /// models were trained with.
+    pub fn brought_up_to_date(&self, mut config: SchedulerConfig) -> SchedulerConfig {
+        match self.class() {
+            "StableDiffusionPipeline" | "StableDiffusionImg2ImgPipeline" => config.clip_sample = Some(false),
+            "StableDiffusionInpaintPipeline" => config.skip_prk_steps = Some(true),
+            _ => return config,
+        }
+        config.steps_offset = Some(1);
+        config
     }
 
     pub fn tokenizer(&self, number: usize) -> Result<Tokenizer> {
@@ -151,7 +204,13 @@ impl Folder {
     pub fn vae(&self) -> Result<AutoencoderKl> {
         let upcast = self.options.dtype == DType::F16 && self.vae_config()?.force_upcast;
         let params = self.params(if upcast { DType::F32 } else { self.options.dtype });
-        self.part::<AutoencoderKlConfig>("vae", &params, |_, tensors| vae_from_ldm(tensors(&["first_stage_model.", "vae."])?))
+        let mut model =
+            self.part::<AutoencoderKlConfig>("vae", &params, |_, tensors| vae_from_ldm(tensors(&["first_stage_model.", "vae."])?))?;
+        if self.options.vae_tiling {
+            let tiling = model.config().tiling();
+            model.set_tiling(Some(tiling))?;
+        }
+        Ok(model)
     }
 
     /// The text encoder of SD 1 and 2, or the first or second of SDXL.

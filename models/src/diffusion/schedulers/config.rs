@@ -124,7 +124,7 @@ fields! {
     use_karras_sigmas: bool = false,
     /// Whether the noise levels are evenly spaced in log σ.
     use_exponential_sigmas: bool = false,
-    /// Whether the noise levels are quantiles of a beta distribution: not implemented here, an error if asked for.
+    /// Whether the noise levels are quantiles of a beta distribution (Lee et al., *Beta Sampling is All You Need*, 2024).
     use_beta_sigmas: bool = false,
     /// Whether the noise levels are evenly spaced in log-SNR (Lu et al.).
     use_lu_lambdas: bool = false,
@@ -179,7 +179,7 @@ fields! {
     ;
     /// The βs themselves, in place of a schedule.
     trained_betas: Vec<f64>,
-    /// The lowest noise level of Karras's and the exponential spacing; the run's own if none.
+    /// The lowest noise level of Karras's, the exponential and the beta spacing; the run's own if none.
     sigma_min: f64,
     /// The highest noise level of the same.
     sigma_max: f64,
@@ -339,8 +339,7 @@ impl SchedulerConfig {
     /// # Errors
     /// If it is not JSON, names no scheduler that there is, or a field has a value of another kind; the error lists what there is.
     pub fn from_json(text: &str) -> Result<Self> {
-        let text = without_infinity(text);
-        let mut map: Map<String, Value> = serde_json::from_str(&text).map_err(|e| Error::format(OP, e.to_string()))?;
+        let mut map = fields_of(text)?;
         let class = take::<SchedulerClass>(&mut map, "_class_name")?.ok_or_else(|| {
             let names = SchedulerClass::ALL.iter().map(|class| class.name()).collect::<Vec<_>>().join(", ");
             Error::format(OP, format!("_class_name is missing; expected one of {names}"))
@@ -348,15 +347,38 @@ impl SchedulerConfig {
         Self::from_map(class, map)
     }
 
+    /// From a text as [`from_json`](Self::from_json) takes it, for another scheduler ([`with_kind`](Self::with_kind)) than it names: also
+    /// where it names one that is not known here.
+    ///
+    /// # Errors
+    /// If it is not JSON, or a field has a value of another kind.
+    pub fn from_json_as(text: &str, kind: SchedulerKind) -> Result<Self> {
+        let mut map = fields_of(text)?;
+        let named = map.shift_remove("_class_name");
+        let class = named.as_ref().and_then(Value::as_str).and_then(|name| name.parse().ok()).unwrap_or(kind.class());
+        Ok(Self::from_map(class, map)?.with_kind(kind))
+    }
+
     /// From a file, or from the `scheduler_config.json` of a folder.
     ///
     /// # Errors
     /// As [`from_json`](Self::from_json), or if it cannot be read.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::read(path.as_ref(), Self::from_json)
+    }
+
+    /// As [`load`](Self::load), for another scheduler than the file names.
+    ///
+    /// # Errors
+    /// As [`from_json_as`](Self::from_json_as), or if it cannot be read.
+    pub fn load_as(path: impl AsRef<Path>, kind: SchedulerKind) -> Result<Self> {
+        Self::read(path.as_ref(), |text| Self::from_json_as(text, kind))
+    }
+
+    fn read(path: &Path, parse: impl FnOnce(&str) -> Result<Self>) -> Result<Self> {
         let path = if path.is_dir() { path.join("scheduler_config.json") } else { path.to_owned() };
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(OP, path.display(), e))?;
-        Self::from_json(&text).map_err(|e| Error::format(OP, format!("{}: {e}", path.display())))
+        parse(&text).map_err(|e| Error::format(OP, format!("{}: {e}", path.display())))
     }
 
     /// As the text of a `scheduler_config.json`, with every field of the class.
@@ -403,7 +425,7 @@ impl SchedulerConfig {
         if config.class.knows("use_karras_sigmas") && config.class != SchedulerClass::FlowEuler {
             config.use_karras_sigmas = Some(kind.karras());
             if kind.karras() {
-                (config.use_exponential_sigmas, config.use_lu_lambdas) = (Some(false), Some(false));
+                (config.use_exponential_sigmas, config.use_beta_sigmas, config.use_lu_lambdas) = (Some(false), Some(false), Some(false));
             }
         }
         if let Some((order, algorithm)) = kind.dpm_solver() {
@@ -427,6 +449,11 @@ impl<'de> Deserialize<'de> for SchedulerConfig {
         let map = Map::<String, Value>::deserialize(deserializer)?;
         Self::from_json(&Value::Object(map).to_string()).map_err(serde::de::Error::custom)
     }
+}
+
+/// The fields of a `scheduler_config.json`.
+fn fields_of(text: &str) -> Result<Map<String, Value>> {
+    serde_json::from_str(&without_infinity(text)).map_err(|e| Error::format(OP, e.to_string()))
 }
 
 /// Python writes `lambda_min_clipped` as `-Infinity`, which is no JSON: here it becomes null, which is the default.

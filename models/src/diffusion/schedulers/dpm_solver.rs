@@ -215,4 +215,8 @@ impl Scheduler for DpmSolverMultistep {
     fn add_noise(&self, original: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
         self.state.noised(&self.settings, original, noise, timestep)
     }
+
+    fn add_noise_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.state.noised_at(&self.settings, original, noise, index)
+    }
 }

@@ -87,4 +87,8 @@ impl Scheduler for Euler {
     fn add_noise(&self, original: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
         self.state.noised(original, noise, timestep)
     }
+
+    fn add_noise_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.state.noised_at(original, noise, index)
+    }
 }

@@ -146,6 +146,12 @@ impl Scheduler for FlowEuler {
         };
         mix("add_noise", original, 1.0 - sigma, noise, sigma)
     }
+
+    fn add_noise_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.run.timestep("add_noise", index)?;
+        let sigma = self.sigma(index)?;
+        mix("add_noise", original, 1.0 - sigma, noise, sigma)
+    }
 }
 
 /// The level of a timestep, t / T.

@@ -109,4 +109,8 @@ impl Scheduler for Heun {
     fn add_noise(&self, original: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
         self.state.noised(original, noise, timestep)
     }
+
+    fn add_noise_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.state.noised_at(original, noise, index)
+    }
 }

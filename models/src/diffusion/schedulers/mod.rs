@@ -136,4 +136,15 @@ pub trait Scheduler: Send {
     /// # Errors
     /// If there is no such timestep, or shapes differ.
     fn add_noise(&self, original: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor>;
+
+    /// `original` with `noise` at the level of the `index`th timestep of the run. Two timesteps that are equal after rounding can have levels
+    /// of their own: the index says which is meant.
+    ///
+    /// # Errors
+    /// If there is no such timestep, or shapes differ.
+    fn add_noise_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        let count = self.timesteps().len();
+        let none = || Error::index("add_noise", format!("index {index} of a run of {count} timesteps"));
+        self.add_noise(original, noise, self.timesteps().get(index).copied().ok_or_else(none)?)
+    }
 }

@@ -130,9 +130,19 @@ impl Multistep {
             None if (0.0..=last as f64).contains(&timestep) => round32(self.levels.sigma(timestep)),
             None => return Err(Error::index("add_noise", format!("timestep {timestep}, expected one of the run's, or 0 to {last}"))),
         };
-        let mixture = mixture(settings, sigma);
-        mix("add_noise", original, mixture.alpha, noise, mixture.sigma)
+        mixed(settings, original, noise, sigma)
     }
+
+    /// α x₀ + σ ε at the `index`th timestep.
+    pub fn noised_at(&self, settings: &Settings, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.run.timestep("add_noise", index)?;
+        mixed(settings, original, noise, self.sigma(index)?)
+    }
+}
+
+fn mixed(settings: &Settings, original: &Tensor, noise: &Tensor, level: f64) -> Result<Tensor> {
+    let mixture = mixture(settings, level);
+    mix("add_noise", original, mixture.alpha, noise, mixture.sigma)
 }
 
 /// Timesteps of a run: of the first `last` of training, with room for the step to no noise.

@@ -162,23 +162,59 @@ pub(super) fn exponential_sigmas(max: f64, min: f64, count: usize) -> Vec<f64> {
     linspace(max.ln(), min.ln(), count).into_iter().map(f64::exp).collect()
 }
 
+/// Noise levels from `max` down to `min`, at evenly spaced quantiles of a beta distribution: close together at both ends.
+fn beta_sigmas(max: f64, min: f64, count: usize) -> Vec<f64> {
+    linspace(0.0, 1.0, count).into_iter().map(|ramp| min + beta_quantile(1.0 - ramp) * (max - min)).collect()
+}
+
+/// The x below which lies the share `p` of the distribution with the density x^(a − 1) (1 − x)^(a − 1) / B(a, a), a = 0.6.
+fn beta_quantile(p: f64) -> f64 {
+    if p > 0.5 {
+        return 1.0 - beta_quantile(1.0 - p);
+    }
+    // Half of the distribution lies below ½, and the share grows with x.
+    let (mut low, mut high, half) = (0.0, 0.5, below_beta(0.5));
+    for _ in 0..f64::MANTISSA_DIGITS + 10 {
+        let middle = (low + high) / 2.0;
+        if below_beta(middle) < 2.0 * half * p {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    high
+}
+
+/// B(a, a) a times the share below x ≤ ½, as a series: xᵃ (1 − x)ᵃ Σₙ xⁿ (2a)ₙ / (a + 1)ₙ, whose terms are positive and fall as xⁿ.
+fn below_beta(x: f64) -> f64 {
+    /// Both parameters of the distribution.
+    const A: f64 = 0.6;
+    let (mut sum, mut term, mut n) = (0.0, 1.0, 0.0);
+    while sum + term != sum {
+        sum += term;
+        term *= x * (2.0 * A + n) / (A + 1.0 + n);
+        n += 1.0;
+    }
+    (x * (1.0 - x)).powf(A) * sum
+}
+
 /// The noise levels that the configuration asks for in place of the timesteps' own, which go from `max` to `min`, if it does.
 pub(super) fn spaced_sigmas(settings: &Settings, max: f64, min: f64, count: usize) -> Result<Option<Vec<f64>>> {
     let asked = [settings.use_karras_sigmas, settings.use_exponential_sigmas, settings.use_beta_sigmas];
     if asked.iter().filter(|&&asked| asked).count() > 1 {
         return Err(Error::argument(OP, "only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas can be true"));
     }
-    if settings.use_beta_sigmas {
-        return Err(Error::argument(OP, "use_beta_sigmas is not implemented; use_karras_sigmas and use_exponential_sigmas are"));
-    }
     let (max, min) = (settings.sigma_max.unwrap_or(max), settings.sigma_min.unwrap_or(min));
-    if (settings.use_karras_sigmas || settings.use_exponential_sigmas) && !(min > 0.0 && max.is_finite() && min <= max) {
+    if asked.contains(&true) && !(min > 0.0 && max.is_finite() && min <= max) {
         return Err(Error::argument(OP, format!("noise levels from {max} to {min}, expected to fall and to stay above 0")));
     }
-    Ok(if settings.use_karras_sigmas {
+    let [karras, exponential, beta] = asked;
+    Ok(if karras {
         Some(karras_sigmas(max, min, count))
+    } else if exponential {
+        Some(exponential_sigmas(max, min, count))
     } else {
-        settings.use_exponential_sigmas.then(|| exponential_sigmas(max, min, count))
+        beta.then(|| beta_sigmas(max, min, count))
     })
 }
 
@@ -227,5 +263,29 @@ pub(super) fn within(timesteps: Vec<f64>, train: usize) -> Result<Vec<f64>> {
             format!("timestep {t} lies outside training's 0 to {}; take fewer steps, or another steps_offset", train - 1),
         )),
         None => Ok(timesteps),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `scipy.stats.beta.ppf(p, 0.6, 0.6)`.
+    #[test]
+    fn quantiles_of_the_beta_distribution_are_those_of_scipy() {
+        let expected = [
+            (1e-3, 1.855873851745199e-5),
+            (0.1, 0.03958440558878085),
+            (0.25, 0.17568037865269498),
+            (0.5, 0.5),
+            (0.9, 0.9604155944112192),
+            (0.999, 0.9999814412614826),
+            (1.0, 1.0),
+        ];
+        for (p, x) in expected {
+            assert!((beta_quantile(p) - x).abs() <= 1e-14 * x, "{p}: {}, expected {x}", beta_quantile(p));
+        }
+        assert!(beta_quantile(0.0) < 1e-18);
+        assert_eq!(beta_sigmas(14.0, 0.5, 1), [14.0]);
     }
 }

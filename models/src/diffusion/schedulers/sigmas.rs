@@ -65,6 +65,12 @@ impl SigmaRun {
     pub fn noised(&self, original: &Tensor, noise: &Tensor, timestep: f64) -> Result<Tensor> {
         mix("add_noise", original, 1.0, noise, self.sigma_of(timestep)?)
     }
+
+    /// x₀ + σ n at the `index`th timestep.
+    pub fn noised_at(&self, original: &Tensor, noise: &Tensor, index: usize) -> Result<Tensor> {
+        self.run.timestep("add_noise", index)?;
+        mix("add_noise", original, 1.0, noise, self.sigma(index)?)
+    }
 }
 
 /// x₀ from the network's output at x = x₀ + σ ε.
