@@ -160,16 +160,18 @@ fn walk_graph(roots: Vec<(Source, Tensor)>, targets: Option<&Targets>, options: 
     }
     while let Some(Pending(source)) = queue.pop() {
         let Some(mut gradient) = sums.remove(&source.id()) else { continue };
-        for hook in source.hooks() {
+        let is_target = targets.is_some_and(|targets| targets.ids.contains(&source.id()));
+        let is_passed_on = is_target && targets.is_some_and(|targets| targets.partial);
+        // Where only a part of a target's gradient is asked for, its hooks wait for the whole.
+        for hook in if is_passed_on { Vec::new() } else { source.hooks() } {
             gradient = match hook(&gradient)? {
                 Some(other) => expect_like(&gradient, other)?,
                 None => gradient,
             };
         }
-        let is_target = targets.is_some_and(|targets| targets.ids.contains(&source.id()));
         if is_target {
             found.gradients.insert(source.id(), gradient.clone());
-            if targets.is_some_and(|targets| targets.partial) {
+            if is_passed_on {
                 continue;
             }
         }
@@ -197,6 +199,22 @@ fn expect_like(gradient: &Tensor, other: Tensor) -> Result<Tensor> {
         return Err(Error::shape("backward", format!("a hook replaced a gradient of {} by one of {}", text(gradient), text(&other))));
     }
     Ok(other)
+}
+
+/// Whether `root` depends on a leaf that is not among `own`.
+pub(crate) fn depends_on_others(root: &Tensor, own: &[Tensor]) -> bool {
+    let mut known: HashSet<u64> = own.iter().filter_map(|leaf| leaf.source().map(Source::id)).collect();
+    let mut stack: Vec<Source> = root.source().cloned().into_iter().collect();
+    while let Some(source) = stack.pop() {
+        if !known.insert(source.id()) {
+            continue;
+        }
+        match source {
+            Source::Leaf(_) => return true,
+            Source::Node(node) => stack.extend(node.inputs().iter().flatten().map(|edge| edge.source.clone())),
+        }
+    }
+    false
 }
 
 /// The ids of all sources under `roots` from which one of `targets` can be reached, the targets included.

@@ -77,7 +77,7 @@ impl GradCheck {
                 };
                 let numeric = (shifted(self.eps)? - shifted(-self.eps)?) / (2.0 * self.eps);
                 let off = (numeric - analytic[at]).abs();
-                if off.is_nan() || off > self.atol + self.rtol * numeric.abs() {
+                if !numeric.is_finite() || off.is_nan() || off > self.atol + self.rtol * numeric.abs() {
                     let message = format!(
                         "input {i} of shape {}, element {at}: the rule gives {}, differences give {numeric}",
                         input.shape(),

@@ -1,7 +1,7 @@
 //! Derivatives of functions of tensors: products with the Jacobian from either side, and whole matrices of derivatives.
 
 use crate::enable_grad;
-use crate::engine::{GradOptions, grad_with};
+use crate::engine::{GradOptions, depends_on_others, grad_with};
 use kiln_tensor::{DType, Error, Result, Tensor};
 
 const KEEP: GradOptions = GradOptions { create_graph: true, retain_graph: true };
@@ -11,9 +11,15 @@ fn leaves(inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     inputs.iter().map(|x| if x.is_tracked() { x.identity() } else { x.requires_grad_() }).collect()
 }
 
-/// Results stay part of the graph only if the caller's inputs were tracked.
-fn finish(results: Vec<Tensor>, inputs: &[&Tensor]) -> Vec<Tensor> {
-    if inputs.iter().any(|x| x.is_tracked()) { results } else { results.iter().map(Tensor::detach).collect() }
+/// Those of the leaves that are no input of the caller's graph.
+fn fresh(leaves: &[Tensor], inputs: &[&Tensor]) -> Vec<Tensor> {
+    leaves.iter().zip(inputs).filter(|(_, input)| !input.is_tracked()).map(|(leaf, _)| leaf.clone()).collect()
+}
+
+/// Results stay part of the graph where they depend on more than the leaves that were made here: on inputs that the caller tracks, on weights
+/// that the function uses, on a vector.
+fn finish(result: Tensor, own: &[Tensor]) -> Tensor {
+    if depends_on_others(&result, own) { result } else { result.detach() }
 }
 
 /// The output of `f` at `inputs`, and the product of `v` (of the output's shape) with its Jacobian: vᵀ·∂f/∂xᵢ for each input.
@@ -26,7 +32,8 @@ pub fn vjp(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[&Tensor], v: &Tens
             return Ok((y, zeros));
         }
         let products = grad_with(&[&y], &[Some(v)], &xs.iter().collect::<Vec<_>>(), KEEP)?;
-        Ok((finish(vec![y], inputs).remove(0), finish(products, inputs)))
+        let own = fresh(&xs, inputs);
+        Ok((finish(y, &own), products.into_iter().map(|product| finish(product, &own)).collect()))
     })
 }
 
@@ -54,7 +61,8 @@ pub fn jvp(f: impl Fn(&[Tensor]) -> Result<Tensor>, inputs: &[&Tensor], tangents
             let (products, tangents): (Vec<_>, Vec<_>) = tracked.into_iter().unzip();
             grad_with(&products, &tangents, &[&v], KEEP)?.remove(0)
         };
-        Ok((finish(vec![y], inputs).remove(0), finish(vec![tangent], inputs).remove(0)))
+        let own = [fresh(&xs, inputs), vec![v]].concat();
+        Ok((finish(y, &own), finish(tangent, &own)))
     })
 }
 
@@ -69,7 +77,8 @@ pub fn hvp(f: impl Fn(&Tensor) -> Result<Tensor>, x: &Tensor, v: &Tensor) -> Res
         } else {
             x.zeros_like()?
         };
-        Ok((finish(vec![y], &[x]).remove(0), finish(vec![product], &[x]).remove(0)))
+        let own = fresh(&xs, &[x]);
+        Ok((finish(y, &own), finish(product, &own)))
     })
 }
 
@@ -91,8 +100,7 @@ pub fn jacobian(f: impl Fn(&Tensor) -> Result<Tensor>, x: &Tensor) -> Result<Ten
         if rows.is_empty() {
             return Tensor::zeros(shape, x);
         }
-        let rows = finish(rows, &[x]);
-        Tensor::stack(&rows.iter().collect::<Vec<_>>(), 0)?.reshape(shape)
+        Ok(finish(Tensor::stack(&rows, 0)?.reshape(shape)?, &fresh(&xs, &[x])))
     })
 }
 

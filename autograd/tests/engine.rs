@@ -109,6 +109,56 @@ fn threads_share_a_leaf() -> Result<()> {
     Ok(())
 }
 
+/// A checkpoint's own walk passes gradients on to the weights and inputs that it found: their hooks see the whole, once.
+#[test]
+fn hooks_run_once_under_a_checkpoint() -> Result<()> {
+    let (w, x) = (leaf(&[2.0, 3.0]), leaf(&[5.0, 7.0]));
+    let calls = Arc::new(AtomicUsize::new(0));
+    for tensor in [&w, &x] {
+        let calls = calls.clone();
+        tensor.register_hook(move |g| {
+            calls.fetch_add(1, Relaxed);
+            g.mul_scalar(0.5).map(Some)
+        })?;
+    }
+    let weight = w.clone();
+    let y = checkpoint(move |xs| xs[0].mul(&weight), &[&x])?;
+    y.add(&w)?.sum(())?.backward()?;
+    assert_eq!(calls.load(Relaxed), 2);
+    assert_eq!((values(&w.grad().unwrap()), values(&x.grad().unwrap())), (vec![3.0, 4.0], vec![1.0, 1.5]));
+    Ok(())
+}
+
+/// Weights that a function uses stay reachable through its derivatives, although its input is no part of a graph.
+#[test]
+fn transforms_keep_what_depends_on_weights() -> Result<()> {
+    let (w, x) = (leaf(&[2.0, 3.0]), Tensor::from_slice(&[1.0, 2.0], 2)?);
+    let f = |xs: &[Tensor]| xs[0].square()?.mul(&w);
+    let (y, dy) = jvp(f, &[&x], &[&x.ones_like()?])?;
+    assert!(y.is_tracked() && dy.is_tracked());
+    dy.sum(())?.backward()?;
+    assert_eq!(values(&w.grad().unwrap()), [2.0, 4.0]);
+    w.zero_grad();
+    hvp(|x| x.square()?.mul(&w)?.sum(()), &x, &x.ones_like()?)?.1.sum(())?.backward()?;
+    assert_eq!(values(&w.grad().unwrap()), [2.0, 2.0]);
+    w.zero_grad();
+    jacobian(|x| x.square()?.mul(&w), &x)?.sum(())?.backward()?;
+    assert_eq!(values(&w.grad().unwrap()), [2.0, 4.0]);
+    // A vector that is learnt, too; and without either nothing stays.
+    let v = leaf(&[1.0, 1.0]);
+    vjp(|xs| xs[0].square(), &[&x], &v)?.1[0].sum(())?.backward()?;
+    assert_eq!(values(&v.grad().unwrap()), [2.0, 4.0]);
+    let (y, products) = vjp(|xs| xs[0].square(), &[&x], &v.detach())?;
+    assert!(!y.is_tracked() && !products[0].is_tracked() && !jacobian(|x| x.square(), &x)?.is_tracked());
+    Ok(())
+}
+
+#[test]
+fn a_derivative_that_differences_cannot_see_fails_the_check() {
+    let x = Tensor::from_slice(&[1e-6], 1).unwrap();
+    assert!(gradcheck(|x| x[0].recip(), &[x]).is_err());
+}
+
 #[test]
 fn a_hook_must_return_a_gradient_like_the_one_it_got() -> Result<()> {
     for (other, named) in [(Tensor::zeros((), DType::F64)?, "f64 []"), (Tensor::zeros([2], DType::F32)?, "f32 [2]")] {

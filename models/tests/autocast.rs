@@ -91,6 +91,7 @@ fn train(dtype: Option<DType>, steps: usize) -> Result<(f64, f64)> {
         if dtype == Some(DType::F16) {
             scaler.scale(&loss)?.backward()?;
             scaler.step(&mut optimizer, &params)?;
+            scaler.update()?;
         } else {
             loss.backward()?;
             optimizer.step()?;
@@ -131,6 +132,37 @@ fn a_checkpoint_runs_again_in_its_scope() -> Result<()> {
     Ok(())
 }
 
+/// A generator's and a discriminator's, say, of one backward pass: both are divided by the factor that it was scaled by.
+#[test]
+fn optimisers_share_a_scaler() -> Result<()> {
+    let params = ["a", "b"].map(|name| [Param::new(name, &Tensor::ones([1], ()).unwrap()).unwrap()]);
+    let mut optimizers = params.clone().map(|params| Sgd::new(params, SgdOptions { lr: 0.5, ..Default::default() }).unwrap());
+    let mut scaler = GradScaler::new(GradScalerOptions { init_scale: 8.0, growth_interval: 1, ..Default::default() })?;
+    assert!(scaler.update().is_err(), "there was no step");
+    scaler.scale(&params[0][0].get().add(&params[1][0].get())?.sum(())?)?.backward()?;
+    assert!(scaler.unscale(&params[0])? && scaler.unscale(&params[1])? && scaler.unscale(&params[0])?);
+    for own in &params {
+        assert_eq!(own[0].grad().unwrap().to_vec::<f32>()?, [1.0]);
+    }
+    for (optimizer, own) in optimizers.iter_mut().zip(&params) {
+        assert!(scaler.step(optimizer, own)?);
+        assert_eq!(own[0].get().to_vec::<f32>()?, [0.5]);
+    }
+    assert!(scaler.step(&mut optimizers[0], &params[0]).unwrap_err().to_string().contains("update()"));
+    assert!(scaler.unscale(&params.concat()).unwrap_err().to_string().contains("together"));
+    assert_eq!(scaler.current_scale(), 8.0);
+    scaler.update()?;
+    assert_eq!(scaler.current_scale(), 16.0);
+    // One overflow costs its own step only, and the factor.
+    params[0][0].set_grad(Some(Tensor::full([1], f64::INFINITY, ())?))?;
+    params[1][0].set_grad(Some(Tensor::full([1], 16.0, ())?))?;
+    assert!(!scaler.step(&mut optimizers[0], &params[0])? && scaler.step(&mut optimizers[1], &params[1])?);
+    assert_eq!((params[0][0].get().to_vec::<f32>()?, params[1][0].get().to_vec::<f32>()?), (vec![0.5], vec![0.0]));
+    scaler.update()?;
+    assert_eq!(scaler.current_scale(), 8.0);
+    Ok(())
+}
+
 #[test]
 fn gradients_that_overflow_cost_a_step() -> Result<()> {
     let w = Param::new("w", &Tensor::ones([1], ())?)?;
@@ -146,6 +178,7 @@ fn gradients_that_overflow_cost_a_step() -> Result<()> {
         scaler.scale(&loss)?.backward()?;
         let before = w.get().to_vec::<f32>()?[0];
         let step = scaler.step(&mut optimizer, &params)?;
+        scaler.update()?;
         assert_eq!(w.get().to_vec::<f32>()?[0], if step { before - 0.5 } else { before });
         taken.push(step);
     }

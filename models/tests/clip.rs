@@ -227,6 +227,55 @@ fn pictures_are_prepared_as_the_reference_does() -> Result<()> {
 }
 
 #[test]
+fn pictures_are_prepared_by_the_steps_that_the_file_names() -> Result<()> {
+    let read = |text: &str| serde_json::from_str::<ClipImageProcessor>(text).unwrap();
+    let levels: Vec<u8> = (0..18).map(|i| i * 10).collect();
+    let picture = Tensor::from_vec(levels.clone(), [3, 2, 3])?;
+    // Nothing is left to do.
+    let bare = read(r#"{"do_resize": false, "do_center_crop": false, "do_rescale": false, "do_normalize": false, "image_std": [0, 0, 0]}"#);
+    let found = bare.preprocess(&picture)?;
+    assert_eq!(found.dims(), [1, 3, 2, 3]);
+    assert_eq!(found.to_vec::<f32>()?, levels.iter().map(|&level| f32::from(level)).collect::<Vec<_>>());
+    let halves = ClipImageProcessor { do_rescale: true, rescale_factor: 0.5, do_center_crop: true, crop_size: [2, 1], ..bare.clone() };
+    assert_eq!(halves.preprocess(&picture)?.to_vec::<f32>()?, [5.0, 20.0, 35.0, 50.0, 65.0, 80.0]);
+    // A step up, in the middle of two pixels that become four: the filters differ in how far they reach.
+    let step = Tensor::from_vec([0u8, 200].repeat(6), [3, 2, 2])?;
+    let scaled = |resample: u8| ClipImageProcessor { do_resize: true, shortest_edge: 4, resample, ..bare.clone() }.preprocess(&step);
+    assert_eq!(scaled(2)?.to_vec::<f32>()?[..4], [0.0, 50.0, 150.0, 200.0]);
+    assert_ne!(scaled(3)?.to_vec::<f32>()?, scaled(2)?.to_vec::<f32>()?);
+    for (processor, field) in [
+        (ClipImageProcessor { resample: 0, ..ClipImageProcessor::default() }, "resample 0"),
+        (ClipImageProcessor { image_std: [1.0, 0.0, 1.0], ..ClipImageProcessor::default() }, "image_std 0"),
+        (ClipImageProcessor { image_mean: [f64::NAN; 3], ..ClipImageProcessor::default() }, "image_mean NaN"),
+        (ClipImageProcessor { rescale_factor: f64::INFINITY, ..ClipImageProcessor::default() }, "rescale_factor inf"),
+    ] {
+        let error = processor.preprocess(&picture).unwrap_err().to_string();
+        assert!(error.contains(field), "{error}");
+    }
+    Ok(())
+}
+
+/// Old files describe the towers twice.
+#[test]
+fn the_dictionaries_of_old_files_describe_the_towers() {
+    let text = r#"{
+        "text_config": {"hidden_size": 8, "num_hidden_layers": 3, "id": "kept"},
+        "text_config_dict": {"hidden_size": 768, "projection_dim": 768, "word": 1},
+        "vision_config": {"hidden_size": 16, "patch_size": 4},
+        "vision_config_dict": null,
+        "projection_dim": 768
+    }"#;
+    let config: ClipConfig = serde_json::from_str(text).unwrap();
+    let tower = &config.text_config;
+    assert_eq!((tower.hidden_size, tower.projection_dim, tower.num_hidden_layers), (768, 768, ClipTextConfig::default().num_hidden_layers));
+    assert_eq!((&tower.other["id"], &tower.other["word"]), (&"kept".into(), &1.into()));
+    assert_eq!((config.vision_config.hidden_size, config.vision_config.patch_size, config.projection_dim), (16, 4, 768));
+    let saved = serde_json::to_string(&config).unwrap();
+    assert!(!saved.contains("_dict"), "{saved}");
+    assert_eq!(serde_json::from_str::<ClipConfig>(&saved).unwrap(), config);
+}
+
+#[test]
 fn what_does_not_fit_is_an_error() -> Result<()> {
     let (config, model) = load_pretrained::<ClipConfig>(folder("clip_gelu"), &Params::new())?;
     let tokens = |values: Vec<i64>| Tensor::from_vec(values.clone(), [1, values.len()]);

@@ -279,9 +279,51 @@ fn lies_are_errors_that_name_the_culprit() {
     }
 }
 
+fn text(s: &str) -> Vec<u8> {
+    value(8, &[&(s.len() as u64).to_le_bytes(), s.as_bytes()])
+}
+
+#[test]
+fn a_factor_without_a_type_is_a_linear_one() {
+    let (extent, number) = (|n: u32| value(4, &[&n.to_le_bytes()]), |x: f32| value(6, &[&x.to_le_bytes()]));
+    let read = |more: Vec<(&str, Vec<u8>)>| {
+        let extents = ["embedding_length", "attention.head_count", "feed_forward_length", "block_count", "context_length"];
+        let names = extents.map(|name| format!("llama.{name}"));
+        let mut keys = vec![("general.architecture", text("llama")), ("llama.attention.layer_norm_rms_epsilon", number(0.5))];
+        keys.extend(names.iter().map(|name| (name.as_str(), extent(4))));
+        keys.extend(more);
+        let path = Scratch::new("scaled", &made(&keys, &[("token_embd.weight", &[4, 2], 0, 0)], 32));
+        let config = match gguf_config(&Gguf::open(&path.0)?)? {
+            CausalConfig::Llama(config) => config,
+            other => panic!("{other:?}"),
+        };
+        Ok::<_, kiln_tensor::Error>(config.rope_parameters.map(|rope| {
+            let factor = rope.fields["factor"].as_f64();
+            (rope.fields["rope_type"].as_str().unwrap().to_owned(), factor.unwrap())
+        }))
+    };
+    let scaling = |more| read(more).unwrap();
+    let kind = |name| ("llama.rope.scaling.type", text(name));
+    let factor = || ("llama.rope.scaling.factor", number(4.0));
+    let linear = Some(("linear".to_owned(), 4.0));
+    assert_eq!(scaling(vec![]), None);
+    assert_eq!(scaling(vec![factor()]), linear);
+    assert_eq!(scaling(vec![("llama.rope.scale_linear", number(4.0))]), linear);
+    assert_eq!(scaling(vec![factor(), kind("linear")]), linear);
+    assert_eq!(scaling(vec![factor(), kind("yarn")]), Some(("yarn".to_owned(), 4.0)));
+    assert_eq!(scaling(vec![factor(), kind("none")]), None);
+    assert_eq!(scaling(vec![("llama.rope.scaling.factor", number(0.0)), ("llama.rope.scaling.attn_factor", number(1.0))]), None);
+    for (more, part) in [
+        (vec![kind("linear")], "\"llama.rope.scaling.factor\" is missing"),
+        (vec![factor(), kind("yarn"), ("llama.rope.scaling.attn_factor", number(0.5))], "\"llama.rope.scaling.attn_factor\" is 0.5"),
+    ] {
+        let error = read(more).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
 #[test]
 fn a_model_that_is_not_known_is_an_error() {
-    let text = |s: &str| value(8, &[&(s.len() as u64).to_le_bytes(), s.as_bytes()]);
     for (architecture, expected) in
         [("mamba", "\"mamba\" is not known"), ("llama", "llama.embedding_length"), ("gpt2", "token_embd.weight")]
     {

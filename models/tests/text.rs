@@ -388,10 +388,34 @@ fn hostile_templates_end() {
         "{{ raise_exception('no') }}",
         "{% include 'other' %}",
         "{{ unknown_function() }}",
+        "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}",
+        "{% set ns = namespace() %}{% set ns.x = {'a': (ns,)} %}{{ ns }}",
+        "{% set ns = namespace() %}{% set ns.x | default([ns], true) %}{% endset %}{{ ns }}",
+        "{% set ns = namespace() %}{% set b, (ns.x) = 1, [ns] -%}{{ ns }}",
+        "{% set ns = namespace() %}{{ '{% set a.b = ' }}{%-set ns . x=[ns]%}{{ ns ~ '' }}",
+        "{% set ns = namespace() %}{# {% raw %} #}{% set ns.x = [ns] %}{% raw %}{% endraw %}{{ ns }}",
     ] {
         let rendered = ChatTemplate::new(source).and_then(|template| template.render(&hi, false, &none));
         assert!(rendered.is_err(), "{source} gives {} bytes", rendered.unwrap().len());
     }
+    let rendered = |source: &str| ChatTemplate::new(source).and_then(|template| template.render(&hi, false, &none));
+    // A namespace keeps data as it was; what is only to be computed would be a list of a list of a list as well.
+    for (source, text) in [
+        ("{% set ns = namespace(x=[1]) %}{% for a in range(9999) %}{% set ns.x = ns.x * 1 %}{% endfor %}{{ ns.x }}", "[1]"),
+        (
+            "{% set ns = namespace(x=1) %}{% set ns.x = ns.x + 1 if ns.x else 0 %}{% set ns.y = ns.x, '%}' -%} {{ ns.x }}{{ ns.y }}",
+            "2(2, '%}')",
+        ),
+        ("{% set ns = namespace() %}{% set ns.b, ns.a = {'z': 1, 'a': [2]}, none %}{{ ns.b }}{{ ns.a }}", "{'z': 1, 'a': [2]}None"),
+        ("{% set ns = namespace() %}{% set ns.x | upper %}a{% endset %}{{ ns.x }}{% set settle = 1 %}{{ settle }}", "A1"),
+        ("{% raw %}{% set ns.x = 1 %}{% generation %}{% endraw %}", "{% set ns.x = 1 %}{% generation %}"),
+    ] {
+        assert_eq!(rendered(source).unwrap(), text, "{source}");
+    }
+    // As deep as the source is long.
+    let deep = format!("{{% set x = [] %}}{}{{{{ x }}}}", "{% set x = [x] %}".repeat(20_000));
+    assert_eq!(rendered(&deep).unwrap(), ["[".repeat(20_001), "]".repeat(20_001)].concat());
+    assert!(rendered(&"{{ 1 }}".repeat(1 << 20)).unwrap_err().to_string().contains("too long"));
     for source in ["{% if %}", "{{ 'open", "{% generation %}", "{% for %}", "{{ ( }}", "{% endgeneration %}", &"{{ (".repeat(100_000), "{%"]
     {
         let error =

@@ -155,6 +155,35 @@ fn a_sample_scatters_about_the_mean_and_scaling_is_undone() -> Result<()> {
     Ok(())
 }
 
+/// (z − mean) · scaling_factor / std, as `diffusers`' pipelines of SDXL have it.
+#[test]
+fn latents_are_normed_by_channel() -> Result<()> {
+    let fields = |mean: &[f64], std: &[f64]| AutoencoderKlConfig {
+        latents_mean: Some(mean.to_vec()),
+        latents_std: Some(std.to_vec()),
+        scaling_factor: 0.5,
+        ..config("kl")
+    };
+    let build = |config: &AutoencoderKlConfig| Params::new().build_from(weights("kl"), LoadMode::Strict, |params| config.build(params));
+    let (model, _) = build(&fields(&[1.0, -2.0], &[2.0, 0.25]))?;
+    let z = Tensor::from_vec(vec![3f32, 0.0, 1.0, -2.0], [1, 2, 1, 2])?;
+    let scaled = model.scale(&z)?;
+    assert_eq!(scaled.to_vec::<f32>()?, [0.5, -0.25, 6.0, 0.0]);
+    assert_eq!(model.unscale(&scaled)?.to_vec::<f32>()?, z.to_vec::<f32>()?);
+    assert!(model.scale(&z.narrow(1, 0, 1)?).is_err() && model.unscale(&z.squeeze(0)?).is_err());
+    let alone = AutoencoderKlConfig { latents_std: None, ..fields(&[1.0, -2.0], &[]) };
+    for (config, part) in [
+        (alone, "latents_std: missing"),
+        (fields(&[1.0], &[2.0, 0.25]), "latents_mean: 1 numbers"),
+        (fields(&[1.0, f64::NAN], &[2.0, 0.25]), "latents_mean: NaN"),
+        (fields(&[1.0, -2.0], &[2.0, 0.0]), "latents_std: 0"),
+    ] {
+        let error = build(&config).err().unwrap().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    Ok(())
+}
+
 #[test]
 fn configurations_that_cannot_be_are_errors() {
     let text = std::fs::read_to_string(folder("kl").join("config.json")).unwrap();

@@ -1,9 +1,10 @@
 //! Records of data sets (prompts, answers, chats, pairs) as the token sequences that the trainers take.
 
 use super::PreferencePair;
-use crate::data::{Conversation, Preference, PromptCompletion, TokenSequence, Turns};
+use crate::data::{Conversation, Preference, Prompt, PromptCompletion, TokenSequence, Turns};
 use crate::text::{ChatTemplate, Message, Tokenizer, Variables};
 use kiln_tensor::{Error, Result};
+use serde_json::Value;
 
 /// Writes records as tokens: chats by a template, plain texts as they are, followed by the token that ends a text. These are TRL's rules.
 ///
@@ -40,9 +41,21 @@ impl<'a> RecordEncoder<'a> {
     /// # Errors
     /// If the template refuses it or the tokenizer cannot express it.
     pub fn prompt(&self, prompt: &Turns) -> Result<Vec<u32>> {
+        self.prompt_with(prompt, &Variables::new())
+    }
+
+    /// [`prompt`](Self::prompt) of a record.
+    ///
+    /// # Errors
+    /// As [`prompt`](Self::prompt).
+    pub fn prompt_record(&self, record: &Prompt) -> Result<Vec<u32>> {
+        self.prompt_with(&record.prompt, &with_tools(&record.tools))
+    }
+
+    fn prompt_with(&self, prompt: &Turns, variables: &Variables) -> Result<Vec<u32>> {
         match prompt {
             Turns::Text(text) => self.beginning(text),
-            Turns::Messages(messages) => self.template.encode(self.tokenizer, messages, true, &Variables::new()),
+            Turns::Messages(messages) => self.template.encode(self.tokenizer, messages, true, variables),
         }
     }
 
@@ -51,6 +64,10 @@ impl<'a> RecordEncoder<'a> {
     /// # Errors
     /// If one is a text and the other a chat, and as [`prompt`](Self::prompt).
     pub fn sample(&self, prompt: &Turns, completion: &Turns) -> Result<TokenSequence> {
+        self.sample_with(prompt, completion, &Variables::new())
+    }
+
+    fn sample_with(&self, prompt: &Turns, completion: &Turns, variables: &Variables) -> Result<TokenSequence> {
         match (prompt, completion) {
             (Turns::Text(prompt), Turns::Text(completion)) => {
                 let given = self.beginning(prompt)?;
@@ -62,8 +79,8 @@ impl<'a> RecordEncoder<'a> {
                 Ok(TokenSequence::completion(given, answer))
             }
             (Turns::Messages(prompt), Turns::Messages(completion)) => {
-                let given = self.template.encode(self.tokenizer, prompt, true, &Variables::new())?.len();
-                self.chat(&[&prompt[..], completion].concat(), given, &Variables::new())
+                let given = self.template.encode(self.tokenizer, prompt, true, variables)?.len();
+                self.chat(&[&prompt[..], completion].concat(), given, variables)
             }
             _ => Err(Error::argument("record", "prompt and answer must both be texts or both be lists of messages")),
         }
@@ -85,7 +102,7 @@ impl<'a> RecordEncoder<'a> {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn prompt_completion(&self, record: &PromptCompletion) -> Result<TokenSequence> {
-        self.sample(&record.prompt, &record.completion)
+        self.sample_with(&record.prompt, &record.completion, &with_tools(&record.tools))
     }
 
     /// A chat, in which all that the assistant says counts.
@@ -93,14 +110,10 @@ impl<'a> RecordEncoder<'a> {
     /// # Errors
     /// As [`prompt`](Self::prompt).
     pub fn conversation(&self, record: &Conversation) -> Result<TokenSequence> {
-        let mut variables = Variables::new();
-        if !record.tools.is_empty() {
-            variables.insert("tools".into(), record.tools.clone().into());
-        }
-        self.chat(&record.messages, 0, &variables)
+        self.chat(&record.messages, 0, &with_tools(&record.tools))
     }
 
-    /// Two answers to a prompt; where the record does not say it apart, the prompt is what both begin with.
+    /// Two answers to a prompt, with the record's margin; where it does not say the prompt apart, that is what both begin with.
     ///
     /// # Errors
     /// If some are texts and others chats, and as [`prompt`](Self::prompt).
@@ -111,8 +124,10 @@ impl<'a> RecordEncoder<'a> {
             (None, Turns::Messages(chosen), Turns::Messages(rejected)) => split_chats(chosen, rejected),
             _ => return Err(Error::argument("record", "both answers must be texts, or both lists of messages")),
         };
-        let (chosen, rejected) = (self.sample(&prompt, &chosen)?, self.sample(&prompt, &rejected)?);
-        Ok(PreferencePair { chosen, rejected, ..PreferencePair::default() })
+        let variables = with_tools(&record.tools);
+        let [chosen, rejected] = [chosen, rejected].map(|answer| self.sample_with(&prompt, &answer, &variables));
+        let (chosen, rejected) = (chosen?, rejected?);
+        Ok(PreferencePair { chosen, rejected, margin: record.margin, ..PreferencePair::default() })
     }
 
     /// A chat, of which the first `given` tokens do not count.
@@ -128,6 +143,15 @@ impl<'a> RecordEncoder<'a> {
         mask.iter_mut().take(given).for_each(|counts| *counts = false);
         TokenSequence::masked(tokens, mask)
     }
+}
+
+/// What a template sees of the functions that an assistant may call.
+fn with_tools(tools: &[Value]) -> Variables {
+    let mut variables = Variables::new();
+    if !tools.is_empty() {
+        variables.insert("tools".into(), tools.to_vec().into());
+    }
+    variables
 }
 
 /// The common beginning of two texts, up to a character, and what follows it in each.
@@ -206,9 +230,11 @@ mod tests {
             assert!(sample.tokens().starts_with(&encoder.prompt(&prompt).unwrap()));
             let chat = Conversation { messages: vec![Message::new("user", "x"), Message::new("assistant", "y")], tools: Vec::new() };
             assert_eq!(counted(&encoder.conversation(&chat).unwrap()), "y<|im_end|>");
-            let plain = PromptCompletion { prompt: text("1+1="), completion: text("2") };
+            let plain = PromptCompletion { prompt: text("1+1="), completion: text("2"), tools: Vec::new() };
             assert_eq!(counted(&encoder.prompt_completion(&plain).unwrap()), "2<|im_end|>");
-            let pair = |prompt, chosen, rejected| encoder.preference(&Preference { prompt, chosen, rejected });
+            let pair = |prompt, chosen, rejected| {
+                encoder.preference(&Preference { prompt, chosen, rejected, margin: Some(0.5), tools: Vec::new() })
+            };
             let whole = |answer| turns(&[("user", "x"), ("assistant", answer)]);
             let implicit = pair(None, whole("good"), whole("bad")).unwrap();
             assert_eq!(
@@ -217,7 +243,34 @@ mod tests {
             );
             let implicit = pair(None, text("Who? é it"), text("Who? è")).unwrap();
             assert_eq!((counted(&implicit.chosen), counted(&implicit.rejected)), (" é it<|im_end|>".into(), " è<|im_end|>".into()));
+            assert_eq!(implicit.margin, Some(0.5));
             assert!(pair(None, text("a"), whole("b")).is_err() && encoder.sample(&text("a"), &whole("b")).is_err());
         }
+    }
+    /// The template lists the functions that the assistant may call, whatever the record is.
+    #[test]
+    fn tools_are_for_the_template_to_write() {
+        let tokenizer = train_bpe(["a b"], 300, &["<|im_end|>", "<|im_start|>"]).unwrap();
+        let template = ChatTemplate::new(
+            "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+        )
+        .unwrap();
+        let encoder = RecordEncoder::new(&tokenizer, &template);
+        let text = |sample: &TokenSequence| tokenizer.decode(sample.tokens(), false).unwrap();
+        let tools = vec![serde_json::json!({"name": "f"})];
+        let (asked, answer) = (turns(&[("user", "x")]), |text| turns(&[("assistant", text)]));
+        let record = PromptCompletion { prompt: asked.clone(), completion: answer("y"), tools: tools.clone() };
+        assert_eq!(text(&encoder.prompt_completion(&record).unwrap()), "f;x<|im_end|>y<|im_end|>");
+        for prompt in [Some(asked.clone()), None] {
+            let [chosen, rejected] = ["y", "z"].map(|text| match prompt {
+                Some(_) => answer(text),
+                None => turns(&[("user", "x"), ("assistant", text)]),
+            });
+            let pair = encoder.preference(&Preference { prompt, chosen, rejected, margin: None, tools: tools.clone() }).unwrap();
+            assert_eq!((text(&pair.chosen), text(&pair.rejected)), ("f;x<|im_end|>y<|im_end|>".into(), "f;x<|im_end|>z<|im_end|>".into()));
+        }
+        let prompt = encoder.prompt_record(&Prompt { prompt: asked.clone(), tools }).unwrap();
+        assert_eq!(tokenizer.decode(&prompt, false).unwrap(), "f;x<|im_end|>");
+        assert_eq!(encoder.prompt_record(&Prompt { prompt: asked.clone(), tools: Vec::new() }).unwrap(), encoder.prompt(&asked).unwrap());
     }
 }

@@ -2,7 +2,7 @@
 //! bit for bit.
 
 use crate::align::TrainOptions;
-use crate::align::learner::{Learner, evaluating};
+use crate::align::learner::Learner;
 use crate::data::{IGNORE_INDEX, LabelledBatch, MaskedBatch};
 use crate::nn::{Params, StateDict};
 use crate::transformer::{BertForMaskedLm, BertForSequenceClassification};
@@ -165,7 +165,7 @@ impl<M: BertTask> BertTrainer<M> {
     /// If a batch does not fit the model, or no prediction counts.
     pub fn evaluate(&self, batches: &[M::Batch]) -> Result<Evaluation> {
         let (mut sum, mut predictions, mut targets) = (0.0, Vec::new(), Vec::new());
-        evaluating(self.model.params(), || {
+        self.model.params().evaluating(|| {
             no_grad(|| -> Result<()> {
                 for batch in batches {
                     let (loss, logits, truth) = self.loss(batch, Reduction::Sum)?;

@@ -129,8 +129,10 @@ impl Default for ClipVisionConfig {
 }
 
 /// Both towers. The width that they share is this `projection_dim`, whatever theirs say.
+///
+/// Where a file also has a `text_config_dict` or `vision_config_dict`, as old ones do, it describes the tower, as in `transformers`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(from = "Written")]
 pub struct ClipConfig {
     /// The text tower.
     pub text_config: ClipTextConfig,
@@ -154,6 +156,44 @@ impl Default for ClipConfig {
             logit_scale_init_value: 2.6592,
             other: Map::new(),
         }
+    }
+}
+
+/// A [`ClipConfig`] as files have it.
+#[derive(Deserialize)]
+#[serde(default)]
+struct Written {
+    text_config: ClipTextConfig,
+    text_config_dict: Option<ClipTextConfig>,
+    vision_config: ClipVisionConfig,
+    vision_config_dict: Option<ClipVisionConfig>,
+    projection_dim: usize,
+    logit_scale_init_value: f64,
+    #[serde(flatten)]
+    other: Map<String, Value>,
+}
+
+impl Default for Written {
+    fn default() -> Self {
+        let ClipConfig { text_config, vision_config, projection_dim, logit_scale_init_value, other } = ClipConfig::default();
+        Self { text_config, text_config_dict: None, vision_config, vision_config_dict: None, projection_dim, logit_scale_init_value, other }
+    }
+}
+
+impl From<Written> for ClipConfig {
+    fn from(written: Written) -> Self {
+        let Written { mut text_config, text_config_dict, mut vision_config, vision_config_dict, .. } = written;
+        let Written { projection_dim, logit_scale_init_value, other, .. } = written;
+        // What the dictionary leaves out has the defaults, too; only what has no field here is kept.
+        if let Some(mut config) = text_config_dict {
+            text_config.other.append(&mut config.other);
+            text_config = ClipTextConfig { other: text_config.other, ..config };
+        }
+        if let Some(mut config) = vision_config_dict {
+            vision_config.other.append(&mut config.other);
+            vision_config = ClipVisionConfig { other: vision_config.other, ..config };
+        }
+        Self { text_config, vision_config, projection_dim, logit_scale_init_value, other }
     }
 }
 

@@ -123,19 +123,37 @@ fn is_image(path: &Path) -> bool {
     matches!(extension.as_deref(), Some("png" | "jpg" | "jpeg")) && path.is_file()
 }
 
-/// Reads and decodes an image file.
+/// The image in a PNG or JPEG file.
 fn read_image(path: &Path) -> Result<DynamicImage> {
+    let bytes = read_bytes(path)?;
+    DynamicImage::from_decoder(decoder(&bytes, path)?).map_err(|e| undecodable(path, e))
+}
+
+/// The image in a PNG or JPEG file, turned as its EXIF data says that it is to be seen.
+pub(crate) fn read_upright(path: &Path) -> Result<DynamicImage> {
+    let bytes = read_bytes(path)?;
+    let mut decoder = decoder(&bytes, path)?;
+    let orientation = decoder.orientation().map_err(|e| undecodable(path, e))?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| undecodable(path, e))?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+fn undecodable(path: &Path, error: image::ImageError) -> Error {
+    error::format(path, "image", error.to_string())
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let size = fs::metadata(path).map_err(|e| error::io("open", path, e))?.len();
     if size > MAX_FILE {
         return Err(error::format(path, "size", format!("the file has {size} bytes, more than the {MAX_FILE} allowed")));
     }
-    let bytes = fs::read(path).map_err(|e| error::io("read", path, e))?;
-    decode(&bytes, path)
+    fs::read(path).map_err(|e| error::io("read", path, e))
 }
 
-/// Decodes PNG or JPEG, whichever the first bytes say, and allocates no more than such a file can fill.
-fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
-    let wrong = |e: image::ImageError| error::format(path, "image", e.to_string());
+/// A decoder of PNG or JPEG, whichever the first bytes say, that allocates no more than such a file can fill.
+fn decoder(bytes: &[u8], path: &Path) -> Result<impl ImageDecoder> {
+    let wrong = |e| undecodable(path, e);
     let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| error::io("read", path, e))?;
     let jpeg = reader.format() == Some(ImageFormat::Jpeg);
     let mut decoder = reader.into_decoder().map_err(wrong)?;
@@ -143,15 +161,29 @@ fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
     // A JPEG spends at least a bit on a block. The decoder's buffers for a row of them take as much as eight rows of pixels'
     // blocks, however low the image is.
     let blocks = if jpeg { u64::from(width.div_ceil(8)) * u64::from(height.div_ceil(8).max(8)) } else { 0 };
+    let decoded = decoder.total_bytes();
+    let packed = png_bits(bytes).filter(|_| !jpeg).map(|bits| (u64::from(width) * u64::from(height)).saturating_mul(bits) / 8);
     let most = (bytes.len() as u64).saturating_mul(MAX_RATIO).min(MAX_DECODED);
-    if decoder.total_bytes() > most || blocks > 8 * bytes.len() as u64 {
+    if decoded > MAX_DECODED || packed.unwrap_or(decoded).min(decoded) > most || blocks > 8 * bytes.len() as u64 {
         let problem = format!("{width}×{height} pixels cannot be in a file of {} bytes, or take more than {MAX_DECODED}", bytes.len());
         return Err(error::format(path, "header", problem));
     }
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(most + WORKSPACE);
+    limits.max_alloc = Some(most.max(decoded) + WORKSPACE);
     decoder.set_limits(limits).map_err(wrong)?;
-    DynamicImage::from_decoder(decoder).map_err(wrong)
+    Ok(decoder)
+}
+
+/// The bits that a pixel takes in a PNG before it is compressed, by its header: a mask of one is decoded to eight.
+fn png_bits(bytes: &[u8]) -> Option<u64> {
+    let (&depth, &colour) = (bytes.get(24)?, bytes.get(25)?);
+    let samples = match colour {
+        2 => 3,
+        4 => 2,
+        6 => 4,
+        _ => 1,
+    };
+    Some(samples * u64::from(depth))
 }
 
 /// Scales an image until it covers `size` and crops it about its centre.
@@ -200,5 +232,21 @@ mod tests {
         fs::remove_dir_all(&root).unwrap();
         assert!(ImageFolder::open(&root, FolderOptions::default()).is_err());
         assert!(ImageFolder::open(&root, FolderOptions { channels: 2, ..Default::default() }).is_err());
+    }
+
+    #[test]
+    fn a_mask_of_bits_may_be_a_small_file() {
+        let path = std::env::temp_dir().join(format!("kiln-mask-{}.png", std::process::id()));
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 1024, 1024);
+        encoder.set_color(png::ColorType::Grayscale);
+        encoder.set_depth(png::BitDepth::One);
+        encoder.write_header().unwrap().write_image_data(&[0; 128 * 1024]).unwrap();
+        assert!(bytes.len() as u64 * MAX_RATIO < 1 << 20, "{} bytes", bytes.len());
+        fs::write(&path, &bytes).unwrap();
+        let image = read_image(&path);
+        fs::remove_file(&path).unwrap();
+        let pixels = image.unwrap().into_luma8().into_raw();
+        assert!(pixels.len() == 1 << 20 && pixels.iter().all(|&pixel| pixel == 0));
     }
 }

@@ -7,6 +7,7 @@ use super::error;
 use super::idx::{IdxData, IdxReader};
 use super::images::ImageSet;
 use kiln_tensor::Result;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -200,11 +201,16 @@ const SIDE: usize = 28;
 /// The generated set that stands in for a missing one: enough to train on, made in about a second.
 const STAND_IN: (u64, usize, usize) = (0, 20_000, 4_000);
 
-/// Kiln's cache folder: `$XDG_CACHE_HOME/kiln`, else `~/.cache/kiln` (`%LOCALAPPDATA%\kiln` on Windows).
+/// Kiln's cache folder: `$KILN_CACHE`, else `$XDG_CACHE_HOME/kiln`, else `~/.cache/kiln` (`%LOCALAPPDATA%\kiln` on Windows).
 pub(super) fn cache_folder() -> Option<PathBuf> {
-    let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = of("XDG_CACHE_HOME").or_else(|| of("LOCALAPPDATA")).or_else(|| of("HOME").map(|home| home.join(".cache")));
-    base.map(|base| base.join("kiln"))
+    cache_folder_of(std::env::var_os)
+}
+
+/// [`cache_folder`] of an environment that has these variables.
+fn cache_folder_of(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<PathBuf> {
+    let of = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || of("XDG_CACHE_HOME").or_else(|| of("LOCALAPPDATA")).or_else(|| of("HOME").map(|home| home.join(".cache")));
+    of("KILN_CACHE").or_else(|| user().map(|user| user.join("kiln")))
 }
 
 /// The places in their order, until one has the data.
@@ -339,6 +345,18 @@ mod tests {
         assert!(found.to_string().ends_with("(from KILN_DATA): 30 training and 20 test images"), "{found}");
         let given = open(&MNIST, Source::Folder(cache.join("mnist")), Some(environment), None).unwrap();
         assert_eq!(given.origin, Origin::Folder(cache.join("mnist")));
+    }
+
+    #[test]
+    fn the_cache_folder_is_the_one_that_is_named_or_the_users() {
+        let folder = |variables: &[(&str, &str)]| {
+            cache_folder_of(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(*value)))
+        };
+        let (home, user, named) = (("HOME", "home"), ("XDG_CACHE_HOME", "user"), ("KILN_CACHE", "named"));
+        assert_eq!(folder(&[home, user, named]), Some(PathBuf::from("named")));
+        assert_eq!(folder(&[home, user, ("KILN_CACHE", "")]), Some(Path::new("user").join("kiln")));
+        assert_eq!(folder(&[home]), Some(Path::new("home").join(".cache").join("kiln")));
+        assert_eq!(folder(&[]), None);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod text;
 pub use captioned::{Attributes, CaptionedBatch, CaptionedOptions, CaptionedPictures, Combinations, Style, edges};
 pub use csv::{CsvOptions, CsvTable, Label, read_csv};
 pub use dataset::{Dataset, Subset};
+pub(crate) use folder::read_upright;
 pub use folder::{FolderOptions, ImageFolder};
 pub use images::{ImageBatch, ImageSet, Scale};
 pub use loader::{Loader, LoaderOptions, LoaderState};

@@ -323,6 +323,7 @@ impl<N: Denoiser> DiffusionTrainer<N> {
             // The step leaves the gradients scaled, and may change the scale.
             let norm = grad_norm(&params)? / scaler.current_scale();
             scaler.step_clipped(&mut self.optimizer, &params, self.options.max_norm)?;
+            scaler.update()?;
             return Ok(norm);
         }
         let norm = self.optimizer.step_clipped(self.options.max_norm)?.item_f64()?;
@@ -340,14 +341,8 @@ impl<N: Denoiser> DiffusionTrainer<N> {
             autocast: sampling.autocast.or(self.options.autocast),
             ..sampling.clone()
         };
-        let was_training = self.params.mode().is_training();
-        self.params.eval();
-        let network = &self.network;
-        let drawn = self.ema.evaluate(|| sample(network, scheduler, noise, &sampling, generator));
-        if was_training {
-            self.params.train();
-        }
-        drawn
+        let Self { network, ema, params, .. } = self;
+        params.evaluating(|| ema.evaluate(|| sample(network, scheduler, noise, &sampling, generator)))
     }
 
     /// Everything that the next step depends on.

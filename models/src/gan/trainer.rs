@@ -152,11 +152,8 @@ impl GanTrainer {
     fn train_generator(&mut self, fake: &Tensor, labels: Option<&Tensor>) -> Result<f64> {
         let _scope = profile_scope("generator");
         self.generator_params.zero_grad();
-        // The discriminator only judges here: without gradients of its weights, the backward pass leaves their products out.
-        self.discriminator_params.freeze("*")?;
-        let loss = self.discriminator.forward(fake, labels).and_then(|score| self.options.loss.generator(&score));
-        self.discriminator_params.unfreeze("*")?;
-        let loss = loss?;
+        let score = || self.discriminator.forward(fake, labels).and_then(|score| self.options.loss.generator(&score));
+        let loss = self.discriminator_params.while_frozen(score)?;
         loss.backward()?;
         self.generator_optimizer.step()?;
         loss.item_f64()
@@ -164,10 +161,7 @@ impl GanTrainer {
 
     /// Pictures from `noise` with the running statistics of the batch norms, as (B, 1, 28, 28) in (-1, 1).
     pub fn sample(&self, noise: &Tensor, labels: Option<&Tensor>) -> Result<Tensor> {
-        self.generator_params.eval();
-        let pictures = no_grad(|| self.generator.forward(noise, labels));
-        self.generator_params.train();
-        pictures
+        self.generator_params.evaluating(|| no_grad(|| self.generator.forward(noise, labels)))
     }
 
     /// Everything that the next step depends on.

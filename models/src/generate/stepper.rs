@@ -19,17 +19,7 @@ pub(super) trait Stepper {
 
 /// Runs `f` without recording and in evaluation mode, which is undone after.
 pub(super) fn inference<R>(params: &Params, f: impl FnOnce() -> R) -> R {
-    struct Restore<'a>(&'a Params);
-    impl Drop for Restore<'_> {
-        fn drop(&mut self) {
-            self.0.train();
-        }
-    }
-    let _restore = params.mode().is_training().then(|| {
-        params.eval();
-        Restore(params)
-    });
-    no_grad(f)
+    params.evaluating(|| no_grad(f))
 }
 
 /// The dtype that keys and values will have, and the model's device.

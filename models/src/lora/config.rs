@@ -113,7 +113,8 @@ pub struct LoraConfig {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Biases that are trained along.
     pub bias: Bias,
-    /// Modules trained in full and saved with the adapter: those whose names end so.
+    /// Modules trained in full and saved with the adapter: those whose names end so. A language model's table of tokens is none of them
+    /// where it is the output's matrix, too: `peft` would train the table alone.
     pub modules_to_save: Option<Vec<String>>,
     /// Whether the checkpoint's matrices are (inputs, outputs). Kept for other readers of the file: here all are (outputs, inputs).
     pub fan_in_fan_out: bool,
@@ -151,9 +152,10 @@ impl Default for LoraConfig {
 const NEEDED: [&str; 4] = ["peft_type", "r", "lora_alpha", "target_modules"];
 
 /// Fields that change what an adapter computes in ways that are not implemented: they must be unset.
-const UNSUPPORTED: [&str; 14] = [
+const UNSUPPORTED: [&str; 15] = [
     "alora_invocation_tokens",
     "arrow_config",
+    "ensure_weight_tying",
     "kasa_config",
     "layer_replication",
     "layers_pattern",

@@ -255,7 +255,7 @@ impl Params {
         if let Some(loading) = &mut self.registry().loading {
             let found = loading.state.remove(name);
             if let Some(tensor) = loading.report.fit(name, kind, found.as_ref())? {
-                return tensor.detach().contiguous();
+                return tensor.detach().contiguous()?.to_device(self.options().device);
             }
             if loading.mode == LoadMode::Strict {
                 // The building will end in an error; until then the shape is all that matters, and takes no memory.
@@ -266,7 +266,7 @@ impl Params {
                 return Tensor::zeros((), kind.0)?.expand(kind.1);
             }
         }
-        first()?.detach().contiguous()
+        first()?.detach().contiguous()?.to_device(self.options().device)
     }
 
     fn register(&self, name: String, entry: Entry) -> Result<()> {
@@ -478,6 +478,42 @@ impl Params {
         Ok(found.len())
     }
 
+    /// Runs `f` in evaluation mode. The mode is as before after it, after a panic too.
+    ///
+    /// ```
+    /// # use kiln_models::nn::Params;
+    /// let params = Params::new();
+    /// assert!(!params.evaluating(|| params.mode().is_training()));
+    /// assert!(params.mode().is_training());
+    /// ```
+    pub fn evaluating<R>(&self, f: impl FnOnce() -> R) -> R {
+        struct Restore<'a>(&'a Params);
+        impl Drop for Restore<'_> {
+            fn drop(&mut self) {
+                self.0.train();
+            }
+        }
+        let _restore = self.mode().is_training().then(|| {
+            self.eval();
+            Restore(self)
+        });
+        f()
+    }
+
+    /// Runs `f` while none of the parameters is trained, as a discriminator only judges in the generator's step: without gradients of its
+    /// weights, the backward pass leaves their products out. Those that were frozen before stay so; the others are not, after a panic too.
+    pub fn while_frozen<R>(&self, f: impl FnOnce() -> R) -> R {
+        struct Thaw(Vec<Param>);
+        impl Drop for Thaw {
+            fn drop(&mut self) {
+                self.0.iter().for_each(Param::unfreeze);
+            }
+        }
+        let thaw = Thaw(self.trainable());
+        thaw.0.iter().for_each(Param::freeze);
+        f()
+    }
+
     /// The parameters by the group that `key` puts them in, e.g. `|p| p.shape().rank() >= 2` to decay matrices only.
     pub fn groups<K: Ord>(&self, key: impl Fn(&Param) -> K) -> BTreeMap<K, Vec<Param>> {
         let mut groups = BTreeMap::new();
@@ -500,7 +536,7 @@ fn load_entries(entries: Vec<Entry>, state: &StateDict, mode: LoadMode) -> Resul
     for entry in &entries {
         let now = entry.get()?;
         let fitting = report.fit(entry.name(), (now.dtype(), *now.shape()), state.get(entry.name()))?;
-        contents.push(fitting.map(|tensor| entry.content(tensor)).transpose()?);
+        contents.push(fitting.map(|tensor| entry.content(tensor.to_device(now.device())?)).transpose()?);
     }
     let known: HashSet<&str> = entries.iter().map(Entry::name).collect();
     report.unexpected = state.keys().filter(|name| !known.contains(name.as_str())).cloned().collect();
@@ -523,12 +559,25 @@ fn matches(pattern: &str, name: &str) -> bool {
     ends.into_iter().any(|end| matches_whole(pattern, &name[..end]))
 }
 
-/// Whether `pattern` (`*` for any text) matches all of `text`.
+/// Whether `pattern` (`*` for any text) matches all of `text`. A star stands for nothing at first; where the text goes on otherwise than the
+/// pattern, the last star stands for a byte more: an earlier one never needs to.
 pub(crate) fn matches_whole(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else { return pattern == text };
-    let Some(text) = text.strip_prefix(head) else { return false };
-    let starts = text.char_indices().map(|(i, _)| i).chain([text.len()]);
-    starts.into_iter().any(|i| matches_whole(rest, &text[i..]))
+    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
+    let (mut p, mut t, mut last_star) = (0, 0, None);
+    while t < text.len() {
+        if pattern.get(p) == Some(&b'*') {
+            p += 1;
+            last_star = Some((p, t));
+        } else if pattern.get(p) == Some(&text[t]) {
+            (p, t) = (p + 1, t + 1);
+        } else if let Some((after, taken)) = last_star {
+            (p, t) = (after, taken + 1);
+            last_star = Some((p, t));
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&byte| byte == b'*')
 }
 
 #[cfg(test)]
@@ -624,9 +673,16 @@ mod tests {
             ("bias", "net.0.bias", false),
             ("net.*", "net", false),
             ("*é", "é.w", true),
+            ("a*b*c", "a.bb.bc", true),
+            ("a*b*c", "a.c.b", false),
+            ("*ab*ab", "ab.a.ab", true),
+            ("", "w", false),
         ] {
             assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
         }
+        // As many stars as an adapter's file likes.
+        let (stars, name) = ("*".repeat(64), "layers.".repeat(16));
+        assert!(matches_whole(&stars, &name) && !matches_whole(&format!("{stars}!"), &name) && !matches_whole(&"*a".repeat(64), &name));
         let params = Params::new();
         let (weight, bias, _) = build(&params).unwrap();
         assert_eq!(params.freeze("*.bias").unwrap(), 1);

@@ -131,7 +131,8 @@ impl Ema {
             return Err(Error::format("load_state_dict", format!("decay = {decay}, expected a value in [0, 1]")));
         }
         let average = |m: &Member| reader.tensor(&format!("average.{}", m.name()), &m.shape(), state_dtype(m.dtype()))?.contiguous();
-        let averages = self.members.iter().map(average).collect::<Result<_>>()?;
+        let moved = |(m, now): (&Member, &Tensor)| average(m)?.to_device(now.device());
+        let averages = self.members.iter().zip(&self.averages).map(moved).collect::<Result<_>>()?;
         reader.finish()?;
         (self.decay, self.warmup, self.updates, self.averages) = (decay, warmup, updates, averages);
         Ok(())

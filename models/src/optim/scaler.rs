@@ -5,6 +5,7 @@ use super::group::unless;
 use super::state::{Reader, put_count, put_number};
 use super::{Factor, Optimizer};
 use crate::nn::{Param, StateDict};
+use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::scale_;
 use kiln_tensor::{Error, Result, Tensor};
 
@@ -28,7 +29,8 @@ impl Default for GradScalerOptions {
 }
 
 /// Keeps gradients that pass through f16 away from zero: the loss is multiplied by a large factor, the gradients by its inverse before the
-/// step. A factor so large that gradients overflow costs a step, which is left out, and is made smaller.
+/// step. A factor so large that gradients overflow costs a step, which is left out, and is made smaller by [`update`](Self::update).
+/// Several optimisers may share one factor, each with its own parameters: all step, then the factor is updated.
 ///
 /// bf16 has f32's range and needs none of this.
 ///
@@ -49,6 +51,7 @@ impl Default for GradScalerOptions {
 ///     let loss = autocast(DType::F16, || x.linear(&w.get(), None)?.mean(()))??;
 ///     scaler.scale(&loss)?.backward()?;
 ///     scaler.step(&mut optimizer, &params)?;
+///     scaler.update()?;
 /// }
 /// # Ok(()) }
 /// ```
@@ -58,8 +61,29 @@ pub struct GradScaler {
     scale: f64,
     /// Good steps since the factor changed.
     good_steps: u64,
-    /// Whether the gradients of the step at hand were unscaled, and were finite.
-    unscaled: Option<bool>,
+    /// The parameters whose gradients were looked at since the factor was updated.
+    seen: Vec<Seen>,
+}
+
+/// The parameters of one optimiser between two updates of the factor.
+#[derive(Clone, Debug)]
+struct Seen {
+    params: Vec<Param>,
+    /// Whether their gradients were finite.
+    finite: bool,
+    /// Whether they are unscaled in place.
+    unscaled: bool,
+    stepped: bool,
+}
+
+impl Seen {
+    fn is_of(&self, params: &[Param]) -> bool {
+        self.params.len() == params.len() && self.params.iter().zip(params).all(|(a, b)| a.is_same(b))
+    }
+
+    fn shares(&self, params: &[Param]) -> bool {
+        params.iter().any(|param| self.params.iter().any(|own| own.is_same(param)))
+    }
 }
 
 /// Complains about a factor that is not a positive number.
@@ -80,7 +104,7 @@ impl GradScaler {
             .or(unless(growth_interval > 0, "growth_interval", growth_interval as f64, "at least 1"));
         match invalid {
             Some(message) => Err(Error::argument("GradScaler", message)),
-            None => Ok(Self { options, scale: init_scale, good_steps: 0, unscaled: None }),
+            None => Ok(Self { options, scale: init_scale, good_steps: 0, seen: Vec::new() }),
         }
     }
 
@@ -95,22 +119,45 @@ impl GradScaler {
         loss.to_dtype(wide)?.mul_scalar(self.scale)
     }
 
+    /// What is known of these parameters.
+    fn known(&self, params: &[Param]) -> Result<Option<usize>> {
+        let place = self.seen.iter().position(|seen| seen.is_of(params));
+        if place.is_none() && self.seen.iter().any(|seen| seen.shares(params)) {
+            let message = "some of these parameters were unscaled or stepped together with others; give each optimiser's as one list";
+            return Err(Error::argument("GradScaler", message));
+        }
+        if place.is_some_and(|place| self.seen[place].stepped) {
+            return Err(Error::argument(
+                "GradScaler",
+                "these parameters have had their step; call update() after the steps of an iteration",
+            ));
+        }
+        Ok(place)
+    }
+
     /// Divides the gradients by the factor in place, to look at them or change them between the backward pass and [`step`](Self::step).
-    /// Returns whether all are finite.
+    /// Returns whether all are finite. Called again, it changes nothing.
+    ///
+    /// # Errors
+    /// If only some of the parameters were unscaled before, or they have had their step.
     pub fn unscale(&mut self, params: &[Param]) -> Result<bool> {
-        if let Some(finite) = self.unscaled {
-            return Ok(finite);
+        if let Some(place) = self.known(params)? {
+            return Ok(self.seen[place].finite);
         }
         let inverse = 1.0 / self.scale;
-        for_each_grad(params, |grad| scale_(grad, inverse))?;
+        for_each_grad(params, |grad| no_grad(|| scale_(grad, inverse)))?;
         let finite = grad_norm(params)?.is_finite();
-        self.unscaled = Some(finite);
+        self.seen.push(Seen { params: params.to_vec(), finite, unscaled: true, stepped: false });
         Ok(finite)
     }
 
-    /// A step of the optimiser with unscaled gradients, unless some are not finite; then adapts the factor. Returns whether the step was taken.
+    /// A step of the optimiser with unscaled gradients, unless some are not finite. Returns whether the step was taken.
+    /// [`update`](Self::update) belongs behind the steps of an iteration.
     ///
     /// The update divides by the factor as it reads the gradients, which stay scaled themselves, unless [`unscale`](Self::unscale) was called.
+    ///
+    /// # Errors
+    /// Those of the optimiser; if the parameters have had their step since the last update.
     pub fn step(&mut self, optimizer: &mut dyn Optimizer, params: &[Param]) -> Result<bool> {
         self.step_clipped(optimizer, params, f64::INFINITY)
     }
@@ -118,30 +165,46 @@ impl GradScaler {
     /// [`step`](Self::step) with the unscaled gradients clipped as by [`clip_grad_norm`](super::clip_grad_norm), in the same pass.
     ///
     /// # Errors
-    /// If `max_norm` is negative or NaN.
+    /// As [`step`](Self::step), and if `max_norm` is negative or NaN.
     pub fn step_clipped(&mut self, optimizer: &mut dyn Optimizer, params: &[Param], max_norm: f64) -> Result<bool> {
         expect_norm("step_clipped", max_norm)?;
-        let inverse = if self.unscaled.is_some() { 1.0 } else { 1.0 / self.scale };
-        let norm = match self.unscaled {
-            Some(false) => f64::NAN,
-            _ => inverse * grad_norm(params)?,
-        };
-        if !norm.is_finite() {
-            self.unscaled = None;
+        let place = self.known(params)?.unwrap_or_else(|| {
+            self.seen.push(Seen { params: params.to_vec(), finite: true, unscaled: false, stepped: false });
+            self.seen.len() - 1
+        });
+        let seen = &mut self.seen[place];
+        let inverse = if seen.unscaled { 1.0 } else { 1.0 / self.scale };
+        let norm = if seen.finite { inverse * grad_norm(params)? } else { f64::NAN };
+        seen.finite = norm.is_finite();
+        if seen.finite {
+            optimizer.step_scaled(&Factor::Number(inverse * (max_norm / (norm + 1e-6)).min(1.0)))?;
+        }
+        // Only now: after an error the gradients stay as they are.
+        seen.stepped = true;
+        Ok(seen.finite)
+    }
+
+    /// Adapts the factor to the steps since the last call: smaller if gradients of one were not finite, larger after enough good ones.
+    ///
+    /// # Errors
+    /// If there was none.
+    pub fn update(&mut self) -> Result<()> {
+        let steps: Vec<Seen> = std::mem::take(&mut self.seen).into_iter().filter(|seen| seen.stepped).collect();
+        if steps.is_empty() {
+            return Err(Error::argument("GradScaler", "update() without a step since the last one"));
+        }
+        if steps.iter().any(|step| !step.finite) {
             // Never zero, whose inverse would be infinite.
             self.scale = (self.scale * self.options.backoff_factor).max(f64::from(f32::MIN_POSITIVE));
             self.good_steps = 0;
-            return Ok(false);
+            return Ok(());
         }
-        optimizer.step_scaled(&Factor::Number(inverse * (max_norm / (norm + 1e-6)).min(1.0)))?;
-        // Only now: after an error the gradients stay unscaled.
-        self.unscaled = None;
         self.good_steps += 1;
         if self.good_steps == self.options.growth_interval {
             self.scale = (self.scale * self.options.growth_factor).min(f64::from(f32::MAX));
             self.good_steps = 0;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// What the next steps depend on: `scale` and `good_steps`.
@@ -163,7 +226,7 @@ impl GradScaler {
         if let Some(message) = unless_scale("scale", scale) {
             return Err(Error::argument("GradScaler", message));
         }
-        (self.scale, self.good_steps, self.unscaled) = (scale, good_steps, None);
+        (self.scale, self.good_steps, self.seen) = (scale, good_steps, Vec::new());
         Ok(())
     }
 }

@@ -5,10 +5,10 @@ use super::python::{strftime, tojson};
 use super::special::{content, token_text};
 use super::tokenizer::Tokenizer;
 use kiln_tensor::{Error, Result};
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::{Kwargs, Serde, Tuple, ValueKind};
 use minijinja::{AutoEscape, Environment, ErrorKind, State, Value as TemplateValue, syntax::SyntaxConfig};
 use minijinja_contrib::pycompat::unknown_method_callback;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::ops::Range;
 use std::path::Path;
@@ -95,7 +95,7 @@ const CHATML: &str = "{%- for message in messages -%}
 ///
 /// It renders as `transformers` does: blocks take the line break after them and the spaces before them along, `tojson`, `raise_exception` and
 /// `strftime_now` (in UTC) are Hugging Face's, strings and dictionaries have Python's methods. A template that runs without end, or
-/// asks for ever more memory, is stopped.
+/// asks for ever more memory or nesting, is stopped; namespaces keep plain data.
 ///
 /// ```
 /// use kiln_models::text::{ChatTemplate, Message, Variables};
@@ -175,7 +175,7 @@ impl ChatTemplate {
     /// `enable_thinking` …) come before the template's own.
     ///
     /// # Errors
-    /// If the template fails, refuses the chat (`raise_exception`), or runs too long; the error names the line.
+    /// If the template fails, refuses the chat (`raise_exception`), runs too long or nests too deeply; the error names the line.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool, variables: &Variables) -> Result<String> {
         self.render_marked(messages, add_generation_prompt, variables).map(|(text, _)| text)
     }
@@ -208,8 +208,10 @@ impl ChatTemplate {
         let fuel = BASE_FUEL.saturating_add(FUEL_PER_BYTE.saturating_mul(input.len() as u64));
         let mut environment = if *marks == MARKS[0] { self.environment.clone() } else { environment(&self.source, *marks, self.now)? };
         environment.set_fuel(Some(fuel));
-        let rendered = environment.get_template(NAME).and_then(|template| template.render(TemplateValue::from(Serde(&context))));
-        split_marks(&rendered.map_err(wrap)?, *marks)
+        on_stack(rendering_stack(&self.source), move || {
+            let rendered = environment.get_template(NAME).and_then(|template| template.render(TemplateValue::from(Serde(&context))));
+            split_marks(&rendered.map_err(wrap)?, *marks)
+        })
     }
 
     fn context(&self, messages: &[Message], add_generation_prompt: bool, variables: &Variables) -> Result<Value> {
@@ -234,8 +236,14 @@ const NAME: &str = "template";
 const BASE_FUEL: u64 = 4_000_000;
 /// More of them for each byte of the chat.
 const FUEL_PER_BYTE: u64 = 32;
+/// Macros and loops inside of each other, as the engine counts them: a macro for six, a loop for one.
+const MAX_FRAMES: usize = 128;
 /// What `{% generation %}` calls.
 const GENERATION: &str = "generation__";
+/// The filter that what a namespace is given goes through: [`held`].
+const HELD: &str = "held__";
+/// The deepest nesting of lists and dictionaries that a namespace keeps.
+const MAX_HELD: usize = 256;
 
 /// What stands before and behind generation blocks in the raw output: characters that no text should have (Unicode's
 /// noncharacters), the first pair that a chat does not have.
@@ -247,6 +255,8 @@ fn environment(source: &str, [open, close]: [char; 2], now: Option<i64>) -> Resu
     environment.set_syntax(syntax.map_err(wrap)?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(unknown_method_callback);
+    environment.set_recursion_limit(MAX_FRAMES);
+    environment.add_filter(HELD, held);
     environment.add_filter("tojson", tojson);
     environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -256,36 +266,188 @@ fn environment(source: &str, [open, close]: [char; 2], now: Option<i64>) -> Resu
         let caller: TemplateValue = options.get("caller")?;
         Ok(format!("{open}{}{close}", caller.call(state, &[])?))
     });
-    environment.add_template_owned(NAME, translate(source).0).map_err(wrap)?;
-    Ok(environment)
+    on_stack(source.len().saturating_mul(TOKEN_STACK), move || {
+        environment.add_template_owned(NAME, translate(source).0).map_err(wrap)?;
+        Ok(environment)
+    })
+}
+
+/// What a thread needs beside [`LEVEL_STACK`] and [`TOKEN_STACK`].
+const BASE_STACK: usize = 16 << 20;
+/// Templates that could need more are refused.
+const MAX_STACK: usize = 1 << 31;
+/// The most that a byte of the source, of which an expression may be a long chain, takes while it is compiled.
+const TOKEN_STACK: usize = 1 << 10;
+/// The most that a value takes for each value it lies in when it is written, compared or dropped: the engine does so recursively.
+const LEVEL_STACK: usize = 2 << 10;
+
+/// What `f` gives, on a thread of its own with a stack of so many bytes more than usual. Memory is taken for what is used of them only.
+fn on_stack<T: Send>(bytes: usize, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let bytes = bytes.saturating_add(BASE_STACK);
+    if bytes > MAX_STACK {
+        return Err(Error::format(OP, "the template is too long"));
+    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(OP.to_owned()).stack_size(bytes).spawn_scoped(scope, f);
+        let thread = thread.map_err(|e| Error::io(OP, format!("a thread with a stack of {bytes} bytes"), e))?;
+        thread.join().unwrap_or_else(|_| Err(Error::format(OP, "the template makes the engine panic")))
+    })
+}
+
+/// The stack for the deepest value that a template can make: each operation puts a value into another at most once in a macro or a loop,
+/// as variables end with those and namespaces keep nothing deep.
+fn rendering_stack(source: &str) -> usize {
+    let operations = source.bytes().filter(|byte| b"[(|*+,:".contains(byte)).count();
+    let frames = if source.contains("macro") || source.contains("recursive") { MAX_FRAMES } else { 1 };
+    operations.saturating_mul(frames).saturating_mul(LEVEL_STACK)
+}
+
+/// What a namespace keeps of a value: text, numbers, and lists and dictionaries of these. What is yet to be computed is computed here; a
+/// namespace in itself, or a list in a list for each round of a loop, would be deeper than any stack.
+fn held(state: &State, value: TemplateValue) -> std::result::Result<TemplateValue, minijinja::Error> {
+    held_below(state, value, MAX_HELD)
+}
+
+fn held_below(state: &State, value: TemplateValue, depth: usize) -> std::result::Result<TemplateValue, minijinja::Error> {
+    let refused = |what: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("a namespace cannot keep {what}"));
+    let kind = value.kind();
+    if !matches!(kind, ValueKind::Seq | ValueKind::Iterable | ValueKind::Map | ValueKind::Plain) {
+        return Ok(value);
+    }
+    if kind == ValueKind::Plain || value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace")) {
+        return Err(refused("macros or namespaces"));
+    }
+    let below = depth.checked_sub(1).ok_or_else(|| refused(&format!("values that are nested {MAX_HELD} deep")))?;
+    let mut items = Vec::new();
+    for item in value.try_iter()? {
+        state.consume_fuel(1)?;
+        items.push(item);
+    }
+    if kind == ValueKind::Map {
+        let mut entries = Vec::with_capacity(items.len());
+        for key in items {
+            let item = held_below(state, value.get_item(&key)?, below)?;
+            entries.push((held_below(state, key, below)?, item));
+        }
+        return Ok(TemplateValue::from(Serde(Entries(entries))));
+    }
+    let items = items.into_iter().map(|item| held_below(state, item, below)).collect::<std::result::Result<Vec<_>, _>>()?;
+    Ok(if value.is_tuple() { Tuple::from(items).into() } else { items.into_iter().collect() })
+}
+
+/// A dictionary with its keys in this order.
+struct Entries(Vec<(TemplateValue, TemplateValue)>);
+
+impl Serialize for Entries {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
 }
 
 fn seconds_now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |past| past.as_secs() as i64)
 }
 
-/// The source with generation blocks, which Jinja does not know, written as call blocks; whether there are any.
+/// The source with generation blocks, which Jinja does not know, written as call blocks, and with what namespaces are given passed through
+/// [`held`]; whether there are generation blocks.
 fn translate(source: &str) -> (String, bool) {
     let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
     while let Some(start) = rest.find('{') {
         let (before, tag) = rest.split_at(start);
+        let (tag, after) = tag.split_at(tag_length(tag));
         out.push_str(before);
-        let taken = if tag.starts_with("{#") {
-            tag.find("#}").map_or(1, |end| end + 2)
-        } else if let Some((word, replacement)) = generation_tag(tag) {
+        if let Some((word, replacement)) = generation_tag(tag) {
             found = true;
             out.push_str(&tag[..word.start]);
             out.push_str(&replacement);
-            rest = &tag[word.end..];
-            continue;
+            out.push_str(&tag[word.end..]);
+        } else if let Some(replacement) = namespace_tag(tag) {
+            out.push_str(&replacement);
         } else {
-            1
-        };
-        out.push_str(&tag[..taken]);
-        rest = &tag[taken..];
+            out.push_str(tag);
+        }
+        rest = after;
     }
     out.push_str(rest);
     (out, found)
+}
+
+/// The length of the tag, comment or raw block that `text` begins with, or 1 if there is none. It ends where Jinja's lexer sees the end:
+/// strings and brackets hide others.
+fn tag_length(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let start = 2 + usize::from(matches!(bytes.get(2), Some(b'-' | b'+')));
+    let close = match bytes.get(1) {
+        Some(b'#') => return text[start..].find("#}").map_or(text.len(), |end| start + end + 2),
+        Some(b'%') => "%}",
+        Some(b'{') => "}}",
+        _ => return 1,
+    };
+    if close == "%}"
+        && let Some(length) = bare_tag(&text[2..], "raw")
+    {
+        return raw_length(text, 2 + length);
+    }
+    let (mut at, mut depth) = (start, 0isize);
+    while let Some(&byte) = bytes.get(at) {
+        let end = at + usize::from(matches!(byte, b'-' | b'+'));
+        if depth == 0 && bytes[end..].starts_with(close.as_bytes()) {
+            return end + close.len();
+        }
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth -= 1,
+            _ => {}
+        }
+        at += if matches!(byte, b'\'' | b'"') { string_length(&bytes[at..]) } else { 1 };
+    }
+    text.len()
+}
+
+/// The length of the raw block that `text` begins with, whose content begins at `at`.
+fn raw_length(text: &str, mut at: usize) -> usize {
+    while let Some(next) = text[at..].find("{%") {
+        at += next + 2;
+        if let Some(length) = bare_tag(&text[at..], "endraw") {
+            return at + length;
+        }
+    }
+    text.len()
+}
+
+/// The length of what follows the `{%` of a tag that only says `word`.
+fn bare_tag(inner: &str, word: &str) -> Option<usize> {
+    let said = inner.strip_prefix(['-', '+']).unwrap_or(inner).trim_ascii_start().strip_prefix(word)?.trim_ascii_start();
+    let after = said.strip_prefix(['-', '+']).unwrap_or(said).strip_prefix("%}")?;
+    Some(inner.len() - after.len())
+}
+
+/// The length of the string that `bytes` begin with, with its quotes.
+fn string_length(bytes: &[u8]) -> usize {
+    let mut at = 1;
+    while let Some(&byte) = bytes.get(at) {
+        match byte {
+            b'\\' => at += 2,
+            _ if byte == bytes[0] => return at + 1,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
+/// A tag `{% set x.y = … %}` (or with a filter of the block that it opens) that passes the value through [`held`].
+fn namespace_tag(tag: &str) -> Option<String> {
+    let inner = tag.strip_prefix("{%")?.strip_suffix("%}")?;
+    let word = inner.strip_prefix(['-', '+']).unwrap_or(inner).trim_ascii_start();
+    let set = word.strip_prefix("set").filter(|set| !set.starts_with(|c: char| c.is_alphanumeric() || c == '_'))?;
+    let (target, value) = set.split_at(set.find(['=', '|'])?);
+    let body = value[1..].strip_suffix(['-', '+']).unwrap_or(&value[1..]);
+    if !target.contains('.') || body.trim().is_empty() {
+        return None;
+    }
+    let before = &tag[..tag.len() - "%}".len() - value.len()];
+    let after = &tag[before.len() + 1 + body.len()..];
+    Some(if value.starts_with('=') { format!("{before}=({body})|{HELD}{after}") } else { format!("{before}|{body}|{HELD}{after}") })
 }
 
 /// The place of the word in a tag `{% generation %}` or `{% endgeneration %}` at the start of `tag`, and what replaces it.

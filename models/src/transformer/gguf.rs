@@ -16,6 +16,14 @@ const TABLES: [&str; 2] = ["token_embd.weight", "position_embd.weight"];
 /// The output's matrix; a file without it uses the table of tokens.
 const HEAD: &str = "output.weight";
 
+/// Factors of the rotary positions that are not read, each with the one value that leaves them as they are.
+const SCALING_DEFAULTS: [(&str, f64); 4] = [
+    ("rope.scaling.attn_factor", 1.0),
+    ("rope.scaling.yarn_attn_factor", 1.0),
+    ("rope.scaling.yarn_beta_fast", 32.0),
+    ("rope.scaling.yarn_beta_slow", 1.0),
+];
+
 /// Loads the Llama or GPT-2 in the GGUF file at `path` into `params`. Quantised weights of [`Linear`](crate::nn::Linear) layers stay as they
 /// are stored, as does a table of tokens where it gives the logits; all else is converted to the dtype of `params`.
 ///
@@ -66,8 +74,11 @@ impl Keys<'_> {
     }
 
     fn extent(&self, key: &str) -> Result<usize> {
-        let missing = || Error::format("gguf", format!("the key {:?} is missing", self.name(key)));
-        self.find_extent(key)?.ok_or_else(missing)
+        self.find_extent(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        Error::format("gguf", format!("the key {:?} is missing", self.name(key)))
     }
 
     fn number(&self, key: &str) -> Result<f64> {
@@ -127,11 +138,26 @@ impl Keys<'_> {
         })
     }
 
-    /// The scaling of the rotary positions, if there is one.
+    /// By how much the rotary positions are stretched, if they are: llama.cpp takes 0 for no factor, too, and knows an older key.
+    fn rope_factor(&self) -> Result<Option<f64>> {
+        let factor = match self.file.find_f64(&self.name("rope.scaling.factor"))? {
+            None => self.file.find_f64(&self.name("rope.scale_linear"))?,
+            factor => factor,
+        };
+        Ok(factor.filter(|factor| *factor != 0.0))
+    }
+
+    /// The scaling of the rotary positions, if there is one: of a factor without a type, the linear one, as llama.cpp has it.
     fn rope_parameters(&self) -> Result<Option<RopeParameters>> {
+        for (key, default) in SCALING_DEFAULTS {
+            if let Some(number) = self.file.find_f64(&self.name(key))?.filter(|number| *number != default) {
+                return Err(Error::format("gguf", format!("the key {:?} is {number}; only {default} is supported", self.name(key))));
+            }
+        }
         let key = self.name("rope.scaling.type");
-        let kind = self.file.find_str(&key)?.unwrap_or("none");
-        let factor = || self.number("rope.scaling.factor");
+        let stretch = self.rope_factor()?;
+        let kind = self.file.find_str(&key)?.unwrap_or(if stretch.is_some() { "linear" } else { "none" });
+        let factor = || stretch.ok_or_else(|| self.missing("rope.scaling.factor"));
         let fields = if self.file.has_tensor(ROPE_FACTORS) {
             // llama.cpp keeps what Llama 3.1's formula gives, a divisor for each frequency.
             let factors = self.file.tensor(ROPE_FACTORS)?.to_dtype(DType::F64)?.to_vec::<f64>()?;

@@ -9,7 +9,8 @@ use super::rope::{Rope, RopeConfig, RopeScaling};
 use super::{Decoder, LmShape};
 use crate::nn::{Dropout, Params, RmsNorm};
 use kiln_tensor::{Error, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// Which of the family a model is: they differ in a norm and two biases.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -26,9 +27,37 @@ pub enum LlamaKind {
     Qwen3,
 }
 
-/// The hyper-parameters, by the names of `config.json`. Defaults are Hugging Face's.
+impl LlamaKind {
+    /// What a file means by leaving a field out where it is not what Llama's file would mean.
+    fn absent(self) -> &'static [(&'static str, u64)] {
+        match self {
+            LlamaKind::Llama => &[],
+            LlamaKind::Mistral => {
+                &[("intermediate_size", 14336), ("num_key_value_heads", 8), ("max_position_embeddings", 131_072), ("sliding_window", 4096)]
+            }
+            LlamaKind::Qwen2 => &[
+                ("vocab_size", 151_936),
+                ("intermediate_size", 22016),
+                ("num_key_value_heads", 32),
+                ("max_position_embeddings", 32768),
+                ("sliding_window", 4096),
+            ],
+            LlamaKind::Qwen3 => &[
+                ("vocab_size", 151_936),
+                ("intermediate_size", 22016),
+                ("num_key_value_heads", 32),
+                ("head_dim", 128),
+                ("max_position_embeddings", 32768),
+                ("sliding_window", 4096),
+            ],
+        }
+    }
+}
+
+/// The hyper-parameters, by the names of `config.json`. Defaults are Hugging Face's of Llama; a file of another kind that leaves a field out
+/// means that kind's.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, remote = "Self")]
 pub struct LlamaConfig {
     /// The member of the family.
     pub model_type: LlamaKind,
@@ -42,9 +71,9 @@ pub struct LlamaConfig {
     pub num_hidden_layers: usize,
     /// Heads of the queries.
     pub num_attention_heads: usize,
-    /// Heads of keys and values; those of the queries if absent.
+    /// Heads of keys and values; those of the queries if it is none.
     pub num_key_value_heads: Option<usize>,
-    /// Width of a head; `hidden_size / num_attention_heads` if absent.
+    /// Width of a head; `hidden_size / num_attention_heads` if it is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
     /// Activation of the gate.
@@ -111,6 +140,29 @@ impl RopeParameters {
             fields.insert("rope_type".into(), "longrope".into());
         }
         serde_json::from_value(fields.into()).map_err(|e| Error::format("config.json", format!("rope parameters of type {kind}: {e}")))
+    }
+}
+
+impl<'de> Deserialize<'de> for LlamaConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let mut fields: Map<String, Value> = Map::deserialize(deserializer)?;
+        let kind = fields.get("model_type").map(LlamaKind::deserialize).transpose().map_err(D::Error::custom)?;
+        for &(name, value) in kind.unwrap_or_default().absent() {
+            fields.entry(name).or_insert(value.into());
+        }
+        LlamaConfig::deserialize(Value::Object(fields)).map_err(D::Error::custom)
+    }
+}
+
+impl Serialize for LlamaConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        if self.model_type == LlamaKind::Qwen3 && self.head_dim.is_none() {
+            // Left out, it would be 128.
+            let head_dim = self.hidden_size.checked_div(self.num_attention_heads);
+            return LlamaConfig::serialize(&LlamaConfig { head_dim, ..self.clone() }, serializer);
+        }
+        LlamaConfig::serialize(self, serializer)
     }
 }
 
@@ -269,5 +321,32 @@ impl LlamaConfig {
             inner_dropout: None,
             post_norm: false,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(value: Value) -> LlamaConfig {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn what_a_file_leaves_out_depends_on_its_kind() {
+        assert_eq!(read(json!({})), LlamaConfig::default());
+        let mistral = read(json!({"model_type": "mistral"}));
+        assert_eq!((mistral.sliding_window, mistral.num_key_value_heads), (Some(4096), Some(8)));
+        assert_eq!(mistral.shape().unwrap().sliding_window, Some(4096));
+        // What is null is none, and is written so.
+        let full = read(json!({"model_type": "mistral", "sliding_window": null, "num_key_value_heads": null}));
+        assert_eq!((full.sliding_window, full.num_key_value_heads, full.shape().unwrap().sliding_window), (None, None, None));
+        assert_eq!(read(serde_json::to_value(&full).unwrap()), full);
+        let [qwen2, qwen3] = ["qwen2", "qwen3"].map(|kind| read(json!({"model_type": kind, "hidden_size": 1024})));
+        assert_eq!((qwen2.head_dim, qwen3.head_dim, qwen3.shape().unwrap().sliding_window), (None, Some(128), None));
+        let narrow = LlamaConfig { model_type: LlamaKind::Qwen3, hidden_size: 64, num_attention_heads: 4, ..LlamaConfig::default() };
+        assert_eq!(read(serde_json::to_value(&narrow).unwrap()), LlamaConfig { head_dim: Some(16), ..narrow });
+        assert!(serde_json::from_value::<LlamaConfig>(json!({"model_type": "mixtral"})).is_err());
     }
 }

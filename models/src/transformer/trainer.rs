@@ -207,6 +207,7 @@ impl<M: CausalLm> LmTrainer<M> {
             // The step leaves the gradients scaled, and may change the scale.
             let norm = crate::optim::grad_norm(&params)? / scaler.current_scale();
             scaler.step_clipped(&mut self.optimizer, &params, self.options.max_norm)?;
+            scaler.update()?;
             return Ok(norm);
         }
         let norm = self.optimizer.step_clipped(self.options.max_norm)?.item_f64()?;
@@ -222,17 +223,10 @@ impl<M: CausalLm> LmTrainer<M> {
     /// # Errors
     /// If no target counts.
     pub fn evaluate(&self, batches: &[LmBatch]) -> Result<f64> {
-        let params = self.model.params();
-        let was_training = params.mode().is_training();
-        params.eval();
-        let sums = no_grad(|| {
-            let sum = |batch: &LmBatch| Ok((self.loss_sum(batch)?.item_f64()?, batch.num_targets()?));
-            batches.iter().map(sum).collect::<Result<Vec<(f64, f64)>>>()
-        });
-        if was_training {
-            params.train();
-        }
-        let (loss, count) = sums?.into_iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
+        let sum = |batch: &LmBatch| Ok((self.loss_sum(batch)?.item_f64()?, batch.num_targets()?));
+        let sums = || batches.iter().map(sum).collect::<Result<Vec<(f64, f64)>>>();
+        let sums = self.model.params().evaluating(|| no_grad(sums))?;
+        let (loss, count) = sums.into_iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
         if count == 0.0 {
             return Err(Error::argument("lm_trainer", "there is no token to evaluate on"));
         }

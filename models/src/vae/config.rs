@@ -48,6 +48,10 @@ pub struct AutoencoderKlConfig {
     pub scaling_factor: f64,
     /// What is taken from latents before they are scaled.
     pub shift_factor: Option<f64>,
+    /// What is taken from each channel of the latents before they are scaled; comes with `latents_std`.
+    pub latents_mean: Option<Vec<f64>>,
+    /// What each channel of the latents is divided by; comes with `latents_mean`.
+    pub latents_std: Option<Vec<f64>>,
     /// Whether pictures of high resolution need f32.
     pub force_upcast: bool,
     /// Whether a 1×1 convolution follows the encoder.
@@ -76,6 +80,8 @@ impl Default for AutoencoderKlConfig {
             sample_size: 32,
             scaling_factor: 0.18215,
             shift_factor: None,
+            latents_mean: None,
+            latents_std: None,
             force_upcast: true,
             use_quant_conv: true,
             use_post_quant_conv: true,
@@ -122,6 +128,33 @@ impl AutoencoderKlConfig {
     /// Tiles of `sample_size`, a quarter of which overlaps the next: `diffusers`' defaults.
     pub fn tiling(&self) -> Tiling {
         Tiling { sample_min_size: self.sample_size, latent_min_size: self.sample_size / self.vae_scale_factor(), overlap_factor: 0.25 }
+    }
+
+    /// `latents_mean` and `latents_std`, if the latents are normed by channel.
+    ///
+    /// # Errors
+    /// If there is only one of them, or one is not a number for each channel: finite, and of deviations above 0.
+    pub(super) fn latent_norm(&self) -> Result<Option<[&[f64]; 2]>> {
+        let wrong = |field: &str, problem: String| Error::argument("AutoencoderKl", format!("{field}: {problem}"));
+        let alone = |field: &str, other: &str| wrong(field, format!("missing beside {other}"));
+        let (mean, std) = match (&self.latents_mean, &self.latents_std) {
+            (None, None) => return Ok(None),
+            (Some(mean), Some(std)) => (mean.as_slice(), std.as_slice()),
+            (None, Some(_)) => return Err(alone("latents_mean", "latents_std")),
+            (Some(_), None) => return Err(alone("latents_std", "latents_mean")),
+        };
+        for (field, values) in [("latents_mean", mean), ("latents_std", std)] {
+            if values.len() != self.latent_channels {
+                return Err(wrong(field, format!("{} numbers for {} latent_channels", values.len(), self.latent_channels)));
+            }
+        }
+        if let Some(value) = mean.iter().find(|value| !value.is_finite()) {
+            return Err(wrong("latents_mean", format!("{value} is no mean")));
+        }
+        if let Some(value) = std.iter().find(|value| !value.is_finite() || **value <= 0.0) {
+            return Err(wrong("latents_std", format!("{value} is no deviation; they are above 0")));
+        }
+        Ok(Some([mean, std]))
     }
 
     pub(super) fn encoder(&self) -> Result<CoderShape<'_>> {

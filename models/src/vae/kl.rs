@@ -3,7 +3,7 @@
 use super::networks::{Decoder, Encoder};
 use super::{AutoencoderKlConfig, DiagonalGaussian, Tiling};
 use crate::nn::{Conv2d, Module, Params};
-use kiln_tensor::{Generator, Result, Tensor};
+use kiln_tensor::{Error, Generator, Result, Tensor};
 
 /// Pictures (B, C, H, W) in [−1, 1] to a [`DiagonalGaussian`] of latents (B, L, H / s, W / s), and back; s = 2^(levels − 1).
 ///
@@ -25,6 +25,7 @@ impl AutoencoderKl {
     /// If the extents do not fit each other, or the weights do not fit them.
     pub fn new(params: &Params, config: &AutoencoderKlConfig) -> Result<Self> {
         let (encoder, decoder) = (config.encoder()?, config.decoder()?);
+        config.latent_norm()?;
         let square = |name: &str, channels| Conv2d::new(&params.scope(name), channels, channels, 1, ());
         Ok(Self {
             encoder: Encoder::new(&params.scope("encoder"), &encoder)?,
@@ -90,19 +91,43 @@ impl AutoencoderKl {
         Ok((self.decode(&posterior.sample(generator)?)?, posterior))
     }
 
-    /// (z − shift_factor) · scaling_factor: latents as a diffusion model knows them.
+    /// (z − shift_factor − latents_mean) · scaling_factor / latents_std, of latents (B, latent_channels, H, W): as a diffusion model
+    /// knows them. What the configuration does not give is left out.
+    ///
+    /// # Errors
+    /// If there is a mean for each channel and z has others.
     pub fn scale(&self, z: &Tensor) -> Result<Tensor> {
         let z = match self.config.shift_factor {
             Some(shift) => z.add_scalar(-shift)?,
             None => z.clone(),
         };
-        z.mul_scalar(self.config.scaling_factor)
+        match self.latent_norm(&z)? {
+            Some([mean, std]) => z.sub(&mean)?.mul_scalar(self.config.scaling_factor)?.div(&std),
+            None => z.mul_scalar(self.config.scaling_factor),
+        }
     }
 
-    /// z / scaling_factor + shift_factor: the inverse of [`scale`](Self::scale).
+    /// z · latents_std / scaling_factor + latents_mean + shift_factor: the inverse of [`scale`](Self::scale).
+    ///
+    /// # Errors
+    /// As [`scale`](Self::scale).
     pub fn unscale(&self, z: &Tensor) -> Result<Tensor> {
-        let z = z.div_scalar(self.config.scaling_factor)?;
+        let z = match self.latent_norm(z)? {
+            Some([mean, std]) => z.mul(&std)?.div_scalar(self.config.scaling_factor)?.add(&mean)?,
+            None => z.div_scalar(self.config.scaling_factor)?,
+        };
         self.config.shift_factor.map_or(Ok(z.clone()), |shift| z.add_scalar(shift))
+    }
+
+    /// Mean and deviation of the channels, (1, L, 1, 1), as the latents `z` are computed with, if the configuration has them.
+    fn latent_norm(&self, z: &Tensor) -> Result<Option<[Tensor; 2]>> {
+        let Some([mean, std]) = self.config.latent_norm()? else { return Ok(None) };
+        let [_, channels, _, _] = z.dims_n::<4>("autoencoder")?;
+        if channels != mean.len() {
+            return Err(Error::shape("autoencoder", format!("latents have {} channels, got {}", mean.len(), z.shape())));
+        }
+        let by_channel = |values: &[f64]| Tensor::from_slice(values, [1, channels, 1, 1])?.to_dtype(z.dtype())?.to_device(z.device());
+        Ok(Some([by_channel(mean)?, by_channel(std)?]))
     }
 
     /// The weight of the decoder's last convolution.

@@ -129,7 +129,8 @@ impl VectorQuantizer {
         self.codes
     }
 
-    /// The nearest codes of latents (B, D, H, W). In training mode the averages move, and codes restart.
+    /// The nearest codes of latents (B, D, H, W). In training mode the averages move, and codes restart: inside of
+    /// [`checkpoint`](kiln_autograd::checkpoint) the table is then another one when the backward pass computes the part again.
     ///
     /// # Errors
     /// If the number of channels is another.

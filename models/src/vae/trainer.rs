@@ -158,10 +158,7 @@ impl Critic {
 
     /// −mean D(`output`). The discriminator only judges here: its weights get no gradients.
     fn judge(&self, output: &Tensor) -> Result<Tensor> {
-        self.params.freeze("*")?;
-        let loss = self.model.forward(output).and_then(|score| GanLoss::Hinge.generator(&score));
-        self.params.unfreeze("*")?;
-        loss
+        self.params.while_frozen(|| self.model.forward(output).and_then(|score| GanLoss::Hinge.generator(&score)))
     }
 
     /// A step on ½ (mean max(0, 1 − D(real)) + mean max(0, 1 + D(fake))).
@@ -239,10 +236,7 @@ impl<M: Autoencoder> VaeTrainer<M> {
     /// # Errors
     /// Those of `f`.
     pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
-        self.params.eval();
-        let result = no_grad(|| f(&self.model));
-        self.params.train();
-        result
+        self.params.evaluating(|| no_grad(|| f(&self.model)))
     }
 
     /// One step on pictures (B, C, H, W) in [−1, 1].
@@ -303,6 +297,7 @@ impl<M: Autoencoder> VaeTrainer<M> {
         let mut state = StateDict::new();
         let mut put = |prefix: &str, part: StateDict| state.extend(part.into_iter().map(|(name, x)| (format!("{prefix}.{name}"), x)));
         put("model", self.params.state_dict());
+        put("adapter", self.params.adapter_state_dict());
         put("optimizer", self.optimizer.state_dict()?);
         if let Some(critic) = &self.critic {
             put("discriminator", critic.params.state_dict());
@@ -325,6 +320,7 @@ impl<M: Autoencoder> VaeTrainer<M> {
         let counters = state.get("trainer.counters").ok_or_else(missing)?.to_vec::<i64>()?;
         let [steps, seed, offset] = counters[..] else { return Err(missing()) };
         self.params.load_state_dict(&part("model"), LoadMode::Strict)?;
+        self.params.load_adapter_state_dict(&part("adapter"), LoadMode::Strict)?;
         self.optimizer.load_state_dict(&part("optimizer"))?;
         if let Some(critic) = &mut self.critic {
             critic.params.load_state_dict(&part("discriminator"), LoadMode::Strict)?;

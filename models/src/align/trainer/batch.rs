@@ -1,6 +1,5 @@
 //! Texts of different lengths as one batch, and the model's log-probabilities of the tokens that count.
 
-use super::learner::evaluating;
 use crate::align::logprobs::token_log_probs;
 use crate::data::TokenSequence;
 use crate::transformer::{CausalLm, Pass};
@@ -135,7 +134,7 @@ pub fn sequence_log_probs(model: &dyn CausalLm, texts: &[TokenSequence]) -> Resu
         batch.log_probs(model, 1.0)?.sum(1)?.to_dtype(DType::F64)?.to_vec()
     };
     let sums = || texts.chunks(ROWS_AT_ONCE).map(part).collect::<Result<Vec<_>>>();
-    Ok(evaluating(model.params(), || no_grad(sums))?.concat())
+    Ok(model.params().evaluating(|| no_grad(sums))?.concat())
 }
 
 /// The tokens of a text that are learned: the first is not, whatever its mask.

@@ -1,7 +1,7 @@
 //! Direct preference optimisation of a language model on pairs of answers.
 
 use super::batch::{PreferencePair, TokenBatch, learned, parts, sequence_log_probs};
-use super::learner::{Learner, TrainOptions, evaluating};
+use super::learner::{Learner, TrainOptions};
 use crate::align::dpo::{Completions, DpoLossOptions, dpo_loss};
 use crate::align::reward::PreferenceLoss;
 use crate::data::TokenSequence;
@@ -115,7 +115,7 @@ impl DpoTrainer {
         expect_answers(pairs)?;
         let mut accuracy = 0.0;
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
-            let out = evaluating(self.policy.params(), || no_grad(|| self.loss(part)))?;
+            let out = self.policy.params().evaluating(|| no_grad(|| self.loss(part)))?;
             accuracy += out.accuracy()? * part.len() as f64 / pairs.len() as f64;
         }
         Ok(accuracy)
@@ -148,7 +148,7 @@ impl DpoTrainer {
             return Err(Error::argument("dpo", message));
         };
         let sides = || self.options.train.autocast(|| sides(&**reference, pairs));
-        Ok(evaluating(reference.params(), || no_grad(sides))?.log_probs)
+        Ok(reference.params().evaluating(|| no_grad(sides))?.log_probs)
     }
 
     /// Everything that the next step depends on: weights, optimiser, generator; the reference excepted.

@@ -1,7 +1,7 @@
 //! Group relative policy optimisation of a language model with rewards that the caller computes.
 
 use super::batch::{TokenBatch, learned, parts};
-use super::learner::{Learner, TrainOptions, counters, evaluating, get_counters, part, put, put_counters};
+use super::learner::{Learner, TrainOptions, counters, get_counters, part, put, put_counters};
 use super::rollout::{Completion, Rollout, RolloutRequest, mean, next_seed, shuffled};
 use crate::align::grpo::{GrpoLoss, GrpoLossOptions, GrpoTokens, RewardScale, group_advantages, grpo_loss};
 use crate::data::TokenSequence;
@@ -172,7 +172,7 @@ impl GrpoTrainer {
                 options.train.autocast(|| batch.log_probs(model, options.temperature))
             };
             let rows = || parts(&samples, self.parts()).map(part).collect::<Result<Vec<_>>>();
-            Tensor::cat(&evaluating(model.params(), || no_grad(rows))?, 0)
+            Tensor::cat(&model.params().evaluating(|| no_grad(rows))?, 0)
         };
         // With one step for each batch of answers, the policy is still the one that wrote them.
         let moves = options.num_iterations > 1 || options.num_mini_batches > 1;

@@ -142,17 +142,6 @@ impl Learner {
     }
 }
 
-/// Runs `f` with dropout resting, and leaves the mode as it was.
-pub(crate) fn evaluating<R>(params: &Params, f: impl FnOnce() -> R) -> R {
-    let was_training = params.mode().is_training();
-    params.eval();
-    let result = f();
-    if was_training {
-        params.train();
-    }
-    result
-}
-
 /// A count and a generator's state, to save.
 pub(super) fn counters(count: u64, generator: &Generator) -> [u64; 3] {
     let GeneratorState { seed, offset } = generator.state();

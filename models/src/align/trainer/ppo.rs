@@ -2,7 +2,7 @@
 
 use super::batch::{TokenBatch, learned, parts};
 use super::grpo::expect_temperature;
-use super::learner::{Learner, TrainOptions, counters, evaluating, get_counters, part, put, put_counters};
+use super::learner::{Learner, TrainOptions, counters, get_counters, part, put, put_counters};
 use super::reward::ValueModel;
 use super::rollout::{Completion, Rollout, RolloutRequest, mean, next_seed, shuffled};
 use crate::align::logprobs::{KlEstimator, masked_mean, masked_sum, whiten};
@@ -250,9 +250,9 @@ impl PpoTrainer {
         }
         let width = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
         let log_probs = |model: &dyn CausalLm| self.of_all(&samples, width, |batch| batch.log_probs(model, options.temperature));
-        let quietly = |model: &Arc<dyn CausalLm>| evaluating(model.params(), || no_grad(|| log_probs(&**model)));
+        let quietly = |model: &Arc<dyn CausalLm>| model.params().evaluating(|| no_grad(|| log_probs(&**model)));
         let (old, reference) = (quietly(&self.policy)?, quietly(&self.reference)?);
-        let values = evaluating(self.value.params(), || no_grad(|| self.of_all(&samples, width, |batch| self.values(batch))))?;
+        let values = self.value.params().evaluating(|| no_grad(|| self.of_all(&samples, width, |batch| self.values(batch))))?;
         let mask = TokenBatch::new("ppo", &*self.policy, &samples.iter().collect::<Vec<_>>(), Some(width))?.mask;
         let kl = options.kl_estimator.estimate(&old, &reference)?;
         let scores = self.penalised(rollout);

@@ -1,7 +1,7 @@
 //! Reward and value models: a language model whose hidden states a linear head turns into numbers; and the training on preferences.
 
 use super::batch::{PreferencePair, ROWS_AT_ONCE, TokenBatch, is_half, parts};
-use super::learner::{Learner, TrainOptions, evaluating};
+use super::learner::{Learner, TrainOptions};
 use super::rollout::Completion;
 use crate::align::reward::{PreferenceLoss, RewardLossOptions, reward_loss};
 use crate::data::TokenSequence;
@@ -81,7 +81,7 @@ impl RewardModel {
             self.last(&self.batch(&part.iter().collect::<Vec<_>>())?)?.to_dtype(DType::F64)?.to_vec()
         };
         let scores = || samples.chunks(ROWS_AT_ONCE).map(part).collect::<Result<Vec<_>>>();
-        Ok(evaluating(self.params(), || no_grad(scores))?.concat())
+        Ok(self.params().evaluating(|| no_grad(scores))?.concat())
     }
 
     /// The scores of answers behind their prompts: what [`PpoTrainer::step`](super::PpoTrainer::step) and
@@ -262,7 +262,7 @@ impl RewardTrainer {
         expect_pairs(pairs)?;
         let mut accuracy = 0.0;
         for part in parts(pairs, self.options.train.gradient_accumulation_steps) {
-            let out = evaluating(self.model.params(), || no_grad(|| self.loss(part)))?;
+            let out = self.model.params().evaluating(|| no_grad(|| self.loss(part)))?;
             accuracy += out.accuracy()? * part.len() as f64 / pairs.len() as f64;
         }
         Ok(accuracy)

@@ -1,6 +1,5 @@
 //! Answers that the policy itself writes, and their rewards: the caller's functions generate and judge.
 
-use super::learner::evaluating;
 use crate::data::TokenSequence;
 use crate::generate::{FinishReason, GenerationConfig, generate};
 use crate::transformer::CausalLm;
@@ -86,7 +85,7 @@ impl Rollout {
         if let Some(i) = prompts.iter().position(Vec::is_empty) {
             return Err(Error::argument(op, format!("prompt {i} is empty; start with a token, such as the BOS")));
         }
-        let completions = evaluating(policy.params(), || no_grad(|| generate(policy, request)))?;
+        let completions = policy.params().evaluating(|| no_grad(|| generate(policy, request)))?;
         if completions.len() != prompts.len() {
             return Err(Error::argument(op, format!("{} answers were generated for {} prompts", completions.len(), prompts.len())));
         }

@@ -1,7 +1,7 @@
 //! Supervised fine-tuning of a language model on texts of which some tokens count.
 
 use super::batch::{Predicted, TokenBatch, learned, parts};
-use super::learner::{Learner, TrainOptions, evaluating};
+use super::learner::{Learner, TrainOptions};
 use crate::data::TokenSequence;
 use crate::nn::StateDict;
 use crate::transformer::CausalLm;
@@ -91,7 +91,7 @@ impl SftTrainer {
         let tokens = count(&samples)?;
         let mut sum = 0.0;
         for part in parts(&samples, self.options.train.gradient_accumulation_steps) {
-            if let Some((_, predicted)) = evaluating(self.model.params(), || no_grad(|| self.predict(part)))? {
+            if let Some((_, predicted)) = self.model.params().evaluating(|| no_grad(|| self.predict(part)))? {
                 sum -= predicted.log_probs.sum(())?.item_f64()?;
             }
         }

@@ -29,13 +29,15 @@ pub enum Turns {
     Messages(Vec<Message>),
 }
 
-/// `{"prompt": …, "completion": …}`: what follows what.
+/// `{"prompt": …, "completion": …}`: what follows what, with the `tools` of a chat, if any.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PromptCompletion {
     /// What is given.
     pub prompt: Turns,
     /// What is to be learnt.
     pub completion: Turns,
+    /// Descriptions of functions that the assistant may call.
+    pub tools: Vec<Value>,
 }
 
 /// `{"messages": […]}`: a chat, with the `tools` that it has, if any.
@@ -56,14 +58,17 @@ pub enum Demonstration {
     PromptCompletion(PromptCompletion),
 }
 
-/// `{"prompt": …}`: what is to be answered.
+/// `{"prompt": …}`: what is to be answered, with the `tools` of a chat, if any.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prompt {
     /// What is given.
     pub prompt: Turns,
+    /// Descriptions of functions that the assistant may call.
+    pub tools: Vec<Value>,
 }
 
-/// `{"chosen": …, "rejected": …}`, with a `prompt` of both if it is apart: which of two answers is better.
+/// `{"chosen": …, "rejected": …}`, with a `prompt` of both if it is apart, the `tools` of a chat and a `margin`, if any: which of two answers
+/// is better.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preference {
     /// What is answered.
@@ -72,6 +77,10 @@ pub struct Preference {
     pub chosen: Turns,
     /// The worse one.
     pub rejected: Turns,
+    /// By how much the better one is to lead in a reward model.
+    pub margin: Option<f64>,
+    /// Descriptions of functions that the assistant may call.
+    pub tools: Vec<Value>,
 }
 
 /// `{"text": …}`: text to train on.
@@ -193,11 +202,20 @@ fn string(value: Value) -> std::result::Result<String, String> {
     }
 }
 
+fn number(value: Value) -> std::result::Result<f64, String> {
+    value.as_f64().ok_or_else(|| format!("expected a number, found {}", kind(&value)))
+}
+
 fn list(value: Value) -> std::result::Result<Vec<Value>, String> {
     match value {
         Value::Array(items) => Ok(items),
         other => Err(format!("expected a list, found {}", kind(&other))),
     }
+}
+
+/// Takes the field `tools` out of an object, if it has one.
+fn tools(object: &mut Map<String, Value>) -> std::result::Result<Vec<Value>, String> {
+    Ok(optional(object, "tools", list)?.unwrap_or_default())
 }
 
 fn messages(value: Value) -> std::result::Result<Vec<Message>, String> {
@@ -223,14 +241,14 @@ fn class(value: Value) -> std::result::Result<Class, String> {
 
 impl JsonRecord for PromptCompletion {
     fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
-        Ok(Self { prompt: field(&mut object, "prompt", turns)?, completion: field(&mut object, "completion", turns)? })
+        let (prompt, completion) = (field(&mut object, "prompt", turns)?, field(&mut object, "completion", turns)?);
+        Ok(Self { prompt, completion, tools: tools(&mut object)? })
     }
 }
 
 impl JsonRecord for Conversation {
     fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
-        let tools = optional(&mut object, "tools", list)?.unwrap_or_default();
-        Ok(Self { messages: field(&mut object, "messages", messages)?, tools })
+        Ok(Self { messages: field(&mut object, "messages", messages)?, tools: tools(&mut object)? })
     }
 }
 
@@ -246,14 +264,15 @@ impl JsonRecord for Demonstration {
 
 impl JsonRecord for Prompt {
     fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
-        Ok(Self { prompt: field(&mut object, "prompt", turns)? })
+        Ok(Self { prompt: field(&mut object, "prompt", turns)?, tools: tools(&mut object)? })
     }
 }
 
 impl JsonRecord for Preference {
     fn from_object(mut object: Map<String, Value>) -> std::result::Result<Self, String> {
         let (prompt, chosen) = (optional(&mut object, "prompt", turns)?, field(&mut object, "chosen", turns)?);
-        Ok(Self { prompt, chosen, rejected: field(&mut object, "rejected", turns)? })
+        let (rejected, margin) = (field(&mut object, "rejected", turns)?, optional(&mut object, "margin", number)?);
+        Ok(Self { prompt, chosen, rejected, margin, tools: tools(&mut object)? })
     }
 }
 
@@ -281,7 +300,8 @@ mod tests {
     #[test]
     fn records_of_every_kind() {
         let pairs: Vec<PromptCompletion> = read("\u{feff}{\"prompt\":\"a\",\"completion\":\"b\",\"id\":3}\r\n\n{\"prompt\":[{\"role\":\"user\",\"content\":\"é\"}],\"completion\":\"\"}".as_bytes()).unwrap();
-        assert_eq!(pairs[0], PromptCompletion { prompt: Turns::Text("a".into()), completion: Turns::Text("b".into()) });
+        let plain = PromptCompletion { prompt: Turns::Text("a".into()), completion: Turns::Text("b".into()), tools: Vec::new() };
+        assert_eq!(pairs[0], plain);
         assert_eq!(pairs[1].prompt, Turns::Messages(vec![Message::new("user", "é")]));
         let chats: Vec<Conversation> =
             read(b"{\"messages\":[{\"role\":\"user\",\"content\":\"x\",\"name\":\"n\"}],\"tools\":[{}]}\n").unwrap();
@@ -289,6 +309,9 @@ mod tests {
         let better: Vec<Preference> =
             read(b"{\"prompt\":null,\"chosen\":\"a\",\"rejected\":\"b\"}\n{\"prompt\":\"p\",\"chosen\":\"a\",\"rejected\":\"b\"}").unwrap();
         assert_eq!((better[0].prompt.clone(), better[1].prompt.clone()), (None, Some(Turns::Text("p".into()))));
+        let leading: Vec<Preference> =
+            read(b"{\"chosen\":\"a\",\"rejected\":\"b\",\"margin\":0.5}\n{\"chosen\":\"a\",\"rejected\":\"b\",\"margin\":2}").unwrap();
+        assert_eq!([better[0].margin, leading[0].margin, leading[1].margin], [None, Some(0.5), Some(2.0)]);
         let labelled: Vec<LabelledText> = read(b"{\"text\":\"a\",\"label\":\"pos\"}\n{\"text\":\"b\",\"label\":-1}").unwrap();
         assert_eq!([&labelled[0].label, &labelled[1].label], [&Class::Name("pos".into()), &Class::Number(-1)]);
         assert_eq!(read::<PlainText>(b"{\"text\":\"a\"}").unwrap()[0].text, "a");
@@ -296,6 +319,10 @@ mod tests {
             read(b"{\"prompt\":\"a\",\"completion\":\"b\"}\n{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]}").unwrap();
         assert!(matches!(both[..], [Demonstration::PromptCompletion(_), Demonstration::Conversation(_)]));
         assert_eq!(read::<Prompt>(b"{\"prompt\":\"a\",\"chosen\":3}").unwrap()[0].prompt, Turns::Text("a".into()));
+        let tools = vec![Value::from("t")];
+        let all = b"{\"prompt\":\"a\",\"completion\":\"b\",\"chosen\":\"c\",\"rejected\":\"d\",\"tools\":[\"t\"]}";
+        assert_eq!(read::<PromptCompletion>(all).unwrap()[0].tools, tools);
+        assert_eq!((&read::<Prompt>(all).unwrap()[0].tools, &read::<Preference>(all).unwrap()[0].tools), (&tools, &tools));
     }
 
     fn error<R: JsonRecord + Debug>(text: &[u8]) -> String {
@@ -321,6 +348,8 @@ mod tests {
         assert_eq!(of(&[b'['; 150]), line("column 128: recursion limit exceeded"));
         assert_eq!(of(&[b' '; 201]), line("longer than 200 bytes"));
         assert!(error::<LabelledText>(b"{\"text\":\"a\",\"label\":1.5}").contains("field `label`"));
+        let margin = error::<Preference>(b"{\"chosen\":\"a\",\"rejected\":\"b\",\"margin\":\"1\"}");
+        assert!(margin.contains("field `margin`: expected a number, found a string"), "{margin}");
         assert!(error::<Conversation>(b"{\"messages\":\"a\"}").contains("field `messages`: expected a list"));
         assert!(error::<Conversation>(b"{\"messages\":[{\"role\":\"u\",\"content\":3}]}").contains("content"));
         assert!(error::<PlainText>(b"\n \n").contains("there are none"));

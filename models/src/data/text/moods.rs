@@ -188,7 +188,7 @@ pub fn demonstrations(seed: u64, count: usize, right: f32) -> Vec<PromptCompleti
         let request = requests[rng.below(requests.len())];
         let mood = if rng.uniform() < right { request.mood } else { request.mood.other() };
         let answer = sentence(&mut rng, request.topic, |_| mood);
-        PromptCompletion { prompt: request.prompt(), completion: assistant(answer) }
+        PromptCompletion { prompt: request.prompt(), completion: assistant(answer), tools: Vec::new() }
     };
     (0..count).map(demonstration).collect()
 }
@@ -200,7 +200,7 @@ pub fn preferences(seed: u64, count: usize, noise: f32) -> Vec<Preference> {
         let request = requests[rng.below(requests.len())];
         let (right, wrong) = (assistant(request.answer(&mut rng)), assistant(request.wrong_answer(&mut rng)));
         let (chosen, rejected) = if rng.uniform() < noise { (wrong, right) } else { (right, wrong) };
-        Preference { prompt: Some(request.prompt()), chosen, rejected }
+        Preference { prompt: Some(request.prompt()), chosen, rejected, margin: None, tools: Vec::new() }
     };
     (0..count).map(preference).collect()
 }

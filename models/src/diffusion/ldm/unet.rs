@@ -132,11 +132,14 @@ pub(crate) fn ldm_modules(module: &str, layers: usize) -> Vec<String> {
 
 /// How many residual blocks the first level has, by the names of modules or tensors in `diffusers`.
 pub(crate) fn layers_per_block<'a>(names: impl Iterator<Item = &'a str>) -> usize {
-    let layer = |name: &str| Some(number(name.strip_prefix("down_blocks.0.resnets.")?)?.0 + 1);
+    let layer = |name: &str| number(name.strip_prefix("down_blocks.0.resnets.")?)?.0.checked_add(1);
     names.filter_map(layer).max().unwrap_or(2)
 }
 
 fn rename(op: &str, state: StateDict, layers: usize) -> Result<StateDict> {
+    if layers == usize::MAX {
+        return Err(Error::format(op, format!("layers_per_block {layers} is none of a U-Net's")));
+    }
     let mut renamed_state = StateDict::new();
     let mut unknown = Vec::new();
     for (name, tensor) in state {
@@ -156,7 +159,7 @@ fn rename(op: &str, state: StateDict, layers: usize) -> Result<StateDict> {
 /// configuration.
 ///
 /// # Errors
-/// If a name is none of LDM's.
+/// If a name is none of LDM's, or `layers_per_block` is none that can be.
 pub fn unet_from_ldm(state: StateDict, layers_per_block: usize) -> Result<StateDict> {
     rename("unet_from_ldm", state, layers_per_block)
 }
@@ -164,7 +167,7 @@ pub fn unet_from_ldm(state: StateDict, layers_per_block: usize) -> Result<StateD
 /// The tensors of a ControlNet (below `control_model.`) under the names of `ControlNetModel`.
 ///
 /// # Errors
-/// If a name is none of LDM's.
+/// As [`unet_from_ldm`].
 pub fn controlnet_from_ldm(state: StateDict, layers_per_block: usize) -> Result<StateDict> {
     rename("controlnet_from_ldm", state, layers_per_block)
 }
@@ -172,6 +175,7 @@ pub fn controlnet_from_ldm(state: StateDict, layers_per_block: usize) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_tensor::Tensor;
 
     #[test]
     fn both_directions_are_inverse() {
@@ -197,5 +201,15 @@ mod tests {
         assert_eq!(renamed("input_blocks.x.0.op", 2), None);
         assert_eq!(renamed("", 2), None);
         assert_eq!(renamed("input_hint_block.4.weight", 2).as_deref(), Some("controlnet_cond_embedding.blocks.1.weight"));
+    }
+
+    #[test]
+    fn layers_beyond_counting_are_errors() {
+        let state = || StateDict::from([("input_blocks.1.0.in_layers.0.weight".to_owned(), Tensor::zeros([1], ()).unwrap())]);
+        for convert in [unet_from_ldm, controlnet_from_ldm] {
+            assert!(convert(state(), usize::MAX).unwrap_err().to_string().contains("layers_per_block 18446744073709551615"));
+            assert!(convert(state(), usize::MAX - 1).unwrap().contains_key("down_blocks.0.resnets.0.norm1.weight"));
+        }
+        assert_eq!(layers_per_block([format!("down_blocks.0.resnets.{}.conv1", usize::MAX).as_str()].into_iter()), 2);
     }
 }

@@ -9,10 +9,12 @@ const ATTENTION: [(&str, &str); 5] = [("norm", "group_norm"), ("q", "to_q"), ("k
 /// matrices there. What else the file holds there, such as a loss, is left out.
 ///
 /// # Errors
-/// If a name of encoder or decoder is none of LDM's.
+/// If a name of encoder or decoder is none of LDM's, or counts a level that cannot be.
 pub fn vae_from_ldm(state: StateDict) -> Result<StateDict> {
     let level = |name: &String| name.strip_prefix("decoder.up.")?.split('.').next()?.parse::<usize>().ok();
-    let levels = state.keys().filter_map(level).max().map_or(0, |last| last + 1);
+    let beyond = |last: usize| Error::format("vae_from_ldm", format!("`decoder.up.{last}` is no level of LDM's"));
+    let last = state.keys().filter_map(level).max();
+    let levels = last.map_or(Ok(0), |last| last.checked_add(1).ok_or_else(|| beyond(last)))?;
     let mut out = StateDict::new();
     for (name, tensor) in state {
         let wanted = ["encoder.", "decoder.", "quant_conv.", "post_quant_conv."].iter().any(|start| name.starts_with(start));
@@ -65,4 +67,16 @@ fn mirrored(level: &str, levels: usize) -> Option<usize> {
 
 fn resnet(layer: &str) -> &str {
     if layer == "nin_shortcut" { "conv_shortcut" } else { layer }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_beyond_counting_is_an_error() {
+        let name = format!("decoder.up.{}.block.0.conv1.weight", usize::MAX);
+        let state = StateDict::from([(name, Tensor::zeros([1], ()).unwrap())]);
+        assert!(vae_from_ldm(state).unwrap_err().to_string().contains("`decoder.up.18446744073709551615`"));
+    }
 }

@@ -1,26 +1,17 @@
 //! Pictures in files, and as tensors.
 
+use crate::data::read_upright;
 use image::imageops::FilterType;
-use image::{DynamicImage, ImageReader, RgbImage};
+use image::{DynamicImage, RgbImage};
 use kiln_tensor::{DType, Error, Result, Tensor};
 use std::path::Path;
 
-/// The most pixels of a picture that is read.
-const MAX_PIXELS: u64 = 1 << 28;
-
-/// Reads a PNG or JPEG as (1, 3, H, W) in [−1, 1].
+/// Reads a PNG or JPEG as (1, 3, H, W) in [−1, 1], turned as its EXIF data says.
 ///
 /// # Errors
-/// If the file is missing, corrupt, or no picture.
+/// If the file is missing, corrupt, or no picture, or claims more pixels than it can hold.
 pub fn load_picture(path: impl AsRef<Path>) -> Result<Tensor> {
-    let path = path.as_ref();
-    let wrong = |e: image::ImageError| Error::format("load_picture", format!("{}: {e}", path.display()));
-    let open = || ImageReader::open(path).and_then(ImageReader::with_guessed_format);
-    let (width, height) = open().map_err(|e| Error::io("load_picture", path.display(), e))?.into_dimensions().map_err(wrong)?;
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
-        return Err(Error::format("load_picture", format!("{}: {width}×{height} pixels are too many", path.display())));
-    }
-    let picture = open().map_err(|e| Error::io("load_picture", path.display(), e))?.decode().map_err(wrong)?;
+    let picture = read_upright(path.as_ref()).map_err(|e| e.at("load_picture"))?;
     to_tensor(&picture.to_rgb8())
 }
 
@@ -65,4 +56,42 @@ pub fn resize_picture(picture: &Tensor, [height, width]: [usize; 2]) -> Result<T
     let resized = DynamicImage::from(pixels).resize_exact(width, height, FilterType::Lanczos3).to_rgb8();
     let resized = to_tensor(&resized)?;
     if c == 1 { resized.narrow(1, 0, 1) } else { Ok(resized) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::codecs::png::PngEncoder;
+    use image::{ExtendedColorType, ImageEncoder};
+
+    /// What reading a file of these bytes gives.
+    fn load(bytes: &[u8]) -> Result<Tensor> {
+        let path = std::env::temp_dir().join(format!("kiln-picture-{}.png", std::process::id()));
+        std::fs::write(&path, bytes).unwrap();
+        let picture = load_picture(&path);
+        std::fs::remove_file(&path).unwrap();
+        picture
+    }
+
+    #[test]
+    fn pictures_are_turned_as_they_say_and_no_larger_than_their_files() {
+        // A single entry, the orientation: to be turned clockwise.
+        let entry = [0x12, 1, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0];
+        let exif = [b"II*\0\x08\0\0\0\x01\0".as_slice(), &entry, &[0; 4]].concat();
+        let mut bytes = Vec::new();
+        let mut encoder = PngEncoder::new(&mut bytes);
+        encoder.set_exif_metadata(exif).unwrap();
+        encoder.write_image(&[255, 0, 0, 0, 0, 255], 2, 1, ExtendedColorType::Rgb8).unwrap();
+        let picture = load(&bytes).unwrap();
+        assert_eq!(picture.dims(), [1, 3, 2, 1]);
+        assert_eq!(picture.to_vec::<f32>().unwrap(), [1.0, -1.0, -1.0, -1.0, -1.0, 1.0]);
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 13_000, 13_000);
+        encoder.set_color(png::ColorType::Rgb);
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_chunk(png::chunk::IDAT, &[0x78, 0x9c, 3, 0, 0, 0, 0, 1]).unwrap();
+        drop(writer);
+        let error = load(&bytes).unwrap_err().to_string();
+        assert!(error.contains("load_picture") && error.contains("13000×13000 pixels cannot be"), "{error}");
+    }
 }
