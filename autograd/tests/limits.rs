@@ -3,7 +3,7 @@
 use kiln_autograd::{GradOptions, TensorExt, grad_with};
 use kiln_tensor::ops::loss::{BceOptions, CrossEntropyOptions};
 use kiln_tensor::ops::movement::PadMode;
-use kiln_tensor::{DType, Result, Tensor, autocast};
+use kiln_tensor::{AttentionOptions, ConvOptions, DType, Result, Tensor, autocast};
 
 fn leaf(values: &[f64], dtype: DType) -> Result<Tensor> {
     Tensor::from_slice(values, values.len())?.to_dtype(dtype)?.requires_grad_()
@@ -150,5 +150,63 @@ fn sizes_beyond_all_memory_are_errors() -> Result<()> {
         assert!(Tensor::stack(&[&x, &x], dim).unwrap_err().to_string().contains("dimension"));
     }
     assert_eq!(Tensor::stack(&[&x, &x], -2)?.dims(), [2, 3]);
+    Ok(())
+}
+
+/// What Hugging Face's masks hold: the least number of the dtype, or −10⁹. A query whose keys all have it looks at all of them alike.
+#[test]
+fn attention_under_a_mask_of_large_numbers_is_even_and_so_are_its_gradients() -> Result<()> {
+    for (dtype, least) in
+        [(DType::F32, f64::from(f32::MIN)), (DType::F32, -1e9), (DType::F32, -1e7), (DType::BF16, -1e9), (DType::F64, -1e9)]
+    {
+        for keys in [2, 4, 100] {
+            let [q, k] = [[1, 1, 3, 8], [1, 1, keys, 8]].map(|shape| Tensor::zeros(shape, dtype).and_then(|x| x.requires_grad_()));
+            let values: Vec<f64> = (0..keys).map(|i| i as f64).collect();
+            let v = Tensor::from_vec(values, [1, 1, keys, 1])?.to_dtype(dtype)?.requires_grad_()?;
+            let mask = Tensor::full([3, keys], least, dtype)?;
+            let out = q?.scaled_dot_product_attention(&k?, &v, &AttentionOptions { mask: Some(&mask), ..Default::default() })?;
+            let mean = (keys - 1) as f64 / 2.0;
+            assert!(self::values(&out)?.iter().all(|x| (x - mean).abs() <= 0.01 * mean), "{dtype} {least} {keys}: {out}");
+            out.sum(())?.backward()?;
+            let expected = 3.0 / keys as f64;
+            for g in self::values(&v.grad().unwrap())? {
+                assert!((g - expected).abs() <= 0.01 * expected, "{dtype} {least} {keys}: {g} for {expected}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_of_long_rows_round_as_those_of_short_ones() -> Result<()> {
+    let n = 1 << 22;
+    let x = Tensor::full([n], 0.1, DType::F32)?;
+    let expected = f64::from(0.1f32) * f64::from(0.1f32) * n as f64;
+    assert!((x.dot(&x)?.item_f64()? - expected).abs() <= 1e-4 * expected);
+    // A weight of one output: its gradient is a row times a tall matrix.
+    let (row, tall) = (x.reshape([1, n])?, Tensor::full([n, 3], 0.1, DType::F32)?);
+    assert!(values(&row.matmul(&tall)?)?.iter().all(|y| (y - expected).abs() <= 1e-4 * expected));
+    // A depthwise convolution's gradient of its weight.
+    let image = Tensor::full([1, 2, 1024, 1024], 0.1, DType::F32)?;
+    let weight = Tensor::ones([2, 1, 1, 1], DType::F32)?.requires_grad_()?;
+    let options = ConvOptions::default().groups(2);
+    image.conv2d(&weight, None, options)?.mul(&image)?.sum(())?.backward()?;
+    let expected = expected / 4.0;
+    assert!(values(&weight.grad().unwrap())?.iter().all(|g| (g - expected).abs() <= 1e-4 * expected));
+    Ok(())
+}
+
+/// Beside numbers so large that they are reduced in another way, too.
+#[test]
+fn a_sine_does_not_depend_on_its_neighbours() -> Result<()> {
+    let far: Vec<f32> = (0..2000).map(|i| (i as f32 + 0.5) * std::f32::consts::FRAC_PI_2).flat_map(|x| [x, 70_000.0 + x]).collect();
+    let both = Tensor::from_slice(&far, far.len())?;
+    for function in [Tensor::sin, Tensor::cos] {
+        let together = function(&both)?.to_vec::<f32>()?;
+        for (i, &x) in far.iter().enumerate().step_by(2) {
+            let alone = function(&Tensor::from_slice(&[x], 1)?)?.to_vec::<f32>()?[0];
+            assert_eq!(alone.to_bits(), together[i].to_bits(), "{x}");
+        }
+    }
     Ok(())
 }

@@ -2,7 +2,10 @@
 //! index. With `KILN_TEST_DEVICE=cuda` on a GPU, with `KILN_CUDA=emulate` beside it on the emulator of one.
 
 use kiln_tensor::ops::optim::{Adam, Sgd, Update, clamp_, clip_factor, global_norm, scale_, step, step_scaled};
-use kiln_tensor::{DType, Device, Dims, Generator, Result, Tensor, forbid_host, fuse};
+use kiln_tensor::{
+    AttentionOptions, DType, Device, Dims, Generator, MatmulPrecision, Result, Tensor, forbid_host, fuse, matmul_precision,
+    set_matmul_precision,
+};
 
 fn gpu() -> Option<Device> {
     std::env::var("KILN_TEST_DEVICE").is_ok_and(|device| device == "cuda").then(|| Device::cuda(0).unwrap())
@@ -169,5 +172,52 @@ fn sums_that_end_a_chain_have_its_bits() {
                 .unwrap();
             }
         }
+    }
+}
+
+/// Parts of an f32 that its rounding leaves are none of an infinity's.
+#[test]
+fn infinities_stay_in_their_rows_at_every_precision() {
+    let Some(device) = gpu() else { return };
+    let mut a = vec![1.0f32; 64 * 64];
+    (a[0], a[64]) = (f32::INFINITY, 3.4028235e38);
+    let a = Tensor::from_vec(a, [64, 64]).unwrap();
+    let b = Tensor::full([64, 64], 0.5, DType::F32).unwrap();
+    let before = matmul_precision();
+    for precision in [MatmulPrecision::Highest, MatmulPrecision::High, MatmulPrecision::Medium] {
+        set_matmul_precision(precision);
+        let there = a.to_device(device).and_then(|a| a.matmul(&b.to_device(device)?)).unwrap();
+        let there = values(&there);
+        assert!(there[..64].iter().all(|x| *x == f64::INFINITY), "{precision:?}");
+        assert!(
+            there[64..128].iter().all(|x| *x > 1e38) && there[128..].iter().all(|x| *x == 32.0),
+            "{precision:?} {:?} {:?}",
+            &there[64..70],
+            there[128..].iter().find(|x| **x != 32.0)
+        );
+    }
+    set_matmul_precision(before);
+}
+
+#[test]
+fn attention_over_no_keys_is_zero() {
+    let Some(device) = gpu() else { return };
+    for dtype in [DType::F32, DType::BF16] {
+        check(&format!("{dtype}"), device, |device| {
+            let (q, keys) = (Tensor::ones([1, 2, 16, 64], (dtype, device))?, Tensor::zeros([1, 2, 0, 64], (dtype, device))?);
+            Ok(vec![q.scaled_dot_product_attention(&keys, &keys, &AttentionOptions::default())?])
+        });
+    }
+}
+
+/// Few lines of a long axis, many of a short one, and more parts than blocks run at a time.
+#[test]
+fn cumulative_sums_of_any_extents() {
+    let Some(device) = gpu() else { return };
+    for shape in [[3, 9000], [5000, 3], [1, 1], [2, 0]] {
+        check(&format!("{shape:?}"), device, |device| {
+            let x = Tensor::arange(0.0, (shape[0] * shape[1]) as f64, 1.0, (DType::I64, device))?.reshape(shape)?;
+            Ok(vec![x.cumsum(1)?, x.cumsum(0)?])
+        });
     }
 }

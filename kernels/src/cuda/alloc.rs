@@ -1,6 +1,8 @@
 //! The caching allocator of a GPU: blocks are kept and handed out again, so that a training step asks the driver for nothing after the
 //! first. All work is queued on one stream, so a block that is free on the host may be reused at once: what still reads it runs before.
 
+use std::collections::HashSet;
+
 /// A block's address must suit vector accesses and tensor maps.
 const ALIGN: usize = 256;
 
@@ -31,6 +33,8 @@ pub struct MemoryStats {
 pub(super) struct Cache {
     /// Of each pool, the free addresses by [`class_index`] of their size. There is one pool unless a graph was captured.
     free: Vec<(u64, Vec<Class>)>,
+    /// Pools of graphs that are gone. What comes back of them belongs to all.
+    gone: HashSet<u64>,
     pub(super) stats: MemoryStats,
 }
 
@@ -83,8 +87,9 @@ impl Cache {
     /// Takes a block back.
     pub(super) fn give(&mut self, block: Block) {
         self.stats.in_use -= block.size;
-        let pool = self.free.iter().position(|(of, _)| *of == block.pool).unwrap_or_else(|| {
-            self.free.push((block.pool, Vec::new()));
+        let owner = if self.gone.contains(&block.pool) { 0 } else { block.pool };
+        let pool = self.free.iter().position(|(of, _)| *of == owner).unwrap_or_else(|| {
+            self.free.push((owner, Vec::new()));
             self.free.len() - 1
         });
         let (classes, index) = (&mut self.free[pool].1, class_index(block.size));
@@ -95,8 +100,11 @@ impl Cache {
         classes[index].addresses.push(block.address);
     }
 
-    /// Removes the free blocks of a pool, to be given back to the driver.
+    /// Removes the free blocks of a pool, to be given back to the driver. A graph's pool is at its end.
     pub(super) fn drain(&mut self, pool: u64) -> Vec<u64> {
+        if pool != 0 {
+            self.gone.insert(pool);
+        }
         let Some(pool) = self.free.iter().position(|(of, _)| *of == pool) else { return Vec::new() };
         let (_, classes) = self.free.swap_remove(pool);
         self.stats.held -= classes.iter().map(|class| class.size * class.addresses.len()).sum::<usize>();
@@ -129,5 +137,10 @@ mod tests {
         cache.give(block);
         assert_eq!(cache.drain(1), [4096]);
         assert_eq!((cache.stats.held, cache.stats.in_use), (0, 0));
+        // A tensor that outlives its graph.
+        let block = cache.adopt(8192, 256, 2);
+        assert_eq!(cache.drain(2), []);
+        cache.give(block);
+        assert_eq!(cache.drain(0), [8192]);
     }
 }

@@ -169,7 +169,9 @@ impl Attention<'_> {
             let m = matrices(view);
             m.begins.rank() <= 2 && m.begins.strides()[..m.begins.rank()].iter().all(|&s| s > 0) && m.row_stride > 0
         };
-        if gpu.capability() == (9, 0) && self.mask.is_none() && self.dropout.is_none() && inputs.iter().all(mapped) {
+        // Nothing has no tensor map.
+        let some = x.keys > 0 && x.width > 0 && x.value_width > 0;
+        if gpu.capability() == (9, 0) && some && self.mask.is_none() && self.dropout.is_none() && inputs.iter().all(mapped) {
             Level::Hopper
         } else {
             Level::Mma

@@ -42,15 +42,17 @@ __device__ __forceinline__ i64 place(i64 step, i64 n) {
 // `totals` is [parts, lines].
 extern "C" __global__ void __launch_bounds__(BLOCK) line_totals(const T* x, Wide* totals, i64 lines, i64 n, i64 parts, i64 part) {
     __shared__ Wide scratch[BLOCK / 32];
-    const i64 line = blockIdx.x / parts, k = blockIdx.x % parts;
-    const i64 end = (k + 1) * part < n ? (k + 1) * part : n;
-    Wide sum = 0;
-    for (i64 step = k * part + threadIdx.x; step < end; step += BLOCK) {
-        sum += value(x + line * n, place(step, n));
-    }
-    sum = block_sum<BLOCK>(sum, scratch);
-    if (threadIdx.x == 0) {
-        totals[k * lines + line] = sum;
+    for (i64 task = blockIdx.x; task < lines * parts; task += gridDim.x) {
+        const i64 line = task / parts, k = task % parts;
+        const i64 end = (k + 1) * part < n ? (k + 1) * part : n;
+        Wide sum = 0;
+        for (i64 step = k * part + threadIdx.x; step < end; step += BLOCK) {
+            sum += value(x + line * n, place(step, n));
+        }
+        sum = block_sum<BLOCK>(sum, scratch);
+        if (threadIdx.x == 0) {
+            totals[k * lines + line] = sum;
+        }
     }
 }
 KILN_KERNEL(line_totals)
@@ -60,10 +62,8 @@ __device__ __forceinline__ int slot(int i) {
     return i + i / ITEMS;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) scan_lines(const T* x, Total* y, const Wide* totals, i64 lines, i64 n, i64 parts, i64 part) {
-    __shared__ Wide tile[TILE + TILE / ITEMS];
-    __shared__ Wide scratch[BLOCK / 32];
-    const i64 line = blockIdx.x / parts, k = blockIdx.x % parts;
+// Part `k` of line `line`; `tile` and `scratch` are free once all threads have met.
+__device__ __forceinline__ void scan_part(const T* x, Total* y, const Wide* totals, i64 lines, i64 n, i64 part, i64 line, i64 k, Wide* tile, Wide* scratch) {
     const i64 end = (k + 1) * part < n ? (k + 1) * part : n;
     Wide before = 0;
     for (i64 i = threadIdx.x; i < k; i += BLOCK) {
@@ -115,6 +115,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK) scan_lines(const T* x, Total
                 put(y + line * n, place(start + at, n), tile[slot(at)]);
             }
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK) scan_lines(const T* x, Total* y, const Wide* totals, i64 lines, i64 n, i64 parts, i64 part) {
+    __shared__ Wide tile[TILE + TILE / ITEMS];
+    __shared__ Wide scratch[BLOCK / 32];
+    for (i64 task = blockIdx.x; task < lines * parts; task += gridDim.x) {
+        __syncthreads();
+        scan_part(x, y, totals, lines, n, part, task / parts, task % parts, tile, scratch);
     }
 }
 KILN_KERNEL(scan_lines)

@@ -83,6 +83,7 @@ impl Driver {
         let mut context = std::ptr::null_mut();
         driver!(cuDevicePrimaryCtxRetain(&mut context, device))?;
         driver!(cuCtxSetCurrent(context))?;
+        CURRENT.set(context as usize);
         let mut stream = std::ptr::null_mut();
         driver!(cuStreamCreate(&mut stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32))?;
         let info = Self::info_of(device)?;

@@ -109,8 +109,9 @@ impl Emulator {
     pub(super) fn with_checks(checked: bool) -> Self {
         let asked = std::env::var("KILN_EMULATE_CAPABILITY").ok();
         let asked = asked.as_deref().and_then(|text| text.split_once('.')).and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        let capability = asked.unwrap_or((9, 0));
         // Few multiprocessors, so that persistent kernels have several tiles each.
-        let info = Info { name: "emulator".into(), capability: asked.unwrap_or((9, 0)), multiprocessors: 3, shared: 227 << 10 };
+        let info = Info { name: "emulator".into(), capability, multiprocessors: 3, shared: shared_memory(capability) };
         Self { info, checked, state: Mutex::default(), running: Mutex::new(()) }
     }
 
@@ -153,6 +154,17 @@ impl Emulator {
     fn open(name: &str, _file: &Path) -> Result<Library, CudaError> {
         Err(CudaError::Unavailable(format!("{name}: the emulator needs a system with the loader of Unix")))
     }
+}
+
+/// The most shared memory that a block may have on GPUs of this capability (CUDA C++ Programming Guide, *Technical specifications*), in bytes.
+fn shared_memory(capability: (u32, u32)) -> u32 {
+    let kibibytes = match capability {
+        (0..=7, _) => 64,
+        (8, 0 | 7) => 163,
+        (8, _) | (12.., _) => 99,
+        _ => 227,
+    };
+    kibibytes << 10
 }
 
 impl Backend for Emulator {
@@ -274,6 +286,10 @@ impl Backend for Emulator {
     }
 
     unsafe fn launch(&self, kernel: FunctionHandle, launch: Launch, args: &mut [*mut c_void]) -> Result<(), CudaError> {
+        if launch.shared > self.info.shared {
+            let reason = format!("{} bytes of shared memory for a block, of {} there are", launch.shared, self.info.shared);
+            return Err(CudaError::Driver { call: "emulated launch".into(), reason });
+        }
         let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let mut message = [0 as c_char; 4096];
         // SAFETY: the handle is the address of a launcher of this signature, in a library that is never unloaded.

@@ -73,6 +73,11 @@ template <class T> __device__ __forceinline__ T narrow(Compute<T> x) {
     }
 }
 
+// The bits of an f32, and those of 0 in the place of an infinity or NaN.
+__device__ __forceinline__ u32 finite_or_zero(u32 bits) {
+    return (bits & 0x7fffffffu) < 0x7f800000u ? bits : 0;
+}
+
 template <class T> __device__ __forceinline__ Compute<T> load(const T* p) {
     return widen<T>(*p);
 }

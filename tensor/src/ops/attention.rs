@@ -257,10 +257,10 @@ impl Problem {
     fn fused<T: WithDType + Attended>(mut self) -> Result<Tensor> {
         let _running = operation(NAME, &[&self.q, &self.k, &self.v], || self.cost(1, 1));
         self.mask = self.mask.map(|mask| mask.detach());
-        let mut lse = Tensor::zeros([self.batch.numel() * self.queries], DType::F32)?;
+        let mut lse = Tensor::zeros([self.batch.numel() * self.queries, 2], DType::F32)?;
         let shape = Shape::new(&[&self.batch[..], &[self.queries, self.v.dim(-1)?]].concat())?;
         let out = Tensor::build::<T>(self.q.device(), &shape, |out| {
-            let lse = lse.as_slice_mut()?;
+            let lse = lse.as_slice_mut::<f32>()?.as_chunks_mut().0;
             self.with_kernel_inputs(|inputs| Ok(attention::forward::<T>(inputs, out, lse)?))
         })?;
         self.record_fused(out, lse)
@@ -318,7 +318,8 @@ impl Fused {
         let shape = |batch: &Shape, x: &Tensor| Shape::new(&[&batch[..], &x.dims()[x.rank() - 2..]].concat());
         let (mut dk, mut dv) = (Tensor::zeros(shape(key_batch, k)?, T::DTYPE)?, Tensor::zeros(shape(key_batch, v)?, T::DTYPE)?);
         let dq = Tensor::build::<T>(q.device(), &shape(batch, q)?, |dq| {
-            let given = Gradients { out: self.output.as_slice::<T>()?, grad: grad.as_slice()?, lse: self.lse.as_slice()? };
+            let given =
+                Gradients { out: self.output.as_slice::<T>()?, grad: grad.as_slice()?, lse: self.lse.as_slice::<f32>()?.as_chunks().0 };
             let (dk, dv) = (dk.as_slice_mut()?, dv.as_slice_mut()?);
             self.problem.with_kernel_inputs(|inputs| Ok(attention::backward::<T>(inputs, given, dq, dk, dv)?))
         })?;

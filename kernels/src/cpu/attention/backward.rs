@@ -12,7 +12,7 @@
 
 use super::block::{Left, PackTransposed, Right, Sums, cut, product};
 use super::entries::{Entries, Single, padded, round};
-use super::{Attended, Attention, Extents, LOG2_E};
+use super::{Attended, Attention, Extents, LogSum};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::math;
@@ -43,7 +43,7 @@ pub struct Gradients<'a, T> {
     /// Its gradient, likewise.
     pub grad: &'a [T],
     /// The logarithms of the sums of exponentials.
-    pub lse: &'a [f32],
+    pub lse: &'a [LogSum],
 }
 
 /// Writes the gradients of all queries, keys and values, head after head without gaps.
@@ -84,7 +84,7 @@ pub(super) fn backward_of<T: Attended, E: Entries<T>>(
         [dq, dk, dv].into_iter().for_each(|d| d.fill(T::default()));
         return Ok(());
     }
-    let mut along = Buffer::new(size_of_val(given.lse))?;
+    let mut along = Buffer::new(given.lse.len() * size_of::<f32>())?;
     sums_along(given, x.value_width, along.as_slice_mut());
     let (slots, keys) = slots(x, key_heads);
     let mut sums = Buffer::zeroed(if slots > 1 { slots * dq.len() * size_of::<f32>() } else { 0 })?;
@@ -411,10 +411,11 @@ impl<T: Attended, E: Entries<T>> Rows<'_, T, E> {
         weights[own..end].fill(f32::NEG_INFINITY);
         gradients[own..end].fill(0.0);
         let at = self.head * self.x.queries + row;
-        let (lse, along, unit) = (s.splat(-self.given.lse[at] * LOG2_E), s.splat(self.along[at]), s.splat(unit));
+        let [largest, log] = self.given.lse[at].map(|x| -x);
+        let (largest, log, along, unit) = (s.splat(largest), s.splat(log), s.splat(self.along[at]), s.splat(unit));
         self.attention.drop(s, &self.x, self.head, row, self.keys.start, &mut gradients[..own]);
         for (w, g) in weights[..end].chunks_exact_mut(S::LANES).zip(gradients[..end].chunks_exact_mut(S::LANES)) {
-            let weight = math::exp2(s, s.load_slice(w).mul_add(unit, lse));
+            let weight = math::exp2(s, s.load_slice(w).mul_add(unit, largest) + log);
             weight.store_slice(w, S::LANES);
             ((s.load_slice(g) - along) * weight).store_slice(g, S::LANES);
         }

@@ -7,7 +7,7 @@ use super::block::{Left, PackTransposed, Right, Sums, cut, product};
 use super::entries::{Entries, Single, padded};
 use super::few::{self, Few};
 use super::online::{Online, Scores, Weigh};
-use super::{Attended, Attention, Extents};
+use super::{Attended, Attention, Extents, LogSum, NO_KEYS};
 use crate::cpu::alloc::{Buffer, OutOfMemory};
 use crate::cpu::isa::{WithSimd, dispatch};
 use crate::cpu::parallel::{SharedMut, for_each};
@@ -28,15 +28,15 @@ const ROWS: usize = 24;
 /// Tasks that there should be at least, to keep threads evenly busy.
 const TASKS: usize = 16;
 
-/// `out = dropout(softmax(scale · Q·Kᵀ + mask)) · V`, head after head without gaps, L×V each, and `lse`, L a head, the logarithm of the sum
-/// of the exponentials of a query's scores. A query that looks at no key gives zeros, and ∞ in `lse`.
+/// `out = dropout(softmax(scale · Q·Kᵀ + mask)) · V`, head after head without gaps, L×V each, and `lse`, L a head: of the sum of the exponentials
+/// of a query's scores the [logarithm](LogSum). A query that looks at no key gives zeros, and ∞ in `lse`.
 ///
 /// # Errors
 /// If the memory for a task's blocks cannot be had.
 ///
 /// # Panics
 /// If inputs and outputs do not fit together.
-pub fn forward<T: Attended>(attention: &Attention<'_, T>, out: &mut [T], lse: &mut [f32]) -> Result<(), OutOfMemory> {
+pub fn forward<T: Attended>(attention: &Attention<'_, T>, out: &mut [T], lse: &mut [LogSum]) -> Result<(), OutOfMemory> {
     if T::multiplies_pairs() { forward_of::<T, T::Pairs>(attention, out, lse) } else { forward_of::<T, Single>(attention, out, lse) }
 }
 
@@ -69,14 +69,14 @@ impl Plan {
 pub(super) fn forward_of<T: Attended, E: Entries<T>>(
     attention: &Attention<'_, T>,
     out: &mut [T],
-    lse: &mut [f32],
+    lse: &mut [LogSum],
 ) -> Result<(), OutOfMemory> {
     let x = attention.extents();
     assert!(out.len() == x.heads * x.queries * x.value_width && lse.len() == x.heads * x.queries);
     if x.keys == 0 || x.value_width == 0 || x.width == 0 || out.is_empty() {
         assert!(x.keys == 0 || out.is_empty(), "queries without values");
         out.fill(T::default());
-        lse.fill(f32::INFINITY);
+        lse.fill(NO_KEYS);
         return Ok(());
     }
     let plan = Plan::new(&x, attention.causal);
@@ -135,7 +135,7 @@ struct Merge<'a, P, T> {
     parts: P,
     rows: usize,
     out: &'a mut [T],
-    lse: &'a mut [f32],
+    lse: &'a mut [LogSum],
 }
 
 impl<'a, P: Iterator<Item = &'a mut [f32]>, T: Attended> WithSimd for Merge<'_, P, T> {
@@ -155,7 +155,7 @@ enum Target<'a, T> {
     /// To memory of [`Online::size`], to be merged with those of other keys.
     Part(&'a mut [f32]),
     /// Nowhere: these are the task's rows of the results.
-    Results(&'a mut [T], &'a mut [f32]),
+    Results(&'a mut [T], &'a mut [LogSum]),
 }
 
 /// Work, and where its sums go.

@@ -82,6 +82,13 @@ impl<'a, T: Element> Heads<'a, T> {
     }
 }
 
+/// The logarithm, to base 2, of a sum of exponentials: the largest exponent, and the logarithm of the sum of the powers relative to it. In one number
+/// the second would be lost beside a large first, and with it the weights that the backward pass computes again.
+pub type LogSum = [f32; 2];
+
+/// That of no exponentials, as which it makes all weights zero.
+const NO_KEYS: LogSum = [f32::INFINITY, 0.0];
+
 /// Which keys a query looks at, an L×S matrix a query head.
 #[derive(Clone, Copy, Debug)]
 pub enum Mask<'a, T> {
@@ -192,8 +199,13 @@ impl<T: Attended> Attention<'_, T> {
                 let row = &mask.data()[query * mask.row_stride() + first * mask.col_stride()..];
                 for (j, score) in scores.iter_mut().enumerate() {
                     let bias = row[j * mask.col_stride()].widen();
-                    // An infinity or NaN under a shut key must not get through.
-                    *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias * LOG2_E };
+                    // An infinity or NaN under a shut key must not get through. The least number is no infinity in other units either: a query whose
+                    // keys all have it looks at all of them.
+                    *score = match bias.is_infinite() {
+                        true if bias < 0.0 => bias,
+                        true => *score + bias,
+                        false => *score + (bias * LOG2_E).clamp(f32::MIN / 2.0, f32::MAX / 2.0),
+                    };
                 }
             }
         }

@@ -3,7 +3,7 @@
 //! Scores are in units of log₂ e, so that weights are powers of two.
 
 use super::entries::round;
-use super::{Attended, Attention, Extents};
+use super::{Attended, Attention, Extents, LOG2_E, LogSum, NO_KEYS};
 use crate::cpu::gemm::dot::Lanes;
 use crate::cpu::isa::WithSimd;
 use crate::cpu::math;
@@ -60,19 +60,20 @@ impl<'a> Online<'a> {
 
     /// Writes the rows of the output and the logarithms of the sums of exponentials.
     #[inline(always)]
-    pub fn finish<T: Attended, S: Simd>(&mut self, s: S, out: &mut [T], lse: &mut [f32]) {
+    pub fn finish<T: Attended, S: Simd>(&mut self, s: S, out: &mut [T], lse: &mut [LogSum]) {
         let width = out.len() / lse.len();
-        for (total, lse) in self.total.chunks(S::LANES).zip(lse.chunks_mut(S::LANES)) {
-            // SAFETY: the chunk has that many values.
-            let total = unsafe { <f32 as Lanes>::load(s, total.as_ptr(), total.len()) };
-            math::log(s, total).store_slice(lse, lse.len());
-        }
-        for (row, lse) in lse.iter_mut().enumerate() {
-            let total = self.total[row];
-            // A query that looks at no key has a total of zero.
-            *lse = if total == 0.0 { f32::INFINITY } else { self.max[row] * std::f32::consts::LN_2 + *lse };
+        for (row, &total) in self.total.iter().enumerate() {
             let factor = if total == 0.0 { 0.0 } else { 1.0 / total };
             self.values[row * width..(row + 1) * width].iter_mut().for_each(|sum| *sum *= factor);
+        }
+        for total in self.total.chunks_mut(S::LANES) {
+            // SAFETY: the chunk has that many values.
+            let log = math::log(s, unsafe { <f32 as Lanes>::load(s, total.as_ptr(), total.len()) }) * s.splat(LOG2_E);
+            log.store_slice(total, total.len());
+        }
+        for ((lse, &max), &log) in lse.iter_mut().zip(&*self.max).zip(&*self.total) {
+            // A query that looks at no key has a total of zero.
+            *lse = if log == f32::NEG_INFINITY { NO_KEYS } else { [max, log] };
         }
         round(self.values, out);
     }

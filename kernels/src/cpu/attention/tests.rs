@@ -118,7 +118,7 @@ impl Inputs {
         if let Some(Dropout { stream, p }) = dropout {
             random::dropout(stream, p, &vec![1f32; factors.len()], &mut factors);
         }
-        let (mut out, mut lse) = (vec![T::default(); heads * queries * value_width], vec![0f32; heads * queries]);
+        let (mut out, mut lse) = (vec![T::default(); heads * queries * value_width], vec![[0f32; 2]; heads * queries]);
         forward_of::<T, E>(&attention, &mut out, &mut lse).unwrap();
         let (mut dq, mut dk, mut dv) = (q.clone(), k.clone(), v.clone());
         backward_of::<T, E>(&attention, Gradients { out: &out, grad: &g, lse: &lse }, &mut dq, &mut dk, &mut dv).unwrap();
@@ -221,7 +221,7 @@ fn check_heads_alone<T: Attended>() {
             scale: 0.25,
             dropout: None,
         };
-        let (mut out, mut lse) = (vec![T::default(); count * queries * value_width], vec![0f32; count * queries]);
+        let (mut out, mut lse) = (vec![T::default(); count * queries * value_width], vec![[0f32; 2]; count * queries]);
         forward(&attention, &mut out, &mut lse).unwrap();
         (out, lse)
     };
@@ -262,10 +262,11 @@ fn a_score_that_is_nan_reaches_the_output() {
             let view = |x, rows| Heads { view: MatView::row_major(x, rows, width).unwrap(), offsets: &[0] };
             let (q, k, v) = (view(q, queries), view(k, keys), view(&v, keys));
             let attention = Attention { q, k, v, mask: None, causal, scale, dropout: None };
-            let (mut out, mut lse) = (vec![0f32; queries * width], vec![0f32; queries]);
+            let (mut out, mut lse) = (vec![0f32; queries * width], vec![[0f32; 2]; queries]);
             forward(&attention, &mut out, &mut lse).unwrap();
-            let is_nan = |row: usize| out[row * width..][..width].iter().all(|x| x.is_nan()) && lse[row].is_nan();
-            let is_finite = |row: usize| out[row * width..][..width].iter().all(|x| x.is_finite()) && lse[row].is_finite();
+            let is_nan = |row: usize| out[row * width..][..width].iter().all(|x| x.is_nan()) && lse[row][0].is_nan();
+            let is_finite =
+                |row: usize| out[row * width..][..width].iter().all(|x| x.is_finite()) && lse[row].iter().all(|x| x.is_finite());
             (0..queries).map(|row| if is_nan(row) { None } else { Some(is_finite(row)) }).collect::<Vec<_>>()
         };
         let (q, k) = (values(1, queries, width, 1), values(1, keys, width, 2));

@@ -111,16 +111,18 @@ fn channels<T: Real, const W: usize>(x: &[T], w: &[T], bias: Option<&[T]>, taps:
 pub(super) fn weight_grad<T: Real>(g: &Gather, x: &[T], gy: &[T], gw: &mut [T]) -> Result<(), OutOfMemory> {
     let (c, taps) = (g.groups, g.taps());
     let splits = weight::splits(g.target_pixels(), 1);
-    let mut buffer = Buffer::new(size_of::<T>() * splits * taps * c)?;
+    // Of each part its sum, and that of the pixels at hand.
+    let mut buffer = Buffer::new(size_of::<T>() * splits * 2 * taps * c)?;
     let partial = buffer.as_slice_mut::<T>();
     let ns = gy.len() * g.taps_per_target() / 8;
-    parallel::for_each_chunk(partial, taps * c, ns, |split, sum| {
+    parallel::for_each_chunk(partial, 2 * taps * c, ns, |split, sums| {
+        let (whole, sum) = sums.split_at_mut(taps * c);
         let pixels = part_start(g.target_pixels(), splits, split)..part_start(g.target_pixels(), splits, split + 1);
-        dispatch(Products { g, x, gy, sum, pixels });
+        dispatch(Products { g, x, gy, whole, sum, pixels });
     });
     for (channel, gw) in gw.chunks_mut(taps).enumerate() {
         for (tap, gw) in gw.iter_mut().enumerate() {
-            *gw = (0..splits).fold(T::zero(), |sum, split| sum + partial[(split * taps + tap) * c + channel]);
+            *gw = (0..splits).fold(T::zero(), |sum, split| sum + partial[(split * 2 * taps + tap) * c + channel]);
         }
     }
     Ok(())
@@ -131,9 +133,14 @@ struct Products<'a, T> {
     x: &'a [T],
     gy: &'a [T],
     /// `[tap][channel]`.
+    whole: &'a mut [T],
+    /// The same of some pixels.
     sum: &'a mut [T],
     pixels: std::ops::Range<usize>,
 }
+
+/// Pixels whose products are summed before the sum joins that of the others: one sum of all would round the more the larger it grows.
+const PIXELS: usize = 1024;
 
 impl<T: Real> WithSimd for Products<'_, T> {
     type Output = ();
@@ -141,17 +148,23 @@ impl<T: Real> WithSimd for Products<'_, T> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let (g, c, [_, height, width]) = (self.g, self.g.groups, self.g.target);
-        self.sum.fill(T::zero());
-        for pixel in self.pixels {
-            let (line, w) = (pixel / width, pixel % width);
-            let (image, d, h) = (line / (height * g.target[0]), line / height % g.target[0], line % height);
-            let gy = &self.gy[pixel * c..][..c];
-            visit_taps(g, image, [d, h, w], |source, tap| {
-                let (x, sum) = (&self.x[source * c..][..c], &mut self.sum[tap * c..][..c]);
-                for i in 0..c {
-                    sum[i] = sum[i] + x[i] * gy[i];
-                }
-            });
+        self.whole.fill(T::zero());
+        for first in self.pixels.clone().step_by(PIXELS) {
+            self.sum.fill(T::zero());
+            for pixel in first..self.pixels.end.min(first + PIXELS) {
+                let (line, w) = (pixel / width, pixel % width);
+                let (image, d, h) = (line / (height * g.target[0]), line / height % g.target[0], line % height);
+                let gy = &self.gy[pixel * c..][..c];
+                visit_taps(g, image, [d, h, w], |source, tap| {
+                    let (x, sum) = (&self.x[source * c..][..c], &mut self.sum[tap * c..][..c]);
+                    for i in 0..c {
+                        sum[i] = sum[i] + x[i] * gy[i];
+                    }
+                });
+            }
+            for (whole, &sum) in self.whole.iter_mut().zip(&*self.sum) {
+                *whole = *whole + sum;
+            }
         }
     }
 }

@@ -29,6 +29,11 @@ const TASK_MACS: usize = 1 << 18;
 /// Bytes of the large factor that a task of dot products reads at most: about 3 µs, which is what a thread may have to wait for another at the end.
 const TASK_BYTES: usize = 1 << 17;
 
+/// Terms of a sum before it joins those of the terms before, so that rounding does not grow with the length of a row: a multiple of what any step takes.
+const SPAN: usize = 1 << 16;
+/// The same for a lane alone.
+const AXPY_SPAN: usize = 1 << 12;
+
 /// Columns of an [`Axpys`] task: its accumulators fill 4 KiB of L1, and each row that it reads is a page.
 const AXPY_LANES: usize = 1024;
 
@@ -348,23 +353,32 @@ impl<T: Lanes> Dots<'_, T> {
         let full = job.k / terms * terms;
         // Of several rows of `small` the first asks for all.
         let ahead = if row == 0 { ahead } else { 0 };
-        for k in (0..full).step_by(terms) {
-            if ahead > 0 {
-                for l in 0..L {
-                    s.prefetch(large[0].wrapping_add(k * L + l * terms).wrapping_byte_add(ahead).cast());
+        let mut done = [[s.zero(); L]; R];
+        for first in (0..full).step_by(SPAN) {
+            if first > 0 {
+                for (done, acc) in done.as_flattened_mut().iter_mut().zip(acc.as_flattened_mut()) {
+                    *done = *done + *acc;
+                    *acc = s.zero();
                 }
             }
-            // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
-            unsafe { add_products(s, step, &mut acc, &small, &large, k, terms) };
+            for k in (first..full.min(first + SPAN)).step_by(terms) {
+                if ahead > 0 {
+                    for l in 0..L {
+                        s.prefetch(large[0].wrapping_add(k * L + l * terms).wrapping_byte_add(ahead).cast());
+                    }
+                }
+                // SAFETY: a full vector of K is left of rows that lie inside their factors, whose extent was checked.
+                unsafe { add_products(s, step, &mut acc, &small, &large, k, terms) };
+            }
         }
         if full < job.k {
             // SAFETY: as above, with the rest of K.
             unsafe { add_products(s, step, &mut acc, &small, &large, full, job.k - full) };
         }
-        for (r, sums) in acc.iter().enumerate() {
-            for (l, sum) in sums.iter().enumerate() {
+        for (r, (sums, done)) in acc.iter().zip(&done).enumerate() {
+            for (l, (&sum, &done)) in sums.iter().zip(done).enumerate() {
                 // SAFETY: the element is in this task's part of C.
-                unsafe { job.finish(row + r, lane + l, sum.reduce_sum()) };
+                unsafe { job.finish(row + r, lane + l, (sum + done).reduce_sum()) };
             }
         }
     }
@@ -411,9 +425,15 @@ impl<T: Lanes> WithSimd for Axpys<'_, T> {
         const ROWS: usize = 8;
         let job = &self.0;
         let width = job.lanes.len();
-        let mut sums = [0f32; AXPY_LANES];
+        let (mut sums, mut done) = ([0f32; AXPY_LANES], [0f32; AXPY_LANES]);
         let mut k = 0;
         while k < job.k {
+            if k > 0 && k.is_multiple_of(AXPY_SPAN) {
+                for (done, sum) in done.iter_mut().zip(&mut sums) {
+                    *done += *sum;
+                    *sum = 0.0;
+                }
+            }
             let rows = ROWS.min(job.k - k);
             let mut x = [s.zero(); ROWS];
             let mut from = [job.large.at(job.lanes.start, k); ROWS];
@@ -455,9 +475,9 @@ impl<T: Lanes> WithSimd for Axpys<'_, T> {
             }
             k += rows;
         }
-        for (i, &sum) in sums[..width].iter().enumerate() {
+        for (i, (&sum, &done)) in sums[..width].iter().zip(&done).enumerate() {
             // SAFETY: the element is in this task's part of C.
-            unsafe { job.finish(0, job.lanes.start + i, sum) };
+            unsafe { job.finish(0, job.lanes.start + i, sum + done) };
         }
     }
 }

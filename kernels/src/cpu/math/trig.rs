@@ -57,7 +57,13 @@ fn reduce<S: Simd>(s: S, x: S::F32) -> (S::F32, S::F32, S::F32) {
     let back = r - first;
     let lost = (first - (r - back)) - (product + back);
     let r_low = n.mul_add(s.splat(-PI_2_LOW), lost - product_low);
-    if x.gt(s.splat(FAST)).any() { reduce_lanes(s, x) } else { (n, r, r_low) }
+    let far = x.gt(s.splat(FAST));
+    if !far.any() {
+        return (n, r, r_low);
+    }
+    // An element's value does not depend on those beside it.
+    let (far_n, far_r, far_low) = reduce_lanes(s, x);
+    (far_n.or_else(far, n), far_r.or_else(far, r), far_low.or_else(far, r_low))
 }
 
 #[inline(always)]

@@ -179,7 +179,12 @@ struct Scores {
         }
         if constexpr (MASK == 2) {
             const float bias = mask.bias(query, key);
-            return bias == -infinity() ? bias : product * factor + bias * LOG2_E;
+            if (bias == -infinity()) {
+                return bias;
+            }
+            // The least number is no infinity in other units either.
+            const float far = 1.7e38f;
+            return product * factor + (bias - bias == 0.0f ? fminf(fmaxf(bias * LOG2_E, -far), far) : bias);
         }
         return product;
     }

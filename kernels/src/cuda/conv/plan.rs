@@ -101,8 +101,9 @@ const FMA: [Tile; 3] = [
 ];
 const FMA_HALF: [Tile; 1] = [tile!([64, 64, 16], "TM" = 8, "TN" = 4, 128, 3, 3, 1.0)];
 const FMA_F64: [Tile; 1] = [tile!([64, 64, 8], "TM" = 4, "TN" = 4, 256, 3, 2, 1.0)];
+// The largest in two stages: three are more than the 99 KiB of shared memory that a block has on sm_86, sm_89 and sm_120.
 const HALF: [Tile; 4] = [
-    tile!([128, 128, 64], "WARPS_M" = 2, "WARPS_N" = 4, 256, 3, 1, 1.0),
+    tile!([128, 128, 64], "WARPS_M" = 2, "WARPS_N" = 4, 256, 2, 1, 1.0),
     tile!([128, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 2, 0.9),
     tile!([64, 64, 64], "WARPS_M" = 2, "WARPS_N" = 2, 128, 3, 3, 0.75),
     tile!([64, 32, 64], "WARPS_M" = 4, "WARPS_N" = 1, 128, 3, 3, 0.5),
@@ -211,4 +212,25 @@ pub(super) fn weight(g: &Gather, math: Math, ty: Type) -> (Tile, usize) {
     let tile = cheapest(tiles(math, ty), |t| weight_tile_cost(g, t));
     let most = PARTIAL_LIMIT / (g.groups() * g.cout() * g.taps() * g.cin() * sum_size(ty)).max(1);
     (tile, parts(weight_count(g, &tile), g.target_pixels().div_ceil(tile.k), tile.blocks).min(most.max(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Plans are the same on all GPUs: what runs below Hopper must fit the smallest that have its instructions (99 KiB from 8.0 on).
+    #[test]
+    fn tiles_fit_the_shared_memory_of_every_gpu() {
+        let types = [Type::F16, Type::BF16, Type::F32, Type::F64];
+        for math in [Math::Fma, Math::Half, Math::Tf32, Math::Tf32x3] {
+            for ty in types {
+                for tile in tiles(math, ty) {
+                    let stages =
+                        [true, false].map(|forward| tile.stage_bytes(math, ty, forward)).into_iter().max().unwrap_or(0) * tile.stages;
+                    let bytes = stages + tile.m.max(tile.n) * size_of::<[i64; 4]>();
+                    assert!(bytes <= 99 << 10, "{math:?} {ty:?} {}x{}x{}: {bytes}", tile.m, tile.n, tile.k);
+                }
+            }
+        }
+    }
 }

@@ -258,7 +258,7 @@ struct Tile {
 #else
     // What TF32 leaves of `x`; nothing of an infinity.
     static __device__ __forceinline__ u32 rest(u32 x, u32 rounded) {
-        return (rounded & 0x7fffffff) >= 0x7f800000 ? 0 : f32_to_tf32(__uint_as_float(x) - __uint_as_float(rounded));
+        return finite_or_zero(rounded) == rounded ? f32_to_tf32(__uint_as_float(x) - __uint_as_float(rounded)) : 0;
     }
 
     __device__ __forceinline__ void start(const T* a, const T* b) {
@@ -301,8 +301,12 @@ struct Tile {
 #pragma unroll
                 for (i32 i = 0; i < M; ++i) {
                     if constexpr (MATH == MATH_TF32X3) {
-                        mma_tf32(sum[i][j], left_rest[i], right);
-                        mma_tf32(sum[i][j], left[i], right_rest);
+                        // Infinities are for the last product alone: here they would meet rests, which may be zero or of any sign.
+                        const u32 finite[4] = {
+                            finite_or_zero(left[i][0]), finite_or_zero(left[i][1]), finite_or_zero(left[i][2]), finite_or_zero(left[i][3])};
+                        const u32 right_finite[2] = {finite_or_zero(right[0]), finite_or_zero(right[1])};
+                        mma_tf32(sum[i][j], left_rest[i], right_finite);
+                        mma_tf32(sum[i][j], finite, right_rest);
                     }
                     mma_tf32(sum[i][j], left[i], right);
                 }

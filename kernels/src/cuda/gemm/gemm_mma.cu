@@ -49,12 +49,13 @@ template <i32 EXTENT, bool MN> __device__ __forceinline__ void copy_block(u32 sm
     }
 }
 
-// Splits an f32 into TF32: itself rounded, and what that leaves (not wanted where there is one part: `low` may then be `high`).
+// Splits an f32 into TF32: itself rounded, and what that leaves (not wanted where there is one part: `low` may then be `high`), which is nothing
+// of an infinity.
 __device__ __forceinline__ void split_tf32(u32 bits, u32& high, u32& low) {
     const float x = __uint_as_float(bits);
     high = f32_to_tf32(x);
     if constexpr (PARTS == 2) {
-        low = f32_to_tf32(x - __uint_as_float(high));
+        low = finite_or_zero(high) == high ? f32_to_tf32(x - __uint_as_float(high)) : 0;
     }
 }
 
@@ -118,9 +119,11 @@ template <class E> __device__ __forceinline__ void multiply(float (&acc)[4], con
         mma<E>(acc, a[0], b[0]);
     } else {
         if constexpr (PARTS == 2) {
-            // Small products first.
-            mma_tf32(acc, a[1], b[0]);
-            mma_tf32(acc, a[0], b[1]);
+            // Small products first. Infinities are for the last one alone: in these they would meet rests, which may be zero or of any sign.
+            const u32 a_finite[4] = {finite_or_zero(a[0][0]), finite_or_zero(a[0][1]), finite_or_zero(a[0][2]), finite_or_zero(a[0][3])};
+            const u32 b_finite[2] = {finite_or_zero(b[0][0]), finite_or_zero(b[0][1])};
+            mma_tf32(acc, a[1], b_finite);
+            mma_tf32(acc, a_finite, b[1]);
         }
         mma_tf32(acc, a[0], b[0]);
     }
