@@ -93,9 +93,9 @@ struct Args {
     /// Steps of the linear rise to it, as a share of all; then it falls to zero.
     #[arg(long, default_value_t = 0.1)]
     warmup: f64,
-    /// Products in bf16.
-    #[arg(long)]
-    bf16: bool,
+    /// Half type of the matrix products. Without it they are f32.
+    #[arg(long, value_parser = ["bf16"])]
+    autocast: Option<String>,
     /// Steps between measurements on the texts that are held out, and checkpoints.
     #[arg(long, default_value_t = 250)]
     eval_every: u64,
@@ -361,7 +361,8 @@ impl<M: BertTask, D: Dataset<Batch = M::Batch> + 'static> Training<M, D> {
         let (args, total) = (run.args, (stage.steps)(run.args));
         let lr = args.lr.unwrap_or(if args.model.is_some() { 5e-5 } else { 5e-4 });
         let warmup = (args.warmup * total as f64) as u64;
-        let options = TrainOptions { bf16: args.bf16, schedule: linear_decay(total, warmup), ..TrainOptions::new(lr) };
+        let bf16 = args.autocast.is_some();
+        let options = TrainOptions { bf16, schedule: linear_decay(total, warmup), ..TrainOptions::new(lr) };
         let loading = LoaderOptions { batch_size: args.batch_size, seed: args.seed, ..LoaderOptions::default() };
         let in_order = LoaderOptions { shuffle: false, prefetch: 0, ..loading.clone() };
         let columns = ["step", "loss", "held_out_loss", "accuracy", "lr", "grad_norm"];
@@ -383,7 +384,7 @@ impl<M: BertTask, D: Dataset<Batch = M::Batch> + 'static> Training<M, D> {
             println!("resumed {} at step {}", self.stage.name, self.trainer.steps());
         }
         let progress = Progress::new(self.total, self.stage.name);
-        let mut shown = [f64::NAN; 2];
+        let mut shown = [None; 2];
         while self.trainer.steps() < self.total {
             let batch = self.next_batch()?;
             let done = self.trainer.step(&batch)?;
@@ -394,10 +395,10 @@ impl<M: BertTask, D: Dataset<Batch = M::Batch> + 'static> Training<M, D> {
             if is_measured {
                 let evaluation = self.trainer.evaluate(&self.held_out)?;
                 measured = [evaluation.loss, evaluation.accuracy()];
-                shown = measured;
+                shown = measured.map(Some);
             }
             self.metrics.write(&[step as f64, done.loss, measured[0], measured[1], done.lr, done.grad_norm])?;
-            progress.set(step, &[("loss", done.loss), ("held out", shown[0]), ("accuracy", shown[1])]);
+            progress.set_measured(step, &[("loss", Some(done.loss)), ("held out", shown[0]), ("accuracy", shown[1])]);
             if is_measured || is_stopped {
                 self.plot()?;
                 self.save()?;

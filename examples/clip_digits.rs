@@ -13,9 +13,9 @@ use kiln::data::{
 use kiln::nn::{LoadMode, Params, StateDict};
 use kiln::optim::{AdamW, AdamWOptions, Schedule};
 use kiln::prelude::*;
+use kiln::pretrained::{load_pretrained, save_pretrained};
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves, save_grid, stop_on_ctrl_c};
 use kiln::text::WordTokenizer;
-use kiln::transformer::{load_pretrained, save_pretrained};
 use kiln::{Error, Result, io, set_default_device};
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -81,7 +81,7 @@ struct Args {
     #[arg(long, default_value_t = 2500)]
     steps: u64,
     /// Passes over the training images, instead of --steps.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "steps")]
     epochs: Option<u64>,
     /// Images in a step.
     #[arg(long, default_value_t = 64)]
@@ -104,8 +104,7 @@ struct Args {
     /// Weigh timesteps by min-SNR with this γ (5 in the paper) instead of all alike.
     #[arg(long)]
     min_snr_gamma: Option<f64>,
-    /// How pictures are drawn: ddpm, ddim, euler-a, dpm++-2m, unipc, …; ddim if absent, flow-euler with --prediction flow.
-    #[arg(long)]
+    #[arg(long, help = format!("How pictures are drawn: {}; ddim if absent, flow-euler with --prediction flow", scheduler_names()))]
     scheduler: Option<SchedulerKind>,
     /// Steps from noise to a picture.
     #[arg(long, default_value_t = 25)]
@@ -163,6 +162,11 @@ fn main() -> Result<()> {
     }
     println!("everything is in {}", args.out.display());
     Ok(())
+}
+
+/// What --scheduler may be.
+fn scheduler_names() -> String {
+    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 fn resume_command(args: &Args) -> String {

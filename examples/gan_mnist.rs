@@ -30,12 +30,12 @@ struct Args {
     /// Folder that holds MNIST's IDX files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Passes over the training images.
-    #[arg(long, default_value_t = 25)]
-    epochs: u64,
-    /// Stop after this many steps instead of --epochs.
-    #[arg(long)]
-    steps: Option<u64>,
+    /// Optimiser steps of the discriminator.
+    #[arg(long, default_value_t = 3500)]
+    steps: u64,
+    /// Passes over the training images, instead of --steps.
+    #[arg(long, conflicts_with = "steps")]
+    epochs: Option<u64>,
     /// Images in a step.
     #[arg(long, default_value_t = 64)]
     batch_size: usize,
@@ -117,14 +117,14 @@ fn resume_command(args: &Args) -> String {
             command += &format!(" --{name} {value}");
         }
     };
-    add("epochs", args.epochs.to_string(), defaults.epochs.to_string());
+    add("steps", args.steps.to_string(), defaults.steps.to_string());
     add("batch-size", args.batch_size.to_string(), defaults.batch_size.to_string());
     add("seed", args.seed.to_string(), defaults.seed.to_string());
     add("loss", args.loss.to_string(), defaults.loss.to_string());
     add("device", args.device.to_string(), defaults.device.to_string());
     add("judge-samples", args.judge_samples.to_string(), defaults.judge_samples.to_string());
-    if let Some(steps) = args.steps {
-        add("steps", steps.to_string(), String::new());
+    if let Some(epochs) = args.epochs {
+        add("epochs", epochs.to_string(), String::new());
     }
     if let Some(data) = &args.data {
         add("data", data.display().to_string(), String::new());
@@ -170,7 +170,7 @@ impl Run {
 
     /// Trains to the end; `false` if Ctrl-C stopped it.
     fn train(&mut self, args: &Args) -> Result<bool> {
-        let total = args.steps.unwrap_or(args.epochs.saturating_mul(self.loader.batches()));
+        let total = args.epochs.map_or(args.steps, |epochs| epochs.saturating_mul(self.loader.batches()));
         let stop = stop_on_ctrl_c()?;
         let progress = Progress::new(total, "training");
         let mut profile = args.profile.map(|steps| ProfiledSteps::new(self.trainer.steps() + PROFILE_AFTER, steps));

@@ -1,21 +1,22 @@
 //! Continues a prompt with a language model from a Hugging Face folder or a GGUF file. `cargo run --example gpt2_generate -- FOLDER`
 
 use clap::Parser;
-use kiln::generate::{Generate, GenerationConfig};
+use kiln::generate::{GenerationConfig, TextStream};
+use kiln::gguf::Gguf;
 use kiln::prelude::*;
 use kiln::text::{ChatTemplate, Message, Tokenizer, Variables};
 use kiln::transformer::{CausalLm, Decoder, load, load_gguf};
 use kiln::{Error, Quantization, Result, set_default_device};
 use std::io::{Read, Write};
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Continues a prompt with a language model: GPT-2, Llama, Mistral, Qwen2, Qwen3, OPT.
 ///
 /// The text appears as it is made. `gpt_shakespeare` leaves such a folder in out/gpt_shakespeare/model.
 #[derive(Parser)]
 struct Args {
-    /// Folder with config.json, model.safetensors (or its shards) and a tokenizer, or a .gguf file (then --tokenizer names a folder).
+    /// Folder with config.json, model.safetensors (or its shards) and a tokenizer, or a .gguf file, which holds all of this.
     model: PathBuf,
     /// The text to continue; `-` reads it from standard input.
     #[arg(long, default_value = "\n")]
@@ -23,7 +24,7 @@ struct Args {
     /// Treat the prompt as a user's message, laid out by the model's chat template.
     #[arg(long)]
     chat: bool,
-    /// Folder of the tokenizer, where it is not the model's.
+    /// Folder of the tokenizer and the chat template, where they are not the model's.
     #[arg(long)]
     tokenizer: Option<PathBuf>,
     /// New tokens at most.
@@ -53,9 +54,9 @@ struct Args {
     /// Dtype of the weights: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
     dtype: DType,
-    /// Keep the weights of linear layers in 8 or 4 bits.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(4..=8))]
-    bits: Option<u8>,
+    /// Keep the matrices of linear layers and of the logits in 8 or 4 bits.
+    #[arg(long, value_name = "8|4", value_parser = quantization)]
+    bits: Option<Quantization>,
     /// Threads; all cores by default. The result does not depend on it.
     #[arg(long)]
     threads: Option<usize>,
@@ -70,10 +71,11 @@ fn main() -> Result<()> {
         kiln::set_threads(threads)?;
     }
     set_default_device(args.device);
+    // What a text can be refused for comes before the weights, which take their time.
+    let (tokenizer, template) = load_text(&args)?;
+    let prompt = prompt(&args, &tokenizer, template.as_ref())?;
     let started = Instant::now();
     let model = load_model(&args)?;
-    let folder = args.tokenizer.as_ref().unwrap_or(&args.model);
-    let tokenizer = Tokenizer::from_folder(folder)?;
     let shape = model.shape();
     eprintln!(
         "{} layers, {} wide, {} parameters in {}; loaded in {:.1} s",
@@ -83,37 +85,60 @@ fn main() -> Result<()> {
         args.dtype,
         started.elapsed().as_secs_f64()
     );
-    let prompt = prompt(&args, folder, &tokenizer)?;
     speak(&args, &model, &tokenizer, prompt)
+}
+
+/// How weights are kept in so many bits.
+fn quantization(bits: &str) -> Result<Quantization, &'static str> {
+    match bits {
+        "8" => Ok(Quantization::Int8 { group: 64 }),
+        "4" => Ok(Quantization::Int4 { group: 64 }),
+        _ => Err("there are 8 and 4"),
+    }
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end == "gguf")
+}
+
+/// The tokenizer, and with --chat the template: those of a folder, or the model file's own.
+fn load_text(args: &Args) -> Result<(Tokenizer, Option<ChatTemplate>)> {
+    if args.tokenizer.is_none() && is_gguf(&args.model) {
+        let file = Gguf::open(&args.model)?;
+        let tokenizer = Tokenizer::from_gguf(&file)?;
+        let template = args.chat.then(|| ChatTemplate::from_gguf(&file, &tokenizer)).transpose()?;
+        return Ok((tokenizer, template));
+    }
+    let folder = args.tokenizer.as_ref().unwrap_or(&args.model);
+    let template = args.chat.then(|| ChatTemplate::from_folder(folder)).transpose()?;
+    Ok((Tokenizer::from_folder(folder)?, template))
 }
 
 fn load_model(args: &Args) -> Result<Decoder> {
     let params = Params::with(kiln::nn::ParamsOptions { dtype: args.dtype, ..Default::default() });
-    let is_gguf = args.model.extension().is_some_and(|end| end == "gguf");
-    let (_, model) = if is_gguf { load_gguf(&args.model, &params)? } else { load(&args.model, &params)? };
-    let kind = match args.bits {
-        None => return Ok(model),
-        Some(8) => Quantization::Int8 { group: 64 },
-        Some(4) => Quantization::Int4 { group: 64 },
-        Some(other) => return Err(Error::argument("gpt2_generate", format!("--bits {other}: there are 4 and 8"))),
-    };
+    let (_, model) = if is_gguf(&args.model) { load_gguf(&args.model, &params)? } else { load(&args.model, &params)? };
+    let Some(kind) = args.bits else { return Ok(model) };
     let count = params.quantize_linears_if(|layer| layer.weight().is_some(), kind)?;
-    eprintln!("{count} layers quantised");
+    // A plain matrix that still gives the logits is the table of tokens, which is no linear layer.
+    let is_tied = model.logits_weight().is_some();
+    if is_tied {
+        model.quantize_tied_head(kind)?;
+    }
+    eprintln!("{count} layers{} quantised", if is_tied { " and the matrix of the logits" } else { "" });
     Ok(model)
 }
 
 /// The ids of the prompt.
-fn prompt(args: &Args, folder: &PathBuf, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+fn prompt(args: &Args, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Vec<u32>> {
     let mut text = args.prompt.clone();
     if text == "-" {
         text.clear();
         std::io::stdin().read_to_string(&mut text).map_err(|e| Error::io("prompt", "standard input", e))?;
     }
-    if args.chat {
-        let template = ChatTemplate::from_folder(folder)?;
-        return template.encode(tokenizer, &[Message::new("user", text)], true, &Variables::default());
+    match template {
+        Some(template) => template.encode(tokenizer, &[Message::new("user", text)], true, &Variables::default()),
+        None => tokenizer.encode_with_specials(&text),
     }
-    tokenizer.encode_with_specials(&text)
 }
 
 /// Prints the prompt and what follows, and then how fast it was.

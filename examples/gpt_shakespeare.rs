@@ -213,7 +213,7 @@ impl Run {
         let stop = stop_on_ctrl_c()?;
         let progress = Progress::new(total, "training");
         let mut speed = Speed::new(&self.trainer, args.autocast);
-        let mut validation_loss = f64::NAN;
+        let mut validation_loss = None;
         while self.trainer.steps() < total {
             let batches = (0..args.accumulate).map(|_| self.next_batch()).collect::<Result<Vec<_>>>()?;
             let done = self.trainer.step(&batches)?;
@@ -224,14 +224,15 @@ impl Run {
             let mut row = [step as f64, done.loss, f64::NAN, done.lr, done.grad_norm];
             if is_measured {
                 speed.pause(|| {
-                    validation_loss = self.quick_loss()?;
-                    row[2] = validation_loss;
-                    self.sample(args, step, validation_loss)
+                    row[2] = self.quick_loss()?;
+                    validation_loss = Some(row[2]);
+                    self.sample(args, step, row[2])
                 })?;
             }
             self.metrics.write(&row)?;
             let (tokens, utilization) = speed.rates();
-            progress.set(step, &[("loss", done.loss), ("validation", validation_loss), ("tokens/s", tokens), ("MFU", utilization)]);
+            let shown = [("loss", Some(done.loss)), ("validation", validation_loss), ("tokens/s", Some(tokens)), ("MFU", utilization)];
+            progress.set_measured(step, &shown);
             if is_measured || is_stopped {
                 speed.pause(|| {
                     self.plot()?;
@@ -368,15 +369,16 @@ impl Speed {
         result
     }
 
-    /// Tokens a second, and the model's arithmetic as a share of the peak ("MFU").
-    fn rates(&self) -> (f64, f64) {
+    /// Tokens a second, and the model's arithmetic as a share of the peak ("MFU") where that is known.
+    fn rates(&self) -> (f64, Option<f64>) {
         let tokens = self.tokens as f64 / (self.working + self.since.elapsed()).as_secs_f64().max(1e-9);
-        (tokens, self.peak.map_or(f64::NAN, |peak| tokens * self.flops_per_token / peak))
+        (tokens, self.peak.map(|peak| tokens * self.flops_per_token / peak))
     }
 
     fn summary(&self) -> String {
         let (tokens, utilization) = self.rates();
         let seconds = (self.working + self.since.elapsed()).as_secs_f64();
-        format!("{} tokens in {seconds:.0} s: {tokens:.0} tokens/s, {:.0} % of the measured peak (MFU)", self.tokens, 100.0 * utilization)
+        let share = utilization.map(|share| format!(", {:.0} % of the measured peak (MFU)", 100.0 * share)).unwrap_or_default();
+        format!("{} tokens in {seconds:.0} s: {tokens:.0} tokens/s{share}", self.tokens)
     }
 }

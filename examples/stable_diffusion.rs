@@ -29,7 +29,7 @@ struct Args {
     #[arg(long)]
     model: Option<PathBuf>,
     /// A checkpoint of a single file in LDM's names; configurations and vocabularies then come from --model.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "model")]
     checkpoint: Option<PathBuf>,
     /// What the picture shows.
     #[arg(long, default_value = "a lighthouse on a cliff at dusk, oil painting")]
@@ -55,8 +55,7 @@ struct Args {
     /// Height, as the width.
     #[arg(long)]
     height: Option<usize>,
-    /// Another scheduler than the model's, whatever that is: ddim, pndm, euler, euler-a, heun, dpm++-2m, dpm++-2m-karras, unipc, lcm, …
-    #[arg(long)]
+    #[arg(long, help = format!("Another scheduler than the model's, whatever that is: {}", scheduler_names()))]
     scheduler: Option<SchedulerKind>,
     /// A LoRA (kohya, diffusers, PEFT), with its weight after a colon. Several add up.
     #[arg(long, value_name = "FILE[:WEIGHT]")]
@@ -171,6 +170,11 @@ fn main() -> Result<()> {
         drawn.unread.iter().for_each(|rest| println!("not read, because the text is too long: {rest}"));
     }
     Ok(())
+}
+
+/// What --scheduler may be.
+fn scheduler_names() -> String {
+    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// `FILE:WEIGHT`, or a file whose weight is 1.

@@ -34,12 +34,12 @@ struct Args {
     /// Folder that holds MNIST's IDX files.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Passes over the training images.
-    #[arg(long, default_value_t = 30)]
-    epochs: u64,
-    /// Stop each model after this many steps instead of --epochs.
-    #[arg(long)]
-    steps: Option<u64>,
+    /// Optimiser steps of each model.
+    #[arg(long, default_value_t = 2100)]
+    steps: u64,
+    /// Passes over the training images, instead of --steps.
+    #[arg(long, conflicts_with = "steps")]
+    epochs: Option<u64>,
     /// Images in a step.
     #[arg(long, default_value_t = 128)]
     batch_size: usize,
@@ -136,7 +136,7 @@ fn resume_command(args: &Args) -> String {
             command += &format!(" --{name} {value}");
         }
     };
-    add("epochs", args.epochs.to_string(), defaults.epochs.to_string());
+    add("steps", args.steps.to_string(), defaults.steps.to_string());
     add("batch-size", args.batch_size.to_string(), defaults.batch_size.to_string());
     add("seed", args.seed.to_string(), defaults.seed.to_string());
     add("latent", args.latent.to_string(), defaults.latent.to_string());
@@ -145,8 +145,8 @@ fn resume_command(args: &Args) -> String {
     add("kl-weight", args.kl_weight.to_string(), defaults.kl_weight.to_string());
     add("device", args.device.to_string(), defaults.device.to_string());
     add("judge-samples", args.judge_samples.to_string(), defaults.judge_samples.to_string());
-    if let Some(steps) = args.steps {
-        add("steps", steps.to_string(), String::new());
+    if let Some(epochs) = args.epochs {
+        add("epochs", epochs.to_string(), String::new());
     }
     if let Some(data) = &args.data {
         add("data", data.display().to_string(), String::new());
@@ -176,13 +176,10 @@ impl Run {
         if loader.batches() == 0 {
             return Err(Error::argument("vae_mnist", format!("{} images do not fill a batch of {}", mnist.train.len(), args.batch_size)));
         }
-        let all_epochs = args.epochs.saturating_mul(loader.batches());
-        let total = args.steps.unwrap_or(all_epochs);
+        let total = args.epochs.map_or(args.steps, |epochs| epochs.saturating_mul(loader.batches()));
         let params = Params::seeded(args.seed);
         let model = DigitVae::new(&params, DigitVaeConfig { latent, width: args.width })?;
-        // The rate's fall is part of the run: with --steps it still ends where --epochs says, so that a longer run continues a shorter one.
-        let options =
-            VaeTrainerOptions { lr: args.lr, steps: Some(all_epochs), penalty_weight: args.kl_weight, ..VaeTrainerOptions::default() };
+        let options = VaeTrainerOptions { lr: args.lr, steps: Some(total), penalty_weight: args.kl_weight, ..VaeTrainerOptions::default() };
         let metrics = MetricsCsv::create(&out.join("metrics.csv"), &["step", "epoch", "loss", "reconstruction", "kl"])?;
         let grid_noise = Generator::new(args.seed ^ 0x6121D).randn([8 * COLUMNS, latent], DType::F32)?;
         let test = mnist.test.clone().with_scale(Scale::Signed);

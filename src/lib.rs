@@ -1,6 +1,7 @@
 //! Kiln: tensors, autograd and generative models from scratch, with hand-written kernels.
 //!
-//! This crate only gathers what its members offer; start with the [`prelude`].
+//! This crate only gathers what its members offer; start with the [`prelude`]. Models of any family are read from and written to folders
+//! with [`pretrained`].
 //!
 //! ```
 //! use kiln::prelude::*;
@@ -54,7 +55,7 @@
 
 pub use kiln_autograd as autograd;
 pub use kiln_models::{
-    align, classifier, clip, data, diffusion, gan, generate, gguf, lora, metrics, nn, optim, report, text, transformer, vae,
+    align, classifier, clip, data, diffusion, gan, generate, gguf, lora, metrics, nn, optim, pretrained, report, text, transformer, vae,
 };
 pub use kiln_tensor::*;
 

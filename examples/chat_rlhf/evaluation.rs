@@ -47,22 +47,22 @@ impl<'a> Evaluation<'a> {
         Ok(chunks.concat())
     }
 
-    /// The rate of success and the reward model's score, at some steps.
-    pub fn now_and_then(&self, step: u64, steps: u64, policy: &dyn CausalLm) -> Result<[f64; 2]> {
+    /// What each of [`Road::held_out`] says, at some steps.
+    pub fn now_and_then(&self, step: u64, steps: u64, policy: &dyn CausalLm) -> Result<Vec<Option<f64>>> {
+        let judges = self.road.held_out();
         if !step.is_multiple_of(self.road.args.eval_every) && step != steps {
-            return Ok([f64::NAN; 2]);
+            return Ok(vec![None; judges.len()]);
         }
         let count = self.prompts.len().div_ceil(4);
         let answers = self.answers(policy, count, 2)?;
-        let success = self.road.scores(Judge::Program, &self.reward, &self.prompts[..count], &answers)?;
-        let reward = self.road.scores(Judge::Model, &self.reward, &self.prompts[..count], &answers)?;
-        Ok([mean(success), mean(reward)])
+        let scores = |judge: Judge| self.road.scores(judge, &self.reward, &self.prompts[..count], &answers);
+        judges.iter().map(|&(_, judge)| scores(judge).map(|scores| Some(mean(scores)))).collect()
     }
 
     /// A row of the table.
     pub fn report(&self, policy: &dyn CausalLm) -> Result<[f64; COLUMNS.len()]> {
         let answers = self.answers(policy, self.prompts.len(), 3)?;
-        let has_program = !self.road.requests.is_empty();
+        let has_program = self.road.has_program();
         let verdicts = self.road.verdicts(&self.prompts, &answers)?;
         let share = |f: fn(&Verdict) -> bool| if has_program { mean(verdicts.iter().map(|v| f64::from(f(v)))) } else { f64::NAN };
         let judge = if has_program { Judge::Program } else { Judge::Model };
@@ -95,7 +95,7 @@ impl<'a> Evaluation<'a> {
         let text = |tokens: &[u32]| self.road.tokenizer.decode(tokens, true);
         for (i, (before, after)) in before?.iter().zip(after?).enumerate() {
             let sign = |verdict: &Verdict| match verdict.is_right() {
-                _ if self.road.requests.is_empty() => "",
+                _ if !self.road.has_program() => "",
                 true => "right",
                 false => "wrong",
             };

@@ -66,11 +66,13 @@ struct Args {
     /// Train an adapter of this rank (LoRA) in the alignment, instead of all weights; it is merged at the end.
     #[arg(long)]
     lora: Option<usize>,
-    /// Layers, width and heads of the model.
+    /// Layers of the model.
     #[arg(long, default_value_t = 3)]
     layers: usize,
+    /// Width of the model.
     #[arg(long, default_value_t = 96)]
     width: usize,
+    /// Attention heads of the model; the width is a multiple of them.
     #[arg(long, default_value_t = 4)]
     heads: usize,
     /// The longest text, in tokens; longer ones are cut.

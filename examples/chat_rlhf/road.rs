@@ -8,7 +8,7 @@ use kiln::align::{
     linear_decay, sampler,
 };
 use kiln::data::moods::{self, Request, Verdict};
-use kiln::data::{Demonstration, Loader, LoaderOptions, PlainText, Prompt, Rng, TokenBlocks, TokenSequence, Turns, read_jsonl};
+use kiln::data::{Demonstration, Loader, LoaderOptions, PlainText, Prompt, Rng, TokenBlocks, TokenSequence, read_jsonl};
 use kiln::lora::{Lora, LoraConfig};
 use kiln::prelude::*;
 use kiln::report::{Curve, MetricsCsv, Progress, plot_curves};
@@ -30,9 +30,10 @@ const PREFERENCES: usize = 20_000;
 /// The share of demonstrations that are of the right mood, and of preferences whose order is wrong.
 const RIGHT: f32 = 0.65;
 const NOISE: f32 = 0.08;
-/// What is measured while a policy is aligned: what is drawn, and what else there is of rollouts.
-const POLICY: [&str; 4] = ["success held out", "reward held out", "score", "KL"];
-const ROLLOUTS: [&str; 3] = ["entropy", "length", "finished"];
+/// What is measured on prompts that are held out while a policy is aligned.
+static HELD_OUT: [(&str, Judge); 2] = [("success held out", Judge::Program), ("reward held out", Judge::Model)];
+/// What is measured of rollouts: what is drawn, and what else there is.
+const ROLLOUTS: ([&str; 2], [&str; 3]) = (["score", "KL"], ["entropy", "length", "finished"]);
 /// No shard of a saved model is larger.
 const MAX_SHARD_BYTES: u64 = 5 << 30;
 
@@ -88,16 +89,17 @@ impl Road {
     }
 
     fn open_prompts(&mut self) -> Result<()> {
-        let [train, held_out]: [Vec<Turns>; 2] = match &self.args.data_prompts {
+        let record = |request: Request| Prompt { prompt: request.prompt(), tools: Vec::new() };
+        let [train, held_out]: [Vec<Prompt>; 2] = match &self.args.data_prompts {
             Some(path) => {
-                let mut prompts: Vec<Turns> = read_jsonl(path)?.into_iter().map(|record: Prompt| record.prompt).collect();
+                let mut prompts: Vec<Prompt> = read_jsonl(path)?;
                 Rng::new(self.args.seed).shuffle(&mut prompts);
                 let held_out = prompts.split_off(prompts.len() - prompts.len().div_ceil(10));
                 [prompts, held_out]
             }
-            None => [false, true].map(|held_out| Request::all(held_out).into_iter().map(Request::prompt).collect()),
+            None => [false, true].map(|held_out| Request::all(held_out).into_iter().map(record).collect()),
         };
-        let encode = |prompts: &[Turns]| prompts.iter().map(|prompt| self.encoder().prompt(prompt)).collect::<Result<Vec<_>>>();
+        let encode = |prompts: &[Prompt]| prompts.iter().map(|prompt| self.encoder().prompt_record(prompt)).collect::<Result<Vec<_>>>();
         self.prompts = [encode(&train)?, encode(&held_out)?];
         if self.args.data_prompts.is_none() {
             for request in [false, true].into_iter().flat_map(Request::all) {
@@ -148,7 +150,7 @@ impl Road {
             loop {
                 // Between epochs the loader ends once.
                 if let Some(batch) = loader.next() {
-                    return Ok(vec![trainer.step(&[batch?.into()])?.loss]);
+                    return Ok(vec![Some(trainer.step(&[batch?.into()])?.loss)]);
                 }
             }
         })?;
@@ -171,7 +173,10 @@ impl Road {
         let (config, model) = self.open("pretrained")?;
         let options = SftOptions { train: self.training(1e-3, self.args.steps_sft), ..SftOptions::default() };
         let mut trainer = SftTrainer::new(model.clone(), options)?;
-        self.stage("sft", &["loss"], &[], self.args.steps_sft, |_| Ok(vec![trainer.step(&samples.next(self.args.batch_size))?.loss]))?;
+        self.stage("sft", &["loss"], &[], self.args.steps_sft, |_| {
+            let done = trainer.step(&samples.next(self.args.batch_size))?;
+            Ok(vec![Some(done.loss)])
+        })?;
         self.save("sft", &config, model.params())
     }
 
@@ -212,7 +217,7 @@ impl Road {
         let mut trainer = RewardTrainer::new(model, options)?;
         self.stage("reward", &["loss", "accuracy"], &[], self.args.steps_reward, |_| {
             let done = trainer.step(&pairs.next(self.args.batch_size))?;
-            Ok(vec![done.loss, done.accuracy])
+            Ok(vec![Some(done.loss), Some(done.accuracy)])
         })?;
         if !held_out.is_empty() {
             println!("reward: agrees with {:.1} % of {} preferences held out", 100.0 * trainer.evaluate(&held_out)?, held_out.len());
@@ -273,11 +278,11 @@ impl Road {
         let mut trainer = PpoTrainer::new(policy.clone(), evaluation.reference.clone(), value, options)?;
         let mut prompts = Shuffled::new("prompts", self.prompts[0].clone(), self.args.seed)?;
         let generate = sampler(&self.eos);
-        self.stage("policy", &POLICY, &ROLLOUTS, rounds, |round| {
+        self.stage("policy", &self.drawn(ROLLOUTS.0), &ROLLOUTS.1, rounds, |round| {
             let score = |prompts: &[Vec<u32>], answers: &[Completion]| self.scores(judge, &evaluation.reward, prompts, answers);
             let done = trainer.step(&prompts.next(self.args.answers), &generate, score)?;
-            let [success, reward] = evaluation.now_and_then(round, rounds, &**policy)?;
-            Ok(vec![success, reward, done.score, done.kl, done.entropy, done.length, done.finished])
+            let rollouts = [done.score, done.kl, done.entropy, done.length, done.finished];
+            Ok([evaluation.now_and_then(round, rounds, &**policy)?, rollouts.map(Some).to_vec()].concat())
         })
     }
 
@@ -297,11 +302,11 @@ impl Road {
         let mut prompts = Shuffled::new("prompts", self.prompts[0].clone(), self.args.seed)?;
         let per_round = self.args.answers.div_ceil(self.args.group_size.max(1));
         let generate = sampler(&self.eos);
-        self.stage("policy", &POLICY, &ROLLOUTS, rounds, |round| {
+        self.stage("policy", &self.drawn(ROLLOUTS.0), &ROLLOUTS.1, rounds, |round| {
             let score = |prompts: &[Vec<u32>], answers: &[Completion]| self.scores(judge, &evaluation.reward, prompts, answers);
             let done = trainer.step(&prompts.next(per_round), &generate, score)?;
-            let [success, reward] = evaluation.now_and_then(round, rounds, &**policy)?;
-            Ok(vec![success, reward, done.reward, done.kl * done.length, done.entropy, done.length, done.finished])
+            let rollouts = [done.reward, done.kl * done.length, done.entropy, done.length, done.finished];
+            Ok([evaluation.now_and_then(round, rounds, &**policy)?, rollouts.map(Some).to_vec()].concat())
         })
     }
 
@@ -313,10 +318,10 @@ impl Road {
             loss: DpoLossOptions { beta: self.args.kl_coef.unwrap_or(0.1), ..DpoLossOptions::default() },
         };
         let mut trainer = DpoTrainer::new(policy.clone(), Some(evaluation.reference.clone()), options)?;
-        self.stage("policy", &["success held out", "reward held out", "accuracy", "loss"], &["margin"], steps, |step| {
+        self.stage("policy", &self.drawn(["accuracy", "loss"]), &["margin"], steps, |step| {
             let done = trainer.step(&pairs.next(self.args.batch_size))?;
-            let [success, reward] = evaluation.now_and_then(step, steps, &**policy)?;
-            Ok(vec![success, reward, done.accuracy, done.loss, done.margin])
+            let of_pairs = [done.accuracy, done.loss, done.margin];
+            Ok([evaluation.now_and_then(step, steps, &**policy)?, of_pairs.map(Some).to_vec()].concat())
         })
     }
 
@@ -324,15 +329,30 @@ impl Road {
         TrainOptions { schedule: linear_decay(steps, steps / 20), ..TrainOptions::new(lr) }
     }
 
+    /// Whether the program can judge answers: it knows nothing of a user's own prompts.
+    pub fn has_program(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// What can be measured on prompts that are held out, and what judges it.
+    pub fn held_out(&self) -> &'static [(&'static str, Judge)] {
+        if self.has_program() { &HELD_OUT } else { &HELD_OUT[1..] }
+    }
+
+    /// The curves of an alignment: what is measured on prompts that are held out, and `others`.
+    fn drawn(&self, others: [&'static str; 2]) -> Vec<&'static str> {
+        self.held_out().iter().map(|&(name, _)| name).chain(others).collect()
+    }
+
     /// What gives the rewards.
     fn judge(&self, default: Judge) -> Result<Judge> {
-        let own = self.requests.is_empty();
+        let has_program = self.has_program();
         match self.args.reward {
-            Some(Judge::Program) if own => {
+            Some(Judge::Program) if !has_program => {
                 Err(Error::argument("chat_rlhf", "no program judges answers to --data-prompts; take --reward model"))
             }
             Some(judge) => Ok(judge),
-            None => Ok(if own { Judge::Model } else { default }),
+            None => Ok(if has_program { default } else { Judge::Model }),
         }
     }
 
@@ -366,17 +386,24 @@ impl Road {
         std::fs::write(&path, self.template.source()).map_err(|e| Error::io("save", path.display(), e))
     }
 
-    /// Runs the steps of a stage, which give numbers by these names: a table of all, and curves of some.
-    fn stage(&self, name: &str, drawn: &[&str], others: &[&str], steps: u64, mut step: impl FnMut(u64) -> Result<Vec<f64>>) -> Result<()> {
+    /// Runs the steps of a stage, which give numbers by these names where they measured them: a table of all, and curves of some.
+    fn stage(
+        &self,
+        name: &str,
+        drawn: &[&str],
+        others: &[&str],
+        steps: u64,
+        mut step: impl FnMut(u64) -> Result<Vec<Option<f64>>>,
+    ) -> Result<()> {
         let columns = [drawn, others].concat();
         let mut table = MetricsCsv::create(&self.args.out.join(format!("{name}.csv")), &[&["step"], &columns[..]].concat())?;
         let progress = Progress::new(steps, name);
         for i in 1..=steps {
             let numbers = step(i)?;
-            table.write(&[&[i as f64], &numbers[..]].concat())?;
+            let row: Vec<f64> = [Some(i as f64)].iter().chain(&numbers).map(|number| number.unwrap_or(f64::NAN)).collect();
+            table.write(&row)?;
             table.flush()?;
-            let shown: Vec<_> = columns.iter().copied().zip(numbers).filter(|(_, number)| number.is_finite()).collect();
-            progress.set(i, &shown);
+            progress.set_measured(i, &columns.iter().copied().zip(numbers).collect::<Vec<_>>());
         }
         progress.finish();
         let curves: Vec<_> = drawn.iter().map(|name| Curve::new(*name, table.column(name))).collect();

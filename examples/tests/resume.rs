@@ -4,13 +4,14 @@
 
 use kiln::Tensor;
 use kiln::diffusion::pipeline::{load_picture, write_png};
+use kiln::diffusion::schedulers::SchedulerKind;
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const STEPS: &str = "160";
+const STEPS: [&str; 2] = ["--steps", "160"];
 
 /// An example's binary, which `cargo test` builds beside the folder of the tests.
 fn example(name: &str) -> Command {
@@ -57,9 +58,9 @@ fn write_data(folder: &Path) {
     }
 }
 
-fn training(data: &Path, out: &Path, steps: &str) -> Command {
+fn training(data: &Path, out: &Path, length: [&str; 2]) -> Command {
     let mut command = example("gan_mnist");
-    command.args(["--steps", steps, "--batch-size", "8", "--judge-samples", "0"]);
+    command.args(length).args(["--batch-size", "8", "--judge-samples", "0"]);
     command.arg("--data").arg(data).arg("--out").arg(out).stdout(Stdio::null()).stderr(Stdio::null());
     command
 }
@@ -95,12 +96,71 @@ fn a_killed_run_resumes_to_the_same_bits() {
 #[test]
 fn a_stopped_run_says_how_to_continue_with_what_was_asked_for() {
     let folder = scratch("stopped");
-    let (data, out) = (folder.join("data"), folder.join("out"));
-    let mut child = training(&data, &out, "1000000").stdout(Stdio::piped()).spawn().unwrap();
-    wait_for_checkpoint(&out, &mut child);
-    assert!(Command::new("kill").arg("-INT").arg(child.id().to_string()).status().unwrap().success());
-    let said = text(&child.wait_with_output().unwrap().stdout);
-    assert!(["--resume", "--steps 1000000", "--judge-samples 0"].iter().all(|part| said.contains(part)), "{said}");
+    let largest = u64::MAX.to_string();
+    for length in [["--steps", "1000000"], ["--epochs", largest.as_str()]] {
+        let (data, out) = (folder.join("data"), folder.join(length[0]));
+        let mut child = training(&data, &out, length).stdout(Stdio::piped()).spawn().unwrap();
+        wait_for_checkpoint(&out, &mut child);
+        assert!(Command::new("kill").arg("-INT").arg(child.id().to_string()).status().unwrap().success());
+        let said = text(&child.wait_with_output().unwrap().stdout);
+        let asked = length.join(" ");
+        assert!(["--resume", asked.as_str(), "--judge-samples 0"].iter().all(|part| said.contains(part)), "{said}");
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// An epoch takes as long as there is data: the default is the same for MNIST's 60,000 pictures and for the test images alone.
+#[test]
+fn the_default_length_of_a_run_is_a_number_of_steps() {
+    for (name, steps) in [("gan_mnist", 3500), ("vae_mnist", 2100), ("diffusion_mnist", 2500)] {
+        let help = printed(example(name).arg("--help"));
+        assert!(help.contains(&format!("[default: {steps}]")), "{help}");
+        let both = example(name).args(["--steps", "1", "--epochs", "1"]).output().unwrap();
+        assert!(!both.status.success() && text(&both.stderr).contains("cannot be used with"), "{}", text(&both.stderr));
+    }
+}
+
+#[test]
+fn options_that_cannot_be_followed_are_refused_with_what_is_missing() {
+    let cases = [
+        ("stable_diffusion", ["--checkpoint", "model.safetensors"], "--model"),
+        ("bert_classify", ["--autocast", "f16"], "[possible values: bf16]"),
+    ];
+    for (name, arguments, missing) in cases {
+        let refused = example(name).args(arguments).output().unwrap();
+        assert!(!refused.status.success() && text(&refused.stderr).contains(missing), "{}", text(&refused.stderr));
+    }
+}
+
+#[test]
+fn every_scheduler_is_named_in_the_help() {
+    for name in ["stable_diffusion", "text_to_image", "diffusion_mnist"] {
+        let help = printed(example(name).arg("--help"));
+        assert!(SchedulerKind::ALL.iter().all(|kind| help.contains(kind.name())), "{help}");
+    }
+}
+
+/// Nobody knows which answers to a user's own prompts are right.
+#[test]
+fn success_is_left_out_where_no_program_judges() {
+    let folder = std::env::temp_dir().join(format!("kiln-prompts-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let data = [
+        ("prompts", "{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\n"),
+        ("sft", "{\"prompt\":\"a\",\"completion\":\"c\"}\n"),
+        ("preferences", "{\"prompt\":\"a\",\"chosen\":\"c\",\"rejected\":\"d\"}\n"),
+    ];
+    let mut command = example("chat_rlhf");
+    for (name, lines) in data {
+        let file = folder.join(format!("{name}.jsonl"));
+        std::fs::write(&file, lines).unwrap();
+        command.arg(format!("--data-{name}")).arg(file);
+    }
+    command.args(["--method", "dpo", "--steps-pretrain", "4", "--steps-sft", "3", "--steps-reward", "3", "--steps", "2"]);
+    command.args(["--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "2", "--max-new-tokens", "4", "--eval-samples", "2"]);
+    printed(command.arg("--out").arg(&folder));
+    let table = std::fs::read_to_string(folder.join("policy.csv")).unwrap();
+    assert_eq!(table.lines().next(), Some("step,reward held out,accuracy,loss,margin"));
     std::fs::remove_dir_all(folder).unwrap();
 }
 
@@ -110,12 +170,12 @@ fn the_largest_numbers_are_taken_and_a_single_sample_is_refused_before_the_train
     let largest = u64::MAX.to_string();
     let run = |more: &[&str], out: &Path| {
         let mut command = example("gan_mnist");
-        command.args(["--epochs", largest.as_str(), "--seed", largest.as_str(), "--batch-size", "8"]).args(more);
+        command.args(["--seed", largest.as_str(), "--batch-size", "8"]).args(more);
         command.arg("--data").arg(folder.join("data")).arg("--out").arg(out).output().unwrap()
     };
     let taken = run(&["--steps", "1", "--judge-samples", "2"], &folder.join("taken"));
     assert!(taken.status.success() && text(&taken.stdout).contains("2 drawn digits"), "{}", text(&taken.stderr));
-    let refused = run(&["--judge-samples", "1"], &folder.join("refused"));
+    let refused = run(&["--epochs", largest.as_str(), "--judge-samples", "1"], &folder.join("refused"));
     assert!(!refused.status.success() && text(&refused.stderr).contains("--judge-samples"), "{}", text(&refused.stderr));
     assert!(!folder.join("refused").exists());
     std::fs::remove_dir_all(folder).unwrap();

@@ -10,8 +10,8 @@ use kiln::diffusion::unet::{Control, ControlNetInput, ControlNetModel, UNetCondi
 use kiln::diffusion::{Denoiser, DiffusionTrainer, Samples};
 use kiln::nn::StateDict;
 use kiln::prelude::*;
+use kiln::pretrained::save_pretrained;
 use kiln::report::save_captioned_grid;
-use kiln::transformer::save_pretrained;
 use kiln::{Error, Result, Tensor};
 use std::path::Path;
 use std::sync::Mutex;

@@ -67,8 +67,7 @@ struct Args {
     /// Seed of all weights, noise and pictures.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How pictures are drawn: ddpm, ddim, euler-a, dpm++-2m, unipc, ….
-    #[arg(long, default_value = "ddim")]
+    #[arg(long, default_value = "ddim", help = format!("How pictures are drawn: {}", scheduler_names()))]
     scheduler: SchedulerKind,
     /// Steps from noise to a picture.
     #[arg(long, default_value_t = 20)]
@@ -142,6 +141,11 @@ fn main() -> Result<()> {
         false => println!("continue with: {}", resume_command(&program.args)),
     }
     Ok(())
+}
+
+/// What --scheduler may be.
+fn scheduler_names() -> String {
+    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 fn resume_command(args: &Args) -> String {

@@ -11,8 +11,8 @@ use kiln::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel};
 use kiln::diffusion::{Denoiser, DiffusionTrainer, DiffusionTrainerOptions};
 use kiln::nn::StateDict;
 use kiln::prelude::*;
+use kiln::pretrained::save_pretrained;
 use kiln::report::save_captioned_grid;
-use kiln::transformer::save_pretrained;
 use kiln::{Result, Tensor};
 use std::path::Path;
 

@@ -9,7 +9,7 @@ use kiln::diffusion::schedulers::{
 use kiln::diffusion::unet::{UNet2dConditionConfig, UNet2dConditionModel, UNetConditions};
 use kiln::diffusion::{Denoiser, Samples, Sampling, sample};
 use kiln::prelude::*;
-use kiln::transformer::load_pretrained;
+use kiln::pretrained::load_pretrained;
 use kiln::vae::{AutoencoderKl, AutoencoderKlConfig};
 use kiln::{Error, Result, Tensor};
 use std::ops::Range;

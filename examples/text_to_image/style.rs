@@ -13,9 +13,9 @@ use kiln::report::{save_captioned_grid, save_grid};
 use kiln::{Result, Tensor};
 use std::path::Path;
 
-/// The layers that get an adapter: attention, its feed-forward part, the convolutions around it, and the last one.
-const TARGETS: [&str; 11] =
-    ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in", "proj_out", "conv_out"];
+/// The layers that get an adapter: the convolutions where the latents are widest, at the way in and the way out. How something is drawn is local;
+/// what is drawn and where is decided below, by attention and narrower layers, which few pictures would teach those pictures only.
+const TARGETS: &str = r"(conv_in|conv_out|(down_blocks\.0|up_blocks\.2)\..*(conv1|conv2|conv_shortcut))";
 /// Prompts that are drawn before and after.
 const SHOWN: usize = 8;
 /// The learning rate at its height.

@@ -7,8 +7,8 @@ use kiln::data::{CaptionedPictures, ImageSet};
 use kiln::nn::{LoadMode, StateDict};
 use kiln::optim::{AdamW, AdamWOptions, Schedule};
 use kiln::prelude::*;
+use kiln::pretrained::save_pretrained;
 use kiln::text::WordTokenizer;
-use kiln::transformer::save_pretrained;
 use kiln::{Error, Result, Tensor};
 use std::path::Path;
 

@@ -1,8 +1,10 @@
-//! GGUF files: values as gguf-py has them, models as transformers has them, and files that are not what they claim.
+//! GGUF files: values as gguf-py has them, models and tokenizers as transformers has them, and files that are not what they claim.
 
 use kiln_autograd::no_grad;
 use kiln_models::gguf::{Array, Gguf, Storage, Value};
 use kiln_models::nn::Params;
+use kiln_models::text::json::{Value as Json, from_str, from_value};
+use kiln_models::text::{ChatTemplate, Message, Tokenizer, Variables};
 use kiln_models::transformer::{CausalConfig, CausalLm, Decoder, Gpt2Config, Pass, gguf_config, load_gguf};
 use kiln_tensor::{DType, Quantization, QuantizedMatrix, Result, Tensor};
 use std::path::{Path, PathBuf};
@@ -159,6 +161,10 @@ fn use_all(path: &Path) {
             let _ = (file.tensor(name), file.quantized(name));
         }
         let _ = gguf_config(&file);
+        if let Ok(tokenizer) = Tokenizer::from_gguf(&file) {
+            let _ = tokenizer.encode_with_specials("a text\n<s> 11").and_then(|ids| tokenizer.decode(&ids, true));
+            let _ = ChatTemplate::from_gguf(&file, &tokenizer);
+        }
     }
 }
 
@@ -330,5 +336,261 @@ fn a_model_that_is_not_known_is_an_error() {
         let path = Scratch::new("unknown", &made(&[("general.architecture", text(architecture))], &[], 0));
         let error = load_gguf(&path.0, &Params::new()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(expected), "{architecture}: {error}");
+    }
+}
+
+/// Keys of the metadata.
+type Keys = Vec<(&'static str, Vec<u8>)>;
+
+fn texts<S: AsRef<str>>(all: &[S]) -> Vec<u8> {
+    let mut bytes = value(9, &[&8u32.to_le_bytes(), &(all.len() as u64).to_le_bytes()]);
+    for text in all {
+        bytes.extend((text.as_ref().len() as u64).to_le_bytes());
+        bytes.extend(text.as_ref().as_bytes());
+    }
+    bytes
+}
+
+fn array(kind: u32, elements: &[[u8; 4]]) -> Vec<u8> {
+    value(9, &[&kind.to_le_bytes(), &(elements.len() as u64).to_le_bytes(), &elements.concat()])
+}
+
+fn integers(all: &[i32]) -> Vec<u8> {
+    array(5, &all.iter().map(|x| x.to_le_bytes()).collect::<Vec<_>>())
+}
+
+fn floats(all: &[f32]) -> Vec<u8> {
+    array(6, &all.iter().map(|x| x.to_le_bytes()).collect::<Vec<_>>())
+}
+
+fn id(id: u32) -> Vec<u8> {
+    value(4, &[&id.to_le_bytes()])
+}
+
+fn flag(on: bool) -> Vec<u8> {
+    value(7, &[&[u8::from(on)]])
+}
+
+/// `keys` with another value of one of them, or without it.
+fn with(keys: &[(&'static str, Vec<u8>)], key: &'static str, value: Option<Vec<u8>>) -> Keys {
+    let others = keys.iter().filter(|(name, _)| *name != key).cloned();
+    others.chain(value.map(|value| (key, value))).collect()
+}
+
+fn read_tokenizer(name: &str, keys: &[(&'static str, Vec<u8>)]) -> Result<Tokenizer> {
+    let path = Scratch::new(name, &made(keys, &[], 0));
+    Tokenizer::from_gguf(&Gguf::open(&path.0)?)
+}
+
+fn read_json(path: &str) -> Json {
+    from_str(&std::fs::read_to_string(fixture(path)).unwrap()).unwrap()
+}
+
+fn strings(list: &Json) -> Vec<String> {
+    from_value(list.clone()).unwrap()
+}
+
+fn by_id(vocabulary: &Json) -> Vec<String> {
+    let mut entries: Vec<(u64, &String)> =
+        vocabulary.as_object().unwrap().iter().map(|(token, id)| (id.as_u64().unwrap(), token)).collect();
+    entries.sort_unstable();
+    entries.into_iter().map(|(_, token)| token.clone()).collect()
+}
+
+/// The vocabulary of fixtures/text/gpt2 with `extra` tokens and merges, as fixtures/gguf/tokenizers.py gives it to transformers.
+fn byte_level(rule: &str, extra: &Json) -> Keys {
+    let mut tokens = by_id(&read_json("../text/gpt2/vocab.json"));
+    tokens.extend(strings(&extra["tokens"]));
+    let list = std::fs::read_to_string(fixture("../text/gpt2/merges.txt")).unwrap();
+    let mut merges: Vec<String> = list.lines().skip(1).map(String::from).collect();
+    merges.extend(strings(&extra["merges"]));
+    let end = tokens.len() as u32;
+    let kinds = [vec![1; tokens.len() - 5], vec![3; 3], vec![4; 2]].concat();
+    vec![
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.pre", text(rule)),
+        ("tokenizer.ggml.tokens", texts(&tokens)),
+        ("tokenizer.ggml.merges", texts(&merges)),
+        ("tokenizer.ggml.token_type", integers(&kinds)),
+        ("tokenizer.ggml.bos_token_id", id(end - 5)),
+        ("tokenizer.ggml.eos_token_id", id(end - 3)),
+        ("tokenizer.ggml.eot_token_id", id(end - 4)),
+        ("tokenizer.ggml.padding_token_id", id(u32::MAX)),
+        ("tokenizer.ggml.add_bos_token", flag(true)),
+        ("tokenizer.ggml.add_eos_token", flag(true)),
+    ]
+}
+
+#[test]
+fn tokenizers_of_bytes_give_the_ids_of_transformers() -> Result<()> {
+    let expected = read_json("tokenizers.json");
+    for (rule, ids) in expected["bpe"].as_object().unwrap() {
+        let tokenizer = read_tokenizer("bytes", &byte_level(rule, &expected["extra"]))?;
+        let ids: Vec<Vec<u32>> = from_value(ids.clone()).unwrap();
+        let (bos, eos) = (tokenizer.token_to_id("<|endoftext|>").unwrap(), tokenizer.token_to_id("<|im_end|>").unwrap());
+        assert_eq!((tokenizer.vocab_size(), tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (432, Some(bos), Some(eos), None));
+        assert_eq!(tokenizer.special_tokens().eos, [eos, tokenizer.token_to_id("<|im_start|>").unwrap()]);
+        for (text, ids) in strings(&expected["texts"]).iter().zip(&ids) {
+            assert_eq!(tokenizer.encode(text)?, *ids, "{rule}: {text:?}");
+            let whole = tokenizer.encode_with_specials(text)?;
+            assert_eq!(whole, [&[bos][..], ids, &[eos]].concat(), "{rule}: {text:?}");
+            assert_eq!(tokenizer.decode(ids, false)?, *text, "{rule}");
+            // Of the special tokens, those of the user are text.
+            assert_eq!(tokenizer.decode(&whole, true)?, text.replace("<|endoftext|>", ""), "{rule}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_byte_level_file_does_not_say_depends_on_its_rule() -> Result<()> {
+    let expected = read_json("tokenizers.json");
+    for (rule, begins) in [("gpt-2", false), ("llama-bpe", true)] {
+        let keys = byte_level(rule, &expected["extra"]);
+        let keys = with(&with(&keys, "tokenizer.ggml.add_bos_token", None), "tokenizer.ggml.add_eos_token", None);
+        let tokenizer = read_tokenizer("ends", &keys)?;
+        let mut whole: Vec<u32> = tokenizer.bos().filter(|_| begins).into_iter().collect();
+        whole.extend(tokenizer.encode("the dog")?);
+        assert_eq!(tokenizer.encode_with_specials("the dog")?, whole, "{rule}");
+    }
+    let unsaid = with(&byte_level("gpt-2", &expected["extra"]), "tokenizer.ggml.pre", None);
+    let (tokenizer, text) = (read_tokenizer("rule", &unsaid)?, "it's 11111\n\nDOG'S(x)");
+    assert_eq!(tokenizer.encode(text)?, read_tokenizer("rule", &byte_level("gpt-2", &expected["extra"]))?.encode(text)?);
+    assert_ne!(tokenizer.encode(text)?, read_tokenizer("rule", &byte_level("qwen2", &expected["extra"]))?.encode(text)?);
+    Ok(())
+}
+
+/// The vocabulary of fixtures/text/metaspace with scores.
+fn sentence_piece() -> Keys {
+    let tokens = by_id(&read_json("../text/metaspace/tokenizer.json")["model"]["vocab"]);
+    let scores: Vec<f32> = (0..tokens.len()).map(|id| -(id.saturating_sub(259) as f32)).collect();
+    let kinds = [vec![2, 3, 3], vec![6; 256], vec![1; tokens.len() - 259]].concat();
+    vec![
+        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.pre", text("default")),
+        ("tokenizer.ggml.tokens", texts(&tokens)),
+        ("tokenizer.ggml.scores", floats(&scores)),
+        ("tokenizer.ggml.token_type", integers(&kinds)),
+    ]
+}
+
+#[test]
+fn pieces_with_scores_give_the_ids_of_transformers() -> Result<()> {
+    let expected = read_json("tokenizers.json");
+    let tokenizer = read_tokenizer("pieces", &sentence_piece())?;
+    let special = tokenizer.special_tokens();
+    assert_eq!((special.unk, special.bos, &special.eos[..], tokenizer.vocab_size()), (Some(0), Some(1), &[2][..], 520));
+    let ids: Vec<Vec<u32>> = from_value(expected["llama"].clone()).unwrap();
+    let [whole, plain] = ["llama_decoded", "llama_decoded_plain"].map(|key| strings(&expected[key]));
+    for (i, text) in strings(&expected["texts"]).iter().enumerate() {
+        assert_eq!(tokenizer.encode(text)?, ids[i], "{text:?}");
+        let with_bos = [&[1u32][..], &ids[i]].concat();
+        assert_eq!(tokenizer.encode_with_specials(text)?, with_bos, "{text:?}");
+        assert_eq!((tokenizer.decode(&with_bos, false)?, tokenizer.decode(&with_bos, true)?), (whole[i].clone(), plain[i].clone()));
+    }
+    let mut bare = sentence_piece();
+    bare.extend([("tokenizer.ggml.add_space_prefix", flag(false)), ("tokenizer.ggml.add_bos_token", flag(false))]);
+    let bare = read_tokenizer("pieces", &bare)?;
+    assert_eq!(bare.encode_with_specials(" hello")?, tokenizer.encode("hello")?);
+    assert_ne!(bare.encode("hello")?, tokenizer.encode("hello")?);
+    assert_eq!(bare.decode(&bare.encode(" the  fox")?, true)?, " the  fox");
+    Ok(())
+}
+
+#[test]
+fn a_file_brings_its_chat_template_along() -> Result<()> {
+    let source = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{{ eos_token }}";
+    let with_template = |source: Option<&str>| {
+        let keys = with(&sentence_piece(), "tokenizer.chat_template", source.map(text));
+        let path = Scratch::new("template", &made(&keys, &[], 0));
+        let file = Gguf::open(&path.0)?;
+        let tokenizer = Tokenizer::from_gguf(&file)?;
+        ChatTemplate::from_gguf(&file, &tokenizer).map(|template| (tokenizer, template))
+    };
+    let (tokenizer, template) = with_template(Some(source))?;
+    let chat = [Message::new("user", "the fox")];
+    assert_eq!(template.render(&chat, false, &Variables::new())?, "<s>[user] the fox</s>");
+    let ids = template.encode(&tokenizer, &chat, false, &Variables::new())?;
+    assert_eq!((ids.first(), ids.last()), (Some(&1), Some(&2)));
+    for source in [None, Some("{% for %}")] {
+        let error = with_template(source).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("tokenizer.chat_template"), "{error}");
+    }
+    Ok(())
+}
+
+/// Small vocabularies of both kinds.
+fn small() -> [Keys; 2] {
+    let bytes = vec![
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<s>"])),
+        ("tokenizer.ggml.merges", texts(&["a b"])),
+        ("tokenizer.ggml.token_type", integers(&[1, 1, 1, 3])),
+        ("tokenizer.ggml.eos_token_id", id(3)),
+    ];
+    let pieces = vec![
+        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.tokens", texts(&["<unk>", "<s>", "</s>", "a", "aa"])),
+        ("tokenizer.ggml.scores", floats(&[0.0, 0.0, 0.0, f32::NAN, -1.0])),
+        ("tokenizer.ggml.token_type", integers(&[2, 3, 3, 1, 1])),
+    ];
+    [bytes, pieces]
+}
+
+#[test]
+fn tokenizers_that_do_not_fit_together_are_errors_that_name_the_key() {
+    let [bytes, pieces] = small();
+    let nothing: [&str; 0] = [];
+    let long = "x".repeat(300);
+    let cases = [
+        (&bytes, "tokenizer.ggml.model", None, "is missing"),
+        (&bytes, "tokenizer.ggml.model", Some(text("bert")), "is \"bert\", which is not read"),
+        (&bytes, "tokenizer.ggml.model", Some(text("bert")), "--tokenizer"),
+        (&bytes, "tokenizer.ggml.pre", Some(text("tekken")), "is \"tekken\""),
+        (&bytes, "tokenizer.ggml.pre", Some(id(3)), "expected a text"),
+        (&bytes, "tokenizer.ggml.tokens", None, "is missing"),
+        (&bytes, "tokenizer.ggml.tokens", Some(integers(&[1, 2, 3, 4])), "is an array of signed integers, expected an array of texts"),
+        (&bytes, "tokenizer.ggml.tokens", Some(texts(&nothing)), "has 0 tokens"),
+        (&bytes, "tokenizer.ggml.tokens", Some(texts(&["a", "b", "ab", "a"])), "has \"a\" twice, as elements 0 and 3"),
+        (&bytes, "tokenizer.ggml.token_type", Some(integers(&[1, 1, 1])), "has 3 elements for the 4 tokens"),
+        (&bytes, "tokenizer.ggml.token_type", Some(integers(&[1, 1, 1, -3])), "expected an array of integers from 0 on"),
+        (&bytes, "tokenizer.ggml.merges", None, "is missing"),
+        (&bytes, "tokenizer.ggml.merges", Some(floats(&[1.0])), "is an array of floats, expected an array of texts"),
+        (&bytes, "tokenizer.ggml.merges", Some(texts(&["ab"])), "element 0, \"ab\", is not two tokens"),
+        (&bytes, "tokenizer.ggml.merges", Some(texts(&["a b", "a  b"])), "element 1, \"a  b\", is not two tokens"),
+        (&bytes, "tokenizer.ggml.merges", Some(texts(&["b a"])), "makes none of \"tokenizer.ggml.tokens\""),
+        (&bytes, "tokenizer.ggml.merges", Some(texts(&["a b", "a b"])), "element 1, \"a b\", is there twice"),
+        (&bytes, "tokenizer.ggml.bos_token_id", Some(id(4)), "is 4, of 4 tokens"),
+        (&bytes, "tokenizer.ggml.eot_token_id", Some(value(5, &[&(-1i32).to_le_bytes()])), "expected an integer from 0 on"),
+        (&bytes, "tokenizer.ggml.add_bos_token", Some(flag(true)), "\"bos_token_id\""),
+        (&pieces, "tokenizer.ggml.scores", None, "is missing"),
+        (&pieces, "tokenizer.ggml.scores", Some(floats(&[0.0])), "has 1 elements for the 5 tokens"),
+        (&pieces, "tokenizer.ggml.scores", Some(texts(&["0"; 5])), "expected an array of numbers"),
+        (&pieces, "tokenizer.ggml.tokens", Some(texts(&["<unk>", "<s>", "</s>", "a", &long])), "element 4 is a piece of 300 bytes"),
+        (&pieces, "tokenizer.ggml.tokens", Some(texts(&["<unk>", "<s>", "</s>", "a", "<s>"])), "has \"<s>\" twice"),
+        (&pieces, "tokenizer.ggml.unknown_token_id", Some(id(9)), "is 9, of 5 tokens"),
+        (&pieces, "tokenizer.ggml.add_space_prefix", Some(id(1)), "expected true or false"),
+    ];
+    for (keys, key, value, part) in cases {
+        let error = read_tokenizer("unfit", &with(keys, key, value)).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains(key) && error.contains(part), "{key}, {part}: {error:?}");
+    }
+    assert_eq!(read_tokenizer("unfit", &bytes).unwrap().encode("ab<s>").unwrap(), [2, 3]);
+    assert_eq!(read_tokenizer("unfit", &pieces).unwrap().encode("aa").unwrap(), [0, 4]);
+}
+
+#[test]
+fn no_damage_to_a_tokenizer_leads_to_a_panic() {
+    for keys in small() {
+        let whole = made(&keys, &[], 0);
+        let path = Scratch::new("damaged-tokenizer", &whole);
+        for at in 0..whole.len() {
+            for mask in [1, 4, 0xFF] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= mask;
+                std::fs::write(&path.0, &bytes).unwrap();
+                use_all(&path.0);
+            }
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! GGUF files, versions 2 and 3: what llama.cpp keeps models in. Metadata, and tensors in floats or in blocks of few bits.
 //!
 //! `reader` takes the file apart, `value` is its metadata, `names` says what tensors are called elsewhere. The models are built from it in
-//! [`transformer`](crate::transformer::load_gguf).
+//! [`transformer`](crate::transformer::load_gguf), the tokenizers in [`text`](crate::text::Tokenizer::from_gguf).
 //! Source: the specification in ggml's `docs/gguf.md`.
 
 mod names;
@@ -60,7 +60,7 @@ pub struct Gguf {
 }
 
 /// Enough of a name to recognise it by.
-fn shorten(name: &str) -> String {
+pub(crate) fn shorten(name: &str) -> String {
     name.chars().take(80).collect()
 }
 
@@ -78,7 +78,8 @@ impl Gguf {
         Ok(Self { path, map, version, metadata, tensors, names })
     }
 
-    fn wrong(&self, what: impl std::fmt::Display) -> Error {
+    /// An error that names the file.
+    pub(crate) fn wrong(&self, what: impl std::fmt::Display) -> Error {
         Error::format("gguf", format!("{}: {what}", self.path.display()))
     }
 
@@ -143,6 +144,22 @@ impl Gguf {
         self.find(key, "an array of texts", Value::as_strings)
     }
 
+    /// The integers under `key`, if there are.
+    ///
+    /// # Errors
+    /// If it is not an array of integers from 0 on.
+    pub fn find_u64s(&self, key: &str) -> Result<Option<Vec<u64>>> {
+        self.find(key, "an array of integers from 0 on", Value::as_u64s)
+    }
+
+    /// The numbers under `key`, if there are.
+    ///
+    /// # Errors
+    /// If it is not an array of numbers.
+    pub fn find_f64s(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.find(key, "an array of numbers", Value::as_f64s)
+    }
+
     /// The number under `key`.
     ///
     /// # Errors
@@ -157,6 +174,14 @@ impl Gguf {
     /// If there is none.
     pub fn get_f64(&self, key: &str) -> Result<f64> {
         self.require(key, self.find_f64(key)?)
+    }
+
+    /// The numbers under `key`.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn get_f64s(&self, key: &str) -> Result<Vec<f64>> {
+        self.require(key, self.find_f64s(key)?)
     }
 
     /// The text under `key`.

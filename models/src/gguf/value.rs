@@ -78,6 +78,25 @@ impl Value {
         }
     }
 
+    /// The numbers, if all are integers from 0 on.
+    pub fn as_u64s(&self) -> Option<Vec<u64>> {
+        match self {
+            Value::Array(Array::Unsigned(x)) => Some(x.clone()),
+            Value::Array(Array::Signed(x)) => x.iter().map(|&x| u64::try_from(x).ok()).collect(),
+            _ => None,
+        }
+    }
+
+    /// The numbers, rounded where they are integers beyond 2⁵³.
+    pub fn as_f64s(&self) -> Option<Vec<f64>> {
+        match self {
+            Value::Array(Array::Unsigned(x)) => Some(x.iter().map(|&x| x as f64).collect()),
+            Value::Array(Array::Signed(x)) => Some(x.iter().map(|&x| x as f64).collect()),
+            Value::Array(Array::Float(x)) => Some(x.clone()),
+            _ => None,
+        }
+    }
+
     /// What it is, for messages.
     pub(super) fn kind(&self) -> &'static str {
         match self {
@@ -86,7 +105,12 @@ impl Value {
             Value::Float(_) => "a float",
             Value::Bool(_) => "a truth value",
             Value::String(_) => "a text",
-            Value::Array(_) => "an array",
+            Value::Array(Array::Unsigned(_)) => "an array of unsigned integers",
+            Value::Array(Array::Signed(_)) => "an array of signed integers",
+            Value::Array(Array::Float(_)) => "an array of floats",
+            Value::Array(Array::Bool(_)) => "an array of truth values",
+            Value::Array(Array::String(_)) => "an array of texts",
+            Value::Array(Array::Array(_)) => "an array of arrays",
         }
     }
 }

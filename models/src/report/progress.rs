@@ -42,6 +42,12 @@ impl Progress {
         }
     }
 
+    /// As [`set`](Progress::set), of losses that may not have been measured yet: those are left out, and one that is NaN is shown.
+    pub fn set_measured(&self, step: u64, losses: &[(&str, Option<f64>)]) {
+        let measured = losses.iter().filter_map(|&(name, value)| Some((name, value?)));
+        self.set(step, &measured.collect::<Vec<_>>());
+    }
+
     /// What the bar says, without the bar.
     fn line(&self) -> String {
         let (bar, left) = (&self.bar, FormattedDuration(self.bar.eta()));
@@ -71,5 +77,13 @@ mod tests {
         let line = progress.line();
         assert!(line.starts_with("training 10/40 steps, "), "{line}");
         assert!(line.ends_with("left  loss 0.250  grad_norm 3.000"), "{line}");
+    }
+
+    #[test]
+    fn what_is_not_measured_yet_is_left_out_and_what_is_nan_is_not() {
+        let progress = Progress::new(40, "training");
+        progress.set_measured(10, &[("loss", Some(f64::NAN)), ("validation", None), ("MFU", Some(0.5))]);
+        let line = progress.line();
+        assert!(line.ends_with("left  loss NaN  MFU 0.500"), "{line}");
     }
 }

@@ -16,6 +16,9 @@ const OP: &str = "tokenizer";
 /// The vocabulary of a character tokenizer.
 pub(super) const CHARACTERS: &str = "characters.json";
 
+/// What a folder with the files of another tokenizer (SentencePiece, WordPiece) needs.
+const CONVERT: &str = "transformers writes a tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)";
+
 /// Classes of `tokenizer_config.json` whose `vocab.json` and `merges.txt` mean what GPT-2's do.
 const GPT2_CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
@@ -33,9 +36,9 @@ pub(super) fn load(folder: &Path) -> Result<Tokenizer> {
     let inner = match (json.is_file(), vocabulary.is_file(), merges.is_file()) {
         (true, ..) => load_json(&json)?,
         (_, true, true) => load_gpt2(folder, &vocabulary, &merges)?,
-        (_, true, false) => return Err(wrong(folder, "merges.txt: missing beside vocab.json")),
+        (_, true, false) => return Err(wrong(folder, format!("merges.txt: missing beside vocab.json; {CONVERT}"))),
         (_, false, true) => return Err(wrong(folder, "vocab.json: missing beside merges.txt")),
-        _ => return Err(wrong(folder, "there is neither tokenizer.json nor vocab.json with merges.txt")),
+        _ => return Err(wrong(folder, format!("there is neither tokenizer.json nor vocab.json with merges.txt; {CONVERT}"))),
     };
     let special = SpecialTokens::of_folder(folder, &inner)?;
     Ok(Tokenizer::wrap(inner, special))
@@ -64,7 +67,7 @@ fn load_gpt2(folder: &Path, vocabulary: &Path, merges: &Path) -> Result<tokenize
         return Ok(inner);
     }
     if let Some(class) = class.filter(|class| !GPT2_CLASSES.contains(class)) {
-        let problem = format!("tokenizer_config.json: tokenizer_class: {class:?} needs a tokenizer.json, which is missing");
+        let problem = format!("tokenizer_config.json: tokenizer_class: {class:?} needs a tokenizer.json, which is missing; {CONVERT}");
         return Err(wrong(folder, problem));
     }
     let flag = |key: &str| config.get(key).and_then(Value::as_bool).unwrap_or(false);
@@ -180,4 +183,21 @@ fn wrong(path: &Path, problem: impl AsRef<str>) -> Error {
 /// Enough of a text to recognise it by.
 fn shorten(text: &str) -> String {
     text.chars().take(40).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_other_tokenizers_are_told_how_to_get_a_tokenizer_json() {
+        let folder = std::env::temp_dir().join(format!("kiln-other-tokenizers-{}", std::process::id()));
+        for files in [&["tokenizer.model"][..], &["vocab.json", "sentencepiece.bpe.model"], &["vocab.txt"]] {
+            std::fs::create_dir_all(&folder).unwrap();
+            files.iter().for_each(|file| std::fs::write(folder.join(file), "{}").unwrap());
+            let error = load(&folder).err().unwrap().to_string();
+            std::fs::remove_dir_all(&folder).unwrap();
+            assert!(error.contains("AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"), "{files:?}: {error}");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Text for language models: tokenizers (Hugging Face files, characters, byte-level BPE of one's own), decoding as a stream, and
+//! Text for language models: tokenizers (Hugging Face files, GGUF files, characters, byte-level BPE of one's own), decoding as a stream, and
 //! chat templates with the mask of the assistant's tokens. Corpora and data sets of text live in [`crate::data`].
 
 mod assistant;
@@ -7,6 +7,7 @@ mod character;
 mod chat;
 mod clip;
 mod folder;
+mod gguf;
 mod python;
 mod special;
 mod stream;

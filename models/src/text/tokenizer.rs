@@ -2,8 +2,10 @@
 
 use super::character::CharTokenizer;
 use super::folder;
+use super::gguf;
 use super::special::SpecialTokens;
 use super::stream::StreamDecoder;
+use crate::gguf::Gguf;
 use kiln_tensor::io::write_atomic;
 use kiln_tensor::{Error, Result};
 use std::fmt;
@@ -54,6 +56,24 @@ impl Tokenizer {
     /// If the file cannot be read or is not a tokenizer.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         folder::load_json(path.as_ref()).map(|inner| Self::wrap(inner, SpecialTokens::default()))
+    }
+
+    /// The tokenizer that a GGUF file holds (`tokenizer.ggml.*`): byte-level BPE (`gpt2`, with the rules of GPT-2, SmolLM, Llama 3 or Qwen2) or
+    /// the pieces of SentencePiece (`llama`), with special tokens, and with what is put around a text.
+    ///
+    /// ```no_run
+    /// # use kiln_models::{gguf::Gguf, text::{ChatTemplate, Tokenizer}};
+    /// # fn main() -> kiln_tensor::Result<()> {
+    /// let file = Gguf::open("model.gguf")?;
+    /// let tokenizer = Tokenizer::from_gguf(&file)?;
+    /// let template = ChatTemplate::from_gguf(&file, &tokenizer)?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// If the file holds none, or one of another kind or rule, or what it says does not fit together; the message names the key.
+    pub fn from_gguf(file: &Gguf) -> Result<Self> {
+        gguf::load(file)
     }
 
     pub(super) fn wrap(inner: tokenizers::Tokenizer, special: SpecialTokens) -> Self {
