@@ -104,7 +104,7 @@ struct Args {
     /// Weigh timesteps by min-SNR with this γ (5 in the paper) instead of all alike.
     #[arg(long)]
     min_snr_gamma: Option<f64>,
-    #[arg(long, help = format!("How pictures are drawn: {}; ddim if absent, flow-euler with --prediction flow", scheduler_names()))]
+    #[arg(long, help = format!("How pictures are drawn: {}; ddim if absent, flow-euler with --prediction flow", SchedulerKind::names()))]
     scheduler: Option<SchedulerKind>,
     /// Steps from noise to a picture.
     #[arg(long, default_value_t = 25)]
@@ -162,11 +162,6 @@ fn main() -> Result<()> {
     }
     println!("everything is in {}", args.out.display());
     Ok(())
-}
-
-/// What --scheduler may be.
-fn scheduler_names() -> String {
-    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 fn resume_command(args: &Args) -> String {

@@ -55,7 +55,7 @@ struct Args {
     /// Height, as the width.
     #[arg(long)]
     height: Option<usize>,
-    #[arg(long, help = format!("Another scheduler than the model's, whatever that is: {}", scheduler_names()))]
+    #[arg(long, help = format!("Another scheduler than the model's, whatever that is: {}", SchedulerKind::names()))]
     scheduler: Option<SchedulerKind>,
     /// A LoRA (kohya, diffusers, PEFT), with its weight after a colon. Several add up.
     #[arg(long, value_name = "FILE[:WEIGHT]")]
@@ -170,11 +170,6 @@ fn main() -> Result<()> {
         drawn.unread.iter().for_each(|rest| println!("not read, because the text is too long: {rest}"));
     }
     Ok(())
-}
-
-/// What --scheduler may be.
-fn scheduler_names() -> String {
-    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 /// `FILE:WEIGHT`, or a file whose weight is 1.

@@ -67,7 +67,7 @@ struct Args {
     /// Seed of all weights, noise and pictures.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    #[arg(long, default_value = "ddim", help = format!("How pictures are drawn: {}", scheduler_names()))]
+    #[arg(long, default_value = "ddim", help = format!("How pictures are drawn: {}", SchedulerKind::names()))]
     scheduler: SchedulerKind,
     /// Steps from noise to a picture.
     #[arg(long, default_value_t = 20)]
@@ -141,11 +141,6 @@ fn main() -> Result<()> {
         false => println!("continue with: {}", resume_command(&program.args)),
     }
     Ok(())
-}
-
-/// What --scheduler may be.
-fn scheduler_names() -> String {
-    SchedulerKind::ALL.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ")
 }
 
 fn resume_command(args: &Args) -> String {

@@ -61,13 +61,17 @@ impl Embedding {
     }
 
     /// The rows `start` to `start + len`, (len, width): what [`forward`](Module::forward) gives for these indices, without looking them up.
+    ///
+    /// # Errors
+    /// If the table has fewer.
     pub fn rows(&self, start: usize, len: usize) -> Result<Tensor> {
+        let rows = self.0.weight.get().narrow(0, start, len)?;
         match self.active_adapter() {
             Some(adapter) => {
                 let indices = Tensor::from_vec((start as i64..(start + len) as i64).collect(), [len])?;
-                adapter.forward(self, &indices.to_device(self.0.weight.get().device())?)
+                adapter.forward(self, &indices.to_device(rows.device())?)
             }
-            None => self.0.weight.get().narrow(0, start, len),
+            None => Ok(rows),
         }
     }
 

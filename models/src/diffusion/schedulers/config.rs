@@ -341,7 +341,7 @@ impl SchedulerConfig {
     pub fn from_json(text: &str) -> Result<Self> {
         let mut map = fields_of(text)?;
         let class = take::<SchedulerClass>(&mut map, "_class_name")?.ok_or_else(|| {
-            let names = SchedulerClass::ALL.iter().map(|class| class.name()).collect::<Vec<_>>().join(", ");
+            let names = SchedulerClass::names();
             Error::format(OP, format!("_class_name is missing; expected one of {names}"))
         })?;
         Self::from_map(class, map)

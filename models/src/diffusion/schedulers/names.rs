@@ -16,6 +16,11 @@ macro_rules! names {
             /// Every one.
             pub const ALL: &'static [Self] = &[$(Self::$variant),*];
 
+            /// The names of all, with commas between them.
+            pub fn names() -> String {
+                Self::ALL.iter().map(|one| one.name()).collect::<Vec<_>>().join(", ")
+            }
+
             /// The name.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }
@@ -36,7 +41,7 @@ macro_rules! names {
                 match text {
                     $($text $(| $other)* => Ok(Self::$variant),)*
                     _ => {
-                        let names = Self::ALL.iter().map(|one| one.name()).collect::<Vec<_>>().join(", ");
+                        let names = Self::names();
                         Err(Error::argument($what, format!("{text:?} is not known; expected one of {names}")))
                     }
                 }
