@@ -29,10 +29,8 @@ const TASK_MACS: usize = 1 << 18;
 /// Bytes of the large factor that a task of dot products reads at most: about 3 µs, which is what a thread may have to wait for another at the end.
 const TASK_BYTES: usize = 1 << 17;
 
-/// Terms of a sum before it joins those of the terms before, so that rounding does not grow with the length of a row: a multiple of what any step takes.
-const SPAN: usize = 1 << 16;
-/// The same for a lane alone.
-const AXPY_SPAN: usize = 1 << 12;
+/// Terms that a lane of the accumulators adds before it joins those before, so that rounding does not grow with the length of a row.
+const SPAN: usize = 1 << 12;
 
 /// Columns of an [`Axpys`] task: its accumulators fill 4 KiB of L1, and each row that it reads is a page.
 const AXPY_LANES: usize = 1024;
@@ -354,14 +352,15 @@ impl<T: Lanes> Dots<'_, T> {
         // Of several rows of `small` the first asks for all.
         let ahead = if row == 0 { ahead } else { 0 };
         let mut done = [[s.zero(); L]; R];
-        for first in (0..full).step_by(SPAN) {
+        let span = SPAN * terms;
+        for first in (0..full).step_by(span) {
             if first > 0 {
                 for (done, acc) in done.as_flattened_mut().iter_mut().zip(acc.as_flattened_mut()) {
                     *done = *done + *acc;
                     *acc = s.zero();
                 }
             }
-            for k in (first..full.min(first + SPAN)).step_by(terms) {
+            for k in (first..full.min(first + span)).step_by(terms) {
                 if ahead > 0 {
                     for l in 0..L {
                         s.prefetch(large[0].wrapping_add(k * L + l * terms).wrapping_byte_add(ahead).cast());
@@ -428,7 +427,7 @@ impl<T: Lanes> WithSimd for Axpys<'_, T> {
         let (mut sums, mut done) = ([0f32; AXPY_LANES], [0f32; AXPY_LANES]);
         let mut k = 0;
         while k < job.k {
-            if k > 0 && k.is_multiple_of(AXPY_SPAN) {
+            if k > 0 && k.is_multiple_of(SPAN) {
                 for (done, sum) in done.iter_mut().zip(&mut sums) {
                     *done += *sum;
                     *sum = 0.0;
