@@ -130,12 +130,12 @@ fn sft_learns_answers_and_nothing_else() -> Result<()> {
         let mut trainer = SftTrainer::new(model, SftOptions { train: TrainOptions { bf16, ..train(1e-2) }, ..Default::default() })?;
         let first = trainer.evaluate(&texts(50, 32))?;
         let mut last = trainer.step(&texts(0, 16))?;
-        for i in 1..100 {
+        for i in 1..150 {
             last = trainer.step(&texts(i, 16))?;
         }
         let after = trainer.evaluate(&texts(50, 32))?;
         assert!(first > 1.5 && after < 0.3 && last.accuracy > 0.8, "bf16 {bf16}: {first} to {after}, {last:?}");
-        assert_eq!((trainer.steps(), last.tokens), (100, 32));
+        assert_eq!((trainer.steps(), last.tokens), (150, 32));
     }
     Ok(())
 }
