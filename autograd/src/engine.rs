@@ -68,7 +68,7 @@ impl TensorExt for Tensor {
         for (leaf, gradient) in found.leaves {
             let mut sum = gradient;
             // Another thread may have put one there since the last was taken.
-            while let Some(before) = leaf.put_grad(&mut sum) {
+            while let Some(before) = leaf.put_grad(&sum) {
                 sum = sum_of(before, &sum)?;
             }
         }

@@ -119,6 +119,16 @@ fn losses_and_powers_are_computed_in_f32_under_autocast() -> Result<()> {
             assert_eq!(loss.dtype(), DType::F32);
             assert!(loss.item_f64()?.is_finite());
         }
+        // Weights in the half type rise with what they weigh.
+        let bce = BceOptions { weight: Some(&half), pos_weight: Some(&half), ..Default::default() };
+        let (rows, classes) = (half.reshape([1, 2])?, CrossEntropyOptions { weight: Some(&half), ..Default::default() });
+        let losses = [
+            half.bce_with(&half, &BceOptions { weight: Some(&half), ..Default::default() })?,
+            half.bce_with_logits_with(&half, &bce)?,
+            rows.cross_entropy_with(&rows, &classes)?,
+            rows.cross_entropy_with(&Tensor::ones([1], DType::I64)?, &classes)?,
+        ];
+        assert!(losses.iter().all(|loss| loss.dtype() == DType::F32));
         Ok(())
     })?
 }

@@ -141,6 +141,7 @@ fn optimisers_share_a_scaler() -> Result<()> {
     assert!(scaler.update().is_err(), "there was no step");
     scaler.scale(&params[0][0].get().add(&params[1][0].get())?.sum(())?)?.backward()?;
     assert!(scaler.unscale(&params[0])? && scaler.unscale(&params[1])? && scaler.unscale(&params[0])?);
+    assert!(scaler.update().is_err() && scaler.unscale(&params[0])?, "that they are unscaled is not forgotten");
     for own in &params {
         assert_eq!(own[0].grad().unwrap().to_vec::<f32>()?, [1.0]);
     }

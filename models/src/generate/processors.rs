@@ -108,36 +108,21 @@ impl LogitsProcessor for NoRepeatNGram {
     }
 }
 
-/// Excludes the end of the sequence before so many new tokens.
+/// Excludes the end of the sequence before so many tokens.
 #[derive(Clone, Debug)]
-pub struct MinNewTokens {
+pub struct MinLength {
+    /// Tokens of prompt and answer at least.
+    pub min_length: usize,
     /// New tokens at least.
     pub min_new_tokens: usize,
     /// The tokens that end a sequence.
     pub eos_token_id: Vec<u32>,
 }
 
-impl LogitsProcessor for MinNewTokens {
-    fn process(&self, place: Place<'_>, logits: &mut [f32]) -> Result<()> {
-        if place.tokens.len() - place.prompt_len.min(place.tokens.len()) < self.min_new_tokens {
-            self.eos_token_id.iter().for_each(|&token| exclude(logits, token));
-        }
-        Ok(())
-    }
-}
-
-/// Excludes the end of the sequence before so many tokens of prompt and answer.
-#[derive(Clone, Debug)]
-pub struct MinLength {
-    /// Tokens at least.
-    pub min_length: usize,
-    /// The tokens that end a sequence.
-    pub eos_token_id: Vec<u32>,
-}
-
 impl LogitsProcessor for MinLength {
     fn process(&self, place: Place<'_>, logits: &mut [f32]) -> Result<()> {
-        if place.tokens.len() < self.min_length {
+        let (all, new) = (place.tokens.len(), place.tokens.len().saturating_sub(place.prompt_len));
+        if all < self.min_length || new < self.min_new_tokens {
             self.eos_token_id.iter().for_each(|&token| exclude(logits, token));
         }
         Ok(())
@@ -305,10 +290,8 @@ impl Processors {
         chain.push_if(config.repetition_penalty != 1.0, || RepetitionPenalty(config.repetition_penalty));
         chain.push_if(config.no_repeat_ngram_size > 0, || NoRepeatNGram(config.no_repeat_ngram_size));
         chain.push_if(!config.bad_words_ids.is_empty(), || bad_words(config));
-        let (min_length, eos_token_id) = (config.min_length, config.eos_token_id.clone());
-        chain.push_if(min_length > 0, || MinLength { min_length, eos_token_id });
-        let (min_new_tokens, eos_token_id) = (config.min_new_tokens, config.eos_token_id.clone());
-        chain.push_if(min_new_tokens > 0, || MinNewTokens { min_new_tokens, eos_token_id });
+        let (min_length, min_new_tokens, eos_token_id) = (config.min_length, config.min_new_tokens, config.eos_token_id.clone());
+        chain.push_if(min_length.max(min_new_tokens) > 0, || MinLength { min_length, min_new_tokens, eos_token_id });
         if let Some(token) = config.forced_bos_token_id {
             chain.push(ForcedBos(token));
         }

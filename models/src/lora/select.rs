@@ -166,9 +166,11 @@ impl LoraConfig {
             Modules::Names(entries) => entries.as_slice(),
             _ => &[],
         };
+        if params.linears().iter().any(|layer| below(params, layer.name()) == OUTPUT_HEAD) {
+            return Ok(());
+        }
         for (field, entries) in [("target_modules", targets), ("modules_to_save", self.modules_to_save.as_deref().unwrap_or_default())] {
-            let is_there = |head: &str| params.params().iter().any(|param| below(params, param.name()) == format!("{head}.weight"));
-            if entries.iter().any(|entry| entry == OUTPUT_HEAD) && !is_there(OUTPUT_HEAD) {
+            if entries.iter().any(|entry| entry == OUTPUT_HEAD) {
                 return Err(Error::argument(
                     "lora",
                     format!(

@@ -24,7 +24,7 @@ pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<f64> {
     let norm = grad_norm(params)?;
     let factor = max_norm / (norm + 1e-6);
     if norm.is_finite() && factor < 1.0 {
-        for_each_grad(params, |grad| no_grad(|| scale_(grad, factor)))?;
+        for_each_grad(params, |grad| scale_(grad, factor))?;
     }
     Ok(norm)
 }
@@ -45,16 +45,16 @@ pub fn clip_grad_value(params: &[Param], limit: f64) -> Result<()> {
     if limit.is_nan() || limit < 0.0 {
         return Err(Error::argument("clip_grad_value", format!("limit = {limit}, expected a value ≥ 0")));
     }
-    for_each_grad(params, |grad| no_grad(|| clamp_(grad, -limit, limit)))
+    for_each_grad(params, |grad| clamp_(grad, -limit, limit))
 }
 
-/// Changes each gradient by `f`, in place if nobody else holds it.
+/// Changes each gradient by `f`, without recording, in place if nobody else holds it.
 pub(super) fn for_each_grad(params: &[Param], f: impl Fn(&mut Tensor) -> Result<()>) -> Result<()> {
     for param in params {
         let Some(mut grad) = param.grad() else { continue };
         // The parameter lets go of it, so that it need not be copied.
         param.zero_grad();
-        let result = f(&mut grad);
+        let result = no_grad(|| f(&mut grad));
         param.set_grad(Some(grad))?;
         result?;
     }

@@ -5,7 +5,6 @@ use super::group::unless;
 use super::state::{Reader, put_count, put_number};
 use super::{Factor, Optimizer};
 use crate::nn::{Param, StateDict};
-use kiln_autograd::no_grad;
 use kiln_tensor::ops::optim::scale_;
 use kiln_tensor::{Error, Result, Tensor};
 
@@ -145,7 +144,7 @@ impl GradScaler {
             return Ok(self.seen[place].finite);
         }
         let inverse = 1.0 / self.scale;
-        for_each_grad(params, |grad| no_grad(|| scale_(grad, inverse)))?;
+        for_each_grad(params, |grad| scale_(grad, inverse))?;
         let finite = grad_norm(params)?.is_finite();
         self.seen.push(Seen { params: params.to_vec(), finite, unscaled: true, stepped: false });
         Ok(finite)
@@ -189,11 +188,12 @@ impl GradScaler {
     /// # Errors
     /// If there was none.
     pub fn update(&mut self) -> Result<()> {
-        let steps: Vec<Seen> = std::mem::take(&mut self.seen).into_iter().filter(|seen| seen.stepped).collect();
-        if steps.is_empty() {
+        if !self.seen.iter().any(|seen| seen.stepped) {
             return Err(Error::argument("GradScaler", "update() without a step since the last one"));
         }
-        if steps.iter().any(|step| !step.finite) {
+        let overflowed = self.seen.iter().any(|seen| !seen.finite);
+        self.seen.clear();
+        if overflowed {
             // Never zero, whose inverse would be infinite.
             self.scale = (self.scale * self.options.backoff_factor).max(f64::from(f32::MIN_POSITIVE));
             self.good_steps = 0;

@@ -113,18 +113,13 @@ impl Leaf {
     }
 
     /// Makes `grad` the accumulated gradient if there is none; else takes the one that is there out, for the sum to be tried again.
-    pub fn put_grad(&self, grad: &mut Tensor) -> Option<Tensor> {
+    pub fn put_grad(&self, grad: &Tensor) -> Option<Tensor> {
         let mut place = lock(&self.grad);
         let before = place.take();
         if before.is_none() {
             *place = Some(grad.clone());
         }
         before
-    }
-
-    /// Takes the accumulated gradient out.
-    pub fn take_grad(&self) -> Option<Tensor> {
-        lock(&self.grad).take()
     }
 }
 

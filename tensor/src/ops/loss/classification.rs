@@ -1,7 +1,7 @@
 //! Cross-entropy of classes (dimension 1 is the classes) and of independent bits.
 
 use super::{Lazy, PRODUCT, Reduction, expect_alike};
-use crate::autocast::raised;
+use crate::autocast::{raised, raised_option};
 use crate::graph::{Ctx, Grads, Op, is_grad_enabled, record, refuse_tracked};
 use crate::ops::pointwise::{Expr, fused};
 use crate::profile::{Cost, operation};
@@ -461,9 +461,11 @@ impl Tensor {
     /// −log softmax(x) at the target classes. `self` holds logits, `[N, C]`, `[N, C, ...]` or `[C]`; `target` integer classes in the
     /// same shape without C, or probabilities in the same shape and dtype. A class outside of 0..C is an error, except `ignore_index`.
     pub fn cross_entropy_with(&self, target: &Tensor, options: &CrossEntropyOptions<'_>) -> Result<Tensor> {
+        let weight = raised_option(options.weight)?;
+        let options = &CrossEntropyOptions { weight: weight.as_deref(), ..*options };
         if target.dtype().is_float() {
             let dim = usize::from(self.rank() > 1);
-            return cross_entropy_of_probabilities("cross_entropy", &self.log_softmax(dim as isize)?, target, dim, options);
+            return cross_entropy_of_probabilities("cross_entropy", &self.log_softmax(dim as isize)?, &*raised(target)?, dim, options);
         }
         nll("cross_entropy", &*raised(self)?, true, target, options)
     }
@@ -486,10 +488,11 @@ impl Tensor {
     /// −t·log σ(x) − (1 − t)·log(1 − σ(x)), computed from the logits x without overflow or cancellation.
     pub fn bce_with_logits_with(&self, target: &Tensor, options: &BceOptions<'_>) -> Result<Tensor> {
         let (x, target) = (raised(self)?, raised(target)?);
+        let (weight, pos_weight) = (raised_option(options.weight)?, raised_option(options.pos_weight)?);
         expect_alike("bce_with_logits", &x, &target)?;
         static PLAIN: Lazy<2> = LazyLock::new(|| fused(|[x, t]| x.bce_with_logits(&t)));
         static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| x.bce_with_logits(&t) * w));
-        match (options.pos_weight, options.weight) {
+        match (pos_weight.as_deref(), weight.as_deref()) {
             (None, None) => options.reduction.of_fused(&PLAIN, [&x, &target]),
             (None, Some(weight)) => options.reduction.of_fused(&WEIGHTED, [&x, &target, weight]),
             (pos_weight, None) => options.reduction.of(&bce_of_logits(&x, &target, pos_weight)?),
@@ -505,7 +508,7 @@ impl Tensor {
     /// −t·log x − (1 − t)·log(1 − x), `self` holding probabilities; logarithms are held above −100, and the denominators of their derivatives
     /// above 10⁻¹².
     pub fn bce_with(&self, target: &Tensor, options: &BceOptions<'_>) -> Result<Tensor> {
-        let (x, target) = (raised(self)?, raised(target)?);
+        let (x, target, weight) = (raised(self)?, raised(target)?, raised_option(options.weight)?);
         expect_alike("bce", &x, &target)?;
         if options.pos_weight.is_some() {
             return Err(Error::argument("bce", "pos_weight is for bce_with_logits"));
@@ -515,7 +518,7 @@ impl Tensor {
         }
         static PLAIN: Lazy<2> = LazyLock::new(|| fused(|[x, t]| loss(&x, &t)));
         static WEIGHTED: Lazy<3> = LazyLock::new(|| fused(|[x, t, w]| loss(&x, &t) * w));
-        match options.weight {
+        match weight.as_deref() {
             None => options.reduction.of_fused(&PLAIN, [&x, &target]),
             Some(weight) => options.reduction.of_fused(&WEIGHTED, [&x, &target, weight]),
         }
