@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub enum MatmulPrecision {
     /// As exact as a sequence of f32 multiply-adds: on tiles more so, but for a quarter where single terms outweigh all others. Without tiles large
     /// convolutions of 3 × 3 go Winograd's way, whose rounding is relative to the largest number of a patch of 5 × 5 pixels: what lies beside a
-    /// pixel that is 10⁶ times as large as its neighbours keeps a few digits less, also in outputs that this pixel does not enter.
+    /// pixel that is 10⁶ times as large as its neighbours keeps few digits, beside one of 10⁹ times none, also in outputs that it does not enter.
     #[default]
     Highest,
     /// About 2⁻¹⁶ of the factors' sizes: a factor is the sum of two bf16.
